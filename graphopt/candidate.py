@@ -1,0 +1,111 @@
+"""What passes propose: candidates, frontiers, and the reasons for saying no."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from graphopt.schedule import Schedule
+
+if TYPE_CHECKING:
+    from graphopt.edit import Edit
+
+__all__ = ["Candidate", "CostDelta", "Declined", "Frontier", "FrontierPoint", "NearMiss", "Reason"]
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why something was not done: a sentence and the nodes it is about."""
+
+    text: str
+    nodes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return f"{self.text} ({', '.join(self.nodes)})" if self.nodes else self.text
+
+
+@dataclass(frozen=True)
+class CostDelta:
+    """Predicted change; negative is less. ``error`` is the pass's own metric, 0 when exact."""
+
+    peak_bytes: int = 0
+    static_bytes: int = 0
+    seconds: float = 0.0
+    error: float = 0.0
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One rewrite that a pass offers.
+
+    ``exactness`` is ``"exact"``, ``"reassociated"`` (same mathematics, another order of rounding)
+    or ``"lossy"``; ``metric`` says what ``delta.error`` measures. ``conflicts`` are ids of
+    candidates that cannot be chosen beside this one.
+    """
+
+    id: str
+    pass_id: str
+    nodes: tuple[str, ...]
+    delta: CostDelta
+    apply: Callable[[Edit], None]
+    exactness: str = "exact"
+    metric: str = ""
+    conflicts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """One schedule of a joint program and what it costs.
+
+    Bytes are above the static base (parameters, buffers, inputs), gradients included.
+    ``forward_peak`` and ``backward_peak`` are the peaks of the two halves, ``retained`` what stays
+    alive between them, ``gradients`` what the backward leaves. ``seconds`` is the time added by
+    recomputation, predicted.
+    """
+
+    schedule: Schedule
+    forward_peak: int
+    backward_peak: int
+    retained: int
+    gradients: int
+    seconds: float
+    flops: int = 0
+    label: str = ""
+
+    @property
+    def peak_bytes(self) -> int:
+        return max(self.forward_peak, self.backward_peak)
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """A whole curve of choices, least peak first, each faster than the one before.
+
+    ``floor_bytes`` is a proven lower bound on the peak of any schedule of the program;
+    ``seconds_bound(budget)`` a proven lower bound on the added seconds of any that fits.
+    """
+
+    pass_id: str
+    points: tuple[FrontierPoint, ...]
+    floor_bytes: int = 0
+    seconds_bound: Callable[[int], float] = lambda budget: 0.0
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A place where a rule matched ``matched`` of ``total`` nodes and then failed."""
+
+    rule: str
+    at: str
+    matched: int
+    total: int
+    reason: Reason
+
+
+@dataclass(frozen=True)
+class Declined:
+    """A candidate that the planner did not choose, and why."""
+
+    candidate: str
+    why: str

@@ -1,0 +1,33 @@
+"""What the cost model knows of a device: a record, filled from data or by calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+__all__ = ["DeviceSpec"]
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """Ceilings of one device. Rates are per second, memory in bytes, times in seconds.
+
+    ``matmul_flops`` and ``vector_flops`` map a torch dtype name (``"bfloat16"``) to FLOP/s; a
+    dtype that is missing falls back to ``"float32"``. ``allocation_granularity`` is what the
+    allocator rounds each storage up to. ``workspace_bytes`` is what libraries hold from the
+    same allocator for a whole run (cuBLAS on CUDA). ``source`` names where the figures are from.
+    """
+
+    name: str
+    kind: str
+    memory_bytes: int
+    copy_bytes_per_second: float
+    read_bytes_per_second: float
+    matmul_flops: Mapping[str, float]
+    vector_flops: Mapping[str, float]
+    launch_seconds: float
+    host_link_bytes_per_second: float
+    allocation_granularity: int = 1
+    workspace_bytes: int = 0
+    source: str = ""
+    aliases: tuple[str, ...] = field(default=())

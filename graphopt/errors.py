@@ -1,0 +1,123 @@
+"""Typed errors: each names the culprit, what was expected and the nearest valid choice."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from typing import ClassVar
+
+__all__ = [
+    "BudgetError",
+    "BudgetSyntaxError",
+    "CaptureError",
+    "GraphoptError",
+    "InputsError",
+    "PassError",
+    "PipelineError",
+    "PluginError",
+    "StalePlanError",
+    "TargetError",
+    "UnknownNameError",
+    "VerificationError",
+    "nearest",
+]
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name closest to ``name``, or ``None`` where nothing is close."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return close[0] if close else None
+
+
+class GraphoptError(Exception):
+    """Base of every error that graphopt raises on purpose.
+
+    ``code`` is stable and greppable; ``hint`` says what to do next, or is empty.
+    """
+
+    code: ClassVar[str] = "error"
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        self.message = message
+        self.hint = hint
+        super().__init__(f"{message}\n  hint: {hint}" if hint else message)
+
+
+class BudgetSyntaxError(GraphoptError, ValueError):
+    """A budget that does not parse, such as ``"8 gigs"``."""
+
+    code = "budget-syntax"
+
+
+class BudgetError(GraphoptError):
+    """No allowed plan fits the budget; ``least_bytes`` is the least peak that would."""
+
+    code = "budget"
+
+    def __init__(self, message: str, *, least_bytes: int, budget_bytes: int, hint: str = "") -> None:
+        self.least_bytes = least_bytes
+        self.budget_bytes = budget_bytes
+        super().__init__(message, hint=hint)
+
+
+class InputsError(GraphoptError, TypeError):
+    """Example inputs that do not fit the model's call signature."""
+
+    code = "inputs"
+
+
+class CaptureError(GraphoptError):
+    """A model that could not be captured (raised with ``on_error="raise"`` only)."""
+
+    code = "capture"
+
+
+class PassError(GraphoptError):
+    """A pass that raised, proposed nonsense or could not be applied."""
+
+    code = "pass"
+
+
+class PipelineError(GraphoptError, ValueError):
+    """A pipeline whose order cannot be satisfied, or a malformed description of one."""
+
+    code = "pipeline"
+
+
+class PluginError(GraphoptError):
+    """A plugin that could not be loaded or returned what the hook does not allow."""
+
+    code = "plugin"
+
+
+class StalePlanError(GraphoptError):
+    """A stored plan that was made for another graph, version or device."""
+
+    code = "stale-plan"
+
+
+class TargetError(GraphoptError):
+    """A command-line target that names no model."""
+
+    code = "target"
+
+
+class VerificationError(GraphoptError):
+    """A rewritten program that failed a structural or numerical check."""
+
+    code = "verify"
+
+
+class UnknownNameError(GraphoptError, LookupError):
+    """A name that nothing is registered under; the message gives the nearest known one."""
+
+    code = "unknown-name"
+
+    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+        self.kind, self.name, self.known = kind, name, tuple(sorted(known))
+        close = nearest(name, self.known)
+        listing = ", ".join(self.known) or "none"
+        super().__init__(
+            f"unknown {kind} {name!r}" + (f"; did you mean {close!r}?" if close else ""),
+            hint=f"known {kind}s: {listing}",
+        )

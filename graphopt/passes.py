@@ -1,0 +1,78 @@
+"""The pass protocol: a pass is a value that looks at a program and proposes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from graphopt.candidate import Candidate, Declined, Frontier, NearMiss
+from graphopt.cost import CostModel
+from graphopt.errors import UnknownNameError
+from graphopt.program import Level, Program
+
+__all__ = ["Pass", "PassContext", "Proposal", "pass_options", "pass_text"]
+
+Proposal = Candidate | Frontier | NearMiss | Declined
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may know besides the program.
+
+    ``mode`` is ``"train"`` or ``"infer"``; ``emit`` is the code generator that the program is for;
+    ``budget_bytes`` the resolved budget, ``None`` without one.
+    """
+
+    cost: CostModel
+    mode: str
+    emit: str = "eager"
+    budget_bytes: int | None = None
+    allow: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes: subclass as a frozen dataclass whose fields are the options.
+
+    A pass keeps no state between runs. ``name`` is kebab-case and unique per plugin.
+    ``after``/``before`` map other passes' names to the reason for the order; they constrain only
+    passes that are present. ``needs``/``keeps`` are program properties. A pass with ``exact``
+    false runs only when ``allow`` names it.
+    """
+
+    name: ClassVar[str]
+    level: ClassVar[Level]
+    summary: ClassVar[str] = ""
+    needs: ClassVar[frozenset[str]] = frozenset()
+    keeps: ClassVar[frozenset[str]] = frozenset()
+    after: ClassVar[dict[str, str]] = {}
+    before: ClassVar[dict[str, str]] = {}
+    exact: ClassVar[bool] = True
+    mandatory: ClassVar[bool] = False
+
+    def propose(self, program: Program, ctx: PassContext) -> Iterable[Proposal]:
+        """Yield what could be done to ``program``; never change it here."""
+        raise NotImplementedError(f"{type(self).__name__} does not define propose()")
+
+    @classmethod
+    def configured(cls, **options: Any) -> Pass:
+        """The pass with the given options; raises ``UnknownNameError`` for an unknown one."""
+        known = pass_options(cls)
+        for option in options:
+            if option not in known:
+                raise UnknownNameError(f"option of pass {cls.name}", option, known)
+        return cls(**options)
+
+
+def pass_options(cls: type[Pass]) -> dict[str, Any]:
+    """Option names and their defaults."""
+    return {f.name: f.default for f in fields(cls)}
+
+
+def pass_text(instance: Pass) -> str:
+    """``insert-checkpoints{effort=2}``: the one spelling of a configured pass."""
+    set_options = [
+        f"{f.name}={getattr(instance, f.name)}" for f in fields(instance) if getattr(instance, f.name) != f.default
+    ]
+    return instance.name + (f"{{{','.join(set_options)}}}" if set_options else "")
