@@ -1,0 +1,35 @@
+# Each target makes its own virtual environment from the pinned constraints, once.
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.graphopt-installed
+PYTHON ?= $(firstword $(shell command -v python3.11) $(shell command -v python3.12) python3)
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all lint benchmarks
+
+help: ## what can be made
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+
+demo: $(STAMP) ## train a small Llama in about half of its memory
+	$(BIN)/python examples/demo.py --out demo-out
+
+test: lint ## the quick suite
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+
+test-all: lint ## every test that this machine can run
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## formatting, types and layers
+	$(BIN)/ruff check .
+	$(BIN)/mypy --strict
+	$(BIN)/lint-imports --no-logo
+
+benchmarks: $(STAMP) ## the figures of docs/benchmarks.md
+	$(BIN)/python -m benchmarks
+
+# The stamp stands for "these two files are installed"; touching either installs again.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@

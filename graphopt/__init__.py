@@ -1,0 +1,137 @@
+"""graphopt: give it a PyTorch model and a byte budget; get the fastest program that fits.
+
+    import graphopt
+
+    fast = graphopt.optimize(model, budget="8GiB")
+    fast(**batch).loss.backward()
+    print(fast.report)
+
+Names are loaded on first use, so that ``import graphopt`` costs nothing and does not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graphopt.api import optimize, pareto, plan
+    from graphopt.budget import Budget
+    from graphopt.candidate import Candidate, CostDelta, Declined, Frontier, FrontierPoint, NearMiss, Reason
+    from graphopt.device import DeviceSpec
+    from graphopt.errors import (
+        BudgetError,
+        BudgetSyntaxError,
+        CaptureError,
+        GraphoptError,
+        InputsError,
+        PassError,
+        PipelineError,
+        PluginError,
+        StalePlanError,
+        TargetError,
+        UnknownNameError,
+        VerificationError,
+    )
+    from graphopt.optimized import Measurement, Optimized
+    from graphopt.passes import Pass, PassContext
+    from graphopt.pipeline import Pipeline
+    from graphopt.plan import Plan
+    from graphopt.plugins import hookimpl
+    from graphopt.program import Level, Program
+    from graphopt.report import Report
+    from graphopt.schedule import Schedule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Budget",
+    "BudgetError",
+    "BudgetSyntaxError",
+    "Candidate",
+    "CaptureError",
+    "CostDelta",
+    "Declined",
+    "DeviceSpec",
+    "Frontier",
+    "FrontierPoint",
+    "GraphoptError",
+    "InputsError",
+    "Level",
+    "Measurement",
+    "NearMiss",
+    "Optimized",
+    "Pass",
+    "PassContext",
+    "PassError",
+    "Pipeline",
+    "PipelineError",
+    "Plan",
+    "PluginError",
+    "Program",
+    "Reason",
+    "Report",
+    "Schedule",
+    "StalePlanError",
+    "TargetError",
+    "UnknownNameError",
+    "VerificationError",
+    "__version__",
+    "hookimpl",
+    "optimize",
+    "pareto",
+    "plan",
+]
+
+_HOME = {
+    "graphopt.api": ("optimize", "pareto", "plan"),
+    "graphopt.budget": ("Budget",),
+    "graphopt.candidate": (
+        "Candidate",
+        "CostDelta",
+        "Declined",
+        "Frontier",
+        "FrontierPoint",
+        "NearMiss",
+        "Reason",
+    ),
+    "graphopt.device": ("DeviceSpec",),
+    "graphopt.errors": (
+        "BudgetError",
+        "BudgetSyntaxError",
+        "CaptureError",
+        "GraphoptError",
+        "InputsError",
+        "PassError",
+        "PipelineError",
+        "PluginError",
+        "StalePlanError",
+        "TargetError",
+        "UnknownNameError",
+        "VerificationError",
+    ),
+    "graphopt.optimized": ("Measurement", "Optimized"),
+    "graphopt.passes": ("Pass", "PassContext"),
+    "graphopt.pipeline": ("Pipeline",),
+    "graphopt.plan": ("Plan",),
+    "graphopt.plugins": ("hookimpl",),
+    "graphopt.program": ("Level", "Program"),
+    "graphopt.report": ("Report",),
+    "graphopt.schedule": ("Schedule",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module 'graphopt' has no attribute {name!r}")
+    value = getattr(importlib.import_module(module), name)
+    # Stored after the import: importing the submodule graphopt.plan binds `plan` to the module,
+    # and the public name is the function.
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
