@@ -117,7 +117,8 @@ class Plan:
                 return choice
         names = [choice.program for choice in self.choices]
         raise StalePlanError(
-            f"the plan has no program {program!r}; it has {_listing(names)}", hint=_nearest_hint(program, names)
+            f"the plan has no program {program!r}; it has {_listing(names)}",
+            hint=_nearest_hint(program, names),
         )
 
     def check(self, fingerprints: Mapping[str, str]) -> None:
@@ -143,7 +144,8 @@ class Plan:
         for program in fingerprints:
             if program not in names:
                 raise StalePlanError(
-                    f"the captured model has program {program!r}, which the plan lacks: it has {_listing(names)}",
+                    f"the captured model has program {program!r}, which the plan lacks: "
+                    f"it has {_listing(names)}",
                     hint=_REPLAN,
                 )
 
