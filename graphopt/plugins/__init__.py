@@ -1,0 +1,28 @@
+"""Plugins: what one may add, and the host that loads, checks and isolates them."""
+
+from __future__ import annotations
+
+from graphopt.plugins.hookspecs import API_VERSION, GROUP, hookimpl
+from graphopt.plugins.host import PluginHost, default_host
+from graphopt.plugins.records import (
+    Command,
+    CostModelFactory,
+    DumpFormat,
+    KernelSpec,
+    PluginRecord,
+    Registered,
+)
+
+__all__ = [
+    "API_VERSION",
+    "GROUP",
+    "Command",
+    "CostModelFactory",
+    "DumpFormat",
+    "KernelSpec",
+    "PluginHost",
+    "PluginRecord",
+    "Registered",
+    "default_host",
+    "hookimpl",
+]

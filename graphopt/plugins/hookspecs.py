@@ -1,0 +1,90 @@
+"""The hooks that a plugin may implement.
+
+Registration hooks return records; a hook never changes a registry itself. Observers return
+nothing and see the program read-only. A plugin is a module or an object with ``graphopt_api = 1``
+and functions marked ``@graphopt.hookimpl``::
+
+    import graphopt
+
+    graphopt_api = 1
+
+    @graphopt.hookimpl
+    def graphopt_passes():
+        return ["acme_passes.fuse_moe:FuseMoE"]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib.resources.abc import Traversable
+from typing import TYPE_CHECKING
+
+import pluggy
+
+from graphopt.plugins.records import Command, CostModelFactory, DumpFormat, KernelSpec
+
+if TYPE_CHECKING:
+    from graphopt.device import DeviceSpec
+    from graphopt.passes import Pass, PassContext, Proposal
+    from graphopt.program import Program
+
+__all__ = ["API_VERSION", "GROUP", "HookSpecs", "hookimpl"]
+
+GROUP = "graphopt.plugins"
+"""The entry-point group that plugins register under."""
+
+API_VERSION = 1
+"""What ``graphopt_api`` of a plugin must equal; raised when a hook changes incompatibly."""
+
+hookimpl = pluggy.HookimplMarker("graphopt")
+_hookspec = pluggy.HookspecMarker("graphopt")
+
+
+class HookSpecs:
+    """Signatures and meanings; never instantiated."""
+
+    # --- what a program may be turned into -------------------------------------------------
+
+    @_hookspec
+    def graphopt_passes(self) -> Iterable[type[Pass] | str]:  # type: ignore[empty-body]
+        """Pass classes, or ``"package.module:Class"`` to import one when it is first needed."""
+
+    @_hookspec
+    def graphopt_kernels(self) -> Iterable[KernelSpec]:  # type: ignore[empty-body]
+        """Kernels, each with its reference and the reasons why it would not apply."""
+
+    @_hookspec
+    def graphopt_pipelines(self) -> Mapping[str, Traversable]:  # type: ignore[empty-body]
+        """Named pipelines: files in the YAML form of ``graphopt.pipeline``."""
+
+    # --- what things cost ------------------------------------------------------------------
+
+    @_hookspec
+    def graphopt_cost_models(self) -> Iterable[CostModelFactory]:  # type: ignore[empty-body]
+        """Cost models by name."""
+
+    @_hookspec
+    def graphopt_devices(self) -> Iterable[DeviceSpec]:  # type: ignore[empty-body]
+        """Devices that a plan can be made for."""
+
+    # --- what a person sees ----------------------------------------------------------------
+
+    @_hookspec
+    def graphopt_formats(self) -> Iterable[DumpFormat]:  # type: ignore[empty-body]
+        """Formats of ``graphopt dump``."""
+
+    @_hookspec
+    def graphopt_commands(self) -> Iterable[Command]:  # type: ignore[empty-body]
+        """Verbs of the command line."""
+
+    # --- observers -------------------------------------------------------------------------
+
+    @_hookspec
+    def graphopt_before_pass(self, ctx: PassContext, step: Pass, program: Program) -> None:
+        """A pass is about to look at a program."""
+
+    @_hookspec
+    def graphopt_after_pass(
+        self, ctx: PassContext, step: Pass, program: Program, proposals: tuple[Proposal, ...]
+    ) -> None:
+        """A pass has looked at a program; ``proposals`` is all that it yielded."""

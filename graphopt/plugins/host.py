@@ -1,0 +1,217 @@
+"""The plugin host: asks plugins for records, checks and attributes them, and survives them."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from importlib.metadata import EntryPoint
+from importlib.resources.abc import Traversable
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+from graphopt.errors import PluginError, UnknownNameError
+from graphopt.plugins.hookspecs import GROUP
+from graphopt.plugins.loading import GUARDED, LoadedPlugin, describe_error, load_plugins
+from graphopt.plugins.records import (
+    Command,
+    CostModelFactory,
+    DumpFormat,
+    KernelSpec,
+    PluginRecord,
+    Registered,
+)
+from graphopt.plugins.returned import read_passes, read_pipelines, read_records
+
+if TYPE_CHECKING:
+    from graphopt.device import DeviceSpec
+    from graphopt.passes import Pass, PassContext, Proposal
+    from graphopt.program import Program
+
+__all__ = ["PluginHost", "default_host"]
+
+T = TypeVar("T")
+_Reader = Callable[[object], Iterator[tuple[str, T]]]
+
+
+class PluginHost:
+    """Plugins of the entry-point group ``graphopt.plugins`` and those given inline.
+
+    Nothing is imported before the first question, and each hook is asked once. A plugin that
+    cannot be imported, speaks another ``graphopt_api``, raises, or returns what its hook does not
+    allow is recorded (``records()``) and the rest goes on; a hook counts whole or not at all.
+
+    ``disabled`` defaults to the names in ``GRAPHOPT_DISABLE_PLUGINS`` (comma-separated, or
+    ``all``); ``strict`` to ``GRAPHOPT_STRICT_PLUGINS=1``, which turns every such record into a
+    ``PluginError``. An inline plugin that is no plugin raises either way: the caller named it.
+    """
+
+    def __init__(
+        self,
+        plugins: Sequence[object] = (),
+        *,
+        entry_points: Iterable[EntryPoint] | None = None,
+        disabled: Iterable[str] | None = None,
+        strict: bool | None = None,
+    ) -> None:
+        self._inline = tuple(plugins)
+        self._entry_points = None if entry_points is None else tuple(entry_points)
+        named = os.environ.get("GRAPHOPT_DISABLE_PLUGINS", "").split(",") if disabled is None else disabled
+        self._disabled = frozenset(name.strip() for name in named if name.strip())
+        self._strict = os.environ.get("GRAPHOPT_STRICT_PLUGINS") == "1" if strict is None else strict
+        self._registries: dict[str, Mapping[str, Registered[Any]]] = {}
+
+    # --- what is registered ----------------------------------------------------------------
+
+    def passes(self) -> Mapping[str, type[Pass]]:
+        """Pass classes by name."""
+        return self._values("graphopt_passes", read_passes, "pass")
+
+    def kernels(self) -> Mapping[str, KernelSpec]:
+        """Kernels by name."""
+        return self._values("graphopt_kernels", read_records(KernelSpec), "kernel")
+
+    def pipelines(self) -> Mapping[str, Traversable]:
+        """Files of named pipelines."""
+        return self._values("graphopt_pipelines", read_pipelines, "pipeline")
+
+    def cost_models(self) -> Mapping[str, CostModelFactory]:
+        """Cost models by name."""
+        return self._values("graphopt_cost_models", read_records(CostModelFactory), "cost model")
+
+    def devices(self) -> Mapping[str, DeviceSpec]:
+        """Devices by name; ``device`` also knows their aliases."""
+        from graphopt.device import DeviceSpec
+
+        return self._values("graphopt_devices", read_records(DeviceSpec), "device")
+
+    def formats(self) -> Mapping[str, DumpFormat]:
+        """Dump formats by name."""
+        return self._values("graphopt_formats", read_records(DumpFormat), "dump format")
+
+    def commands(self) -> Mapping[str, Command]:
+        """Verbs that plugins add to the command line."""
+        return self._values("graphopt_commands", read_records(Command), "command")
+
+    # --- by name ---------------------------------------------------------------------------
+
+    def pass_class(self, name: str) -> type[Pass]:
+        """The pass ``"fuse-moe"``, also spelled ``"acme/fuse-moe"`` with its plugin's name."""
+        plugin, slash, bare = name.rpartition("/")
+        found = self.passes().get(bare)
+        if found is not None and (not slash or self.owner("graphopt_passes", bare).plugin == plugin):
+            return found
+        raise UnknownNameError("pass", name, self.passes())
+
+    def device(self, name: str) -> DeviceSpec:
+        """The device of that name or alias, in any case; raises ``UnknownNameError``."""
+        wanted = name.lower()
+        for spec in self.devices().values():
+            if wanted in (spec.name.lower(), *(alias.lower() for alias in spec.aliases)):
+                return spec
+        raise UnknownNameError("device", name, self.devices())
+
+    def cost_model(self, name: str) -> CostModelFactory:
+        """The cost model of that name; raises ``UnknownNameError``."""
+        try:
+            return self.cost_models()[name]
+        except KeyError:
+            raise UnknownNameError("cost model", name, self.cost_models()) from None
+
+    def owner(self, hook: str, name: str) -> Registered[Any]:
+        """Who registered ``name``, after the facade method of ``hook`` was called once."""
+        return self._registries[hook][name]
+
+    # --- the plugins themselves ------------------------------------------------------------
+
+    def records(self) -> tuple[PluginRecord, ...]:
+        """Every plugin as it stands now; hooks that were not asked yet may still fail."""
+        return tuple(plugin.record() for plugin in self._plugins)
+
+    def check(self) -> tuple[PluginRecord, ...]:
+        """Ask every registration hook, then ``records()``."""
+        for ask in (
+            self.passes,
+            self.kernels,
+            self.pipelines,
+            self.cost_models,
+            self.devices,
+            self.formats,
+            self.commands,
+        ):
+            ask()
+        return self.records()
+
+    # --- observers -------------------------------------------------------------------------
+
+    def notify_before(self, ctx: PassContext, step: Pass, program: Program) -> None:
+        """Tell observers that ``step`` is about to look at ``program``."""
+        self._notify("graphopt_before_pass", ctx=ctx, step=step, program=program)
+
+    def notify_after(
+        self, ctx: PassContext, step: Pass, program: Program, proposals: Iterable[Proposal] = ()
+    ) -> None:
+        """Tell observers what ``step`` yielded. One that raises is recorded and not told again."""
+        self._notify("graphopt_after_pass", ctx=ctx, step=step, program=program, proposals=tuple(proposals))
+
+    # --- inside ----------------------------------------------------------------------------
+
+    @functools.cached_property
+    def _plugins(self) -> list[LoadedPlugin]:
+        found = self._entry_points
+        if found is None:
+            found = tuple(importlib.metadata.entry_points(group=GROUP))
+        return load_plugins(found, self._inline, self._disabled, strict=self._strict)
+
+    def _values(self, hook: str, read: _Reader[T], kind: str) -> Mapping[str, T]:
+        if hook not in self._registries:
+            self._registries[hook] = MappingProxyType(self._ask(hook, read, kind))
+        registry = cast("Mapping[str, Registered[T]]", self._registries[hook])
+        return {name: registered.value for name, registered in registry.items()}
+
+    def _ask(self, hook: str, read: _Reader[T], kind: str) -> dict[str, Registered[T]]:
+        registry: dict[str, Registered[T]] = {}
+        for plugin in self._plugins:
+            if hook not in plugin.hooks:
+                continue
+            try:
+                new: dict[str, Registered[T]] = {}
+                for name, value in read(plugin.call(hook)):
+                    first = registry.get(name) or new.get(name)
+                    if first is not None:
+                        raise PluginError(
+                            f"{kind} {name!r} is registered twice: by {first.plugin!r} of "
+                            f"{first.distribution} and by {plugin}"
+                        )
+                    new[name] = Registered(value, plugin.name, plugin.distribution)
+            except GUARDED as error:
+                self._fail(plugin, hook, error)
+            else:
+                registry.update(new)
+        return registry
+
+    def _notify(self, hook: str, **arguments: Any) -> None:
+        for plugin in self._plugins:
+            if hook in plugin.hooks and hook not in plugin.silenced:
+                try:
+                    plugin.call(hook, **arguments)
+                except GUARDED as error:
+                    plugin.silenced.add(hook)
+                    self._fail(plugin, hook, error)
+
+    def _fail(self, plugin: LoadedPlugin, hook: str, error: BaseException) -> None:
+        if isinstance(error, PluginError):
+            what = f"{hook}: {error.message}"
+        else:
+            what = f"{hook} raised {describe_error(error)}"
+        plugin.status = "failed"
+        plugin.error = f"{plugin.error}; {what}" if plugin.error else what
+        if self._strict:
+            raise PluginError(f"plugin {plugin} failed: {what}") from error
+
+
+@functools.cache
+def default_host() -> PluginHost:
+    """The installed plugins, loaded once per process on first use."""
+    return PluginHost()

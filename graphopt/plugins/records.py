@@ -1,0 +1,96 @@
+"""What plugins hand over, and what the host says about them: frozen records, no behaviour.
+
+Nothing here imports torch: a plugin that only adds a command stays cheap to load.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any, Generic, Literal, TypeVar
+
+if TYPE_CHECKING:
+    import click
+
+    from graphopt.candidate import Reason
+    from graphopt.cost import CostModel
+    from graphopt.device import DeviceSpec
+    from graphopt.program import Program
+
+__all__ = ["Command", "CostModelFactory", "DumpFormat", "KernelSpec", "PluginRecord", "Registered", "Status"]
+
+Status = Literal["active", "disabled", "failed", "incompatible"]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PluginRecord:
+    """One plugin and how it fared.
+
+    ``hooks`` are the hooks that it implements. A ``failed`` plugin has ``error``; hooks of it that
+    did not fail still count. ``disabled`` and ``incompatible`` plugins contribute nothing.
+    """
+
+    name: str
+    distribution: str
+    version: str
+    status: Status
+    error: str = ""
+    hooks: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        source = f"{self.distribution} {self.version}".strip()
+        return f"{self.name} ({source}): {self.status}" + (f": {self.error}" if self.error else "")
+
+
+@dataclass(frozen=True)
+class Registered(Generic[T]):
+    """What a hook returned, with who returned it; errors and listings name both."""
+
+    value: T
+    plugin: str
+    distribution: str
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """A kernel: the custom op that runs it, its ATen reference and where it applies.
+
+    ``op`` is the qualified name of a ``torch.library`` op (``"graphopt::rms_norm"``).
+    ``reference`` computes the same from the same arguments with ATen ops. ``supports`` takes those
+    arguments and returns ``None`` or why the kernel does not take them.
+    """
+
+    name: str
+    op: str
+    reference: Callable[..., Any]
+    supports: Callable[..., Reason | None]
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class CostModelFactory:
+    """A cost model by name: ``build(device)`` returns one for that device."""
+
+    name: str
+    build: Callable[[DeviceSpec], CostModel]
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class DumpFormat:
+    """A way to write a program: ``write(program, stream)``; ``suffix`` is the file's (``".dot"``)."""
+
+    name: str
+    suffix: str
+    write: Callable[[Program, IO[str]], None]
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A verb of the command line. ``load`` returns the click command, only when it is asked for."""
+
+    name: str
+    summary: str
+    load: Callable[[], click.Command]

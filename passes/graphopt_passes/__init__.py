@@ -1,0 +1,1 @@
+"""The passes that ship with graphopt. They register through ``graphopt_passes.plugin``."""

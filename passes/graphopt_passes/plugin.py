@@ -1,0 +1,24 @@
+"""What graphopt's own passes register: the passes and the preset pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
+from importlib.resources.abc import Traversable
+
+from graphopt.plugins import hookimpl
+
+__all__ = ["graphopt_api", "graphopt_passes", "graphopt_pipelines"]
+
+graphopt_api = 1
+
+
+@hookimpl
+def graphopt_passes() -> Iterable[str]:
+    return ["graphopt_passes.insert_checkpoints:InsertCheckpoints"]
+
+
+@hookimpl
+def graphopt_pipelines() -> Mapping[str, Traversable]:
+    presets = (files("graphopt_passes") / "presets").iterdir()
+    return {preset.name.removesuffix(".yaml"): preset for preset in presets if preset.name.endswith(".yaml")}
