@@ -12,10 +12,12 @@ __all__ = [
     "CaptureError",
     "GraphoptError",
     "InputsError",
+    "LoweringError",
     "PassError",
     "PipelineError",
     "PluginError",
     "StalePlanError",
+    "StaleReportError",
     "TargetError",
     "UnknownNameError",
     "VerificationError",
@@ -72,6 +74,12 @@ class CaptureError(GraphoptError):
     code = "capture"
 
 
+class LoweringError(GraphoptError):
+    """Generated code that cannot be read, or that does not fit its graph."""
+
+    code = "lowering"
+
+
 class PassError(GraphoptError):
     """A pass that raised, proposed nonsense or could not be applied."""
 
@@ -94,6 +102,12 @@ class StalePlanError(GraphoptError):
     """A stored plan that was made for another graph, version or device."""
 
     code = "stale-plan"
+
+
+class StaleReportError(GraphoptError):
+    """A stored report of another version, or a file that holds no report."""
+
+    code = "stale-report"
 
 
 class TargetError(GraphoptError):

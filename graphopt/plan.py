@@ -67,9 +67,9 @@ class Choice:
         parts = [f"{self.program} [{self.fingerprint}] {self.pass_id}"]
         if self.label:
             parts.append(f"({self.label})")
-        text = " ".join(parts) + f": saves {_count(len(self.saved), 'value')} ({format_bytes(kept)})"
+        text = " ".join(parts) + f": saves {count_text(len(self.saved), 'value')} ({format_bytes(kept)})"
         if self.recomputed:
-            text += f", runs {_count(len(self.recomputed), 'node')} again"
+            text += f", runs {count_text(len(self.recomputed), 'node')} again"
         return text + f", adds {format_seconds(self.seconds)}"
 
 
@@ -214,7 +214,8 @@ def _cost_row(name: str, cost: Cost) -> tuple[str, str, str, str]:
     return name, format_bytes(cost.peak_bytes), format_bytes(cost.weight_bytes), format_seconds(cost.seconds)
 
 
-def _count(count: int, noun: str) -> str:
+def count_text(count: int, noun: str) -> str:
+    """``(2, "node")`` -> ``"2 nodes"``."""
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 

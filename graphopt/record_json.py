@@ -6,7 +6,7 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 __all__ = ["RecordFormatError", "decode", "encode"]
 
@@ -60,6 +60,11 @@ def _value(hint: Any, data: Any, where: str) -> Any:
         if data is None and type(None) in args:
             return None
         return _value(next(arg for arg in args if arg is not type(None)), data, where)
+    if origin is Literal:
+        if data not in args:
+            allowed = ", ".join(map(repr, args))
+            raise RecordFormatError(f"{where}: expected one of {allowed}, got {_kind(data)}")
+        return data
     if origin is tuple:
         if not isinstance(data, (list, tuple)):
             raise RecordFormatError(f"{where}: expected a list, got {_kind(data)}")

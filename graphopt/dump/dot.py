@@ -32,7 +32,7 @@ def program_dot(program: Program) -> str:
     for index, output in enumerate(listing.outputs):
         label = f"{output.role} {output.note}".rstrip()
         lines.append(f'  "output {index}" [label={_quoted(label)}, style="filled", fillcolor="#e4f1e1"];')
-        lines.append(f"  {_quoted(output.name)} -> \"output {index}\";")
+        lines.append(f'  {_quoted(output.name)} -> "output {index}";')
     lines += list(_edges(listing))
     return "\n".join([*lines, "}"]) + "\n"
 

@@ -1,0 +1,117 @@
+"""Report: what a step was predicted to take and took, what was changed for it, and why not more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from graphopt.cost import Cost
+from graphopt.errors import StaleReportError
+from graphopt.plan import Plan
+from graphopt.plugins.records import PluginRecord
+from graphopt.record_json import RecordFormatError, decode, encode
+
+__all__ = ["REPORT_VERSION", "Environment", "PassRecord", "PassStatus", "ProgramSummary", "Report"]
+
+REPORT_VERSION = "graphopt/report@1"
+
+PassStatus = Literal["applied", "no-op", "skipped", "rolled-back", "failed", "disabled"]
+
+
+@dataclass(frozen=True)
+class Environment:
+    """What ran: versions, and the name of the device that costs were predicted for."""
+
+    torch: str
+    python: str
+    graphopt: str
+    device: str
+
+
+@dataclass(frozen=True)
+class ProgramSummary:
+    """One program of the model: ``mode`` is ``"train"`` or ``"infer"``, sizes are in nodes.
+
+    A level that the program did not pass through has no nodes.
+    """
+
+    name: str
+    mode: str
+    nodes_semantic: int = 0
+    nodes_joint: int = 0
+    nodes_forward: int = 0
+    nodes_backward: int = 0
+
+
+@dataclass(frozen=True)
+class PassRecord:
+    """One run of one pass: ``reason`` says why it did what ``status`` tells, ``options`` how it was set.
+
+    ``id`` is the pass's in its pipeline, ``plugin`` who provides it, ``seconds`` how long it ran.
+    """
+
+    id: str
+    plugin: str
+    status: PassStatus
+    reason: str = ""
+    options: str = ""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Report:
+    """Predicted and measured cost of one training or inference step, change by change.
+
+    ``baseline`` is the step without rewrites, ``predicted`` with them, ``measured`` what running
+    it showed (``None`` before it was measured). ``budget`` is the bound on the peak in bytes.
+    ``print(report)`` shows a table; ``to_json`` and ``from_json`` keep all of it.
+    """
+
+    environment: Environment
+    baseline: Cost
+    predicted: Cost
+    budget: int | None = None
+    measured: Cost | None = None
+    plan: Plan | None = None
+    plugins: tuple[PluginRecord, ...] = ()
+    programs: tuple[ProgramSummary, ...] = ()
+    steps: tuple[PassRecord, ...] = ()
+    diagnostics: tuple[str, ...] = ()
+    schema_version: str = field(default=REPORT_VERSION, init=False)
+
+    def with_measured(self, measured: Cost) -> Report:
+        """This report with what a run of the step showed."""
+        return replace(self, measured=measured)
+
+    def __str__(self) -> str:
+        from graphopt.report_table import report_text
+
+        return report_text(self)
+
+    def _repr_html_(self) -> str:
+        from graphopt.report_html import report_html
+
+        return report_html(self)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, versioned under ``"schema"``; a stored plan is under ``"plan"``."""
+        body = encode(replace(self, plan=None))
+        return {"schema": self.schema_version, **body, "plan": self.plan.to_json() if self.plan else None}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Report:
+        """What ``to_json`` wrote. Raises ``StaleReportError`` for another version or shape, and
+        ``StalePlanError`` for a plan in it of another version or shape."""
+        if not isinstance(data, Mapping) or "schema" not in data:
+            raise StaleReportError(f"not a report: expected an object with schema {REPORT_VERSION!r}")
+        if data["schema"] != REPORT_VERSION:
+            raise StaleReportError(
+                f"the report has schema {data['schema']!r}, this graphopt reads {REPORT_VERSION!r}"
+            )
+        plan = Plan.from_json(data["plan"]) if data.get("plan") is not None else None
+        body = {key: value for key, value in data.items() if key != "schema"}
+        try:
+            return replace(decode(cls, {**body, "plan": None}, where="report"), plan=plan)
+        except RecordFormatError as error:
+            raise StaleReportError(f"malformed report: {error}") from error

@@ -1,0 +1,144 @@
+"""A report as a table for the terminal: about twenty lines, the same wherever it is printed."""
+
+from __future__ import annotations
+
+import io
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from graphopt.budget import format_bytes
+from graphopt.cost import Cost
+from graphopt.duration import format_seconds
+from graphopt.plan import Plan, count_text, gap_text
+from graphopt.price import PriceGroup, price_groups
+from graphopt.report import Report
+
+__all__ = ["GROUPS_SHOWN", "cost_rows", "headline", "plan_lines", "report_renderable", "report_text"]
+
+GROUPS_SHOWN = 6
+_WIDTH = 100
+
+
+def report_text(report: Report) -> str:
+    """The table as plain text, 100 columns, without colours."""
+    stream = io.StringIO()
+    # In a notebook rich would display the table instead of writing it to the stream.
+    console = Console(file=stream, width=_WIDTH, color_system=None, force_jupyter=False)
+    console.print(report_renderable(report))
+    return "\n".join(line.rstrip() for line in stream.getvalue().rstrip().splitlines())
+
+
+def report_renderable(report: Report) -> RenderableType:
+    """The same for a rich console, with styles."""
+    parts: list[RenderableType] = [Text(headline(report), style="bold"), _costs(report)]
+    if report.plan is not None:
+        parts += [Text(line) for line in plan_lines(report.plan)]
+        groups = price_groups(report.plan)
+        if groups:
+            parts.append(_prices(groups))
+    if report.steps:
+        parts += [Text("passes", style="bold"), _passes(report)]
+    troubled = [plugin for plugin in report.plugins if plugin.status != "active"]
+    notes = [f"plugin {plugin}" for plugin in troubled] + list(report.diagnostics)
+    if notes:
+        parts.append(Text("notes", style="bold"))
+        parts += [Padding(Text(note), (0, 0, 0, 2)) for note in notes]
+    return Group(*parts)
+
+
+def headline(report: Report) -> str:
+    """What ran where: ``train step on cpu, 2 programs (graphopt 0.1.0, torch 2.13.0, Python 3.11.2)``."""
+    env = report.environment
+    modes = sorted({program.mode for program in report.programs})
+    what = f"{' and '.join(modes)} step" if modes else "step"
+    programs = f", {count_text(len(report.programs), 'program')}" if report.programs else ""
+    versions = f"graphopt {env.graphopt}, torch {env.torch}, Python {env.python}"
+    return f"{what} on {env.device}{programs} ({versions})"
+
+
+def cost_rows(report: Report) -> list[tuple[str, str, str, str, str, str]]:
+    """Name, peak, its share of the baseline's, weights, seconds, and the times of the baseline's."""
+    rows = [_cost_row("baseline", report.baseline, report.baseline)]
+    if report.budget is not None:
+        share = _share(report.budget, report.baseline)
+        rows.append(("budget", format_bytes(report.budget), share, "", "", ""))
+    rows.append(_cost_row("predicted", report.predicted, report.baseline))
+    if report.measured is not None:
+        rows.append(_cost_row("measured", report.measured, report.baseline))
+    return rows
+
+
+def plan_lines(plan: Plan) -> list[str]:
+    """The planner's arithmetic in sentences."""
+    saved = [value for choice in plan.choices for value in choice.saved]
+    again = [item for choice in plan.choices for item in choice.recomputed]
+    added = sum(choice.seconds for choice in plan.choices)
+    lines = [
+        f"planned in {format_seconds(plan.seconds_to_plan)}: no plan within the budget takes less than "
+        f"{format_seconds(plan.lower_bound)} ({gap_text(plan.gap)})",
+        f"saved for the backward: {count_text(len(saved), 'value')}, {format_bytes(sum(v.bytes for v in saved))}",
+    ]
+    if not again:
+        return [*lines, "recomputed: nothing"]
+    size = format_bytes(sum(item.bytes for item in again))
+    return [*lines, f"recomputed: {count_text(len(again), 'node')}, {size}, adds {format_seconds(added)}"]
+
+
+def _cost_row(name: str, cost: Cost, baseline: Cost) -> tuple[str, str, str, str, str, str]:
+    times = ""
+    if cost.seconds is not None and baseline.seconds:
+        times = f"{cost.seconds / baseline.seconds:.2f} x"
+    peak, weights = format_bytes(cost.peak_bytes), format_bytes(cost.weight_bytes)
+    return name, peak, _share(cost.peak_bytes, baseline), weights, format_seconds(cost.seconds), times
+
+
+def _share(peak: int, baseline: Cost) -> str:
+    return f"{100 * peak / baseline.peak_bytes:.1f} %" if baseline.peak_bytes else ""
+
+
+def _costs(report: Report) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    for heading in ("peak", "of baseline", "weights", "time", "of baseline"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in cost_rows(report):
+        table.add_row(*map(Text, row))
+    return table
+
+
+def _prices(groups: tuple[PriceGroup, ...]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("  layer", overflow="ellipsis", no_wrap=True, max_width=42)
+    table.add_column("op", overflow="ellipsis", no_wrap=True, max_width=32)
+    for heading in ("runs", "bytes", "time"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    # One group too many would take the line that says so.
+    shown = groups if len(groups) == GROUPS_SHOWN + 1 else groups[:GROUPS_SHOWN]
+    for group in shown:
+        table.add_row(*map(Text, _price_cells(f"  {group.layer or '-'}", group.op, [group])))
+    rest = groups[len(shown) :]
+    if rest:
+        table.add_row(*map(Text, _price_cells(f"  and {len(rest)} more groups", "", list(rest))))
+    return table
+
+
+def _price_cells(layer: str, op: str, groups: list[PriceGroup]) -> tuple[str, str, str, str, str]:
+    size = format_bytes(sum(group.bytes for group in groups))
+    seconds = format_seconds(sum(group.seconds for group in groups))
+    return layer, op, f"{sum(group.runs for group in groups):,}", size, seconds
+
+
+def _passes(report: Report) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column(overflow="fold")
+    for step in report.steps:
+        name = f"  {step.id}" + (f"{{{step.options}}}" if step.options else "")
+        table.add_row(Text(name), Text(step.status), Text(format_seconds(step.seconds)), Text(step.reason))
+    return table
