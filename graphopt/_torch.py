@@ -4,3 +4,364 @@ Each function is tested on every supported torch version in ``tests/test_private
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._functorch import config as functorch_config
+from torch._functorch import partitioners
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.fx import traceback as fx_traceback
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+
+__all__ = [
+    "capture_context",
+    "extract_halves",
+    "fake_inputs",
+    "functorch_settings",
+    "is_fake",
+    "retrace",
+    "torch_partition",
+]
+
+
+def is_fake(value: object) -> bool:
+    return isinstance(value, FakeTensor)
+
+
+def capture_context() -> TracingContext | None:
+    """Dynamo's tracing context of the compilation under way, to be re-entered later."""
+    return TracingContext.try_get()
+
+
+@contextmanager
+def within(context: TracingContext | None) -> Iterator[None]:
+    """Run under ``context``, as if dynamo's call of the backend were still under way."""
+    with tracing(context):
+        yield
+
+
+def context_fake_mode() -> FakeTensorMode:
+    context = TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:
+        return context.fake_mode
+    return FakeTensorMode(shape_env=torch.fx.experimental.symbolic_shapes.ShapeEnv())
+
+
+def fake_inputs(inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
+    """Inputs as fake tensors of ``mode``; what is fake already, or no tensor, is kept."""
+    return [mode.from_tensor(x) if isinstance(x, torch.Tensor) and not is_fake(x) else x for x in inputs]
+
+
+def retrace(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
+    """Trace dynamo's graph again, above autograd, into ATen with composite operators whole.
+
+    Module provenance and stack traces are kept. Source: the pre-dispatch tracing that
+    ``torch.export`` uses.
+    """
+    mode = context_fake_mode()
+    fakes = fake_inputs(inputs, mode)
+
+    def run(*args: Any) -> Any:
+        with fx_traceback.preserve_node_meta():
+            return fx.Interpreter(gm).run(*args)
+
+    allowed, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
+    try:
+        return make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+    finally:
+        mode.allow_non_fake_inputs = allowed
+
+
+def extract_halves(
+    joint: fx.GraphModule, saved: Sequence[fx.Node], saved_symbols: Sequence[fx.Node], num_outputs: int
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Forward and backward modules of a joint module that hands over exactly ``saved``.
+
+    Handles what AOTAutograd's runtime expects of the hand-over: symbol bindings, values without
+    version counters, opaque objects, random offsets.
+    """
+    return partitioners._extract_fwd_bwd_modules(
+        joint, list(saved), saved_sym_nodes=list(saved_symbols), num_fwd_outputs=num_outputs
+    )
+
+
+def torch_partition(
+    joint: fx.GraphModule, budget: float | None, kwargs: dict[str, Any]
+) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """torch's own partition: min-cut at ``activation_memory_budget=budget``, or, for ``None``,
+    the partition that saves everything (what eager autograd would keep)."""
+    if budget is None:
+        return partitioners.default_partition(joint, None, **kwargs)
+    with functorch_config.patch(activation_memory_budget=budget):
+        return partitioners.min_cut_rematerialization_partition(joint, None, **kwargs)
+
+
+def functorch_settings(**settings: Any) -> Any:
+    return functorch_config.patch(**settings)
+
+
+def joint_compiler(
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    inference: Callable[..., Any],
+    partition: Callable[..., tuple[fx.GraphModule, fx.GraphModule]],
+    decompositions: dict[Any, Any] | None,
+) -> Callable[..., Any]:
+    """A dynamo backend that goes through AOTAutograd with the given compilers and partition."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    return aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=backward,
+        inference_compiler=inference,
+        partition_fn=partition,
+        decompositions=decompositions,
+    )
+
+
+def boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    """Mark ``function(args: list)`` as taking over its argument list, free to empty it."""
+    function._boxed_call = True  # type: ignore[attr-defined]
+    return function
+
+
+def record_allocations(step: Callable[[], object]) -> list[int]:
+    """Signed bytes of every CPU allocation (+) and release (-) that ``step()`` made, in time order."""
+    autograd = torch._C._autograd
+    profiler = torch._C._profiler
+    config = profiler.ProfilerConfig(
+        profiler.ProfilerState.CPU, False, True, False, False, False, profiler._ExperimentalConfig()
+    )
+    autograd._enable_profiler_legacy(config)
+    try:
+        step()
+    finally:
+        threads = autograd._disable_profiler_legacy()
+    origin = next((event for thread in threads for event in thread), None)
+    events = [
+        (origin.cpu_elapsed_us(event), event.cpu_memory_usage())
+        for thread in threads
+        for event in thread
+        if event.kind() == "memory_alloc"
+    ]
+    if len(threads) > 1:
+        events.sort(key=lambda pair: pair[0])
+    return [size for _, size in events]
+
+
+def hint(size: Any) -> int:
+    """The value that a possibly symbolic size had while tracing, without guarding on it."""
+    if isinstance(size, torch.SymInt):
+        value = size.node.hint
+        return int(value) if value is not None else 1
+    return int(size)
+
+
+def describe_joint(gm: fx.GraphModule) -> tuple[list[tuple[str, str, int]], list[tuple[str, str, int]]]:
+    """What AOTAutograd says of a joint graph's inputs and outputs.
+
+    Inputs as (node, role, index): ``input`` with the index of the argument, ``tangent`` with the
+    index of the output, ``other``. Outputs as (node or "", role, index): ``output``, ``mutation``
+    (index of the input written), ``gradient`` (index of the input).
+    """
+    from torch._functorch._aot_autograd import descriptors as d
+
+    def argument(desc: Any) -> int:
+        while not hasattr(desc, "idx"):
+            desc = next((getattr(desc, k) for k in ("base_of", "base", "mutated_input") if hasattr(desc, k)), None)
+            if desc is None:
+                return -1
+        return int(desc.idx)
+
+    inputs = []
+    for node in gm.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        desc = node.meta.get("desc")
+        if isinstance(desc, d.TangentAOTInput):
+            inputs.append((node.name, "tangent", argument(desc.output)))
+        elif isinstance(desc, (d.PlainAOTInput, d.ViewBaseAOTInput)):
+            inputs.append((node.name, "input", argument(desc)))
+        elif node.name.startswith("tangents"):
+            inputs.append((node.name, "tangent", -1))
+        else:
+            inputs.append((node.name, "input" if node.name.startswith("primals") else "other", -1))
+    output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+    values = output.args[0] if isinstance(output.args[0], (tuple, list)) else (output.args[0],)
+    descs = output.meta.get("desc") or [None] * len(values)
+    outputs = []
+    for value, desc in zip(values, descs, strict=False):
+        name = value.name if isinstance(value, fx.Node) else ""
+        if isinstance(desc, d.GradAOTOutput):
+            outputs.append((name, "gradient", argument(desc.grad_of)))
+        elif isinstance(desc, d.InputMutationAOTOutput):
+            outputs.append((name, "mutation", argument(desc.mutated_input)))
+        elif isinstance(desc, d.PlainAOTOutput):
+            outputs.append((name, "output", desc.idx))
+        else:
+            outputs.append((name, "other", -1))
+    return inputs, outputs
+
+
+def source_name(node: fx.Node) -> str:
+    """The Python expression that dynamo took a graph input from, or ``""``."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return ""
+    name = source.name
+    return str(name() if callable(name) else name)
+
+
+def inner_error(error: BaseException) -> BaseException:
+    """The error that a backend raised, from under the one that dynamo wraps it in."""
+    from torch._dynamo.exc import BackendCompilerFailed
+
+    while isinstance(error, BackendCompilerFailed) and error.inner_exception is not None:
+        error = error.inner_exception
+    return error
+
+
+def graph_break_errors() -> tuple[type[BaseException], ...]:
+    """What ``fullgraph=True`` raises for code that cannot be captured in one graph."""
+    from torch._dynamo import exc
+
+    names = ("Unsupported", "UserError", "InternalTorchDynamoError", "TorchRuntimeError")
+    return tuple(getattr(exc, name) for name in names if hasattr(exc, name))
+
+
+def fake_mode() -> FakeTensorMode:
+    """A fresh mode in which tensors have shapes, dtypes, devices and storages, but no data."""
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+class CallWatcher(TorchDispatchMode):
+    """Reports every dispatched op after it ran: ``seen(op, result)``.
+
+    An op with an ``out`` argument is not run: its result is that argument.
+    """
+
+    def __init__(self, seen: Callable[[Any, Any], None]) -> None:
+        super().__init__()
+        self._seen = seen
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = kwargs["out"] if kwargs.get("out") is not None else func(*args, **kwargs)
+        self._seen(func, result)
+        return result
+
+
+def storage_watch(tensor: torch.Tensor) -> Callable[[], bool]:
+    """A function that says whether the storage of ``tensor`` is gone; it does not keep it alive."""
+    return StorageWeakRef(tensor.untyped_storage()).expired
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Identity of a tensor's storage; not given again while a watch of that storage exists."""
+    return int(tensor.untyped_storage()._cdata)
+
+
+def inductor_kernels() -> Any:
+    """Inductor's table of library kernels, which its generated code calls by attribute."""
+    from torch._inductor.select_algorithm import extern_kernels
+
+    return extern_kernels
+
+
+def inductor_inner_compile(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+    """Compile one forward, backward or inference graph; a boxed callable (``CompiledFxGraph``)."""
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    return compile_fx_inner(gm, list(inputs), **kwargs)
+
+
+def generated_source(compiled: Any) -> tuple[str, dict[str, Any]] | None:
+    """The Python wrapper that Inductor generated and the constants that it reads by name;
+    ``None`` where there is no such source (an empty graph, the C++ wrapper)."""
+    source = getattr(compiled, "source_code", None)
+    if not isinstance(source, str):
+        return None
+    return source, dict(getattr(compiled, "constants", None) or {})
+
+
+@contextmanager
+def without_modes() -> Iterator[None]:
+    """Run on real tensors although a tracing mode (fake, functional, proxy) is active."""
+    from torch.utils._python_dispatch import _disable_current_modes
+
+    with _disable_current_modes():
+        yield
+
+
+def profiler_running() -> bool:
+    """Whether the calling thread is being profiled; profilers do not nest."""
+    return bool(torch.autograd._profiler_enabled())
+
+
+def cpu_allocations(function: Callable[[], Any]) -> tuple[Any, list[int]]:
+    """``function()`` and the signed bytes that it allocated (+) and released (-) on the CPU, in order.
+
+    Uses the profiler that does not go through Kineto: ten times cheaper to start for one operator,
+    and it prints nothing. Only the calling thread is seen. Raises ``RuntimeError`` while another
+    profiler runs on this thread.
+    """
+    settings = torch._C._profiler._ExperimentalConfig()
+    config = torch.autograd.ProfilerConfig(
+        torch.autograd.ProfilerState.CPU, False, True, False, False, False, settings
+    )
+    torch.autograd._enable_profiler_legacy(config)
+    result = None
+    try:
+        result = function()
+    finally:
+        threads = torch.autograd._disable_profiler_legacy()
+    records = (record for thread in threads for record in thread)
+    return result, [int(r.cpu_memory_usage()) for r in records if r.kind() == "memory_alloc"]
+
+
+@contextmanager
+def quiet_capture() -> Iterator[None]:
+    """Dynamo settings that graphopt captures under: calls of a logger are no graph break."""
+    import logging
+
+    from torch._dynamo import config
+
+    name = "ignore_logging_functions" if hasattr(config, "ignore_logging_functions") else "ignore_logger_methods"
+    loggers = {getattr(logging.Logger, level) for level in ("debug", "info", "warning", "error", "exception")}
+    with config.patch({name: set(getattr(config, name)) | loggers}):
+        yield
+
+
+def schema_of(target: Any) -> Any:
+    """The schema (arguments with alias annotations, returns) of an operator overload, or ``None``."""
+    return target._schema if isinstance(target, torch._ops.OpOverload) else None
+
+
+def is_operator(target: Any) -> bool:
+    """Whether ``target`` goes through torch's dispatcher: an overload, a packet or a higher-order one."""
+    kinds = (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)
+    return isinstance(target, kinds)
+
+
+def enter_autocast() -> Callable[..., Any]:
+    """What dynamo writes into a graph where an autocast region begins; yields the region's handle."""
+    return torch.amp.autocast_mode._enter_autocast
+
+
+def exit_autocast() -> Callable[..., Any]:
+    """What dynamo writes where an autocast region ends; takes the region's handle."""
+    return torch.amp.autocast_mode._exit_autocast
+
+
+def set_grad_enabled() -> Callable[..., Any]:
+    """What dynamo writes where gradients are switched on or off."""
+    return torch._C._set_grad_enabled

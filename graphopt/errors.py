@@ -123,15 +123,18 @@ class VerificationError(GraphoptError):
 
 
 class UnknownNameError(GraphoptError, LookupError):
-    """A name that nothing is registered under; the message gives the nearest known one."""
+    """A name that nothing is registered under; the message gives the nearest known one.
+
+    ``note`` adds to the hint, such as which plugin failed to load.
+    """
 
     code = "unknown-name"
 
-    def __init__(self, kind: str, name: str, known: Iterable[str]) -> None:
+    def __init__(self, kind: str, name: str, known: Iterable[str], *, note: str = "") -> None:
         self.kind, self.name, self.known = kind, name, tuple(sorted(known))
         close = nearest(name, self.known)
         listing = ", ".join(self.known) or "none"
         super().__init__(
             f"unknown {kind} {name!r}" + (f"; did you mean {close!r}?" if close else ""),
-            hint=f"known {kind}s: {listing}",
+            hint=f"known: {listing}" + (f"; {note}" if note else ""),
         )
