@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import MISSING, Field, dataclass, fields
+from typing import Any, ClassVar, get_type_hints
 
 from graphopt.candidate import Candidate, Declined, Frontier, NearMiss
 from graphopt.cost import CostModel
-from graphopt.errors import UnknownNameError
+from graphopt.errors import PassError, UnknownNameError
+from graphopt.options import OptionError, format_value, typed_value
 from graphopt.program import Level, Program
 
 __all__ = ["Pass", "PassContext", "Proposal", "pass_options", "pass_text"]
@@ -57,22 +58,42 @@ class Pass:
 
     @classmethod
     def configured(cls, **options: Any) -> Pass:
-        """The pass with the given options; raises ``UnknownNameError`` for an unknown one."""
+        """The pass with the given options, each checked against its field's annotation.
+
+        Raises ``UnknownNameError`` for an unknown option, ``PassError`` for a value of another
+        type and for a required option that is missing.
+        """
         known = pass_options(cls)
         for option in options:
             if option not in known:
                 raise UnknownNameError(f"option of pass {cls.name}", option, known)
-        return cls(**options)
+        for option, default in known.items():
+            if default is MISSING and option not in options:
+                raise PassError(f"pass {cls.name!r} needs option {option!r}")
+        hints = get_type_hints(cls)
+        values = {}
+        for option, value in options.items():
+            try:
+                values[option] = typed_value(value, hints[option])
+            except OptionError as error:
+                raise PassError(f"option {option!r} of pass {cls.name!r} {error}") from error
+        return cls(**values)
 
 
 def pass_options(cls: type[Pass]) -> dict[str, Any]:
-    """Option names and their defaults."""
-    return {f.name: f.default for f in fields(cls)}
+    """Option names and their defaults, ``dataclasses.MISSING`` where there is none."""
+    return {f.name: _default(f) for f in fields(cls)}
 
 
 def pass_text(instance: Pass) -> str:
-    """``insert-checkpoints{effort=2}``: the one spelling of a configured pass."""
-    set_options = [
-        f"{f.name}={getattr(instance, f.name)}" for f in fields(instance) if getattr(instance, f.name) != f.default
-    ]
-    return instance.name + (f"{{{','.join(set_options)}}}" if set_options else "")
+    """``insert-checkpoints{effort=2}``: the one spelling of a configured pass.
+
+    Raises ``OptionError`` for an option of a type that has no spelling.
+    """
+    values = [(f.name, getattr(instance, f.name), _default(f)) for f in fields(instance)]
+    options = [f"{name}={format_value(value)}" for name, value, default in values if value != default]
+    return instance.name + (f"{{{','.join(options)}}}" if options else "")
+
+
+def _default(option: Field[Any]) -> Any:
+    return option.default if option.default_factory is MISSING else option.default_factory()

@@ -26,6 +26,7 @@ from graphopt.plugins.records import Command, CostModelFactory, DumpFormat, Kern
 if TYPE_CHECKING:
     from graphopt.device import DeviceSpec
     from graphopt.passes import Pass, PassContext, Proposal
+    from graphopt.pipeline import Step
     from graphopt.program import Program
 
 __all__ = ["API_VERSION", "GROUP", "HookSpecs", "hookimpl"]
@@ -80,11 +81,11 @@ class HookSpecs:
     # --- observers -------------------------------------------------------------------------
 
     @_hookspec
-    def graphopt_before_pass(self, ctx: PassContext, step: Pass, program: Program) -> None:
+    def graphopt_before_pass(self, ctx: PassContext, step: Step, program: Program) -> None:
         """A pass is about to look at a program."""
 
     @_hookspec
     def graphopt_after_pass(
-        self, ctx: PassContext, step: Pass, program: Program, proposals: tuple[Proposal, ...]
+        self, ctx: PassContext, step: Step, program: Program, proposals: tuple[Proposal, ...]
     ) -> None:
         """A pass has looked at a program; ``proposals`` is all that it yielded."""

@@ -27,6 +27,7 @@ from graphopt.plugins.returned import read_passes, read_pipelines, read_records
 if TYPE_CHECKING:
     from graphopt.device import DeviceSpec
     from graphopt.passes import Pass, PassContext, Proposal
+    from graphopt.pipeline import Step
     from graphopt.program import Program
 
 __all__ = ["PluginHost", "default_host"]
@@ -102,7 +103,7 @@ class PluginHost:
         found = self.passes().get(bare)
         if found is not None and (not slash or self.owner("graphopt_passes", bare).plugin == plugin):
             return found
-        raise UnknownNameError("pass", name, self.passes())
+        raise self._unknown("pass", name, self.passes())
 
     def device(self, name: str) -> DeviceSpec:
         """The device of that name or alias, in any case; raises ``UnknownNameError``."""
@@ -110,14 +111,14 @@ class PluginHost:
         for spec in self.devices().values():
             if wanted in (spec.name.lower(), *(alias.lower() for alias in spec.aliases)):
                 return spec
-        raise UnknownNameError("device", name, self.devices())
+        raise self._unknown("device", name, self.devices())
 
     def cost_model(self, name: str) -> CostModelFactory:
         """The cost model of that name; raises ``UnknownNameError``."""
         try:
             return self.cost_models()[name]
         except KeyError:
-            raise UnknownNameError("cost model", name, self.cost_models()) from None
+            raise self._unknown("cost model", name, self.cost_models()) from None
 
     def owner(self, hook: str, name: str) -> Registered[Any]:
         """Who registered ``name``, after the facade method of ``hook`` was called once."""
@@ -145,12 +146,12 @@ class PluginHost:
 
     # --- observers -------------------------------------------------------------------------
 
-    def notify_before(self, ctx: PassContext, step: Pass, program: Program) -> None:
+    def notify_before(self, ctx: PassContext, step: Step, program: Program) -> None:
         """Tell observers that ``step`` is about to look at ``program``."""
         self._notify("graphopt_before_pass", ctx=ctx, step=step, program=program)
 
     def notify_after(
-        self, ctx: PassContext, step: Pass, program: Program, proposals: Iterable[Proposal] = ()
+        self, ctx: PassContext, step: Step, program: Program, proposals: Iterable[Proposal] = ()
     ) -> None:
         """Tell observers what ``step`` yielded. One that raises is recorded and not told again."""
         self._notify("graphopt_after_pass", ctx=ctx, step=step, program=program, proposals=tuple(proposals))
@@ -190,6 +191,11 @@ class PluginHost:
             else:
                 registry.update(new)
         return registry
+
+    def _unknown(self, kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
+        """The error, with the plugins that could have brought the name and failed."""
+        broken = [f"plugin {r.name!r} is {r.status}: {r.error}" for r in self.records() if r.error]
+        return UnknownNameError(kind, name, known, note="; ".join(broken))
 
     def _notify(self, hook: str, **arguments: Any) -> None:
         for plugin in self._plugins:

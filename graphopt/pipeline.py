@@ -1,0 +1,250 @@
+"""Pipelines: which passes run, with which options, in which order.
+
+The same pipeline in its three spellings::
+
+    Pipeline((FuseNorm(), InsertCheckpoints(effort=2)))          # Python
+    fuse-norm,insert-checkpoints{effort=2}                       # text
+    passes: [fuse-norm, {use: insert-checkpoints, with: {effort: 2}}]   # YAML, graphopt.pipeline_file
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import networkx as nx
+
+from graphopt.errors import PipelineError, UnknownNameError, nearest
+from graphopt.options import OptionError, parse_word
+from graphopt.passes import Pass, pass_text
+from graphopt.program import Level
+
+if TYPE_CHECKING:
+    from graphopt.plugins import PluginHost
+
+__all__ = ["Pipeline", "Step"]
+
+_LEVELS = list(Level)
+_TOKEN = re.compile(r'(?P<punct>[{}\[\],=])|(?P<string>"(?:[^"\\]|\\.)*")|(?P<word>[^\s{}\[\],="]+)')
+_FILE = (".yaml", ".yml")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A pass in its place. ``id`` tells repeated passes apart: ``cse``, ``cse#2``."""
+
+    id: str
+    instance: Pass
+
+    def __str__(self) -> str:
+        return pass_text(self.instance)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Passes as they were listed; ``steps`` is the order in which they run.
+
+    Raises ``PipelineError`` when made, before anything runs, where the passes' ``after`` and
+    ``before`` cannot all be met. ``str()`` is the text form, and ``parse(str(p)) == p``.
+    """
+
+    passes: tuple[Pass, ...] = ()
+    name: str = field(default="", compare=False)
+
+    def __post_init__(self) -> None:
+        for instance in self.passes:
+            try:
+                pass_text(instance)
+            except OptionError as error:
+                raise PipelineError(f"pass {instance.name!r}: {error}") from error
+        _run_order(self.passes)
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """Steps in the order in which they run.
+
+        Levels run from semantic to lowered; within a level ``after`` and ``before`` decide, and
+        where they say nothing, the listing.
+        """
+        seen: Counter[str] = Counter()
+        listed = []
+        for instance in self.passes:
+            seen[instance.name] += 1
+            suffix = f"#{seen[instance.name]}" if seen[instance.name] > 1 else ""
+            listed.append(Step(instance.name + suffix, instance))
+        return tuple(listed[index] for index in _run_order(self.passes))
+
+    def at(self, level: Level) -> tuple[Step, ...]:
+        """The steps of one level, in the order in which they run."""
+        return tuple(step for step in self.steps if step.instance.level is level)
+
+    def __str__(self) -> str:
+        return ",".join(map(pass_text, self.passes))
+
+    @classmethod
+    def of(cls, value: object, host: PluginHost) -> Pipeline:
+        """Whatever ``optimize(pipeline=...)`` accepts, as a ``Pipeline``.
+
+        ``None`` is the preset ``default``; a text is a preset's name, a ``.yaml`` file or the text
+        form; a sequence holds passes, pass classes or texts.
+        """
+        from graphopt.pipeline_file import load_pipeline
+
+        if value is None:
+            value = "default"
+        if isinstance(value, Pipeline):
+            return value
+        if isinstance(value, Path) or (isinstance(value, str) and value.endswith(_FILE)):
+            return load_pipeline(Path(value), host)
+        if isinstance(value, str):
+            presets = host.pipelines()
+            return load_pipeline(presets[value], host) if value in presets else cls.parse(value, host)
+        if isinstance(value, Pass) or not isinstance(value, Iterable):
+            value = (value,)
+        return cls(tuple(instance for item in value for instance in _instances(item, host)))
+
+    @classmethod
+    def parse(cls, text: str, host: PluginHost) -> Pipeline:
+        """Read the text form; raises ``PipelineError`` or ``UnknownNameError``."""
+        return cls(tuple(_configure(name, options, host) for name, options in _Reader(text).items()))
+
+
+def _instances(item: object, host: PluginHost) -> Sequence[Pass]:
+    if isinstance(item, Pass):
+        return (item,)
+    if isinstance(item, str):
+        return Pipeline.parse(item, host).passes
+    if isinstance(item, type) and issubclass(item, Pass):
+        return (item.configured(),)
+    raise PipelineError(f"expected a pass, a pass class or the name of one, got {item!r}")
+
+
+def _configure(name: str, options: dict[str, Any], host: PluginHost) -> Pass:
+    try:
+        return host.pass_class(name).configured(**options)
+    except UnknownNameError as error:
+        # A preset's name is not the text form of anything: say so where that was meant.
+        close = nearest(name, host.pipelines())
+        if error.kind == "pass" and close and nearest(name, host.passes()) is None:
+            raise UnknownNameError("pass or pipeline", name, [*host.passes(), *host.pipelines()]) from None
+        raise
+
+
+def _run_order(passes: Sequence[Pass]) -> list[int]:
+    """Indices of ``passes`` in the order in which they run; raises ``PipelineError`` for a cycle."""
+    graph = nx.DiGraph()
+    graph.add_nodes_from(range(len(passes)))
+    for here, instance in enumerate(passes):
+        for there, other in enumerate(passes):
+            if _LEVELS.index(instance.level) < _LEVELS.index(other.level):
+                why = f"{instance.name} is at level {instance.level}, {other.name} at level {other.level}"
+                graph.add_edge(here, there, why=why)
+    for here, instance in enumerate(passes):
+        for there, other in enumerate(passes):
+            if other.name in instance.after:
+                _constrain(
+                    graph, there, here, f"{instance.name} runs after {other.name}", instance.after[other.name]
+                )
+            if other.name in instance.before:
+                _constrain(
+                    graph,
+                    here,
+                    there,
+                    f"{instance.name} runs before {other.name}",
+                    instance.before[other.name],
+                )
+    try:
+        cycle = nx.find_cycle(graph)
+    except nx.NetworkXNoCycle:
+        return list(nx.lexicographical_topological_sort(graph))
+    names = " -> ".join(passes[start].name for start, _ in [*cycle, cycle[0]])
+    reasons = "; ".join(graph.edges[start, end]["why"] for start, end in cycle)
+    raise PipelineError(f"no order satisfies these passes: {names}", hint=reasons)
+
+
+def _constrain(graph: nx.DiGraph, first: int, second: int, fact: str, reason: str) -> None:
+    if not graph.has_edge(first, second):
+        graph.add_edge(first, second, why=f"{fact} ({reason})" if reason else fact)
+
+
+class _Reader:
+    """Reads ``a,b{x=1,y=[2,3]}``; errors point at the place in the text."""
+
+    def __init__(self, text: str) -> None:
+        self.text, self.at = text, 0
+
+    def items(self) -> list[tuple[str, dict[str, Any]]]:
+        found: list[tuple[str, dict[str, Any]]] = []
+        if not self.text.strip():
+            return found
+        while True:
+            name = self.word("the name of a pass")
+            found.append((name, self.options(name) if self.taken("{") else {}))
+            if self.peek() is None:
+                return found
+            self.expect(",", "',' or the end")
+
+    def options(self, owner: str) -> dict[str, Any]:
+        options: dict[str, Any] = {}
+        while not self.taken("}"):
+            if options:
+                self.expect(",", "',' or '}'")
+            name = self.word(f"the name of an option of {owner}")
+            if name in options:
+                raise self.error(f"option {name!r} of pass {owner!r} is given twice")
+            self.expect("=", f"'=' after option {name!r}")
+            options[name] = self.value(name)
+        return options
+
+    def value(self, option: str) -> object:
+        if self.taken("["):
+            items: list[object] = []
+            while not self.taken("]"):
+                if items:
+                    self.expect(",", "',' or ']'")
+                items.append(self.value(option))
+            return tuple(items)
+        token = self.peek()
+        if token is not None and token.lastgroup == "string":
+            self.at = token.end()
+            return json.loads(token[0])
+        return parse_word(self.word(f"a value for option {option!r}"))
+
+    def peek(self) -> re.Match[str] | None:
+        while self.at < len(self.text) and self.text[self.at].isspace():
+            self.at += 1
+        if self.at == len(self.text):
+            return None
+        token = _TOKEN.match(self.text, self.at)
+        if token is None:
+            raise self.error("a quoted string does not end")
+        return token
+
+    def taken(self, punctuation: str) -> bool:
+        token = self.peek()
+        if token is None or token[0] != punctuation:
+            return False
+        self.at = token.end()
+        return True
+
+    def expect(self, punctuation: str, what: str) -> None:
+        if not self.taken(punctuation):
+            raise self.error(f"expected {what}")
+
+    def word(self, what: str) -> str:
+        token = self.peek()
+        if token is None or token.lastgroup != "word":
+            raise self.error(f"expected {what}")
+        self.at = token.end()
+        return token[0]
+
+    def error(self, problem: str) -> PipelineError:
+        return PipelineError(
+            f"cannot read pipeline {self.text!r} at character {self.at + 1}: {problem}",
+            hint="a pipeline is written as pass,pass{option=value,option=[1,2]}",
+        )
