@@ -67,12 +67,22 @@ class MemoryStep:
 
 @dataclass(frozen=True)
 class MemoryProfile:
-    """Live bytes over a step in execution order; ``peak_bytes`` is the largest of them."""
+    """Live bytes over a step in execution order; ``peak_bytes`` is the largest of them.
+
+    ``retained_bytes`` is what the forwards leave (saved values and outputs), ``gradient_bytes``
+    what the backwards leave, both above the base.
+    """
 
     peak_bytes: int
     steps: tuple[MemoryStep, ...]
     peak: MemoryStep | None
     live_at_peak: tuple[LiveTensor, ...] = ()
+    retained_bytes: int = 0
+    gradient_bytes: int = 0
+
+    def phase_peak(self, phase: str) -> int:
+        """Largest bytes of one phase, ``"forward"`` or ``"backward"``; 0 if there is none."""
+        return max((step.bytes for step in self.steps if step.phase == phase), default=0)
 
 
 class CostModel(Protocol):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.fx as fx
 
+from graphopt import _torch
 from graphopt.program import tensor_leaves
 
 __all__ = ["Leaf", "value_table"]
@@ -59,5 +60,5 @@ def _storage_key(tensor: torch.Tensor) -> int:
 
 def _storage_bytes(tensor: torch.Tensor) -> int:
     if tensor.layout is not torch.strided:
-        return int(tensor.element_size()) * int(tensor.numel())
-    return int(tensor.untyped_storage().nbytes())
+        return _torch.hint(tensor.element_size() * tensor.numel())
+    return _torch.hint(tensor.untyped_storage().nbytes())

@@ -1,0 +1,196 @@
+"""Exact storage-level liveness of a step: what the allocator holds while each node runs.
+
+A storage lives from the node that makes it to the last use of any value that refers to it
+(views included). Outputs of a node are allocated while its inputs are still held. Everything is
+per execution: a node that runs again makes new storages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch.fx as fx
+from graphopt.cost import LiveTensor, MemoryProfile, MemoryStep
+from graphopt.program import Program, layer_of
+from graphopt.schedule import Schedule
+from graphopt.values import Leaf, value_table
+
+__all__ = ["profile"]
+
+_STATIC = -1
+"""Buffer number of whatever belongs to the graph's inputs: it is in the base, not counted here."""
+
+
+def profile(
+    step: Sequence[tuple[Program, Schedule]],
+    *,
+    base_bytes: int = 0,
+    granularity: int = 1,
+    workspace: Callable[[fx.Node], int] | None = None,
+) -> MemoryProfile:
+    """Live bytes over a whole step: forwards in call order, then backwards in reverse.
+
+    ``base_bytes`` is what is held throughout (parameters, buffers, inputs). Outputs of each
+    program are held until its own backward has ended, as a caller who keeps them does. Sizes are
+    rounded up to ``granularity``. ``workspace`` gives a node's transient bytes within its kernel.
+    """
+    steps: list[MemoryStep] = []
+    peak: MemoryStep | None = None
+    peak_half: tuple[_Half, int] | None = None
+    carried = base_bytes
+    simulators = [_Simulator(program, schedule, granularity) for program, schedule in step]
+
+    def record(simulator: _Simulator, half: _Half) -> None:
+        nonlocal peak, peak_half
+        for index, (name, live) in enumerate(zip(half.names, half.live, strict=True)):
+            node = simulator.nodes.get(name)
+            extra = workspace(node) if workspace and node is not None and node.op == "call_function" else 0
+            entry = MemoryStep(simulator.program.name, half.phase, name, carried + live + extra)
+            steps.append(entry)
+            if peak is None or entry.bytes > peak.bytes:
+                peak, peak_half = entry, (half, index - 1)
+
+    forwards = []
+    for simulator in simulators:
+        half = simulator.forward()
+        record(simulator, half)
+        carried += half.kept_bytes
+        forwards.append(half)
+    retained = carried - base_bytes
+    for simulator, forward in zip(reversed(simulators), reversed(forwards), strict=True):
+        if not simulator.schedule.backward:
+            continue
+        carried -= forward.kept_bytes
+        half = simulator.backward(forward)
+        record(simulator, half)
+        carried += half.kept_bytes
+    held = peak_half[0].held_at(peak_half[1], simulators) if peak_half else ()
+    return MemoryProfile(
+        peak.bytes if peak else base_bytes, tuple(steps), peak, held, retained, carried - base_bytes
+    )
+
+
+@dataclass
+class _Half:
+    """Buffers of one half: alive from ``born`` to ``last`` (positions in ``order``; -1 is entry)."""
+
+    program: str
+    phase: str
+    order: Sequence[str]
+    values: dict[str, list[int]]
+    born: dict[int, int]
+    last: dict[int, int]
+    owner: dict[int, str]
+    sizes: list[int]
+    kept: set[int]
+
+    @property
+    def names(self) -> list[str]:
+        return ["entry", *self.order]
+
+    @property
+    def kept_bytes(self) -> int:
+        return sum(self.sizes[buffer] for buffer in self.kept)
+
+    @property
+    def live(self) -> list[int]:
+        change = [0] * (len(self.order) + 3)
+        for buffer, start in self.born.items():
+            change[start + 1] += self.sizes[buffer]
+            change[self.last[buffer] + 2] -= self.sizes[buffer]
+        live, running = [], 0
+        for delta in change[: len(self.order) + 1]:
+            running += delta
+            live.append(running)
+        return live
+
+    def held_at(self, position: int, simulators: Sequence[_Simulator]) -> tuple[LiveTensor, ...]:
+        simulator = next(s for s in simulators if s.program.name == self.program)
+        alive = [b for b, start in self.born.items() if start <= position <= self.last[b]]
+        held = [simulator.describe(self.owner[b], self.sizes[b]) for b in alive]
+        return tuple(sorted((h for h in held if h.bytes), key=lambda h: (-h.bytes, h.node)))
+
+
+class _Simulator:
+    """Runs both halves of one program without running it."""
+
+    def __init__(self, program: Program, schedule: Schedule, granularity: int) -> None:
+        self.program, self.schedule, self.granularity = program, schedule, granularity
+        self.table: dict[str, tuple[Leaf, ...]] = value_table(program.graph)
+        self.nodes = {node.name: node for node in program.graph.nodes}
+        self.sizes: list[int] = []
+        signature = program.signature
+        self.outputs = [spec.node for spec in signature.outputs if spec.role in ("output", "mutation")]
+        self.gradients = [spec.node for spec in signature.outputs if spec.role == "gradient"]
+        self.inputs = {spec.node: [_STATIC] * len(self.table[spec.node]) for spec in signature.inputs}
+        self.tangents = [spec.node for spec in signature.by_role("tangent")]
+
+    def forward(self) -> _Half:
+        return self._run("forward", self.inputs, self.schedule.forward, [*self.outputs, *self.schedule.saved], ())
+
+    def backward(self, forward: _Half) -> _Half:
+        entry = dict(self.inputs)
+        for name in self.schedule.saved:
+            entry[name] = forward.values[name]
+        for name in self.tangents:
+            entry[name] = [self._new(leaf.bytes) for leaf in self.table[name]]
+        held = {b for name in self.outputs for b in forward.values.get(name, ()) if b != _STATIC}
+        half = self._run("backward", entry, self.schedule.backward, self.gradients, held)
+        for buffer in held:
+            half.owner.setdefault(buffer, forward.owner[buffer])
+        return half
+
+    def describe(self, name: str, size: int) -> LiveTensor:
+        role = "activation"
+        if name in self.tangents:
+            role = "tangent"
+        elif name in self.gradients:
+            role = "gradient"
+        elif name in self.outputs:
+            role = "output"
+        return LiveTensor(name, size, layer_of(self.nodes[name]) if name in self.nodes else "", role)
+
+    def _new(self, size: int) -> int:
+        step = self.granularity
+        self.sizes.append(-(-size // step) * step)
+        return len(self.sizes) - 1
+
+    def _run(
+        self, phase: str, entry: dict[str, list[int]], order: Sequence[str], keep: Iterable[str], held: Iterable[int]
+    ) -> _Half:
+        """``keep`` names what outlives the half; ``held`` are buffers held throughout by others."""
+        values = {name: list(refs) for name, refs in entry.items()}
+        born: dict[int, int] = {}
+        last: dict[int, int] = {}
+        owner: dict[int, str] = {}
+        for name, refs in entry.items():
+            for buffer in refs:
+                born[buffer] = last[buffer] = -1
+                owner.setdefault(buffer, name)
+        for position, name in enumerate(order):
+            node = self.nodes[name]
+            for source in node.all_input_nodes:
+                for buffer in values.get(source.name, ()):
+                    last[buffer] = position
+            refs = []
+            for leaf in self.table[name]:
+                if leaf.alias is not None:
+                    origin = refs if leaf.alias[0] == name else values[leaf.alias[0]]
+                    buffer = origin[leaf.alias[1]]
+                elif node.op == "call_function":
+                    buffer = self._new(leaf.bytes)
+                    born[buffer], owner[buffer] = position, name
+                else:
+                    buffer = _STATIC
+                last[buffer] = position
+                refs.append(buffer)
+            values[name] = refs
+        kept = {buffer for name in keep for buffer in values.get(name, ())} | set(held)
+        for buffer in kept:
+            born.setdefault(buffer, -1)
+            last[buffer] = len(order)
+        for mapping in (born, last, owner):
+            mapping.pop(_STATIC, None)
+        kept.discard(_STATIC)
+        return _Half(self.program.name, phase, order, values, born, last, owner, self.sizes, kept)

@@ -1,0 +1,85 @@
+"""Which values of a graph may share memory, and which of them are written in place.
+
+Semantic graphs are not functional: ``add_``, ``relu_``, statistics of batch norms. Two sources are
+joined: the operator's schema (``Tensor(a) self -> Tensor(a)``) and the storages of the example
+values, as an operator may hand its input through without saying so (dropout in evaluation).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch.fx as fx
+
+from graphopt import _torch
+from graphopt.values import value_table
+
+__all__ = ["Aliases", "alias_map", "written_inputs"]
+
+# Operators that normalise a batch write these arguments while training, and their schemas say nothing.
+STATISTICS = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class Aliases:
+    """``roots[v]``: the values that ``v`` may be a view of, itself where it is new memory.
+    ``written``: roots that some node of the graph writes in place."""
+
+    roots: dict[fx.Node, frozenset[fx.Node]]
+    written: frozenset[fx.Node]
+
+
+def written_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The arguments that a call writes in place."""
+    schema = _torch.schema_of(node.target) if node.op == "call_function" else None
+    if schema is None:
+        return ()
+    nodes = []
+    for index, argument in enumerate(schema.arguments):
+        annotated = argument.alias_info is not None and argument.alias_info.is_write
+        if annotated or argument.name in STATISTICS:
+            nodes += _nodes_in(_argument(node, index, argument.name))
+    return tuple(nodes)
+
+
+def alias_map(graph: fx.Graph) -> Aliases:
+    """Roots of every value of a graph whose nodes carry ``meta["val"]``."""
+    by_name = {node.name: node for node in graph.nodes}
+    table = value_table(graph)
+    roots: dict[fx.Node, frozenset[fx.Node]] = {}
+    written: set[fx.Node] = set()
+    for node in graph.nodes:
+        sources = set(_schema_sources(node))
+        leaves = table.get(node.name, ())
+        sources.update(by_name[leaf.alias[0]] for leaf in leaves if leaf.alias is not None)
+        sources.discard(node)
+        found = frozenset(root for source in sources for root in roots[source])
+        # A call that yields several tensors may yield new memory beside views.
+        is_new = not sources or any(leaf.alias is None for leaf in leaves[1:])
+        roots[node] = found | {node} if is_new else found
+        written.update(root for ref in written_inputs(node) for root in roots[ref])
+    return Aliases(roots, frozenset(written))
+
+
+def _schema_sources(node: fx.Node) -> list[fx.Node]:
+    schema = _torch.schema_of(node.target) if node.op == "call_function" else None
+    if schema is None or not any(value.alias_info is not None for value in schema.returns):
+        return []
+    nodes = []
+    for index, argument in enumerate(schema.arguments):
+        if argument.alias_info is not None:
+            nodes += _nodes_in(_argument(node, index, argument.name))
+    return nodes
+
+
+def _argument(node: fx.Node, index: int, name: str) -> Any:
+    return node.args[index] if index < len(node.args) else node.kwargs.get(name)
+
+
+def _nodes_in(value: Any) -> list[fx.Node]:
+    if isinstance(value, fx.Node):
+        return [value]
+    if isinstance(value, (tuple, list)):
+        return [item for item in value if isinstance(item, fx.Node)]
+    return []

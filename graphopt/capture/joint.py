@@ -1,0 +1,114 @@
+"""The joint level: forward and backward in one functional graph, as AOTAutograd makes it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+import torch.fx as fx
+
+from graphopt import _torch
+from graphopt.program import InputSpec, Level, OutputSpec, Program, Signature
+from graphopt.schedule import Schedule
+
+__all__ = ["inference_program", "joint_program", "save_everything"]
+
+
+def joint_program(name: str, gm: fx.GraphModule, specs: Sequence[InputSpec], num_outputs: int) -> Program:
+    """A ``Program`` over a joint graph; ``specs`` are the roles of the semantic inputs."""
+    described_inputs, described_outputs = _torch.describe_joint(gm)
+    by_name = {node.name: node for node in gm.graph.nodes}
+    inputs = []
+    for node, role, index in described_inputs:
+        if not isinstance(by_name[node].meta.get("val"), torch.Tensor):
+            inputs.append(InputSpec(node, "symbol"))
+        elif role == "input" and 0 <= index < len(specs):
+            inputs.append(InputSpec(node, specs[index].role, specs[index].fqn))
+        else:
+            inputs.append(InputSpec(node, "tangent" if role == "tangent" else "input"))
+    outputs = []
+    for position, (node, role, index) in enumerate(described_outputs):
+        if not node:
+            continue
+        if position < num_outputs:
+            target = str(index)
+            if role == "mutation":
+                target = specs[index].fqn or specs[index].node if 0 <= index < len(specs) else ""
+            outputs.append(OutputSpec(node, "mutation" if role == "mutation" else "output", target))
+        else:
+            target = specs[index].fqn or specs[index].node if 0 <= index < len(specs) else ""
+            outputs.append(OutputSpec(node, "gradient", target))
+    return Program(name, Level.JOINT, gm, Signature(tuple(inputs), tuple(outputs)))
+
+
+def inference_program(name: str, gm: fx.GraphModule, specs: Sequence[InputSpec]) -> Program:
+    """A ``Program`` over AOTAutograd's functional inference graph."""
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    offset = len(placeholders) - len(specs)
+    inputs = []
+    for position, node in enumerate(placeholders):
+        spec = specs[position - offset] if position >= offset else InputSpec(node.name, "input")
+        role = spec.role if isinstance(node.meta.get("val"), torch.Tensor) else "symbol"
+        inputs.append(InputSpec(node.name, role, spec.fqn))
+    output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+    flat = torch.utils._pytree.tree_leaves(output.args[0])
+    outputs = tuple(OutputSpec(v.name, "output", str(i)) for i, v in enumerate(flat) if isinstance(v, fx.Node))
+    return Program(name, Level.JOINT, gm, Signature(tuple(inputs), outputs))
+
+
+def save_everything(program: Program) -> Schedule:
+    """The schedule without recomputation: what eager autograd would keep is kept.
+
+    The forward computes what its outputs need, in the graph's order; the backward all the rest.
+    """
+    nodes = [node for node in program.graph.nodes if node.op in ("call_function", "get_attr")]
+    wanted = {spec.node for spec in program.signature.outputs if spec.role in ("output", "mutation")}
+    forward = {node for node in program.graph.nodes if node.name in wanted}
+    for node in reversed(program.graph.nodes):
+        if node in forward:
+            forward.update(node.all_input_nodes)
+    tangents = {spec.node for spec in program.signature.by_role("tangent")}
+    backward_only = _descendants(program.graph, tangents)
+    for node in nodes:
+        # An effect that no output carries happens where eager would have it: in the forward.
+        if node.is_impure() and node not in backward_only and node.op == "call_function":
+            forward.add(node)
+            stack = [node]
+            while stack:
+                for source in stack.pop().all_input_nodes:
+                    if source not in forward:
+                        forward.add(source)
+                        stack.append(source)
+    for node in nodes:
+        # The elements of a multi-output value belong to the half that computes it: only tensors
+        # can be handed over.
+        if node.target is operator.getitem and node.args[0] in forward:
+            forward.add(node)
+    live = _needed(program, forward)
+    first = [node for node in nodes if node in forward]
+    second = [node for node in nodes if node not in forward and node in live]
+    read = {source for node in second for source in node.all_input_nodes}
+    gradients = {spec.node for spec in program.signature.outputs if spec.role == "gradient"}
+    saved = tuple(
+        node.name for node in first if node.op == "call_function" and (node in read or node.name in gradients)
+    )
+    return Schedule(tuple(n.name for n in first), saved, tuple(n.name for n in second))
+
+
+def _descendants(graph: fx.Graph, roots: set[str]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.name in roots or any(source in found for source in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _needed(program: Program, forward: set[fx.Node]) -> set[fx.Node]:
+    """Nodes that some output of either half depends on."""
+    outputs = {spec.node for spec in program.signature.outputs}
+    live = {node for node in program.graph.nodes if node.name in outputs} | forward
+    for node in reversed(program.graph.nodes):
+        if node in live:
+            live.update(node.all_input_nodes)
+    return live

@@ -1,0 +1,1 @@
+"""Code generators: what runs a lowered program."""

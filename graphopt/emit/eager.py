@@ -1,0 +1,154 @@
+"""Run a lowered graph op by op, freeing each value right after its last use.
+
+Slow and exact: the allocator's peak is that of the liveness simulation, and every kernel is the
+one that eager PyTorch would run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.fx as fx
+from torch.utils import _pytree as pytree
+
+from graphopt import _torch
+from graphopt.emit.emitter import Inference, Partition
+
+__all__ = ["EagerEmitter", "eager_callable"]
+
+
+def eager_callable(gm: fx.GraphModule) -> Callable[[list[Any]], list[Any]]:
+    """A boxed callable: takes its argument list over, empties it, returns the outputs as a list."""
+    slots: dict[fx.Node, int] = {}
+    placeholders: list[int] = []
+    constants: dict[int, Any] = {}
+    program: list[_Instruction] = []
+    frees = _last_uses(gm.graph)
+    result: Any = None
+    for node in gm.graph.nodes:
+        if node.op == "output":
+            result = fx.node.map_arg(node.args[0], lambda n: _Slot(slots[n]))
+            continue
+        slot = slots[node] = len(slots)
+        if node.op == "placeholder":
+            placeholders.append(slot)
+        elif node.op == "get_attr":
+            constants[slot] = _attribute(gm, str(node.target))
+        else:
+            program.append(_Instruction(node, slots, [slots[n] for n in frees.get(node, ())]))
+    unused = [slots[n] for n in frees.get(None, ())]
+    size = len(slots)
+    flat, spec = pytree.tree_flatten(result)
+
+    def run(args: list[Any]) -> list[Any]:
+        values: list[Any] = [None] * size
+        for slot, value in zip(placeholders, args, strict=True):
+            values[slot] = value
+        args.clear()
+        value = None
+        for slot in unused:
+            values[slot] = None
+        for slot, value in constants.items():
+            values[slot] = value
+        for instruction in program:
+            instruction.run(values)
+        out = [values[item.index] if isinstance(item, _Slot) else item for item in flat]
+        restored = pytree.tree_unflatten(out, spec)
+        return list(restored) if isinstance(restored, (list, tuple)) else [restored]
+
+    return _torch.boxed(run)
+
+
+class _Slot:
+    __slots__ = ("index",)
+
+    def __init__(self, index: int) -> None:
+        self.index = index
+
+
+class _Instruction:
+    """One call. Arguments that are plain values or lists of values are bound without pytrees."""
+
+    __slots__ = ("args", "frees", "kwargs", "nested", "out", "target")
+
+    def __init__(self, node: fx.Node, slots: dict[fx.Node, int], frees: list[int]) -> None:
+        target = node.target
+        self.target: Callable[..., Any] = _method(target) if isinstance(target, str) else target
+        to_slot = lambda n: _Slot(slots[n])  # noqa: E731
+        self.args = tuple(fx.node.map_arg(node.args, to_slot))
+        self.kwargs = dict(fx.node.map_arg(node.kwargs, to_slot))
+        self.nested = any(isinstance(a, (tuple, list, dict, slice)) for a in (*self.args, *self.kwargs.values()))
+        self.out = slots[node]
+        self.frees = frees
+
+    def run(self, values: list[Any]) -> None:
+        if self.nested:
+            bind = lambda a: values[a.index] if isinstance(a, _Slot) else a  # noqa: E731
+            args = [_map(a, bind) for a in self.args]
+            kwargs = {k: _map(v, bind) for k, v in self.kwargs.items()}
+        else:
+            args = [values[a.index] if isinstance(a, _Slot) else a for a in self.args]
+            kwargs = {k: values[v.index] if isinstance(v, _Slot) else v for k, v in self.kwargs.items()}
+        values[self.out] = self.target(*args, **kwargs)
+        for slot in self.frees:
+            values[slot] = None
+
+
+def _map(value: Any, bind: Callable[[Any], Any]) -> Any:
+    if isinstance(value, (tuple, list)):
+        return type(value)(_map(v, bind) for v in value) if type(value) in (tuple, list) else [
+            _map(v, bind) for v in value
+        ]
+    if isinstance(value, dict):
+        return {k: _map(v, bind) for k, v in value.items()}
+    if isinstance(value, slice):
+        return slice(bind(value.start), bind(value.stop), bind(value.step))
+    return bind(value)
+
+
+def _method(name: str) -> Callable[..., Any]:
+    return lambda self, *args, **kwargs: getattr(self, name)(*args, **kwargs)
+
+
+def _attribute(gm: fx.GraphModule, path: str) -> Any:
+    value: Any = gm
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _last_uses(graph: fx.Graph) -> dict[fx.Node | None, list[fx.Node]]:
+    """For each node the values that die with it; under ``None`` the inputs that nothing reads."""
+    frees: dict[fx.Node | None, list[fx.Node]] = {}
+    seen: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        for source in node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                if node.op != "output":
+                    frees.setdefault(node, []).append(source)
+        if node not in seen and node.op not in ("output",):
+            seen.add(node)
+            frees.setdefault(None if node.op in ("placeholder", "get_attr") else node, []).append(node)
+    return frees
+
+
+class EagerEmitter:
+    """Runs programs op by op: exact memory, eager's kernels, no compilation."""
+
+    name = "eager"
+
+    def compile(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Partition, inference: Inference
+    ) -> Callable[..., Any]:
+        def split(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **unused: Any) -> Any:
+            return partition(joint, num_fwd_outputs)
+
+        def run(half: fx.GraphModule, half_inputs: Any) -> Callable[[list[Any]], list[Any]]:
+            return eager_callable(half)
+
+        def run_inference(graph: fx.GraphModule, graph_inputs: Any) -> Callable[[list[Any]], list[Any]]:
+            return eager_callable(inference(graph))
+
+        return _torch.joint_compiler(run, run, run_inference, split, None)(gm, inputs)

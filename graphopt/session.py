@@ -1,0 +1,369 @@
+"""One call of ``optimize``: its options, the programs captured so far, the plan over them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from graphopt import _torch
+from graphopt.budget import Budget, format_bytes
+from graphopt.candidate import Frontier, FrontierPoint
+from graphopt.capture.auxiliary import reattach
+from graphopt.capture.joint import inference_program, joint_program, save_everything
+from graphopt.capture.semantic import (
+    auxiliary_outputs,
+    detach_outputs,
+    input_specs,
+    semantic_graph,
+    semantic_program,
+)
+from graphopt.cost import Cost, CostModel
+from graphopt.emit.emitter import Emitter
+from graphopt.errors import BudgetError, GraphoptError
+from graphopt.partition import ordered, partition
+from graphopt.passes import Pass, PassContext
+from graphopt.plan import Choice, Plan, Recomputed, SavedValue
+from graphopt.planner import choose, least_peak, seconds_bound
+from graphopt.plugins.host import PluginHost
+from graphopt.program import InputSpec, Level, Program, layer_of
+from graphopt.report import PassRecord
+from graphopt.schedule import Schedule
+
+__all__ = ["Captured", "NotPlanned", "Session"]
+
+
+class NotPlanned(Exception):
+    """Raised in place of running a program whose capture alone was asked for."""
+
+
+@dataclass
+class Captured:
+    """One graph of a model on its way down: programs at each level, choices, what runs."""
+
+    name: str
+    semantic: Program
+    specs: list[InputSpec]
+    mode: str = "infer"
+    joint: Program | None = None
+    baseline: Schedule | None = None
+    frontier: Frontier | None = None
+    point: FrontierPoint | None = None
+    lowered: tuple[fx.GraphModule, ...] = ()
+    provisional: bool = False
+    run: Callable[..., Any] | None = None
+    recompile: Callable[[], Callable[..., Any]] | None = None
+
+    @property
+    def schedule(self) -> Schedule:
+        assert self.point is not None
+        return self.point.schedule
+
+
+@dataclass
+class Session:
+    """State of one optimized model. ``backend`` is what dynamo calls for each graph.
+
+    While ``whole`` is true every graph is the whole model: it is planned the moment it is
+    captured. Otherwise graphs come one after another (graph breaks): each runs its least plan op
+    by op until ``finish`` plans them all under the one budget.
+    """
+
+    budget: Budget
+    cost: CostModel
+    emitter: Emitter
+    provisional_emitter: Emitter
+    host: PluginHost
+    passes: Sequence[Pass]
+    allow: frozenset[str] = frozenset()
+    on_error: str = "rollback"
+    replay: Plan | None = None
+    names: Mapping[int, tuple[str, str]] = field(default_factory=dict)
+    static_bytes: int | None = None
+    weight_bytes: int | None = None
+    whole: bool = True
+    capturing: bool = False
+    captured: list[Captured] = field(default_factory=list)
+    current: list[Captured] = field(default_factory=list)
+    plan: Plan | None = None
+    records: list[PassRecord] = field(default_factory=list)
+    diagnostics: list[str] = field(default_factory=list)
+    differentiated: set[str] = field(default_factory=set)
+
+    def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """A dynamo backend: compiles one graph under this session's budget."""
+        specs = input_specs(gm, inputs, self.names)
+        if self.static_bytes is None or self.weight_bytes is None:
+            self.weight_bytes = _storage_bytes(inputs, specs, ("parameter", "buffer"))
+            self.static_bytes = _storage_bytes(inputs, specs, ("parameter", "buffer", "input"))
+        name = f"g{len(self.captured)}"
+        auxiliary = auxiliary_outputs(gm) if torch.is_grad_enabled() else ()
+        original = gm
+        try:
+            semantic = semantic_graph(gm, inputs)
+        except Exception as error:
+            self._fail(f"{name}: the semantic level could not be traced ({_one_line(error)}); dynamo's graph is used", error)
+            semantic, auxiliary = gm, ()
+        if auxiliary:
+            detach_outputs(semantic, auxiliary)
+        captured = Captured(name, semantic_program(name, semantic, specs), specs)
+        self._begin(captured)
+        context = _torch.capture_context()
+
+        def compile_now() -> Callable[..., Any]:
+            emitter = self.provisional_emitter if captured.provisional else self.emitter
+            with _torch.within(context):
+                run = emitter.compile(
+                    semantic,
+                    inputs,
+                    lambda joint, outputs: self._partition(captured, joint, outputs),
+                    lambda graph: self._inference(captured, graph),
+                )
+            return reattach(run, original, auxiliary, lambda: self._used(captured)) if auxiliary else run
+
+        captured.recompile = compile_now
+        captured.provisional = not self.whole
+        captured.run = compile_now()
+
+        def call(*args: Any) -> Any:
+            if self.capturing and self.whole:
+                raise NotPlanned
+            assert captured.run is not None
+            return captured.run(*args)
+
+        return call
+
+    def finish(self) -> None:
+        """Plan every program that still runs its provisional schedule, and compile it for good."""
+        waiting = [captured for captured in self.current if captured.provisional]
+        if not waiting:
+            return
+        self._plan(self.current)
+        for captured in waiting:
+            captured.provisional = False
+            assert captured.recompile is not None
+            captured.run = captured.recompile()
+
+    def step(self) -> list[tuple[Program, Schedule]]:
+        """Programs of the present step with the schedules that they run, in call order."""
+        return [(c.joint, c.schedule) for c in self.current if c.joint is not None]
+
+    def _begin(self, captured: Captured) -> None:
+        if self.whole:
+            self.current = [captured]
+        else:
+            self.current = [*self.current, captured]
+        self.captured.append(captured)
+
+    def _used(self, captured: Captured) -> None:
+        if captured.name not in self.differentiated:
+            self.differentiated.add(captured.name)
+            self.diagnostics.append(
+                f"{captured.name}: an output besides the loss was differentiated; its gradient was computed by "
+                "running the captured graph again in eager mode"
+            )
+
+    def _inference(self, captured: Captured, graph: fx.GraphModule) -> fx.GraphModule:
+        captured.mode = "infer"
+        captured.joint = inference_program(captured.name, graph, captured.specs)
+        forward = tuple(n.name for n in graph.graph.nodes if n.op in ("call_function", "get_attr"))
+        captured.baseline = Schedule(forward)
+        captured.frontier = self._frontier(captured)
+        self._decide(captured)
+        graph.graph = ordered(graph.graph, captured.schedule.forward)
+        graph.recompile()
+        captured.lowered = (graph,)
+        return graph
+
+    def _partition(
+        self, captured: Captured, joint: fx.GraphModule, num_outputs: int
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        captured.mode = "train"
+        program = joint_program(captured.name, joint, captured.specs, num_outputs)
+        known = captured.joint
+        captured.joint = program
+        if known is None or known.fingerprint != program.fingerprint:
+            captured.baseline = save_everything(program)
+            captured.frontier = self._frontier(captured)
+            self._decide(captured)
+        captured.lowered = partition(program, captured.schedule)
+        return captured.lowered[0], captured.lowered[1]
+
+    def _frontier(self, captured: Captured) -> Frontier:
+        """The curve of schedules that the joint-level passes offer; the baseline is always on it."""
+        assert captured.joint is not None and captured.baseline is not None
+        baseline = self._baseline_point(captured.joint, captured.baseline)
+        ctx = PassContext(self.cost, captured.mode, self.emitter.name, None, self.allow)
+        best: Frontier | None = None
+        for step in self.passes:
+            if step.level is not Level.JOINT:
+                continue
+            start = time.perf_counter()
+            self.host.notify_before(ctx, step, captured.joint)
+            try:
+                offered = [p for p in step.propose(captured.joint, ctx) if isinstance(p, Frontier)]
+                frontier = offered[-1] if offered else None
+                status, reason = ("applied", "") if frontier else ("no-op", f"nothing to choose in {captured.mode} mode")
+            except Exception as error:
+                if self.on_error == "raise":
+                    raise
+                frontier, status, reason = None, "rolled-back", _one_line(error)
+            record = PassRecord(
+                step.name, self.host.owner("graphopt_passes", step.name).plugin, status, reason,  # type: ignore[arg-type]
+                seconds=time.perf_counter() - start,
+            )
+            self.records.append(record)
+            self.host.notify_after(ctx, step, captured.joint, record)
+            best = frontier or best
+        return best or Frontier("none", (baseline,))
+
+    def _baseline_point(self, program: Program, schedule: Schedule) -> FrontierPoint:
+        profile = self.cost.memory([(program, schedule)])
+        return FrontierPoint(
+            schedule,
+            profile.phase_peak("forward"),
+            profile.phase_peak("backward"),
+            profile.retained_bytes,
+            profile.gradient_bytes,
+            0.0,
+            label="no recomputation",
+        )
+
+    def _decide(self, captured: Captured) -> None:
+        """Pick what ``captured`` runs: for good if it is the whole model, else for the time being."""
+        assert captured.frontier is not None
+        if self.whole:
+            self._plan([captured])
+            return
+        captured.point = captured.frontier.points[0]
+        frontiers = [c.frontier for c in self.current if c.frontier is not None]
+        budget = self._budget_bytes(self.current)
+        if budget is not None and least_peak(frontiers, self.static_bytes or 0) > budget:
+            raise self._infeasible(frontiers, budget)
+
+    def _budget_bytes(self, group: Sequence[Captured]) -> int | None:
+        return self.budget.resolve(self._baseline(group).peak_bytes)
+
+    def _baseline(self, group: Sequence[Captured]) -> Cost:
+        step = [(c.joint, c.baseline) for c in group if c.joint is not None and c.baseline is not None]
+        return self._cost_of(step)
+
+    def _cost_of(self, step: Sequence[tuple[Program, Schedule]]) -> Cost:
+        base = self.static_bytes or 0
+        seconds = sum(step_seconds(self.cost, program, schedule) for program, schedule in step)
+        return Cost(self.cost.memory(step, base_bytes=base).peak_bytes, self.weight_bytes or 0, seconds)
+
+    def _plan(self, group: Sequence[Captured]) -> None:
+        start = time.perf_counter()
+        base = self.static_bytes or 0
+        frontiers = [c.frontier for c in group if c.frontier is not None]
+        baseline = self._baseline(group)
+        budget = self.budget.resolve(baseline.peak_bytes)
+        if self.replay is not None:
+            self.replay.check({c.name: c.joint.fingerprint for c in group if c.joint is not None})
+            for captured in group:
+                choice = self.replay.choice(captured.name)
+                captured.point = _replayed(self, captured, choice)
+        else:
+            chosen = choose(frontiers, budget, base)
+            if chosen is None:
+                assert budget is not None
+                raise self._infeasible(frontiers, budget)
+            for captured, point in zip(group, chosen, strict=True):
+                captured.point = point
+        predicted = self._cost_of([(c.joint, c.schedule) for c in group if c.joint is not None])
+        bound = (baseline.seconds or 0.0) + seconds_bound(frontiers, budget, base)
+        searched = sum(record.seconds for record in self.records)
+        self.plan = Plan(
+            budget,
+            self.cost.device.name,
+            self.emitter.name,
+            baseline,
+            predicted,
+            bound,
+            time.perf_counter() - start + searched,
+            tuple(_choice(self.cost, c) for c in group),
+        )
+
+    def _infeasible(self, frontiers: Sequence[Frontier], budget: int) -> BudgetError:
+        least = least_peak(frontiers, self.static_bytes or 0)
+        return BudgetError(
+            f"no plan fits {format_bytes(budget)}: the least that fits is {format_bytes(least)} ({least} bytes), of "
+            f"which {format_bytes(self.static_bytes or 0)} are parameters, buffers and inputs",
+            least_bytes=least,
+            budget_bytes=budget,
+            hint=f"ask for budget={least} or more",
+        )
+
+    def _fail(self, text: str, error: Exception) -> None:
+        if self.on_error == "raise":
+            raise error
+        self.diagnostics.append(text)
+
+
+def step_seconds(cost: CostModel, program: Program, schedule: Schedule) -> float:
+    """Predicted seconds of everything that a schedule runs."""
+    seconds = {node.name: cost.node(node).seconds for node in program.nodes()}
+    return sum(seconds.get(name, 0.0) for name in (*schedule.forward, *schedule.backward))
+
+
+def _choice(cost: CostModel, captured: Captured) -> Choice:
+    assert captured.joint is not None and captured.point is not None and captured.frontier is not None
+    nodes = {node.name: node for node in captured.joint.graph.nodes}
+    recomputed = tuple(
+        Recomputed(name, layer_of(node), _op(node), made, cost.node(node).seconds)
+        for name in captured.schedule.recomputed
+        if (node := nodes[name]).op == "call_function" and (made := cost.node(node).bytes_written)
+    )
+    saved = tuple(SavedValue(n, layer_of(nodes[n]), _op(nodes[n]), _bytes(nodes[n])) for n in captured.schedule.saved)
+    return Choice(
+        captured.name,
+        captured.joint.fingerprint,
+        captured.frontier.pass_id,
+        captured.point.label,
+        captured.schedule,
+        captured.point.seconds,
+        recomputed,
+        saved,
+    )
+
+
+def _replayed(session: Session, captured: Captured, choice: Choice) -> FrontierPoint:
+    assert captured.joint is not None
+    point = session._baseline_point(captured.joint, choice.schedule)
+    return FrontierPoint(
+        choice.schedule,
+        point.forward_peak,
+        point.backward_peak,
+        point.retained,
+        point.gradients,
+        choice.seconds,
+        label=choice.label,
+    )
+
+
+def _bytes(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return _torch.hint(value.untyped_storage().nbytes()) if isinstance(value, torch.Tensor) else 0
+
+
+def _op(node: fx.Node) -> str:
+    return str(node.target)
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+def _storage_bytes(inputs: Sequence[Any], specs: Sequence[InputSpec], roles: tuple[str, ...]) -> int:
+    storages = {
+        value.untyped_storage()._cdata: _torch.hint(value.untyped_storage().nbytes())
+        for value, spec in zip(inputs, specs, strict=True)
+        if isinstance(value, torch.Tensor) and spec.role in roles
+    }
+    return sum(storages.values())
