@@ -77,10 +77,11 @@ def plan_lines(plan: Plan) -> list[str]:
     saved = [value for choice in plan.choices for value in choice.saved]
     again = [item for choice in plan.choices for item in choice.recomputed]
     added = sum(choice.seconds for choice in plan.choices)
+    kept = format_bytes(sum(value.bytes for value in saved))
     lines = [
         f"planned in {format_seconds(plan.seconds_to_plan)}: no plan within the budget takes less than "
         f"{format_seconds(plan.lower_bound)} ({gap_text(plan.gap)})",
-        f"saved for the backward: {count_text(len(saved), 'value')}, {format_bytes(sum(v.bytes for v in saved))}",
+        f"saved for the backward: {count_text(len(saved), 'value')}, {kept}",
     ]
     if not again:
         return [*lines, "recomputed: nothing"]
