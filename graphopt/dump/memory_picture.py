@@ -205,12 +205,14 @@ def _mark_peaks(
         x, y = axes.x(curve.start + curve.peak_index + 0.5), axes.y(curve.peak)
         text = unit_text(curve.peak, unit)
         canvas.marker(_disc(x, y), stroke="#ffffff", fill=curve.colour, tooltip=f"{curve.name}: {text}")
-        box = labels.place(x, y, text, 12)
-        if box is not None:
-            middle = (box.left + box.right) / 2
-            canvas.text(
-                middle, box.bottom - 3, text, size=12, fill=INK, anchor="middle", bold=True, halo=True
-            )
+        label = labels.place(x, y, text, 12)
+        if label is None:
+            continue
+        if label.leader is not None:
+            canvas.line(*label.leader, stroke=MUTED)
+        box = label.box
+        middle = (box.left + box.right) / 2
+        canvas.text(middle, box.bottom - 3, text, size=12, fill=INK, anchor="middle", bold=True, halo=True)
 
 
 def _around(axes: Axes, curve: _Curve) -> Box:
