@@ -147,9 +147,9 @@ class StepMemory:
 def step_memory(forward: LoweredMemory, backward: LoweredMemory) -> StepMemory:
     """Compose the halves of one step; saved values are matched by name.
 
-    The caller keeps the forward's inputs, its user outputs and the tangents while the backward
-    runs. A saved value that is none of these goes at its last use in the backward, because
-    autograd hands over its only reference. Raises ``LoweringError`` where the halves do not
+    The caller keeps the forward's inputs and its user outputs while the backward runs. A saved
+    value that is none of these goes at its last use in the backward, and so does a tangent,
+    because autograd hands over its only reference. Raises ``LoweringError`` where the halves do not
     belong together.
     """
     first = len(forward.output_names) - _saved_count(forward, backward)
@@ -159,16 +159,18 @@ def step_memory(forward: LoweredMemory, backward: LoweredMemory) -> StepMemory:
         for storage in forward.storages
         if storage.outputs and not storage.input and all(i >= first for i in storage.outputs)
     ]
-    tangents = sum(s.bytes for s in backward.storages if s.input and s.input not in saved)
+    tangents = [Owned((s.input,), s.bytes) for s in backward.storages if s.input and s.input not in saved]
     retained = forward.output_bytes
     in_forward = forward.live()
-    in_backward = [retained + tangents + b for b in backward.live(owned)]
+    entry = retained + sum(item.bytes for item in tangents)
+    owned += tangents
+    in_backward = [entry + b for b in backward.live(owned)]
     kept = {s.input for s in backward.storages if s.input and s.dies is None}
     gradients = backward.output_bytes + sum(item.bytes for item in owned if kept.intersection(item.inputs))
     return StepMemory(
         forward_peak=max([retained, *in_forward]),
         retained=retained,
-        backward_peak=max([retained + tangents, *in_backward]),
+        backward_peak=max([entry, *in_backward]),
         gradients=gradients,
         steps=(
             *(("forward", label, b) for label, b in zip(forward.steps, in_forward, strict=True)),

@@ -79,7 +79,7 @@ def trace_wrapper(
         except Exception as error:
             raise LoweringError(
                 f"the generated wrapper does not run without data: {type(error).__name__}: {error}",
-                hint=f"it got as far as step {len(recorder.trace.steps)}; data-dependent sizes cannot be traced",
+                hint=f"failed after {len(recorder.trace.steps)} steps; data-dependent sizes cannot be traced",
             ) from error
         recorder.leave(outputs)
     return recorder.trace
