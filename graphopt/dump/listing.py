@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -113,14 +113,18 @@ def statement(names: Names, node: fx.Node, device: str, mark: str = "") -> State
 
 def _outputs(graph: fx.Graph, signature: Signature, names: Names, device: str) -> Iterator[OutputLine]:
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
-    values = list(_leaves(output.args[0]))
-    specs: list[OutputSpec | None] = [*signature.outputs]
-    specs += [None] * (len(values) - len(specs))
-    for value, spec in zip(values, specs, strict=False):
-        role = spec.role if spec else "output"
-        note = names.of_name(spec.target) if spec and spec.target else ""
+    specs = deque(signature.outputs)
+    for value in _leaves(output.args[0]):
+        spec: OutputSpec | None = None
+        if isinstance(value, fx.Node) and specs and specs[0].node == value.name:
+            spec = specs.popleft()
+        elif value is None:
+            # No gradient belongs to an input that needs none; signatures leave it out too.
+            continue
+        # An output's target is its position, which its place in the list tells already.
+        note = names.of_name(spec.target) if spec and spec.role != "output" else ""
         kind = _type(names, value, device) if isinstance(value, fx.Node) else ""
-        yield OutputLine(role, names.operand(value), kind, note)
+        yield OutputLine(spec.role if spec else "output", names.operand(value), kind, note)
 
 
 def _leaves(value: Any) -> Iterator[Any]:

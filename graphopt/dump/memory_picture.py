@@ -49,7 +49,7 @@ def memory_svg(
     unit = byte_unit(largest)
 
     canvas.text(_LEFT, 34, title or "Memory over a step", size=18, bold=True)
-    details = _LEFT + 32 + max(text_width(curve.name, 13) for curve in curves) + 16
+    details = _LEFT + 32 + max(text_width(curve.name, 13, bold=True) for curve in curves) + 16
     for index, curve in enumerate(curves):
         _legend(canvas, curve, 62.0 + 22.0 * index, min(details, _WIDTH / 2), unit, layers or {})
     _shade(canvas, axes, curves[-1])
@@ -124,7 +124,7 @@ def _legend(
     layers: Mapping[str, str],
 ) -> None:
     canvas.line(_LEFT, y - 4, _LEFT + 24, y - 4, stroke=curve.colour, width=3)
-    canvas.text(_LEFT + 32, y, elided(curve.name, 13, details - _LEFT - 48), bold=True)
+    canvas.text(_LEFT + 32, y, elided(curve.name, 13, details - _LEFT - 48, bold=True), bold=True)
     node = curve.nodes[curve.peak_index]
     layer = layers.get(node, "")
     where = f"peak {unit_text(curve.peak, unit)} at {node}" + (f" in {layer}" if layer else "")
@@ -205,7 +205,7 @@ def _mark_peaks(
         x, y = axes.x(curve.start + curve.peak_index + 0.5), axes.y(curve.peak)
         text = unit_text(curve.peak, unit)
         canvas.marker(_disc(x, y), stroke="#ffffff", fill=curve.colour, tooltip=f"{curve.name}: {text}")
-        label = labels.place(x, y, text, 12)
+        label = labels.place(x, y, text, 12, bold=True)
         if label is None:
             continue
         if label.leader is not None:

@@ -100,7 +100,7 @@ def _budget(canvas: Canvas, axes: Axes, budget: int, unit: tuple[str, float]) ->
     x = axes.x(budget)
     canvas.line(x, axes.frame.top, x, axes.frame.bottom, stroke=_BUDGET, width=1.6, dash="7 4")
     text = f"budget {unit_text(budget, unit)}"
-    half = text_width(text, 12) / 2
+    half = text_width(text, 12, bold=True) / 2
     middle = min(max(x, axes.frame.left + half), axes.frame.right - half)
     canvas.text(middle, axes.frame.top - 7, text, size=12, fill=_BUDGET, anchor="middle", bold=True)
 

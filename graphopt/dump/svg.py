@@ -21,24 +21,32 @@ __all__ = [
 ]
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', Arial, sans-serif"
-# Average advance of a glyph in ems. The widest of the fonts above, so that estimates err on the
-# side of too much room.
-_ADVANCE = 0.61
+# Advances of glyphs in ems, by kind, of the widest of the fonts above (DejaVu Sans): estimates err
+# on the side of too much room.
+_NARROW, _WIDE = frozenset("iljtfr.,:;'|!()[] "), frozenset("mwMW@%")
+_BOLD = 1.12
 
 
-def text_width(text: str, size: float) -> float:
+def _advance(glyph: str) -> float:
+    if glyph in _NARROW:
+        return 0.40
+    return 0.98 if glyph in _WIDE else 0.66 if glyph.isupper() or glyph.isdigit() else 0.62
+
+
+def text_width(text: str, size: float, *, bold: bool = False) -> float:
     """Estimated width in pixels of ``text`` set ``size`` pixels high; an upper estimate."""
-    return _ADVANCE * size * len(text)
+    return size * (_BOLD if bold else 1.0) * sum(map(_advance, text))
 
 
-def elided(text: str, size: float, width: float) -> str:
+def elided(text: str, size: float, width: float, *, bold: bool = False) -> str:
     """``text``, with its middle left out where it would be wider than ``width`` pixels."""
-    room = int(width / (_ADVANCE * size))
-    if len(text) <= room:
+    if text_width(text, size, bold=bold) <= width:
         return text
-    head = max((room - 1) // 2, 1)
-    tail = max(room - 1 - head, 0)
-    return text[:head] + "…" + (text[-tail:] if tail else "")
+    for kept in range(len(text) - 1, 0, -1):
+        head, tail = text[: (kept + 1) // 2], text[len(text) - kept // 2 :]
+        if text_width(f"{head}…{tail}", size, bold=bold) <= width:
+            return f"{head}…{tail}"
+    return "…"
 
 
 def number(value: float) -> str:
@@ -173,9 +181,9 @@ class Labels:
         self._taken: list[Box] = list(obstacles)
         self._labels: list[Box] = []
 
-    def place(self, x: float, y: float, text: str, size: float) -> Label | None:
+    def place(self, x: float, y: float, text: str, size: float, *, bold: bool = False) -> Label | None:
         """The label nearest to (x, y) that is free, now taken; ``None`` where there is no room."""
-        width, height = text_width(text, size), size * 1.2
+        width, height = text_width(text, size, bold=bold), size * 1.2
         for away in (8.0, 16.0, 28.0, 44.0, 64.0, 88.0):
             for left, top in _spots(x, y, width, height, away):
                 box = Box(left, top, left + width, top + height)
@@ -222,4 +230,8 @@ def _spots(x: float, y: float, width: float, height: float, away: float) -> list
         (centre, y + away),
         (x + slant, y + slant),
         (x - slant - width, y + slant),
+        (x + away, y + slant),
+        (x - away - width, y + slant),
+        (x + away, y - slant - height),
+        (x - away - width, y - slant - height),
     ]
