@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,22 +26,11 @@ from graphopt.program import Level
 if TYPE_CHECKING:
     from graphopt.plugins import PluginHost
 
-__all__ = ["Pipeline", "Step"]
+__all__ = ["Pipeline"]
 
 _LEVELS = list(Level)
 _TOKEN = re.compile(r'(?P<punct>[{}\[\],=])|(?P<string>"(?:[^"\\]|\\.)*")|(?P<word>[^\s{}\[\],="]+)')
 _FILE = (".yaml", ".yml")
-
-
-@dataclass(frozen=True)
-class Step:
-    """A pass in its place. ``id`` tells repeated passes apart: ``cse``, ``cse#2``."""
-
-    id: str
-    instance: Pass
-
-    def __str__(self) -> str:
-        return pass_text(self.instance)
 
 
 @dataclass(frozen=True)
@@ -65,23 +53,13 @@ class Pipeline:
         _run_order(self.passes)
 
     @property
-    def steps(self) -> tuple[Step, ...]:
-        """Steps in the order in which they run.
+    def steps(self) -> tuple[Pass, ...]:
+        """The passes in the order in which they run.
 
         Levels run from semantic to lowered; within a level ``after`` and ``before`` decide, and
         where they say nothing, the listing.
         """
-        seen: Counter[str] = Counter()
-        listed = []
-        for instance in self.passes:
-            seen[instance.name] += 1
-            suffix = f"#{seen[instance.name]}" if seen[instance.name] > 1 else ""
-            listed.append(Step(instance.name + suffix, instance))
-        return tuple(listed[index] for index in _run_order(self.passes))
-
-    def at(self, level: Level) -> tuple[Step, ...]:
-        """The steps of one level, in the order in which they run."""
-        return tuple(step for step in self.steps if step.instance.level is level)
+        return tuple(self.passes[index] for index in _run_order(self.passes))
 
     def __str__(self) -> str:
         return ",".join(map(pass_text, self.passes))

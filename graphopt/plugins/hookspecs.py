@@ -25,9 +25,9 @@ from graphopt.plugins.records import Command, CostModelFactory, DumpFormat, Kern
 
 if TYPE_CHECKING:
     from graphopt.device import DeviceSpec
-    from graphopt.passes import Pass, PassContext, Proposal
-    from graphopt.pipeline import Step
+    from graphopt.passes import Pass, PassContext
     from graphopt.program import Program
+    from graphopt.report import PassRecord
 
 __all__ = ["API_VERSION", "GROUP", "HookSpecs", "hookimpl"]
 
@@ -81,11 +81,9 @@ class HookSpecs:
     # --- observers -------------------------------------------------------------------------
 
     @_hookspec
-    def graphopt_before_pass(self, ctx: PassContext, step: Step, program: Program) -> None:
+    def graphopt_before_pass(self, ctx: PassContext, step: Pass, program: Program) -> None:
         """A pass is about to look at a program."""
 
     @_hookspec
-    def graphopt_after_pass(
-        self, ctx: PassContext, step: Step, program: Program, proposals: tuple[Proposal, ...]
-    ) -> None:
-        """A pass has looked at a program; ``proposals`` is all that it yielded."""
+    def graphopt_after_pass(self, ctx: PassContext, step: Pass, program: Program, record: PassRecord) -> None:
+        """A pass has looked at a program; ``record`` says what came of it."""

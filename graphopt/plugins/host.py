@@ -26,13 +26,22 @@ from graphopt.plugins.returned import read_passes, read_pipelines, read_records
 
 if TYPE_CHECKING:
     from graphopt.device import DeviceSpec
-    from graphopt.passes import Pass, PassContext, Proposal
-    from graphopt.pipeline import Step
+    from graphopt.passes import Pass, PassContext
     from graphopt.program import Program
+    from graphopt.report import PassRecord
 
 __all__ = ["PluginHost", "default_host"]
 
 T = TypeVar("T")
+_FACADE = {
+    "graphopt_passes": "passes",
+    "graphopt_kernels": "kernels",
+    "graphopt_pipelines": "pipelines",
+    "graphopt_cost_models": "cost_models",
+    "graphopt_devices": "devices",
+    "graphopt_formats": "formats",
+    "graphopt_commands": "commands",
+}
 _Reader = Callable[[object], Iterator[tuple[str, T]]]
 
 
@@ -121,8 +130,12 @@ class PluginHost:
             raise self._unknown("cost model", name, self.cost_models()) from None
 
     def owner(self, hook: str, name: str) -> Registered[Any]:
-        """Who registered ``name``, after the facade method of ``hook`` was called once."""
-        return self._registries[hook][name]
+        """Who registered ``name`` through ``hook``.
+
+        The plugin is ``""`` where nobody did: a pass may come straight from Python.
+        """
+        getattr(self, _FACADE[hook])()
+        return self._registries[hook].get(name, Registered(None, "", ""))
 
     # --- the plugins themselves ------------------------------------------------------------
 
@@ -132,29 +145,19 @@ class PluginHost:
 
     def check(self) -> tuple[PluginRecord, ...]:
         """Ask every registration hook, then ``records()``."""
-        for ask in (
-            self.passes,
-            self.kernels,
-            self.pipelines,
-            self.cost_models,
-            self.devices,
-            self.formats,
-            self.commands,
-        ):
-            ask()
+        for ask in _FACADE.values():
+            getattr(self, ask)()
         return self.records()
 
     # --- observers -------------------------------------------------------------------------
 
-    def notify_before(self, ctx: PassContext, step: Step, program: Program) -> None:
+    def notify_before(self, ctx: PassContext, step: Pass, program: Program) -> None:
         """Tell observers that ``step`` is about to look at ``program``."""
         self._notify("graphopt_before_pass", ctx=ctx, step=step, program=program)
 
-    def notify_after(
-        self, ctx: PassContext, step: Step, program: Program, proposals: Iterable[Proposal] = ()
-    ) -> None:
-        """Tell observers what ``step`` yielded. One that raises is recorded and not told again."""
-        self._notify("graphopt_after_pass", ctx=ctx, step=step, program=program, proposals=tuple(proposals))
+    def notify_after(self, ctx: PassContext, step: Pass, program: Program, record: PassRecord) -> None:
+        """Tell observers what came of ``step``. One that raises is recorded and not told again."""
+        self._notify("graphopt_after_pass", ctx=ctx, step=step, program=program, record=record)
 
     # --- inside ----------------------------------------------------------------------------
 
@@ -194,7 +197,7 @@ class PluginHost:
 
     def _unknown(self, kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
         """The error, with the plugins that could have brought the name and failed."""
-        broken = [f"plugin {r.name!r} is {r.status}: {r.error}" for r in self.records() if r.error]
+        broken = [f"plugin {r.name!r} ({r.status}): {r.error}" for r in self.records() if r.error]
         return UnknownNameError(kind, name, known, note="; ".join(broken))
 
     def _notify(self, hook: str, **arguments: Any) -> None:

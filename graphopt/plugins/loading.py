@@ -76,7 +76,7 @@ def load_plugins(
             by_name[plugin.name] = plugin
             _read_hooks(manager, plugin, get)
         if plugin.error and required:
-            raise PluginError(f"plugin {plugin} is {plugin.status}: {plugin.error}")
+            raise PluginError(f"plugin {plugin} ({plugin.status}): {plugin.error}")
 
     unique = {(_distribution(e), e.name, e.value): e for e in entry_points}
     for entry in sorted(unique.values(), key=lambda e: (_distribution(e) != _OWN, _distribution(e), e.name)):

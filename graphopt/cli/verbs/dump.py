@@ -1,0 +1,59 @@
+"""``graphopt dump``: the graphs of a target, rewritten for a budget, in one of the dump formats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from graphopt.cli.options import json_option, optimize_options, output_option, target_argument
+from graphopt.cli.output import talking, write_json
+
+__all__ = ["command"]
+
+
+@click.command("dump")
+@target_argument
+@optimize_options
+@click.option("--stage", default="final", show_default=True, help="How far down: semantic, joint or final.")
+@click.option("--format", "-f", "form", default="text", show_default=True, help="A dump format.")
+@output_option
+@json_option
+def command(
+    target: str,
+    budget: str | None,
+    pipeline: str | None,
+    allow: tuple[str, ...],
+    device: str | None,
+    loss: str | None,
+    emit: str,
+    stage: str,
+    form: str,
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Write the graphs of TARGET, rewritten, as text, JSON, Python or DOT."""
+    from graphopt.api import optimize
+    from graphopt.atomic import write_atomically
+    from graphopt.cli.target import load_loss, load_target
+
+    with talking(f"rewriting {target}"):
+        loaded = load_target(target)
+        optimized = optimize(
+            loaded.model,
+            loaded.inputs,
+            budget=budget,
+            allow=allow,
+            pipeline=pipeline,
+            emit=emit,
+            device=device,
+            loss_fn=load_loss(loss),
+        )
+        text = optimized.dump(format=form, stage=stage)
+    if output is not None:
+        write_atomically(output, text)
+        click.echo(f"wrote {output}", err=True)
+    if as_json:
+        write_json({"target": target, "stage": stage, "format": form, "text": text})
+    elif output is None:
+        click.echo(text, nl=not text.endswith("\n"))
