@@ -1,0 +1,116 @@
+"""The roofline cost model: a call takes as long as its slowest resource, and a launch.
+
+Time of a call = max(FLOPs / matmul rate of its dtype, elements / vector rate, bytes / bandwidth)
++ launch. Bytes move at the copy bandwidth where reads and writes balance, and what is read beyond
+that at the read bandwidth. Views cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.fx as fx
+
+from graphopt.cost import MemoryProfile, NodeCost
+from graphopt.device import DeviceSpec
+from graphopt_cost_model.call import Call, call_of
+from graphopt_cost_model.flops import Work, work
+from graphopt_cost_model.liveness import profile
+from graphopt_cost_model.traffic import Traffic, traffic_of
+from graphopt_cost_model.workspace import WorkspaceProbe
+
+if TYPE_CHECKING:
+    from graphopt.program import Program
+    from graphopt.schedule import Schedule
+
+__all__ = ["RooflineCostModel"]
+
+_FREE = NodeCost(0, 0, 0, 0.0)
+
+
+class RooflineCostModel:
+    """Prices nodes and steps for one device; implements ``graphopt.cost.CostModel``.
+
+    ``NodeCost.flops`` counts matrix products, convolutions, attention, recurrent layers and
+    Fourier transforms; everything else is priced by its bytes (``graphopt_cost_model.flops``).
+    ``workspaces`` says whether transients inside kernels are measured; by default they are where
+    that is possible, on the CPU. Costs are memoised by call, so equal nodes are priced once.
+    """
+
+    def __init__(self, device: DeviceSpec, *, workspaces: bool | None = None) -> None:
+        self._device = device
+        measured = device.kind == "cpu" if workspaces is None else workspaces
+        self.workspace = WorkspaceProbe() if measured else None
+        self._float32 = "float32" if torch.get_float32_matmul_precision() == "highest" else "tfloat32"
+        self._costs: dict[Call, NodeCost] = {}
+
+    @property
+    def device(self) -> DeviceSpec:
+        return self._device
+
+    @property
+    def unprobed(self) -> Mapping[str, str]:
+        """Operators whose workspace could not be measured and counts as 0, with the reason."""
+        return self.workspace.unprobed if self.workspace else {}
+
+    def node(self, node: fx.Node) -> NodeCost:
+        """Cost of one ATen node, from its metadata; nothing for what is no call."""
+        if node.op != "call_function":
+            return _FREE
+        call = call_of(node)
+        cost = self._costs.get(call)
+        if cost is None:
+            cost = self._costs[call] = self.price(call)
+        return cost
+
+    def price(self, call: Call) -> NodeCost:
+        """Cost of one call."""
+        if call.is_view or not (call.inputs or call.outputs):
+            return _FREE
+        amount, moved = work(call), traffic_of(call)
+        transient = self.workspace.of(call) if self.workspace else 0
+        return NodeCost(
+            amount.flops, moved.read, moved.written, self._seconds(call, amount, moved), transient
+        )
+
+    def memory(self, step: Sequence[tuple[Program, Schedule]], *, base_bytes: int = 0) -> MemoryProfile:
+        """Exact op-by-op liveness of a step, transients inside kernels included."""
+        return profile(
+            step,
+            base_bytes=base_bytes,
+            granularity=self._device.allocation_granularity,
+            workspace=(lambda node: self.node(node).workspace_bytes) if self.workspace else None,
+        )
+
+    def _seconds(self, call: Call, amount: Work, moved: Traffic) -> float:
+        dtype = _compute_dtype(call)
+        vector = _rate(self._device.vector_flops, dtype)
+        products = vector if amount.on_vectors else self._matmul_rate(dtype)
+        balanced = min(moved.read, moved.written)
+        excess = self._device.read_bytes_per_second
+        if moved.written > moved.read:
+            excess = self._device.copy_bytes_per_second
+        bandwidth = 2 * balanced / self._device.copy_bytes_per_second
+        bandwidth += (moved.read + moved.written - 2 * balanced) / excess
+        return max(amount.flops / products, amount.elements / vector, bandwidth) + self._device.launch_seconds
+
+    def _matmul_rate(self, dtype: str) -> float:
+        """float32 products run at the tfloat32 rate where the device has one and torch may use it."""
+        rates = self._device.matmul_flops
+        if dtype == "float32" and self._float32 in rates:
+            return rates[self._float32]
+        return _rate(rates, dtype)
+
+
+def _compute_dtype(call: Call) -> str:
+    """The dtype that the call computes in: its first tensor of numbers, indices only failing that."""
+    specs = (*call.inputs, *call.outputs)
+    numbers = (spec for spec in specs if spec.dtype.is_floating_point or spec.dtype.is_complex)
+    spec = next(numbers, specs[0])
+    return str(spec.dtype).removeprefix("torch.")
+
+
+def _rate(rates: Mapping[str, float], dtype: str) -> float:
+    return rates[dtype] if dtype in rates else rates["float32"]
