@@ -26,8 +26,9 @@ _WIDTH = 100
 def report_text(report: Report) -> str:
     """The table as plain text, 100 columns, without colours."""
     stream = io.StringIO()
-    # In a notebook rich would display the table instead of writing it to the stream.
-    console = Console(file=stream, width=_WIDTH, color_system=None, force_jupyter=False)
+    # In a notebook rich would display the table instead of writing it to the stream; on a dumb
+    # terminal it would take another width.
+    console = Console(file=stream, width=_WIDTH, color_system=None, force_jupyter=False, force_terminal=False)
     console.print(report_renderable(report))
     return "\n".join(line.rstrip() for line in stream.getvalue().rstrip().splitlines())
 

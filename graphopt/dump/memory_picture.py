@@ -124,7 +124,7 @@ def _legend(
     layers: Mapping[str, str],
 ) -> None:
     canvas.line(_LEFT, y - 4, _LEFT + 24, y - 4, stroke=curve.colour, width=3)
-    canvas.text(_LEFT + 32, y, elided(curve.name, 13, details - _LEFT - 48, bold=True), bold=True)
+    canvas.text(_LEFT + 32, y, elided(curve.name, 13, details - _LEFT - 40, bold=True), bold=True)
     node = curve.nodes[curve.peak_index]
     layer = layers.get(node, "")
     where = f"peak {unit_text(curve.peak, unit)} at {node}" + (f" in {layer}" if layer else "")
