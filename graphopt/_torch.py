@@ -92,6 +92,15 @@ def extract_halves(
     )
 
 
+def eliminate_common_subexpressions(gm: fx.GraphModule) -> None:
+    """Dead code and repeated pure computations out of a joint graph, as torch's partitioner does."""
+    from torch._functorch.compile_utils import fx_graph_cse
+
+    gm.graph.eliminate_dead_code()
+    gm.graph = fx_graph_cse(gm.graph)
+    gm.recompile()
+
+
 def torch_partition(
     joint: fx.GraphModule, budget: float | None, kwargs: dict[str, Any]
 ) -> tuple[fx.GraphModule, fx.GraphModule]:

@@ -26,8 +26,8 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from graphopt import _torch
 from graphopt.candidate import Reason
-from graphopt.capture.ambient import is_state_call
 from graphopt.capture.aliasing import written_inputs
+from graphopt.capture.ambient import is_state_call
 from graphopt.capture.structure import Line
 
 __all__ = ["CutMap", "cut_map"]
