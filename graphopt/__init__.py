@@ -33,7 +33,8 @@ if TYPE_CHECKING:
         UnknownNameError,
         VerificationError,
     )
-    from graphopt.optimized import Measurement, Optimized
+    from graphopt.measure import Measurement
+    from graphopt.optimized import Optimized
     from graphopt.passes import Pass, PassContext
     from graphopt.pipeline import Pipeline
     from graphopt.plan import Plan
@@ -110,7 +111,8 @@ _HOME = {
         "UnknownNameError",
         "VerificationError",
     ),
-    "graphopt.optimized": ("Measurement", "Optimized"),
+    "graphopt.measure": ("Measurement",),
+    "graphopt.optimized": ("Optimized",),
     "graphopt.passes": ("Pass", "PassContext"),
     "graphopt.pipeline": ("Pipeline",),
     "graphopt.plan": ("Plan",),
@@ -127,11 +129,16 @@ def __getattr__(name: str) -> Any:
     if module is None:
         raise AttributeError(f"module 'graphopt' has no attribute {name!r}")
     value = getattr(importlib.import_module(module), name)
-    # Stored after the import: importing the submodule graphopt.plan binds `plan` to the module,
-    # and the public name is the function.
     globals()[name] = value
     return value
 
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# Python binds a submodule to its name in the package when it is first imported, and the public
+# `graphopt.plan` is the function. Imported here and unbound, the module never takes its place;
+# `from graphopt.plan import Plan` goes on working.
+importlib.import_module("graphopt.plan")
+del globals()["plan"]

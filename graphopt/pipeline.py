@@ -189,8 +189,12 @@ class _Reader:
             return tuple(items)
         token = self.peek()
         if token is not None and token.lastgroup == "string":
+            try:
+                text = json.loads(token[0])
+            except json.JSONDecodeError as error:
+                raise self.error(f"{token[0]} is no string: {error.msg}") from error
             self.at = token.end()
-            return json.loads(token[0])
+            return text
         return parse_word(self.word(f"a value for option {option!r}"))
 
     def peek(self) -> re.Match[str] | None:

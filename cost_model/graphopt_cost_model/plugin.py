@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 from graphopt.device import DeviceSpec
 from graphopt.plugins import Command, CostModelFactory, hookimpl
-from graphopt_cost_model.devices import load_devices
 
 if TYPE_CHECKING:
     import click
@@ -22,6 +21,9 @@ graphopt_api = 1
 @hookimpl
 def graphopt_devices() -> Iterable[DeviceSpec]:
     """The device table, calibrated figures on top."""
+    # Imported when asked: it needs torch, and `graphopt --help` loads this module.
+    from graphopt_cost_model.devices import load_devices
+
     return tuple(load_devices().values())
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from graphopt.plugins import KernelSpec, hookimpl
-from graphopt_kernels import bandwidth
 
 __all__ = ["graphopt_api", "graphopt_kernels"]
 
@@ -15,6 +14,9 @@ graphopt_api = 1
 @hookimpl
 def graphopt_kernels() -> Iterable[KernelSpec]:
     """The bandwidth probes that ``graphopt calibrate`` uses."""
+    # Imported when asked: it needs torch, and `graphopt --help` loads this module.
+    from graphopt_kernels import bandwidth
+
     return (
         KernelSpec(
             name="probe-copy",
