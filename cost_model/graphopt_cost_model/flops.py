@@ -200,20 +200,18 @@ def _convolution_backward(call: Call) -> int:
     return forward * sum(map(bool, call.argument("output_mask")[:2]))
 
 
-def _recurrent(call: Call) -> int:
-    """Each weight matrix meets each time step of each sequence once."""
-    steps = math.prod(call.inputs[0].shape[:-1])
-    return 2 * steps * sum(spec.elements for spec in call.inputs[1:] if _is_recurrent_weight(spec))
+def _recurrent(*weights: str, passes: int = 1) -> Callable[[Call], int]:
+    """Each matrix among the arguments ``weights`` meets each time step of each sequence once.
 
+    A backward makes two such ``passes``, for the gradients of data and of weights.
+    """
 
-def _recurrent_backward(call: Call) -> int:
-    """Gradients of data and of weights: twice the forward."""
-    return 2 * _recurrent(call)
+    def formula(call: Call) -> int:
+        steps = math.prod(call.inputs[0].shape[:-1])
+        matrices = tensors_in(tuple(call.argument(name) for name in weights))
+        return passes * 2 * steps * sum(spec.elements for spec in matrices if len(spec.shape) == 2)
 
-
-def _is_recurrent_weight(spec: TensorSpec) -> bool:
-    """Weights are matrices; states and sequences have three dimensions, biases one."""
-    return len(spec.shape) == 2
+    return formula
 
 
 def _transform(call: Call) -> int:
@@ -266,12 +264,12 @@ _FORMULAS: dict[Any, Callable[[Call], int]] = {
     aten.conv_transpose2d: _transposed_convolution,
     aten.conv_transpose3d: _transposed_convolution,
     aten.convolution_backward: _convolution_backward,
-    aten.lstm: _recurrent,
-    aten.gru: _recurrent,
-    aten.rnn_tanh: _recurrent,
-    aten.rnn_relu: _recurrent,
-    aten.mkldnn_rnn_layer: _recurrent,
-    aten._cudnn_rnn: _recurrent,
-    aten.mkldnn_rnn_layer_backward: _recurrent_backward,
-    aten._cudnn_rnn_backward: _recurrent_backward,
+    aten.lstm: _recurrent("params"),
+    aten.gru: _recurrent("params"),
+    aten.rnn_tanh: _recurrent("params"),
+    aten.rnn_relu: _recurrent("params"),
+    aten.mkldnn_rnn_layer: _recurrent("weight0", "weight1"),
+    aten._cudnn_rnn: _recurrent("weight"),
+    aten.mkldnn_rnn_layer_backward: _recurrent("weight1", "weight2", passes=2),
+    aten._cudnn_rnn_backward: _recurrent("weight", passes=2),
 }
