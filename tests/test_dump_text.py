@@ -164,6 +164,26 @@ def test_sizes_go_by_the_input_dimension_that_defines_them() -> None:
     assert "  symbol     s0 = x dim 0\n" in program_text(plain)
 
 
+def test_sizes_passed_as_inputs_go_by_their_symbol() -> None:
+    def step(n: int, m: int, x: torch.Tensor) -> torch.Tensor:
+        return x.view(n * 2, -1) + m
+
+    gm = make_fx(step, tracing_mode="symbolic")(3, 5, torch.empty(3, 8))
+    rows = next(node for node in gm.graph.nodes if node.op == "placeholder" and "x" in node.name)
+    first, second, _ = (node for node in gm.graph.nodes if node.op == "placeholder")
+    size = rows.meta["val"].shape[0]
+    first.meta["val"], second.meta["val"] = size, size + 1
+    specs = (InputSpec(first.name, "symbol"), InputSpec(second.name, "symbol"), InputSpec(rows.name, "input"))
+    lines = program_text(Program("g0", Level.SEMANTIC, gm, Signature(specs, ()))).splitlines()
+    assert lines[1:5] == [
+        "  symbol     s1 = %1[1]",
+        "  symbol     s0 = %1[0]",
+        "  symbol     %0 : int = s0 + 1",
+        "  input      %1 : f32[s0,s1]",
+    ]
+    assert any("= operator.mul(s0, 2) : int = 2*s0" in line for line in lines)
+
+
 def test_lines_fit_and_break_after_commas() -> None:
     def wide(*xs: torch.Tensor) -> torch.Tensor:
         return torch.cat(xs)

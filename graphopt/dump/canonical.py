@@ -9,6 +9,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Iterable, Mapping
+from itertools import count
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -61,12 +62,14 @@ class Names:
     """Names of one graph's values. ``symbols`` maps torch's symbols to the names used in dumps.
 
     Values are ``%0``, ``%1``, ... in graph order (inputs first); a parameter or buffer goes by its
-    dotted name, an attribute of the graph module by ``@name``.
+    dotted name, an input that is a symbolic size by that symbol, an attribute of the graph module
+    by ``@name``. ``definitions`` says where symbols come from (``"batch": "%0[0]"``).
     """
 
     def __init__(
         self, graph: fx.Graph, signature: Signature, symbols: Mapping[str, str], *, inherited: bool = False
     ) -> None:
+        self.symbols: dict[str, str] = dict(symbols) if inherited else _symbol_names(graph, symbols)
         self._names: dict[fx.Node, str] = {}
         fqns = {spec.node: spec.fqn for spec in signature.by_role("parameter", "buffer") if spec.fqn}
         taken: set[str] = set()
@@ -74,35 +77,34 @@ class Names:
         for node in graph.nodes:
             if node.op == "output":
                 continue
-            fqn = fqns.get(node.name, "") if node.op == "placeholder" else ""
+            given = ""
+            if node.op == "placeholder":
+                given = fqns.get(node.name, "") or self.symbols.get(str(node.meta.get("val")), "")
             if node.op == "get_attr":
                 self._names[node] = f"@{node.target}"
-            elif fqn and fqn not in taken:
-                taken.add(fqn)
-                self._names[node] = fqn
+            elif given and given not in taken:
+                taken.add(given)
+                self._names[node] = given
             else:
                 self._names[node] = f"%{number}"
                 number += 1
         self._by_node_name = {node.name: name for node, name in self._names.items()}
-        self.symbols: dict[str, str] = dict(symbols) if inherited else {}
-        self.definitions: dict[str, str] = {}
-        if not inherited:
-            self._name_symbols(graph, symbols)
+        self.definitions: dict[str, str] = {} if inherited else self._define(graph, symbols)
 
-    def _name_symbols(self, graph: fx.Graph, known: Mapping[str, str]) -> None:
+    def _define(self, graph: fx.Graph, told: Mapping[str, str]) -> dict[str, str]:
+        found: dict[str, str] = {}
         for node in graph.nodes:
-            for raw, place in _dimensions(node):
-                for symbol in _SYMBOL.findall(raw):
-                    if symbol in self.symbols:
-                        continue
-                    told = known.get(symbol, "")
-                    name = told if told.isidentifier() else f"s{len(self.symbols)}"
-                    self.symbols[symbol] = name
-                    here = self._names[node] + place
-                    if not told.isidentifier():
-                        self.definitions[name] = told or here
-                    elif node.op == "placeholder" and raw == symbol:
-                        self.definitions[name] = here
+            for raw, place in _dimensions(node) if node.op == "placeholder" else ():
+                if raw in self.symbols and place:
+                    found.setdefault(raw, self._names[node] + place)
+        out = {}
+        for raw, name in self.symbols.items():
+            text = told.get(raw, "")
+            if text and not text.isidentifier():
+                out[name] = text
+            elif raw in found:
+                out[name] = found[raw]
+        return out
 
     def of(self, node: fx.Node) -> str:
         return self._names[node]
@@ -162,6 +164,19 @@ class Names:
         parts = [self.operand(arg) for arg in node.args]
         parts += [f"{key}={self.operand(value)}" for key, value in node.kwargs.items()]
         return f"{op_text(node)}({', '.join(parts)})"
+
+
+def _symbol_names(graph: fx.Graph, told: Mapping[str, str]) -> dict[str, str]:
+    """A name for every symbol, in order of appearance: the one told where it is a name, else s0, s1."""
+    names: dict[str, str] = {}
+    free = (name for index in count() if (name := f"s{index}") not in told.values())
+    for node in graph.nodes:
+        for raw, _ in _dimensions(node):
+            for symbol in _SYMBOL.findall(raw):
+                if symbol not in names:
+                    given = told.get(symbol, "")
+                    names[symbol] = given if given.isidentifier() else next(free)
+    return names
 
 
 def _dimensions(node: fx.Node) -> Iterable[tuple[str, str]]:

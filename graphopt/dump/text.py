@@ -97,10 +97,21 @@ def _body(listing: Listing) -> Iterator[str]:
 
 
 def _inputs(listing: Listing) -> Iterator[str]:
-    for name, definition in listing.symbols.items():
-        yield from _commented(f"  {'symbol':<9}  {name} = {definition}", "")
+    passed = {item.name for item in listing.inputs if item.role == "symbol"}
+    for name in listing.symbols:
+        if name not in passed:
+            yield from _commented(_symbol(listing, name), "")
     for item in listing.inputs:
-        yield from _commented(f"  {item.role:<9}  {item.name} : {item.type}", item.note)
+        if item.name in listing.symbols or item.type == f"int = {item.name}":
+            yield from _commented(_symbol(listing, item.name), item.note)
+        else:
+            yield from _commented(f"  {item.role:<9}  {item.name} : {item.type}", item.note)
+
+
+def _symbol(listing: Listing, name: str) -> str:
+    """A size that no input dimension defines is an input of its own."""
+    definition = listing.symbols.get(name, "")
+    return f"  {'symbol':<9}  {name}" + (f" = {definition}" if definition else " : int")
 
 
 def _outputs(listing: Listing) -> Iterator[str]:
@@ -178,7 +189,7 @@ def _broken(text: str) -> list[str]:
     for piece in _pieces(text):
         if current.strip() and len(current) + len(piece.rstrip()) > COLUMNS:
             lines.append(current.rstrip())
-            current = _INDENT
+            current, piece = _INDENT, piece.lstrip()
         current += piece
     return [*lines, current.rstrip()]
 
