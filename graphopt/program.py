@@ -103,7 +103,8 @@ class Program:
         for node in self.graph.nodes:
             if node.op != "call_function":
                 continue
-            if target is None or node.target is target or getattr(node.target, "overloadpacket", None) is target:
+            packet = getattr(node.target, "overloadpacket", None)
+            if target is None or node.target is target or packet is target:
                 yield node
 
     @property
