@@ -26,7 +26,7 @@ lint: $(STAMP) ## formatting, types and layers
 	$(BIN)/lint-imports --no-logo
 
 benchmarks: $(STAMP) ## the figures of docs/benchmarks.md
-	$(BIN)/python -m benchmarks
+	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
 
 # The stamp stands for "these two files are installed"; touching either installs again.
 $(STAMP): pyproject.toml constraints.txt

@@ -43,6 +43,7 @@ def command(
     """Optimize TARGET, run one step and report what it took."""
     from graphopt.api import optimize
     from graphopt.cli.target import load_loss, load_target
+    from graphopt.cost import Cost
     from graphopt.plan import Plan
 
     with talking(f"optimizing {target}"):
@@ -60,11 +61,13 @@ def command(
             plan=Plan.load(plan_file) if plan_file is not None else None,
         )
     with talking("running one step"):
-        optimized.measure(loaded.inputs)
+        took = optimized.measure(loaded.inputs)
+    weights = optimized.report.predicted.weight_bytes
+    report = optimized.report.with_measured(Cost(took.peak_bytes, weights, took.seconds))
     if save_plan is not None:
         optimized.plan.save(save_plan)
         click.echo(f"wrote {save_plan}", err=True)
     if as_json:
-        write_json(optimized.report.to_json())
+        write_json(report.to_json())
     else:
-        click.echo(str(optimized.report))
+        click.echo(str(report))
