@@ -25,8 +25,10 @@ from graphopt.capture.structure import Line, Signature, line_of, signature_of
 
 __all__ = ["Blocks", "Run", "find_blocks"]
 
-LEAST_NODES = 8
+LEAST_NODES = 6
 MOST_CROSSING = 8
+TRIES = 16
+"""How many rotations of one repeat are compared block by block, those with fewest values first."""
 
 
 @dataclass(frozen=True)
@@ -103,37 +105,43 @@ class _Search:
 
     def place(self, repeat: Repeat) -> tuple[int, int, Run] | None:
         """The best way to cut ``repeat`` into blocks: (first node, end, run), or ``None``."""
-        best: tuple[tuple[int, int, int], int, int, int] | None = None
-        refused: Reason | None = None
         crossings = self._crossings(repeat)
-        for start in range(repeat.start, min(repeat.start + repeat.period, repeat.stop)):
+        ranked = []
+        latest = min(repeat.start + repeat.period - 1, repeat.stop - 2 * repeat.period)
+        for start in range(repeat.start, latest + 1):
             count = (repeat.stop - start) // repeat.period
-            if count < 2:
-                break
             bounds = [start + k * repeat.period for k in range(count + 1)]
-            width = max(crossings[b - repeat.start] for b in bounds[1:-1])
-            if best is not None and (width, -count, start) >= best[0]:
-                continue
+            ranked.append((max(crossings[b - repeat.start] for b in bounds[1:-1]), -count, start, bounds))
+        ranked.sort()
+        best: tuple[tuple[int, int, int], int, int] | None = None
+        refused: Reason | None = None
+        tries = TRIES
+        for width, _, start, bounds in ranked:
+            if (best is not None and width > best[0][0]) or tries == 0:
+                break
             if width > self.most_crossing:
                 names = (self.line.nodes[repeat.start].name, self.line.nodes[repeat.stop - 1].name)
-                refused = Reason(f"{width} values cross from one repetition to the next", names)
-                continue
+                refused = refused or Reason(f"{width} values cross from one repetition to the next", names)
+                break
             shut = [b for b in bounds if not self.cuts.free[b]]
-            if shut and len(bounds) - len(shut) < 3:
-                refused = self.cuts.why_not(shut[0])
+            if len(bounds) - len(shut) < 3:
+                refused = refused or self.cuts.why_not(shut[0])
                 continue
+            tries -= 1
             stretch = self._equal_stretch(bounds)
             if stretch is None:
                 continue
             first, end = stretch
-            rank = (width, -(end - first), start)
+            rank = (width, first - end, start)
             if best is None or rank < best[0]:
-                best = (rank, bounds[first], bounds[end], width)
+                best = (rank, bounds[first], bounds[end])
+            if end - first == len(bounds) - 1:
+                break
         if best is None:
             if refused is not None and refused not in self.declined:
                 self.declined.append(refused)
             return None
-        _, first, end, width = best
+        (width, _, _), first, end = best
         names = [node.name for node in self.line.nodes[first:end]]
         blocks = tuple(tuple(names[i : i + repeat.period]) for i in range(0, len(names), repeat.period))
         return first, end, Run(blocks, width)

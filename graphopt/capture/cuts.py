@@ -52,6 +52,7 @@ def cut_map(line: Line) -> CutMap:
     """Examine every position of ``line``. Linear in the size of the graph."""
     size = len(line.nodes)
     spans = [span for span in _spans(line) if span[0] <= span[1]]
+    spans.sort(key=lambda span: (span[0], -span[1], span[2].text, span[2].nodes))
     change = [0] * (size + 2)
     for start, stop, _ in spans:
         change[start] += 1

@@ -11,6 +11,7 @@ place of their recursion, as programs have few periods.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ __all__ = ["Repeat", "find_repeats"]
 GRAM = 4
 MAX_PERIODS = 256
 """Candidate periods that are looked at, those with most occurrences first."""
+MULTIPLES = 4
+"""Periods are looked at up to so many times their length: equal labels may be wired in turns."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,8 @@ def _periods(row: np.ndarray, least: int) -> list[int]:
         gram = row[i : i + GRAM].tobytes()
         if gram in latest:
             distance = i - latest[gram]
-            distances[distance * -(-least // distance)] += 1
+            distances[distance * math.ceil(least / distance)] += 1
         latest[gram] = i
-    usable = [(period, n) for period, n in distances.most_common() if 2 * period <= len(row)]
-    return [period for period, _ in usable[:MAX_PERIODS]]
+    shortest = [period for period, _ in distances.most_common(MAX_PERIODS)]
+    multiples = {times * period: None for times in range(1, MULTIPLES + 1) for period in shortest}
+    return [period for period in multiples if 2 * period <= len(row)]

@@ -144,8 +144,9 @@ class _Builder:
 
     def _constants(self, output: fx.Node) -> dict[str, Any]:
         read = {node for _, args, _ in self.calls for node in args} | set(output.all_input_nodes)
-        attributes = (node for node in read if node.op == "get_attr")
-        return {node.name: attribute(self.gm.graph, node) for node in attributes}
+        graph = self.gm.graph
+        attributes = (node for node in graph.nodes if node.op == "get_attr" and node in read)
+        return {node.name: attribute(graph, node) for node in attributes}
 
     def _module(
         self, start: int, stop: int, inputs: tuple[fx.Node, ...], outputs: tuple[fx.Node, ...]

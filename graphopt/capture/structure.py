@@ -24,7 +24,16 @@ from graphopt import _torch
 from graphopt.capture.aliasing import Aliases, alias_map, written_inputs
 from graphopt.capture.ambient import AmbientMap, ambient_map
 
-__all__ = ["Line", "Signature", "fingerprint_graph", "line_of", "signature_of", "value_type"]
+__all__ = [
+    "Line",
+    "Signature",
+    "attribute",
+    "fingerprint_graph",
+    "is_trained_input",
+    "line_of",
+    "signature_of",
+    "value_type",
+]
 
 INLINE_ELEMENTS = 64
 """Constants up to this size belong to the structure: they are compared by content and copied."""
@@ -81,11 +90,9 @@ def line_of(graph: fx.Graph) -> Line:
 
     def type_of(node: fx.Node) -> Hashable:
         if node not in types:
-            val = node.meta.get("val")
-            kind = value_type(val)
+            kind = value_type(node.meta.get("val"))
             # A frozen and a trained parameter make different programs.
-            trained = node.op == "placeholder" and isinstance(val, torch.Tensor) and val.requires_grad
-            types[node] = (kind, "trained") if trained else kind
+            types[node] = (kind, "trained") if is_trained_input(node) else kind
         return types[node]
 
     labels, all_refs = [], []
@@ -124,6 +131,18 @@ def signature_of(line: Line, start: int, stop: int, last: dict[fx.Node, int]) ->
     return Signature(key, tuple(slots), tuple(line.nodes[i] for i in outputs))
 
 
+def is_trained_input(node: fx.Node) -> bool:
+    """Whether a placeholder stands for a tensor that requires a gradient.
+
+    Tracing above autograd detaches ``meta["val"]``; ``meta["example_value"]``, where dynamo left it,
+    still tells.
+    """
+    if node.op != "placeholder":
+        return False
+    values = (node.meta.get("val"), node.meta.get("example_value"))
+    return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
+
+
 def value_type(value: Any) -> Hashable:
     """Kind of a value in ``meta["val"]``: dtype, shape, stride, device of tensors, structure of tuples."""
     if isinstance(value, torch.Tensor):
@@ -133,6 +152,8 @@ def value_type(value: Any) -> Hashable:
         return (value.dtype, shape, tuple(_size(s) for s in value.stride()), value.device)
     if isinstance(value, (tuple, list)):
         return (type(value).__name__, tuple(value_type(v) for v in value))
+    if isinstance(value, torch.SymFloat):
+        return "SymFloat"  # sizes are never made of it, so its name, another in every block, says nothing
     return (type(value).__name__, str(value))
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 
 from graphopt.capture.aliasing import written_inputs
-from graphopt.capture.structure import Line, attribute
+from graphopt.capture.structure import Line, attribute, is_trained_input
 from graphopt.program import tensor_leaves
 
 __all__ = ["trained_values"]
@@ -26,10 +26,8 @@ def trained_values(line: Line) -> frozenset[fx.Node]:
     written: set[fx.Node] = set()
     roots = line.aliases.roots
     for node in line.graph.nodes:
-        value = node.meta.get("val") if node.op == "placeholder" else None
-        if node.op == "get_attr":
-            value = attribute(line.graph, node)
-        if isinstance(value, torch.Tensor) and value.requires_grad:
+        constant = attribute(line.graph, node) if node.op == "get_attr" else None
+        if is_trained_input(node) or (isinstance(constant, torch.Tensor) and constant.requires_grad):
             trained.add(node)
     for i, node in enumerate(line.nodes):
         grad = line.ambient.states[i].grad
