@@ -313,28 +313,7 @@ def without_modes() -> Iterator[None]:
 
 def profiler_running() -> bool:
     """Whether the calling thread is being profiled; profilers do not nest."""
-    return bool(torch.autograd._profiler_enabled())
-
-
-def cpu_allocations(function: Callable[[], Any]) -> tuple[Any, list[int]]:
-    """``function()`` and the signed bytes that it allocated (+) and released (-) on the CPU, in order.
-
-    Uses the profiler that does not go through Kineto: ten times cheaper to start for one operator,
-    and it prints nothing. Only the calling thread is seen. Raises ``RuntimeError`` while another
-    profiler runs on this thread.
-    """
-    settings = torch._C._profiler._ExperimentalConfig()
-    config = torch.autograd.ProfilerConfig(
-        torch.autograd.ProfilerState.CPU, False, True, False, False, False, settings
-    )
-    torch.autograd._enable_profiler_legacy(config)
-    result = None
-    try:
-        result = function()
-    finally:
-        threads = torch.autograd._disable_profiler_legacy()
-    records = (record for thread in threads for record in thread)
-    return result, [int(r.cpu_memory_usage()) for r in records if r.kind() == "memory_alloc"]
+    return torch._C._autograd._profiler_enabled()
 
 
 @contextmanager

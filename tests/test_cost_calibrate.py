@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from graphopt_cost_model import calibrate as module
 from graphopt_cost_model import plugin
 from graphopt_cost_model.calibrate import CalibrationError, CalibrationSizes, calibrate
 from graphopt_cost_model.calibrate_command import command
+from graphopt_cost_model.calibration_store import CalibrationWarning
 from graphopt_cost_model.devices import load_devices
 from graphopt_kernels import bandwidth
 from graphopt_kernels import plugin as kernels_plugin
@@ -91,6 +94,14 @@ def test_a_kernel_that_takes_the_buffers_is_used_and_another_is_not():
     assert "runs on CUDA, the tensor is on cpu" in str(spec.supports(torch.ones(4)))
     assert module._kernel("probe-read", torch.ones(4)) == []
     assert module._kernel("no such kernel", torch.ones(4)) == []
+
+
+def test_a_kernel_that_raises_is_left_out_with_a_warning(monkeypatch):
+    spec = replace(kernels_plugin.graphopt_kernels()[0], supports=lambda source, target: None)
+    broken = SimpleNamespace(kernels=lambda: {"probe-copy": spec})
+    monkeypatch.setattr(module, "default_host", lambda: broken)
+    with pytest.warns(CalibrationWarning, match="measuring without kernel 'probe-copy': RuntimeError: "):
+        assert module._kernel("probe-copy", torch.ones(4), torch.ones(5)) == []
 
 
 def test_the_probe_operators_equal_their_references():

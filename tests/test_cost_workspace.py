@@ -107,6 +107,17 @@ def test_large_calls_are_extrapolated_exactly_where_it_is_quadratic():
     node = only(traced(lambda x: x.t().softmax(-1), data), aten._softmax)
     whole, scaled = WorkspaceProbe(), WorkspaceProbe(limit_bytes=600_000)
     assert scaled.bytes(node) == whole.bytes(node) >= data.nbytes
+    assert scaled.estimated == {"aten._softmax.default": whole.bytes(node)}
+    assert whole.estimated == {}
+
+
+def test_all_dimensions_shrink_where_one_is_not_enough():
+    data = torch.ones(512, 1024)
+    node = only(traced(lambda x: x.t().log_softmax(-1), data), aten._log_softmax)
+    whole, scaled = WorkspaceProbe(), WorkspaceProbe(limit_bytes=40_000)
+    # The small sizes run on one thread with smaller chunks: an estimate, within a factor of two.
+    assert whole.bytes(node) / 2 <= scaled.bytes(node) <= whole.bytes(node) * 2
+    assert not scaled.unprobed
 
 
 def test_what_cannot_be_made_small_is_listed():
@@ -114,12 +125,12 @@ def test_what_cannot_be_made_small_is_listed():
     node = only(traced(lambda x: x.transpose(0, 2).softmax(-1), data), aten._softmax)
     probe = WorkspaceProbe(limit_bytes=1000)
     assert probe.bytes(node) == 0
-    assert probe.unprobed["aten._softmax.default"] == "no smaller size of one dimension is small enough"
+    assert probe.unprobed["aten._softmax.default"] == "no smaller size of its dimensions is small enough"
 
 
 def test_resizing_keeps_the_order_of_strides_and_what_is_expanded():
     data = torch.ones(64, 8).t()
     node = call_node(aten.mul.Tensor, (data, torch.ones(8, 1).expand(8, 64)), torch.empty(8, 64))
-    left, right = resized(call_of(node), 64, 16).inputs
+    left, right = resized(call_of(node), {64: 16}).inputs
     assert (left.shape, left.stride) == ((8, 16), (1, 8))
     assert (right.shape, right.stride) == ((8, 16), (1, 0))

@@ -12,6 +12,7 @@ import functools
 import os
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
@@ -21,6 +22,7 @@ import torch
 from graphopt.device import DeviceSpec
 from graphopt.errors import GraphoptError, UnknownNameError
 from graphopt.plugins import default_host
+from graphopt_cost_model.calibration_store import CalibrationWarning
 from graphopt_cost_model.devices import load_devices, resolve
 
 __all__ = ["CalibrationError", "CalibrationSizes", "calibrate"]
@@ -219,10 +221,23 @@ class _Meter:
 
 
 def _kernel(name: str, *args: torch.Tensor) -> list[Callable[[], object]]:
-    """A call of the named kernel, if a plugin offers one that takes ``args``."""
+    """A call of the named kernel, if a plugin offers one that takes ``args`` and runs.
+
+    Warns (``CalibrationWarning``) of a kernel that raises; ATen is measured without it.
+    """
     spec = default_host().kernels().get(name)
     if spec is None or spec.supports(*args) is not None:
         return []
     namespace, op = spec.op.split("::")
     target = getattr(getattr(torch.ops, namespace), op)
+    try:
+        target(*args)
+    except Exception as error:  # whatever a plugin's kernel or its compiler raises
+        first_line = str(error).partition("\n")[0]
+        warnings.warn(
+            f"measuring without kernel {name!r}: {type(error).__name__}: {first_line}",
+            CalibrationWarning,
+            stacklevel=2,
+        )
+        return []
     return [lambda: target(*args)]

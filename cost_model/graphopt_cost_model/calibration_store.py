@@ -25,7 +25,7 @@ SCHEMA = "graphopt/calibration@1"
 
 
 class CalibrationWarning(UserWarning):
-    """Stored figures that were left out, and why."""
+    """Stored figures that were left out, or a kernel that was measured without, and why."""
 
 
 def cache_folder() -> Path:

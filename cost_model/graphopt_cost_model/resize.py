@@ -1,8 +1,9 @@
-"""The same call with one of its dimensions made smaller, to probe a kernel cheaply."""
+"""The same call with some of its dimensions made smaller, to probe a kernel cheaply."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -22,34 +23,33 @@ def resizable_sizes(call: Call) -> list[int]:
     return [size for size in sizes if size >= _SMALLEST]
 
 
-def resized(call: Call, old: int, new: int) -> Call:
-    """``call`` with every dimension (and every integer argument) of ``old`` replaced by ``new``.
+def resized(call: Call, sizes: Mapping[int, int]) -> Call:
+    """``call`` with every dimension, and every integer argument, replaced as ``sizes`` says.
 
     The order of strides is kept, and so is what is expanded; padding between rows is not.
     """
 
     def swap(value: Any) -> Any:
         if isinstance(value, TensorSpec):
-            return _resized_spec(value, old, new)
+            return _resized_spec(value, sizes)
         if isinstance(value, tuple):
             return tuple(swap(item) for item in value)
-        return new if type(value) is int and value == old else value
+        return sizes.get(value, value) if type(value) is int else value
 
     outputs = tuple(swap(spec) for spec in call.outputs)
     return replace(call, args=swap(call.args), kwargs=swap(call.kwargs), outputs=outputs)
 
 
-def _resized_spec(spec: TensorSpec, old: int, new: int) -> TensorSpec:
-    shape = tuple(new if size == old else size for size in spec.shape)
+def _resized_spec(spec: TensorSpec, sizes: Mapping[int, int]) -> TensorSpec:
+    shape = tuple(sizes.get(size, size) for size in spec.shape)
     if shape == spec.shape or not spec.strided:
         return spec
-    # Strides shrink with every dimension inside them that shrinks, so order and gaps stay.
+    # A stride shrinks with every dimension inside it that shrinks, so order and gaps stay.
     strides = []
     for stride in spec.stride:
-        inner = sum(
-            1
-            for size, other in zip(spec.shape, spec.stride, strict=True)
-            if size == old and 0 < other < stride
-        )
-        strides.append(math.ceil(stride * new**inner / old**inner))
+        new, old = stride, 1
+        for size, other in zip(spec.shape, spec.stride, strict=True):
+            if size in sizes and 0 < other < stride:
+                new, old = new * sizes[size], old * size
+        strides.append(math.ceil(new / old))
     return replace(spec, shape=shape, stride=tuple(strides), offset=0)

@@ -5,18 +5,20 @@ and float32 converts one side, a convolution reorders its weights. So each disti
 on the CPU, on inputs of the same layout, while every allocation is watched; the workspace is the
 peak less what is still held at the end (the outputs). docs/cost-model.md lists what was found.
 
-A call that would touch more than ``limit_bytes`` or compute more than ``limit_flops`` is probed at
-three smaller sizes of one of its dimensions and extrapolated: by a line where the three are on
-one, else by the parabola through them. That is exact for workspaces that grow with that dimension
-or its square, and an estimate where a kernel changes its blocking in between.
+A call that would touch more than ``limit_bytes`` or compute more than ``limit_flops`` is probed with
+one of its dimensions (all of them where one is not enough) divided by three powers of two, and
+extrapolated. That is exact for workspaces that grow with the dimension or its square, and an
+estimate for kernels that block differently at the smaller sizes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.fx as fx
 
@@ -41,13 +43,14 @@ class WorkspaceProbe:
     """Measures workspaces of calls on the CPU, each distinct call once in a process.
 
     ``unprobed`` maps the name of an operator that could not be probed to the reason; its workspace
-    counts as 0. ``mismatched`` maps one whose outputs take other bytes than their metadata says to
+    counts as 0. ``estimated`` maps one that was extrapolated to its largest estimate. ``mismatched`` maps one whose outputs take other bytes than their metadata says to
     (bytes kept, bytes expected).
     """
 
-    limit_bytes: int = 32 << 20
-    limit_flops: int = 10**9
+    limit_bytes: int = 64 << 20
+    limit_flops: int = 5 * 10**9
     unprobed: dict[str, str] = field(default_factory=dict)
+    estimated: dict[str, int] = field(default_factory=dict)
     mismatched: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def bytes(self, node: fx.Node) -> int:
@@ -64,7 +67,9 @@ class WorkspaceProbe:
                 probe = _probe(call)
                 self._compare(call, probe)
                 return probe.workspace
-            return self._extrapolated(call)
+            estimate = self._extrapolated(call)
+            self.estimated[call.name] = max(estimate, self.estimated.get(call.name, 0))
+            return estimate
         except _CannotProbe as error:
             self.unprobed[call.name] = str(error)
             return 0
@@ -84,22 +89,36 @@ class WorkspaceProbe:
             self.mismatched[call.name] = (probe.kept, sum(new.values()))
 
     def _extrapolated(self, call: Call) -> int:
+        sizes = resizable_sizes(call)
         reasons = []
-        for size in resizable_sizes(call):
-            for divisor in (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024):
-                largest = size // divisor // 4 * 4
-                if largest < 8:
-                    break
-                if not self._small(resized(call, size, largest)):
-                    continue
-                points = (largest, largest // 2, largest // 4)
-                try:
-                    values = [_probe(resized(call, size, point)).workspace for point in points]
-                except _CannotProbe as error:
-                    reasons.append(str(error))
-                    break
-                return _extrapolate(points, values, size)
-        raise _CannotProbe(reasons[0] if reasons else "no smaller size of one dimension is small enough")
+        for chosen in [*((size,) for size in sizes), tuple(sizes)]:
+            divisor = self._divisor(call, chosen)
+            if divisor is None:
+                continue
+            divisors = (divisor, 2 * divisor, 4 * divisor)
+            try:
+                values = [_probe(_divided(call, chosen, by)).workspace for by in divisors]
+            except _CannotProbe as error:
+                reasons.append(str(error))
+                continue
+            return _extrapolate(
+                [chosen[0] // by for by in divisors], values, chosen[0], _degree(call, chosen)
+            )
+        raise _CannotProbe(reasons[0] if reasons else "no smaller size of its dimensions is small enough")
+
+    def _divisor(self, call: Call, chosen: tuple[int, ...]) -> int | None:
+        """The least power of two that makes the call small when the chosen sizes are divided by it,
+        if that leaves at least 8 of each, so that a quarter of it can be probed too."""
+        divisor = 2
+        while chosen and min(chosen) // divisor >= 8:
+            if self._small(_divided(call, chosen, divisor)):
+                return divisor
+            divisor *= 2
+        return None
+
+
+def _divided(call: Call, sizes: tuple[int, ...], by: int) -> Call:
+    return resized(call, {size: size // by for size in sizes})
 
 
 class _CannotProbe(Exception):
@@ -134,48 +153,45 @@ def _measured(call: Call) -> Probe | str:
         torch.autocast("cpu", enabled=False),
         torch.random.fork_rng(devices=[]),
     ):
-        # Indices of 0 are valid wherever there is a row; 1 serves those that divide by integers.
-        for whole in (0, 1):
+        for random in (False, True):
             try:
-                return _run(call, whole)
+                return _run(call, random)
             except Exception as error:  # an operator may raise anything on inputs that it dislikes
                 first_line = str(error).partition("\n")[0]
                 reason = reason or f"{type(error).__name__}: {first_line}"
     return reason
 
 
-def _run(call: Call, whole: int) -> Probe:
-    storages = _storages(call, whole)
+def _run(call: Call, random: bool) -> Probe:
+    storages = _storages(call, random)
     args = _real(call.args, storages)
     kwargs = {name: _real(value, storages) for name, value in call.kwargs}
-    result, events = _torch.cpu_allocations(lambda: call.target(*args, **kwargs))
+    outputs: list[Any] = []  # held until the record ends, so that what is released is workspace
     running = peak = 0
-    for event in events:
+    for event in _torch.record_allocations(lambda: outputs.append(call.target(*args, **kwargs))):
         running += event
         peak = max(peak, running)
-    del result
     return Probe(peak - max(running, 0), running)
 
 
-def _storages(call: Call, whole: int) -> dict[int, torch.Tensor]:
-    """One flat tensor of bytes for each storage of the inputs, filled with values that most
-    operators accept: between 0 and 1, ``whole`` where integers are wanted."""
+def _storages(call: Call, random: bool) -> dict[int, torch.Tensor]:
+    """One flat tensor of bytes for each storage of the inputs, filled with made-up values."""
     extents: dict[int, tuple[int, torch.dtype]] = {}
     for spec in call.inputs:
         end = (spec.offset + spec.span) * spec.dtype.itemsize
         extents[spec.storage] = (max(end, extents.get(spec.storage, (0, spec.dtype))[0]), spec.dtype)
-    return {number: _filled(size, dtype, whole) for number, (size, dtype) in extents.items()}
+    return {
+        number: _filled(size // dtype.itemsize, dtype, random).view(torch.uint8)
+        for number, (size, dtype) in extents.items()
+    }
 
 
-def _filled(size: int, dtype: torch.dtype, whole: int) -> torch.Tensor:
-    count = size // dtype.itemsize
-    if dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        return torch.empty(count, dtype=dtype).uniform_().view(torch.uint8)
-    if dtype.is_floating_point:
-        return torch.empty(count).uniform_().to(dtype).view(torch.uint8)
-    if dtype.is_complex:
-        return torch.rand(count, dtype=dtype).view(torch.uint8)
-    return torch.full((count,), whole, dtype=dtype).view(torch.uint8)
+def _filled(count: int, dtype: torch.dtype, random: bool) -> torch.Tensor:
+    """One half and 0 at first: probabilities, and indices that are valid wherever there is a row.
+    For operators that refuse those, such as solvers and integer division, random numbers and 1."""
+    if not (dtype.is_floating_point or dtype.is_complex):
+        return torch.full((count,), int(random), dtype=dtype)
+    return torch.rand(count).to(dtype) if random else torch.full((count,), 0.5).to(dtype)
 
 
 def _real(value: Any, storages: dict[int, torch.Tensor]) -> Any:
@@ -193,13 +209,23 @@ def _flat(value: Any) -> Iterator[Any]:
         yield value
 
 
-def _extrapolate(points: tuple[int, int, int], values: list[int], size: int) -> int:
-    """The value at ``size`` of the line, or else the parabola, through three measured points."""
-    (x1, x2, x3), (y1, y2, y3) = points, values
-    slope = (y1 - y3) / (x1 - x3)
-    if abs(y3 + slope * (x2 - x3) - y2) <= 0.01 * max(y1, y2, y3):
-        return max(y1, round(y1 + slope * (size - x1)))
-    first = y1 * (size - x2) * (size - x3) / ((x1 - x2) * (x1 - x3))
-    second = y2 * (size - x1) * (size - x3) / ((x2 - x1) * (x2 - x3))
-    third = y3 * (size - x1) * (size - x2) / ((x3 - x1) * (x3 - x2))
-    return max(y1, round(first + second + third))
+def _degree(call: Call, sizes: tuple[int, ...]) -> int:
+    """How many dimensions of one tensor change with ``sizes``: nothing grows faster than its tensors."""
+    specs = (*call.inputs, *call.outputs)
+    return max(sum(size in sizes for size in spec.shape) for spec in specs)
+
+
+def _extrapolate(points: list[int], values: list[int], size: int, degree: int) -> int:
+    """The value at ``size`` of a function measured at three ``points``, each half the one before.
+
+    The line (degree 1) or parabola (degree 2) through the largest of them, if it grows no faster
+    than its degree between any two; else, or for a higher degree, the power law of the two largest
+    points with an exponent between 0 and ``degree``. Never less than what was measured.
+    """
+    large, middle, small = values
+    fastest = 1.02 * 2**degree
+    if degree <= 2 and small <= middle <= large <= fastest * middle and middle <= fastest * small:
+        fit = np.polynomial.Polynomial.fit(points[: degree + 1], values[: degree + 1], degree)
+        return max(large, round(float(fit(size))))
+    exponent = min(max(math.log2(large / middle), 0.0), float(degree)) if large and middle else 1.0
+    return max(large, round(float(large * (size / points[0]) ** exponent)))

@@ -1,8 +1,10 @@
-"""Triton sources of ``graphopt_kernels.bandwidth``. Imports triton: import it lazily."""
+"""Triton sources of ``graphopt_kernels.bandwidth``. Imports triton: import it lazily.
+
+Kernel arguments are not annotated: triton evaluates annotations, and would take ``Any`` for a
+global variable of the kernel.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import triton
 import triton.language as tl
@@ -11,7 +13,7 @@ __all__ = ["copy_kernel", "read_kernel"]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def copy_kernel(source: Any, target: Any, count: Any, BLOCK: tl.constexpr) -> None:
+def copy_kernel(source, target, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """``target[i] = source[i]`` for one block of elements."""
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = at < count
@@ -19,7 +21,7 @@ def copy_kernel(source: Any, target: Any, count: Any, BLOCK: tl.constexpr) -> No
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def read_kernel(source: Any, sums: Any, count: Any, BLOCK: tl.constexpr) -> None:
+def read_kernel(source, sums, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """``sums[b]`` = float32 sum of block ``b``: one write for many reads."""
     block = tl.program_id(0)
     at = block * BLOCK + tl.arange(0, BLOCK)
