@@ -43,8 +43,9 @@ class WorkspaceProbe:
     """Measures workspaces of calls on the CPU, each distinct call once in a process.
 
     ``unprobed`` maps the name of an operator that could not be probed to the reason; its workspace
-    counts as 0. ``estimated`` maps one that was extrapolated to its largest estimate. ``mismatched`` maps one whose outputs take other bytes than their metadata says to
-    (bytes kept, bytes expected).
+    counts as 0. ``estimated`` maps one that was extrapolated to its largest estimate.
+    ``mismatched`` maps one whose outputs take other bytes than their metadata says to (bytes kept,
+    bytes expected).
     """
 
     limit_bytes: int = 64 << 20
