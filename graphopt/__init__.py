@@ -29,15 +29,17 @@ if TYPE_CHECKING:
         PipelineError,
         PluginError,
         StalePlanError,
+        StaleReportError,
         TargetError,
         UnknownNameError,
         VerificationError,
     )
     from graphopt.measure import Measurement
     from graphopt.optimized import Optimized
+    from graphopt.pareto_front import Pareto
     from graphopt.passes import Pass, PassContext
     from graphopt.pipeline import Pipeline
-    from graphopt.plan import Plan
+    from graphopt.plans import Plan
     from graphopt.plugins import hookimpl
     from graphopt.program import Level, Program
     from graphopt.report import Report
@@ -62,6 +64,7 @@ __all__ = [
     "Measurement",
     "NearMiss",
     "Optimized",
+    "Pareto",
     "Pass",
     "PassContext",
     "PassError",
@@ -74,6 +77,7 @@ __all__ = [
     "Report",
     "Schedule",
     "StalePlanError",
+    "StaleReportError",
     "TargetError",
     "UnknownNameError",
     "VerificationError",
@@ -107,15 +111,17 @@ _HOME = {
         "PipelineError",
         "PluginError",
         "StalePlanError",
+        "StaleReportError",
         "TargetError",
         "UnknownNameError",
         "VerificationError",
     ),
     "graphopt.measure": ("Measurement",),
     "graphopt.optimized": ("Optimized",),
+    "graphopt.pareto_front": ("Pareto",),
     "graphopt.passes": ("Pass", "PassContext"),
     "graphopt.pipeline": ("Pipeline",),
-    "graphopt.plan": ("Plan",),
+    "graphopt.plans": ("Plan",),
     "graphopt.plugins": ("hookimpl",),
     "graphopt.program": ("Level", "Program"),
     "graphopt.report": ("Report",),
@@ -136,9 +142,3 @@ def __getattr__(name: str) -> Any:
 def __dir__() -> list[str]:
     return sorted(__all__)
 
-
-# Python binds a submodule to its name in the package when it is first imported, and the public
-# `graphopt.plan` is the function. Imported here and unbound, the module never takes its place;
-# `from graphopt.plan import Plan` goes on working.
-importlib.import_module("graphopt.plan")
-del globals()["plan"]

@@ -353,3 +353,13 @@ def exit_autocast() -> Callable[..., Any]:
 def set_grad_enabled() -> Callable[..., Any]:
     """What dynamo writes where gradients are switched on or off."""
     return torch._C._set_grad_enabled
+
+
+def storage_bytes(values: Any) -> int:
+    """Bytes of the distinct storages under a pytree of tensors."""
+    found: dict[int, int] = {}
+    for value in torch.utils._pytree.tree_leaves(values):
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+            storage = value.untyped_storage()
+            found[storage._cdata] = hint(storage.nbytes())
+    return sum(found.values())

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from graphopt.plan import Plan, Recomputed
+from graphopt.plans import Plan, Recomputed
 
 __all__ = ["PriceGroup", "price_groups"]
 

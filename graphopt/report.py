@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from graphopt.cost import Cost
 from graphopt.errors import StaleReportError
-from graphopt.plan import Plan
+from graphopt.plans import Plan
 from graphopt.plugins.records import PluginRecord
 from graphopt.record_json import RecordFormatError, decode, encode
 

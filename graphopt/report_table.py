@@ -13,7 +13,7 @@ from rich.text import Text
 from graphopt.budget import format_bytes
 from graphopt.cost import Cost
 from graphopt.duration import format_seconds
-from graphopt.plan import Plan, count_text, gap_text
+from graphopt.plans import Plan, count_text, gap_text
 from graphopt.price import PriceGroup, price_groups
 from graphopt.report import Report
 

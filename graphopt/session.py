@@ -27,8 +27,8 @@ from graphopt.emit.emitter import Emitter
 from graphopt.errors import BudgetError, GraphoptError
 from graphopt.partition import ordered, partition
 from graphopt.passes import Pass, PassContext
-from graphopt.plan import Choice, Plan, Recomputed, SavedValue
-from graphopt.planner import choose, least_peak, seconds_bound
+from graphopt.plans import Choice, Plan, Recomputed, SavedValue
+from graphopt.planner import choose, least_peak, seconds_bound, step_peak
 from graphopt.plugins.host import PluginHost
 from graphopt.program import InputSpec, Level, Program, layer_of
 from graphopt.report import PassRecord
@@ -55,6 +55,7 @@ class Captured:
     point: FrontierPoint | None = None
     lowered: tuple[fx.GraphModule, ...] = ()
     provisional: bool = False
+    ran: bool = False
     run: Callable[..., Any] | None = None
     recompile: Callable[[], Callable[..., Any]] | None = None
 
@@ -70,7 +71,8 @@ class Session:
 
     While ``whole`` is true every graph is the whole model: it is planned the moment it is
     captured. Otherwise graphs come one after another (graph breaks): each runs its least plan op
-    by op until ``finish`` plans them all under the one budget.
+    by op until ``finish`` plans them all under the one budget; ``staged`` calls it itself, when
+    the first graph is called again. ``arguments`` are the call's inputs while it lasts.
     """
 
     budget: Budget
@@ -85,7 +87,9 @@ class Session:
     names: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     static_bytes: int | None = None
     weight_bytes: int | None = None
+    arguments: Any = None
     whole: bool = True
+    staged: bool = False
     capturing: bool = False
     captured: list[Captured] = field(default_factory=list)
     current: list[Captured] = field(default_factory=list)
@@ -97,9 +101,7 @@ class Session:
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A dynamo backend: compiles one graph under this session's budget."""
         specs = input_specs(gm, inputs, self.names)
-        if self.static_bytes is None or self.weight_bytes is None:
-            self.weight_bytes = _storage_bytes(inputs, specs, ("parameter", "buffer"))
-            self.static_bytes = _storage_bytes(inputs, specs, ("parameter", "buffer", "input"))
+        self._count_static(inputs, specs)
         name = f"g{len(self.captured)}"
         auxiliary = auxiliary_outputs(gm) if torch.is_grad_enabled() else ()
         original = gm
@@ -110,7 +112,7 @@ class Session:
             semantic, auxiliary = gm, ()
         if auxiliary:
             detach_outputs(semantic, auxiliary)
-        captured = Captured(name, semantic_program(name, semantic, specs), specs)
+        captured = Captured(name, semantic_program(name, semantic, specs), specs, provisional=not self.whole)
         self._begin(captured)
         context = _torch.capture_context()
 
@@ -126,12 +128,15 @@ class Session:
             return reattach(run, original, auxiliary, lambda: self._used(captured)) if auxiliary else run
 
         captured.recompile = compile_now
-        captured.provisional = not self.whole
         captured.run = compile_now()
 
         def call(*args: Any) -> Any:
             if self.capturing and self.whole:
                 raise NotPlanned
+            if captured.provisional and self.staged:
+                if captured.ran:
+                    self.finish()
+                captured.ran = True
             assert captured.run is not None
             return captured.run(*args)
 
@@ -152,11 +157,48 @@ class Session:
         """Programs of the present step with the schedules that they run, in call order."""
         return [(c.joint, c.schedule) for c in self.current if c.joint is not None]
 
-    def _begin(self, captured: Captured) -> None:
-        if self.whole:
-            self.current = [captured]
+    def curve(self, base_bytes: int) -> list[tuple[int, float, int, str]]:
+        """(peak, added seconds, FLOPs again, label) of the present step's plans, least peak first.
+
+        Several programs: the planner's choice at each peak that some combination reaches.
+        """
+        frontiers = [c.frontier for c in self.current if c.frontier is not None]
+        least = least_peak(frontiers, base_bytes)
+        most = step_peak([f.points[-1] for f in frontiers], base_bytes)
+        if len(frontiers) == 1:
+            budgets = [base_bytes + point.peak_bytes for point in frontiers[0].points]
         else:
-            self.current = [*self.current, captured]
+            budgets = [least + (most - least) * k // 64 for k in range(65)]
+        rows: list[tuple[int, float, int, str]] = []
+        for budget in budgets:
+            chosen = choose(frontiers, budget, base_bytes)
+            if chosen is None:
+                continue
+            row = (
+                step_peak(chosen, base_bytes),
+                sum(p.seconds for p in chosen),
+                sum(p.flops for p in chosen),
+                ", ".join(p.label for p in chosen),
+            )
+            if not rows or row[1] < rows[-1][1]:
+                rows.append(row)
+        return rows
+
+    def _count_static(self, inputs: Sequence[Any], specs: Sequence[InputSpec]) -> None:
+        """Bytes that are held whatever the plan: weights and the step's inputs."""
+        weights = self.weight_bytes
+        if weights is None:
+            weights = self.weight_bytes = _storage_bytes(inputs, specs, ("parameter", "buffer"))
+        elif self.arguments is None and self.staged:
+            weights = self.weight_bytes = weights + _storage_bytes(inputs, specs, ("parameter", "buffer"))
+        if self.arguments is not None:
+            self.static_bytes = weights + _torch.storage_bytes(self.arguments)
+        elif not self.current or self.whole:
+            self.static_bytes = weights + _storage_bytes(inputs, specs, ("input",))
+
+    def _begin(self, captured: Captured) -> None:
+        open_group = any(c.provisional for c in self.current)
+        self.current = [*self.current, captured] if not self.whole and open_group else [captured]
         self.captured.append(captured)
 
     def _used(self, captured: Captured) -> None:
@@ -183,6 +225,7 @@ class Session:
         self, captured: Captured, joint: fx.GraphModule, num_outputs: int
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         captured.mode = "train"
+        _torch.eliminate_common_subexpressions(joint)
         program = joint_program(captured.name, joint, captured.specs, num_outputs)
         known = captured.joint
         captured.joint = program

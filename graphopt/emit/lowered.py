@@ -307,7 +307,16 @@ def compile_lowered(
     is_inference: bool = False,
     granularity: int = 1,
 ) -> tuple[Callable[[list[Any]], Any], LoweredMemory]:
-    """Compile one functional ATen graph with Inductor: the boxed callable and its memory."""
+    """Compile one functional ATen graph with Inductor: the boxed callable and its memory.
+
+    Raises ``LoweringError`` for a graph that returns a single value instead of a tuple.
+    """
+    output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+    if not isinstance(output.args[0], tuple | list):
+        raise LoweringError(
+            f"the graph returns {output.args[0]} by itself",
+            hint="expected a tuple of outputs, as AOTAutograd makes",
+        )
     compiler = LoweredCompiler(granularity=granularity)
     compiled = compiler(
         gm,

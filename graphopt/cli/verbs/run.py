@@ -44,7 +44,7 @@ def command(
     from graphopt.api import optimize
     from graphopt.cli.target import load_loss, load_target
     from graphopt.cost import Cost
-    from graphopt.plan import Plan
+    from graphopt.plans import Plan
 
     with talking(f"optimizing {target}"):
         loaded = load_target(target)

@@ -1,0 +1,161 @@
+"""``optimize``, ``plan`` and ``pareto``: the verbs of the library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from graphopt import _torch
+from graphopt.budget import Budget
+from graphopt.capture.driver import Driver
+from graphopt.capture.inputs import bind_inputs
+from graphopt.emit import resolve_emitter
+from graphopt.emit.eager import EagerEmitter
+from graphopt.errors import InputsError, UnknownNameError
+from graphopt.optimized import Optimized
+from graphopt.pareto_front import Pareto, ParetoPoint
+from graphopt.passes import Pass
+from graphopt.pipeline import Pipeline
+from graphopt.plans import Plan
+from graphopt.plugins.host import PluginHost, default_host
+from graphopt.session import Session
+
+__all__ = ["make_session", "optimize", "pareto", "plan"]
+
+_VERIFY = ("off", "structure", "numeric")
+_ON_ERROR = ("rollback", "raise")
+
+
+def optimize(
+    model: torch.nn.Module,
+    inputs: Any = None,
+    *,
+    budget: Budget | int | str | None = None,
+    allow: Sequence[str] = (),
+    pipeline: str | Pipeline | Iterable[Pass | str] | None = None,
+    emit: str = "auto",
+    verify: str = "structure",
+    device: str | torch.device | None = None,
+    loss_fn: Callable[[Any], torch.Tensor] | None = None,
+    dynamic_shapes: bool | None = None,
+    plugins: Sequence[object] = (),
+    on_error: str = "rollback",
+    plan: Plan | None = None,
+) -> Optimized:
+    """The fastest version of ``model`` whose step fits ``budget``, with the same call.
+
+    ``inputs``: a tuple of positional or a dict of keyword arguments; without it capture happens
+    on the first call. ``budget``: bytes of the whole step's peak (an int, ``"8GiB"``, ``"60%"`` of
+    the baseline peak, or a ``Budget``); ``None`` minimises time. ``allow`` names passes that
+    change results. ``pipeline``: a preset, a YAML file, text or passes. ``emit``: ``"eager"``
+    runs op by op, ``"inductor"`` compiles, ``"auto"`` compiles where a compiler is found.
+    ``verify``: ``"off"``, ``"structure"`` or ``"numeric"`` (outputs and gradients against the
+    model, needs ``inputs``). ``device`` names the device to plan for, by default the model's.
+    ``loss_fn(output)`` gives the scalar to differentiate where the model returns no loss.
+    ``dynamic_shapes``: as ``torch.compile``'s ``dynamic``. ``on_error``: ``"rollback"`` records
+    what failed and goes on, ``"raise"`` raises. ``plan`` replays a stored plan.
+
+    Raises ``BudgetError`` if nothing allowed fits, ``BudgetSyntaxError``, ``InputsError``,
+    ``UnknownNameError`` (pass, option, device, emitter), ``StalePlanError``, and with
+    ``on_error="raise"`` ``CaptureError`` and whatever a pass raises.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise InputsError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
+    if verify not in _VERIFY:
+        raise UnknownNameError("value of verify", verify, _VERIFY)
+    where = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    session = make_session(
+        device if device is not None else where,
+        budget=budget,
+        allow=allow,
+        pipeline=pipeline,
+        emit=emit,
+        plugins=plugins,
+        on_error=on_error,
+        runs_on=where,
+    )
+    session.replay = plan
+    session.names = {
+        **{id(b): ("buffer", name) for name, b in model.named_buffers()},
+        **{id(p): ("parameter", name) for name, p in model.named_parameters()},
+    }
+    session.weight_bytes = _torch.storage_bytes([*model.parameters(), *model.buffers()])
+    driver = Driver(model, session, inputs=inputs, dynamic=dynamic_shapes)
+    optimized = Optimized(model, driver, loss_fn)
+    if inputs is not None:
+        driver.prepare(*bind_inputs(model, inputs))
+        if verify == "numeric":
+            from graphopt.verify import verify_numerically
+
+            verify_numerically(model, optimized, inputs)
+    return optimized
+
+
+def plan(model: torch.nn.Module, inputs: Any, **options: Any) -> Plan:
+    """What ``optimize`` would do, without compiling anything. Same arguments; ``inputs`` needed."""
+    if inputs is None:
+        raise InputsError("plan() needs inputs: a tuple of positional arguments or a dict of keyword arguments")
+    return optimize(model, inputs, **options).plan
+
+
+def pareto(model: torch.nn.Module, inputs: Any, **options: Any) -> Pareto:
+    """Peak bytes of the whole step against predicted seconds, over all plans found.
+
+    Same arguments as ``optimize`` but ``budget`` and ``plan``.
+    """
+    for name in ("budget", "plan"):
+        if name in options:
+            raise InputsError(f"pareto() takes no {name}=: it shows what every budget gives")
+    optimized = optimize(model, inputs, **options)
+    session = optimized._driver.session
+    baseline = optimized.plan.baseline
+    base = session.static_bytes or 0
+    points = [
+        ParetoPoint(peak, (baseline.seconds or 0.0) + seconds, flops, label)
+        for peak, seconds, flops, label in session.curve(base)
+    ]
+    return Pareto(tuple(points), session.cost.device.name, session.emitter.name)
+
+
+def make_session(
+    device: str | torch.device,
+    *,
+    budget: Budget | int | str | None = None,
+    allow: Sequence[str] = (),
+    pipeline: str | Pipeline | Iterable[Pass | str] | None = None,
+    emit: str = "auto",
+    plugins: Sequence[object] = (),
+    on_error: str = "rollback",
+    runs_on: torch.device | None = None,
+) -> Session:
+    """A session with everything looked up by name; raises before any work is done."""
+    if on_error not in _ON_ERROR:
+        raise UnknownNameError("value of on_error", on_error, _ON_ERROR)
+    host = PluginHost(tuple(plugins)) if plugins else default_host()
+    known = host.passes()
+    for name in allow:
+        if name not in known:
+            raise UnknownNameError("pass", name, known)
+    chosen = Pipeline.of("default" if pipeline is None else pipeline, host)
+    spec = _device_spec(host, device)
+    runs_on = runs_on or (device if isinstance(device, torch.device) else torch.device("cpu"))
+    return Session(
+        budget=Budget.of(budget),
+        cost=host.cost_model("roofline").build(spec),
+        emitter=resolve_emitter(emit, runs_on),
+        provisional_emitter=EagerEmitter(),
+        host=host,
+        passes=chosen.steps,
+        allow=frozenset(allow),
+        on_error=on_error,
+    )
+
+
+def _device_spec(host: PluginHost, device: str | torch.device) -> Any:
+    if isinstance(device, str) and device not in ("cuda", "cpu"):
+        return host.device(device)
+    kind = device if isinstance(device, str) else device.type
+    name = torch.cuda.get_device_name() if kind == "cuda" and torch.cuda.is_available() else kind
+    return host.device(name)

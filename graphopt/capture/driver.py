@@ -1,0 +1,261 @@
+"""Calls a model through dynamo and a session: capture, planning, fall-back, then plain running."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from io import StringIO
+from typing import Any
+
+import torch
+
+import graphopt
+from graphopt import _torch
+from graphopt.capture.inputs import bind_inputs
+from graphopt.cost import MemoryProfile
+from graphopt.errors import CaptureError, GraphoptError, InputsError, UnknownNameError
+from graphopt.plans import Plan
+from graphopt.program import Level, Program, Signature
+from graphopt.report import Environment, ProgramSummary, Report
+from graphopt.session import NotPlanned, Session
+
+__all__ = ["Driver"]
+
+
+class Driver:
+    """Owns the compiled callables of one model.
+
+    The whole model is captured in one graph if dynamo can; if not, in several with plain Python
+    between them; if that fails too the model runs as it did and ``diagnostics`` say why
+    (``on_error="raise"`` raises instead).
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, session: Session, *, inputs: Any = None, dynamic: bool | None = None
+    ) -> None:
+        self.model, self.session, self.dynamic = model, session, dynamic
+        self.example = inputs
+        self._call: Callable[..., Any] | None = None
+        self._uncaptured = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.prepare(args, kwargs)
+        if self._call is None:
+            return self.model(*args, **kwargs)
+        self.session.arguments = (args, kwargs)
+        try:
+            with _torch.quiet_capture():
+                self.session.finish()
+                return self._call(*args, **kwargs)
+        except Exception as error:
+            inner = _torch.inner_error(error)
+            if inner is not error and isinstance(inner, GraphoptError):
+                raise inner from None
+            raise
+        finally:
+            self.session.arguments = None
+
+    def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Capture and plan, if that has not happened yet."""
+        if self._call is not None or self._uncaptured:
+            return
+        if self.example is None:
+            self.example = kwargs if kwargs and not args else args
+        self.session.arguments = (args, kwargs)
+        try:
+            self._capture(args, kwargs)
+        finally:
+            self.session.arguments = None
+
+    def bind(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``inputs``, or the example inputs, as positional and keyword arguments."""
+        chosen = self.example if inputs is None else inputs
+        if chosen is None:
+            raise InputsError("no inputs: none were given, here or to optimize()")
+        return bind_inputs(self.model, chosen)
+
+    def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Capture and plan one call without running it where one graph holds it all."""
+        training = self.model.training
+        with _torch.quiet_capture(), torch.set_grad_enabled(torch.is_grad_enabled() and training):
+            try:
+                self._capture_whole(args, kwargs)
+                return
+            except GraphoptError:
+                raise
+            except _torch.graph_break_errors() as error:
+                self.session.diagnostics.append(f"not one graph: {_first_line(_torch.inner_error(error))}")
+            self._capture_pieces(args, kwargs)
+
+    def _capture_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        session = self.session
+        session.whole, session.capturing = True, True
+        call = torch.compile(self.model, backend=session.backend, fullgraph=True, dynamic=self.dynamic)
+        try:
+            call(*args, **kwargs)
+        except NotPlanned:
+            self._call = call
+        except Exception as error:
+            inner = _torch.inner_error(error)
+            if isinstance(inner, GraphoptError):
+                raise inner from None
+            if isinstance(error, _torch.graph_break_errors()):
+                raise
+            self._give_up(inner, args, kwargs)
+        else:
+            # Nothing was compiled: the model computes nothing that dynamo could capture.
+            self._give_up(CaptureError("the model runs no tensor operation that can be captured"), args, kwargs)
+        finally:
+            session.capturing = False
+
+    def _capture_pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Several graphs: run the forward once, everything put back, to see them all."""
+        session = self.session
+        session.whole = False
+        session.current = []
+        session.captured = []
+        call = torch.compile(self.model, backend=session.backend, dynamic=self.dynamic)
+        try:
+            with _buffers_restored(self.model), torch.random.fork_rng(devices=_cuda_devices(self.model)):
+                call(*args, **kwargs)
+            session.finish()
+        except Exception as error:
+            inner = _torch.inner_error(error)
+            if isinstance(inner, GraphoptError):
+                raise inner from None
+            self._give_up(inner, args, kwargs)
+            return
+        if not session.current:
+            self._give_up(CaptureError("dynamo captured no graph of the model"), args, kwargs)
+            return
+        self._call = call
+
+    def _give_up(self, error: BaseException, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Leave the model as it is. Inputs that the model itself refuses are the caller's error."""
+        with torch.no_grad(), _buffers_restored(self.model), torch.random.fork_rng(devices=_cuda_devices(self.model)):
+            try:
+                self.model(*args, **kwargs)
+            except Exception as refused:
+                raise InputsError(
+                    f"the model does not run with these inputs: {_first_line(refused)}",
+                ) from refused
+        if self.session.on_error == "raise":
+            raise CaptureError(f"the model could not be captured: {_first_line(error)}") from error
+        self._uncaptured = True
+        self.session.diagnostics.append(f"not captured, runs as it did: {_first_line(error)}")
+
+    def training_step(self) -> bool:
+        """Whether the captured step has a backward."""
+        if self._uncaptured or not self.session.current:
+            return self.model.training
+        return any(captured.mode == "train" for captured in self.session.current)
+
+    def weight_bytes(self) -> int:
+        return self.session.weight_bytes or 0
+
+    def plan(self) -> Plan:
+        if self.session.plan is None:
+            why = "; ".join(self.session.diagnostics) or "it was not called yet and no inputs were given"
+            raise CaptureError(f"the model was not captured: {why}")
+        return self.session.plan
+
+    def report(self) -> Report:
+        session, plan = self.session, self.plan()
+        environment = Environment(
+            torch.__version__, platform.python_version(), graphopt.__version__, session.cost.device.name
+        )
+        programs = tuple(
+            ProgramSummary(
+                c.name,
+                c.mode,
+                len(c.semantic.graph.nodes),
+                len(c.joint.graph.nodes) if c.joint else 0,
+                len(c.lowered[0].graph.nodes) if c.lowered else 0,
+                len(c.lowered[1].graph.nodes) if len(c.lowered) > 1 else 0,
+            )
+            for c in session.current
+        )
+        return Report(
+            environment,
+            plan.baseline,
+            plan.predicted,
+            budget=plan.budget,
+            plan=plan,
+            plugins=session.host.records(),
+            programs=programs,
+            steps=tuple(session.records),
+            diagnostics=tuple(session.diagnostics),
+        )
+
+    def memory(self) -> tuple[MemoryProfile, MemoryProfile]:
+        self.plan()
+        session = self.session
+        base = session.static_bytes or 0
+        before = [(c.joint, c.baseline) for c in session.current if c.joint is not None and c.baseline is not None]
+        return session.cost.memory(before, base_bytes=base), session.cost.memory(session.step(), base_bytes=base)
+
+    def programs(self) -> tuple[Program, ...]:
+        found: list[Program] = []
+        for captured in self.session.current:
+            found.append(captured.semantic)
+            if captured.joint is not None:
+                found.append(captured.joint)
+            for half, name in zip(captured.lowered, ("forward", "backward"), strict=False):
+                found.append(_lowered_program(captured.joint, half, f"{captured.name}.{name}"))
+        return tuple(found)
+
+    def dump(self, form: str, stage: str) -> str:
+        from graphopt.dump.text import dump_joint_with_schedule
+
+        self.plan()
+        formats = self.session.host.formats()
+        if form not in formats:
+            raise UnknownNameError("dump format", form, formats)
+        level = {"semantic": Level.SEMANTIC, "joint": Level.JOINT, "final": Level.LOWERED}[stage]
+        if stage == "joint" and form == "text":
+            parts = [
+                dump_joint_with_schedule(c.joint, c.schedule, pass_id=c.frontier.pass_id if c.frontier else "")
+                for c in self.session.current
+                if c.joint is not None
+            ]
+            return "\n".join(parts)
+        out = StringIO()
+        for program in self.programs():
+            if program.level is level:
+                formats[form].write(program, out)
+        return out.getvalue()
+
+
+def _lowered_program(joint: Program | None, half: torch.fx.GraphModule, name: str) -> Program:
+    from graphopt.program import InputSpec, OutputSpec
+
+    known = {spec.node: spec for spec in joint.signature.inputs} if joint is not None else {}
+    roles = {spec.node: spec for spec in joint.signature.outputs} if joint is not None else {}
+    inputs = tuple(
+        known.get(node.name, InputSpec(node.name, "saved")) for node in half.graph.nodes if node.op == "placeholder"
+    )
+    output = next(node for node in reversed(half.graph.nodes) if node.op == "output")
+    flat = [v for v in torch.utils._pytree.tree_leaves(output.args[0]) if isinstance(v, torch.fx.Node)]
+    outputs = tuple(roles.get(node.name, OutputSpec(node.name, "saved")) for node in flat)
+    return Program(name, Level.LOWERED, half, Signature(inputs, outputs))
+
+
+@contextmanager
+def _buffers_restored(model: torch.nn.Module) -> Iterator[None]:
+    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, value in kept:
+                buffer.copy_(value)
+
+
+def _cuda_devices(model: torch.nn.Module) -> list[int]:
+    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -1,0 +1,165 @@
+"""Live bytes of a graph as Inductor is expected to run it, before anything is compiled.
+
+The kernels come from ``graphopt.emit.fusion``. Of the order that the graph states and a greedy
+one, the better by its own estimate is taken, as Inductor's scheduler does.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch.fx as fx
+
+from graphopt import _torch
+from graphopt.emit.fusion import Kernel, bases, fuse, in_memory
+from graphopt.program import tensor_leaves
+
+__all__ = ["fused_live"]
+
+
+def fused_live(
+    nodes: Sequence[fx.Node],
+    outputs: Collection[str],
+    owned: Collection[str] = (),
+    *,
+    device_type: str = "cpu",
+    granularity: int = 1,
+) -> list[tuple[str, int]]:
+    """Expected (last value computed, live bytes) at each kernel, above the graph inputs.
+
+    ``nodes`` are call nodes in execution order, ``outputs`` names those that are returned,
+    ``owned`` the inputs that nobody else holds: they go at their last use. ``granularity`` is
+    what the allocator rounds each storage up to, in bytes.
+    """
+    kernels = fuse(nodes, outputs, device_type=device_type)
+    alive = in_memory(nodes, outputs, kernels)
+    base = bases(nodes)
+    kept = {base.get(name, name) for name in outputs}
+    sizes = _sizes(nodes, granularity)
+    books = _Books(
+        sizes={name: size for name, size in sizes.items() if name in alive or name in owned},
+        releasable=frozenset({*alive, *owned} - kept),
+    )
+    reads = _dependencies(kernels)
+    orders = (_stated_order(kernels, reads), _least_peak_first(kernels, reads, books))
+    return min(
+        (_live(order, books) for order in orders), key=lambda live: max((b for _, b in live), default=0)
+    )
+
+
+@dataclass(frozen=True)
+class _Books:
+    """Bytes of what takes memory, and which of it goes once nobody reads it any more."""
+
+    sizes: Mapping[str, int]
+    releasable: frozenset[str]
+
+    def allocated(self, kernel: Kernel) -> int:
+        return sum(self.sizes.get(name, 0) for name in kernel.members)
+
+
+def _live(kernels: Sequence[Kernel], books: _Books) -> list[tuple[str, int]]:
+    last: dict[str, int] = {}
+    for index, kernel in enumerate(kernels):
+        for name in (*kernel.members, *kernel.reads):
+            last[name] = index
+    now, result = 0, []
+    for index, kernel in enumerate(kernels):
+        dying = [n for n in {*kernel.reads, *kernel.members} if n in books.releasable and last[n] == index]
+        released = [books.sizes.get(n, 0) for n in dying if n not in kernel.members]
+        now += books.allocated(kernel)
+        # An output of a generated kernel takes the place of an input of its size that dies there.
+        reused = 0
+        if not kernel.library:
+            for name in kernel.members:
+                if books.sizes.get(name, 0) in released:
+                    reused += books.sizes[name]
+                    released.remove(books.sizes[name])
+        result.append((kernel.members[-1], now - reused))
+        now -= sum(books.sizes.get(n, 0) for n in dying)
+    return result
+
+
+def _dependencies(kernels: Sequence[Kernel]) -> list[set[int]]:
+    """For each kernel, the positions of those whose values it reads."""
+    maker = {name: index for index, kernel in enumerate(kernels) for name in kernel.members}
+    return [
+        {maker[name] for name in kernel.reads if name in maker} - {index}
+        for index, kernel in enumerate(kernels)
+    ]
+
+
+def _stated_order(kernels: Sequence[Kernel], reads: Sequence[set[int]]) -> list[Kernel]:
+    """Kernels after those that they read from, otherwise by their first members."""
+    waits, readers = [set(sources) for sources in reads], _readers(reads)
+    ready = [index for index, sources in enumerate(waits) if not sources]
+    order = []
+    while ready:
+        index = heapq.heappop(ready)
+        order.append(kernels[index])
+        for reader in readers[index]:
+            waits[reader].discard(index)
+            if not waits[reader]:
+                heapq.heappush(ready, reader)
+    return order
+
+
+def _least_peak_first(kernels: Sequence[Kernel], reads: Sequence[set[int]], books: _Books) -> list[Kernel]:
+    """The greedy order of ``torch/_inductor/memory.py`` (``topological_sort_lpmf``): of the kernels
+    that fit under the peak so far, the one that leaves least behind; otherwise the smallest."""
+    waits, readers = [set(sources) for sources in reads], _readers(reads)
+    pending: dict[str, set[int]] = {}
+    for index, kernel in enumerate(kernels):
+        for name in (*kernel.members, *kernel.reads):
+            if name in books.releasable:
+                pending.setdefault(name, set()).add(index)
+    sizes = [books.allocated(kernel) for kernel in kernels]
+    frees = [0] * len(kernels)
+    for name, users in pending.items():
+        if len(users) == 1:
+            frees[next(iter(users))] += books.sizes.get(name, 0)
+    now = peak = 0
+    ready = {index for index, sources in enumerate(waits) if not sources}
+    order = []
+    while ready:
+        gap = peak - now
+        index = min(ready, key=lambda i: (sizes[i] if sizes[i] > gap else 0, sizes[i] - frees[i], i))
+        ready.remove(index)
+        order.append(kernels[index])
+        now += sizes[index]
+        peak = max(peak, now)
+        now -= frees[index]
+        for name in {*kernels[index].members, *kernels[index].reads}:
+            left = pending.get(name, set()) - {index}
+            if name in pending and len(left) == 1:
+                frees[next(iter(left))] += books.sizes.get(name, 0)
+            pending[name] = left
+        for reader in readers[index]:
+            waits[reader].discard(index)
+            if not waits[reader]:
+                ready.add(reader)
+    return order
+
+
+def _readers(reads: Sequence[set[int]]) -> list[list[int]]:
+    readers: list[list[int]] = [[] for _ in reads]
+    for index, sources in enumerate(reads):
+        for source in sources:
+            readers[source].append(index)
+    return readers
+
+
+def _sizes(nodes: Sequence[fx.Node], granularity: int) -> dict[str, int]:
+    """Bytes of the storages of each value and each input."""
+    sizes: dict[str, int] = {}
+    for node in nodes:
+        for item in (node, *node.all_input_nodes):
+            if item.name not in sizes:
+                storages = {
+                    _torch.storage_key(t): _torch.hint(t.untyped_storage().nbytes())
+                    for t in tensor_leaves(item.meta.get("val"))
+                }
+                sizes[item.name] = sum(-(-size // granularity) * granularity for size in storages.values())
+    return sizes

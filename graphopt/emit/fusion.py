@@ -1,0 +1,299 @@
+"""Which values Inductor will put in memory, guessed from the graph before anything is compiled.
+
+A planner tries thousands of schedules and can compile none of them. This follows the rules by
+which Inductor's lowering decides between storing a value and computing it again in each
+reader, and then groups what is stored into kernels, so that a value all of whose readers are in
+its own kernel needs no memory. Rules and thresholds: ``torch/_inductor/graph.py`` (``run_node``),
+``ir.py`` (``StorageBox``) and ``scheduler.py`` of torch 2.11 to 2.13. An approximation: layouts,
+tilings, split reductions and Inductor's own reordering are left out.
+``graphopt.emit.lowered`` gives the exact answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+import torch.fx as fx
+
+from graphopt import _torch
+from graphopt.program import tensor_leaves
+
+__all__ = ["Kernel", "Kind", "bases", "fuse", "in_memory", "kind_of", "materialised"]
+
+
+class Kind(StrEnum):
+    """How Inductor treats a call: free, written into an input, inlined into its readers, reduced in
+    a loop, written piece by piece into a buffer of its own, or opaque."""
+
+    VIEW = "view"
+    WRITE = "write"
+    POINTWISE = "pointwise"
+    REDUCTION = "reduction"
+    PIECEWISE = "piecewise"
+    LIBRARY = "library"
+
+
+_REDUCTIONS = frozenset({
+    "sum", "mean", "amax", "amin", "max", "min", "var", "var_mean", "std", "prod", "any", "all",
+    "argmax", "argmin", "logsumexp",
+})  # fmt: skip
+# Loops over the output that read inputs at computed places: lowered like elementwise operators.
+_GATHERS = frozenset({
+    "_low_memory_max_pool_offsets_to_indices", "_to_copy", "_unsafe_index", "_unsafe_view",
+    "arange", "cat", "clone", "constant_pad_nd", "copy",
+    "convert_element_type", "embedding", "empty", "expand", "flip", "fma", "full", "full_like", "gather",
+    "index", "inductor_lookup_seed", "inductor_random", "iota", "new_full", "new_zeros", "ones",
+    "permute", "repeat", "reshape", "scalar_tensor", "select_scatter", "slice_scatter", "where",
+    "zeros", "zeros_like",
+})  # fmt: skip
+# Loops over the source that write at computed places of a new buffer.
+_SCATTERS = frozenset({
+    "_unsafe_index_put", "_unsafe_masked_index_put_accumulate", "index_put", "scatter", "scatter_add",
+    "scatter_reduce",
+})  # fmt: skip
+# Costly enough on a CPU that Inductor stores the result when it is read more than once.
+_HEAVY_ON_CPU = frozenset({"exp", "log", "log10", "log1p", "log2", "sigmoid", "tanh"})
+
+
+_ALONE = frozenset({Kind.LIBRARY, Kind.PIECEWISE})
+
+
+@dataclass(frozen=True)
+class _Limits:
+    """Beyond these an expression is stored: reads when reused, reads in all, operations in all."""
+
+    reused_reads: int
+    reads: int
+    operations: int
+    heavy: frozenset[str] = frozenset()
+
+
+_CPU_LIMITS = _Limits(4, 12, 50, _HEAVY_ON_CPU)
+_GPU_LIMITS = _Limits(4, 8, 30)
+
+
+@dataclass(frozen=True)
+class _Expression:
+    """What a value is computed from: reads from memory, operations, and whether any is costly."""
+
+    reads: frozenset[str]
+    operations: int
+    heavy: bool
+
+
+def kind_of(node: fx.Node, device_type: str = "cpu") -> Kind:
+    """How Inductor treats the call ``node``, which must carry ``meta["val"]``."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return Kind.VIEW
+    results = {_torch.storage_key(t) for t in tensor_leaves(node.meta.get("val"))}
+    sources = {_torch.storage_key(t) for n in node.all_input_nodes for t in tensor_leaves(n.meta.get("val"))}
+    if results and results <= sources:
+        return Kind.WRITE if target._schema.is_mutable else Kind.VIEW
+    name = _operator(node)
+    if name in _REDUCTIONS:
+        return Kind.REDUCTION
+    if name in _SCATTERS or (
+        name == "cat" and (device_type == "cpu" or not all(map(_is_elementwise, node.users)))
+    ):
+        return Kind.PIECEWISE
+    single = isinstance(node.meta.get("val"), torch.Tensor) and not target._schema.is_mutable
+    return Kind.POINTWISE if single and _is_elementwise(node) else Kind.LIBRARY
+
+
+def _is_elementwise(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.pointwise in tags or _operator(node) in _GATHERS
+
+
+@dataclass
+class Kernel:
+    """Stored values computed by one launch, and what it reads from memory.
+
+    ``level`` orders it after the kernels that it reads from; ``elements`` and ``reduced`` are the
+    size of its loops, and how much of that is reduced to one result (``inner``: from neighbouring
+    elements); ``library`` kernels take nothing else in. ``readers`` are the ids of those that read it.
+    """
+
+    level: int
+    elements: int
+    reduced: int
+    inner: bool
+    library: bool
+    members: list[str] = field(default_factory=list)
+    reads: set[str] = field(default_factory=set)
+    readers: set[int] = field(default_factory=set)
+
+
+def fuse(nodes: Sequence[fx.Node], outputs: Collection[str], *, device_type: str = "cpu") -> list[Kernel]:
+    """The kernels that Inductor is expected to make of ``nodes``, ordered by their first members.
+
+    ``nodes`` are call nodes in execution order; all else that they read counts as graph input.
+    ``outputs`` names the nodes that are graph outputs. A node that is in no kernel is a view or is
+    computed again by each reader.
+    """
+    limits = _CPU_LIMITS if device_type == "cpu" else _GPU_LIMITS
+    kinds = {node.name: kind_of(node, device_type) for node in nodes}
+    needed = _needed(nodes, kinds, outputs, device_type)
+    expressions: dict[str, _Expression] = {}
+    kernels: dict[str, Kernel] = {}
+    for node in nodes:
+        kind = kinds[node.name]
+        expression = _expression(node, kind, expressions, limits)
+        users = sum(user.name in kinds for user in node.users)
+        inlined = (
+            kind is Kind.POINTWISE and node.name not in needed and not _too_much(expression, users, limits)
+        )
+        if kind is Kind.VIEW or inlined:
+            expressions[node.name] = expression
+            continue
+        expressions[node.name] = _Expression(frozenset((node.name,)), 1, False)
+        _place(node, kind, expression.reads, kernels)
+    return list({id(kernel): kernel for kernel in kernels.values()}.values())
+
+
+def materialised(
+    nodes: Sequence[fx.Node], outputs: Collection[str], *, device_type: str = "cpu"
+) -> frozenset[str]:
+    """Names of the ``nodes`` whose value is expected to take memory of its own.
+
+    Arguments as for ``fuse``. Views are never in the result, operators of libraries always.
+    """
+    kernels = fuse(nodes, outputs, device_type=device_type)
+    return in_memory(nodes, outputs, kernels)
+
+
+def _operator(node: fx.Node) -> str:
+    schema = getattr(node.target, "_schema", None)
+    return "" if schema is None else str(schema.name).split("::")[-1]
+
+
+def bases(nodes: Sequence[fx.Node]) -> dict[str, str]:
+    """For each view (and item of a tuple), the node whose memory it shows."""
+    base: dict[str, str] = {}
+    for node in nodes:
+        if kind_of(node) is Kind.VIEW and node.all_input_nodes:
+            source = node.all_input_nodes[0].name
+            base[node.name] = base.get(source, source)
+    return base
+
+
+def _needed(
+    nodes: Sequence[fx.Node], kinds: Mapping[str, Kind], outputs: Collection[str], device_type: str
+) -> set[str]:
+    """Values that must be in memory: what libraries read, and what is returned."""
+    base = bases(nodes)
+    names = set(outputs)
+    for node in nodes:
+        sources = [source.name for source in node.all_input_nodes]
+        if kinds[node.name] is Kind.LIBRARY:
+            names.update(sources)
+        elif device_type == "cpu" and _operator(node).startswith("scatter"):
+            # Left to ATen on a CPU, into a buffer that starts out as the first argument.
+            names.update(sources[1:])
+    return {base.get(name, name) for name in names}
+
+
+def _expression(
+    node: fx.Node, kind: Kind, expressions: Mapping[str, _Expression], limits: _Limits
+) -> _Expression:
+    parts = [
+        expressions.get(source.name) or _Expression(frozenset((source.name,)), 1, False)
+        for source in node.all_input_nodes
+        if tensor_leaves(source.meta.get("val"))
+    ]
+    constants = sum(isinstance(argument, int | float) for argument in node.args)
+    own = 0 if kind is Kind.VIEW else 1 + constants
+    return _Expression(
+        reads=frozenset[str]().union(*(part.reads for part in parts)),
+        operations=own + sum(part.operations for part in parts),
+        heavy=_operator(node) in limits.heavy or any(part.heavy for part in parts),
+    )
+
+
+def _too_much(expression: _Expression, users: int, limits: _Limits) -> bool:
+    """Whether Inductor stores an expression although nothing demands it."""
+    reads, operations = len(expression.reads), expression.operations
+    if reads > limits.reads or operations > limits.operations:
+        return True
+    return users > 1 and (expression.heavy or reads > limits.reused_reads)
+
+
+def _place(node: fx.Node, kind: Kind, reads: Collection[str], kernels: dict[str, Kernel]) -> None:
+    """Put ``node`` into the latest kernel that it reads from, if the loops fit, else into a new one.
+
+    Kernels that only this one reads then move into it: their values need no memory any more.
+    """
+    sources = list({id(kernels[name]): kernels[name] for name in reads if name in kernels}.values())
+    latest = max(sources, key=lambda kernel: kernel.level, default=None)
+    own = Kernel(0 if latest is None else latest.level + 1, *_loops(node, kind), kind in _ALONE)
+    home = own
+    if latest is not None and latest.level > max((k.level for k in sources if k is not latest), default=-1):
+        home = latest if _join(latest, own) else own
+    for kernel in sources:
+        if kernel is not home and kernel.readers <= {id(home)} and _join(home, kernel):
+            home.members[:0] = kernel.members
+            home.reads |= kernel.reads
+            for name in kernel.reads & kernels.keys():
+                kernels[name].readers.discard(id(kernel))
+                kernels[name].readers.add(id(home))
+            for name in kernel.members:
+                kernels[name] = home
+    home.members.append(node.name)
+    home.reads.update(reads)
+    kernels[node.name] = home
+    for name in home.reads & kernels.keys():
+        if kernels[name] is not home:
+            kernels[name].readers.add(id(home))
+
+
+def _join(into: Kernel, other: Kernel) -> bool:
+    """Whether the loops of two kernels can be one; if so, ``into`` takes on the larger loops.
+
+    They can where both run over the same elements and reduce, if at all, the same innermost
+    part of them; or where one runs over what the other's reduction yields.
+    """
+    if into.library or other.library or not (into.inner and other.inner):
+        return False
+    small, large = sorted((into, other), key=lambda kernel: kernel.elements)
+    same = small.elements == large.elements and (
+        1 in (small.reduced, large.reduced) or small.reduced == large.reduced
+    )
+    yielded = small.reduced == 1 and small.elements == large.elements // large.reduced
+    if same or yielded:
+        into.elements, into.reduced = large.elements, max(small.reduced, large.reduced)
+        return True
+    return False
+
+
+def _loops(node: fx.Node, kind: Kind) -> tuple[int, int, bool]:
+    """Elements looped over, how many of them go into one result, whether those lie side by side."""
+    out = sum(_elements(t) for t in tensor_leaves(node.meta.get("val"))[:1])
+    if kind is not Kind.REDUCTION:
+        return out, 1, True
+    value = node.all_input_nodes[0].meta["val"]
+    total, rank = _elements(value), value.dim()
+    dims = node.args[1] if len(node.args) > 1 and node.args[1] is not None else list(range(rank))
+    reduced = sorted(d % max(rank, 1) for d in (dims if isinstance(dims, list | tuple) else [dims]))
+    return total, max(total // max(out, 1), 1), reduced == list(range(rank - len(reduced), rank))
+
+
+def _elements(tensor: torch.Tensor) -> int:
+    return _torch.hint(tensor.numel())
+
+
+def in_memory(
+    nodes: Sequence[fx.Node], outputs: Collection[str], kernels: Sequence[Kernel]
+) -> frozenset[str]:
+    """Of what ``kernels`` compute, that which outlives its kernel."""
+    base = bases(nodes)
+    written = {node.name for node in nodes if kind_of(node) is Kind.WRITE}
+    result = {base.get(name, name) for name in outputs}
+    for kernel in kernels:
+        result.update(kernel.reads.difference(kernel.members))
+        if kernel.library:
+            result.update(kernel.members)
+    return frozenset(name for kernel in kernels for name in kernel.members if name in result - written)

@@ -1,0 +1,163 @@
+"""The optimized module: the model's own interface, the rewritten programs behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from graphopt import _torch
+from graphopt.capture.driver import Driver
+from graphopt.cost import Cost, MemoryProfile
+from graphopt.errors import InputsError, UnknownNameError
+from graphopt.measure import Measurement, measure
+from graphopt.plans import Plan
+from graphopt.program import Program
+from graphopt.report import Report
+
+__all__ = ["Optimized"]
+
+
+class Optimized(torch.nn.Module):
+    """What ``graphopt.optimize`` returns.
+
+    Shares parameters, buffers and submodules with the model it was made from: ``state_dict`` has
+    the model's keys, ``train()``, ``eval()`` and ``to()`` act on both. Attributes that a module
+    does not have are the model's.
+    """
+
+    def __init__(self, model: torch.nn.Module, driver: Driver, loss_fn: Callable[[Any], torch.Tensor] | None) -> None:
+        super().__init__()
+        # Shared, not copied: what is registered in one later is registered in the other.
+        self._parameters = model._parameters
+        self._buffers = model._buffers
+        self._modules = model._modules
+        self._non_persistent_buffers_set = model._non_persistent_buffers_set
+        object.__setattr__(self, "_model", model)
+        object.__setattr__(self, "_driver", driver)
+        object.__setattr__(self, "_loss_fn", loss_fn)
+        self.training = model.training
+        self._measured: Cost | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_model"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._driver(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> Optimized:
+        self._model.train(mode)
+        self.training = mode
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model.state_dict(*args, **kwargs)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        return self._model.load_state_dict(state_dict, strict=strict, assign=assign)
+
+    @property
+    def report(self) -> Report:
+        """Baseline, predicted and measured cost of the present step, and what was changed for it.
+
+        Raises ``CaptureError`` before anything was captured (no inputs given, not yet called).
+        """
+        report = self._driver.report()
+        return report.with_measured(self._measured) if self._measured is not None else report
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the present step. Raises ``CaptureError`` before anything was captured."""
+        return self._driver.plan()
+
+    @property
+    def programs(self) -> tuple[Program, ...]:
+        """Every captured program at every level: semantic, joint, then the lowered halves."""
+        return self._driver.programs()
+
+    def memory(self) -> tuple[MemoryProfile, MemoryProfile]:
+        """Simulated live bytes over the step: of the baseline, and of the plan."""
+        return self._driver.memory()
+
+    def dump(self, format: str = "text", stage: str = "final") -> str:
+        """The programs as text. ``stage``: ``"semantic"``, ``"joint"`` (with the schedule's marks)
+        or ``"final"`` (what runs); ``format``: any registered dump format."""
+        stages = ("semantic", "joint", "final")
+        if stage not in stages:
+            raise UnknownNameError("stage", stage, stages)
+        return self._driver.dump(format, stage)
+
+    def measure(self, inputs: Any = None, *, repeats: int = 3) -> Measurement:
+        """Run whole steps and measure them: forward and backward in training, else forward.
+
+        ``inputs`` as for ``optimize``; without it the captured example inputs. The peak counts
+        parameters, buffers and inputs; gradients are absent when the step begins and outputs are
+        held until it ends. Gradients and buffers are put back afterwards. The loss is the
+        output's ``loss``, or ``loss_fn(output)``, or the sum of all differentiable outputs.
+        """
+        args, kwargs = self._driver.bind(inputs)
+        training = self._driver.training_step()
+        device = _device_of(self._model, (args, kwargs))
+        parameters = [p for p in self._model.parameters() if p.requires_grad]
+
+        def step() -> Any:
+            with torch.set_grad_enabled(training):
+                output = self(*args, **kwargs)
+                if training:
+                    self._loss(output).backward()
+            return output
+
+        with _restored(self._model, parameters):
+            state = torch.get_rng_state()
+
+            def reset() -> None:
+                torch.set_rng_state(state)
+                for parameter in parameters:
+                    parameter.grad = None
+
+            static = _torch.storage_bytes([*self._model.parameters(), *self._model.buffers(), args, kwargs])
+            taken = measure(step, device=device, static_bytes=static, repeats=repeats, before=reset)
+        self._measured = Cost(taken.peak_bytes, self._driver.weight_bytes(), taken.seconds)
+        return taken
+
+    def _loss(self, output: Any) -> torch.Tensor:
+        if self._loss_fn is not None:
+            return self._loss_fn(output)
+        loss = getattr(output, "loss", None)
+        if isinstance(loss, torch.Tensor):
+            return loss
+        leaves = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+        if not leaves:
+            raise InputsError(
+                "nothing in the model's output can be differentiated",
+                hint="pass loss_fn=, or inputs with which the model returns a loss",
+            )
+        scalars = [t for t in leaves if t.dim() == 0]
+        return torch.stack([t.sum() for t in (scalars or leaves)]).sum()
+
+
+@contextmanager
+def _restored(model: torch.nn.Module, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
+    gradients = [parameter.grad for parameter in parameters]
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    random = torch.get_rng_state()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(random)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
+
+
+def _device_of(model: torch.nn.Module, inputs: Any) -> torch.device:
+    tensors = [*model.parameters(), *(t for t in torch.utils._pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor))]
+    return next((t.device for t in tensors), torch.device("cpu"))
+

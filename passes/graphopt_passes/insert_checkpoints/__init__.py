@@ -1,0 +1,105 @@
+"""insert-checkpoints: choose what is kept for the backward and what is computed again.
+
+Before, everything that the backward reads is handed over::
+
+    forward:   %5 = aten.mm(%x, %w)   %6 = aten.gelu(%5)   saves %5, %6
+    backward:  %9 = aten.mm(%g, %6)   ...
+
+After, within a smaller budget, ``%6`` runs again right before its reader::
+
+    forward:   %5 = aten.mm(%x, %w)   %6 = aten.gelu(%5)   saves %5
+    backward:  %6 = aten.gelu(%5)     <recompute>
+               %9 = aten.mm(%g, %6)   ...
+
+Sources: Chen et al. 2016 (recomputation), Griewank and Walther (checkpointing), minimum cuts as
+starting points as in torch's partitioner; the search itself is on the true peak of the step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from graphopt.candidate import Frontier, FrontierPoint
+from graphopt.errors import PassError
+from graphopt.passes import Pass, PassContext, Proposal
+from graphopt.program import Level, Program
+
+from graphopt_passes.insert_checkpoints.bound import peak_floor, seconds_bound
+from graphopt_passes.insert_checkpoints.evaluate import Evaluation, Evaluator
+from graphopt_passes.insert_checkpoints.model import StepModel, build_model
+from graphopt_passes.insert_checkpoints.portfolio import blends, seeds
+from graphopt_passes.insert_checkpoints.realise import saved_storages, to_schedule
+from graphopt_passes.insert_checkpoints.search import search
+
+__all__ = ["InsertCheckpoints"]
+
+
+@dataclass(frozen=True)
+class InsertCheckpoints(Pass):
+    """``objective``: what a recomputation costs, predicted ``"seconds"`` or ``"flops"``.
+
+    ``targets``: how many peaks between the least and the largest are aimed at; 0 chooses by the
+    size of the program. ``effort``: how many plans may be tried for each.
+    """
+
+    name: ClassVar[str] = "insert-checkpoints"
+    level: ClassVar[Level] = Level.JOINT
+    summary: ClassVar[str] = "recompute in the backward what would not fit, at the least added time"
+
+    objective: str = "seconds"
+    targets: int = 0
+    effort: int = 48
+
+    def __post_init__(self) -> None:
+        if self.objective not in ("seconds", "flops"):
+            raise PassError(f"insert-checkpoints: objective={self.objective!r}: expected 'seconds' or 'flops'")
+        for option in ("targets", "effort"):
+            value = getattr(self, option)
+            if not isinstance(value, int) or value < 0:
+                raise PassError(f"insert-checkpoints: {option}={value!r}: expected a whole number, 0 or more")
+
+    def propose(self, program: Program, ctx: PassContext) -> Iterable[Proposal]:
+        if ctx.mode != "train":
+            return
+        model = build_model(program, ctx.cost, ctx.emit)
+        search_model = model if self.objective == "seconds" else _priced_by_flops(model)
+        evaluate = Evaluator(search_model)
+        everything = saved_storages(model, model.baseline.saved)
+        family = [everything, *seeds(search_model, search_model.seconds, 16)]
+        starts = [*family, *blends(search_model, family, 8)]
+        targets = self.targets or max(24, min(96, 60_000 // max(len(model.slots), 1)))
+        front = search(evaluate, starts, targets=targets, effort=self.effort)
+        points = [_point(model, item) for item in reversed(front.items)]
+        yield Frontier(
+            self.name, _by_peak(points), peak_floor(model), seconds_bound(model)
+        )
+
+
+def _point(model: StepModel, item: Evaluation) -> FrontierPoint:
+    schedule = to_schedule(model, item.saved)
+    again = len(item.recomputed)
+    return FrontierPoint(
+        schedule,
+        item.forward_peak,
+        item.backward_peak,
+        item.retained,
+        model.gradient_bytes,
+        sum(model.seconds[i] for i in item.recomputed),
+        sum(model.flops[i] for i in item.recomputed),
+        f"{again} operators again" if again else "no recomputation",
+    )
+
+
+def _by_peak(points: list[FrontierPoint]) -> tuple[FrontierPoint, ...]:
+    return tuple(sorted(points, key=lambda point: (point.peak_bytes, point.seconds)))
+
+
+def _priced_by_flops(model: StepModel) -> StepModel:
+    """FLOPs count; seconds only break ties."""
+    total = max(sum(model.flops), 1)
+    span = sum(model.seconds) or 1.0
+    prices = [f / total + 1e-4 * s / span for f, s in zip(model.flops, model.seconds, strict=True)]
+    return dataclasses.replace(model, seconds=prices)

@@ -1,0 +1,84 @@
+"""Starting points of the search: sets of storages worth saving, from minimum cuts.
+
+If operators above some price must not run again, the fewest bytes that make the backward possible
+are a minimum cut between what must not run again and what the backward reads (Chen et al. 2016
+count layers; torch's partitioner cuts nodes the same way). Sweeping the price from nothing to
+everything gives a family of plans from "recompute what is nearly free" to "recompute all that may
+be". Blends take one member for the early part of the network and the next for the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from scipy.sparse import csr_matrix
+from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
+from graphopt_passes.insert_checkpoints.model import StepModel
+
+__all__ = ["blends", "minimum_cut", "price_levels", "seeds"]
+
+_UNIT = 256
+"""Bytes per unit of flow: the solver counts in 32 bits."""
+
+
+def price_levels(prices: Sequence[float], count: int) -> list[float]:
+    """Up to ``count`` thresholds between the distinct prices, least first."""
+    distinct = sorted(set(prices))
+    if len(distinct) <= count:
+        return distinct
+    return [distinct[round(k * (len(distinct) - 1) / (count - 1))] for k in range(count)]
+
+
+def minimum_cut(model: StepModel, prices: Sequence[float], limit: float) -> frozenset[int]:
+    """The fewest bytes to save such that no operator dearer than ``limit`` runs again."""
+    storages = len(model.size)
+    source, sink = 2 * storages, 2 * storages + 1
+    # Storage b is the edge 2b -> 2b+1, of capacity its size; cutting it means saving it.
+    scale = max(_UNIT, sum(model.size) // 2**30 + 1)
+    endless = 2**31 - 1
+    edges: dict[tuple[int, int], int] = {}
+    for b, size in enumerate(model.size):
+        capacity = 0 if model.free[b] else min(max(1, size // scale), 2**30)
+        edges[2 * b, 2 * b + 1] = capacity if model.savable[b] or model.free[b] else endless
+    for i, outputs in enumerate(model.outputs):
+        allowed = model.again[i] and (prices[i] <= limit or not all(model.savable[b] for b in outputs))
+        for made in outputs:
+            if not allowed:
+                edges[source, 2 * made] = endless
+            else:
+                for read in model.inputs[i]:
+                    edges[2 * read + 1, 2 * made] = endless
+    for slot in model.slots:
+        for b in slot.reads:
+            edges[2 * b + 1, sink] = endless
+    keys = np.array(list(edges), dtype=np.int64)
+    capacities = np.array(list(edges.values()), dtype=np.int32)
+    graph = csr_matrix((capacities, (keys[:, 0], keys[:, 1])), shape=(2 * storages + 2,) * 2)
+    residual = (graph - maximum_flow(graph, source, sink).flow).tocsr()
+    residual.data[residual.data < 0] = 0
+    residual.eliminate_zeros()
+    near = set(breadth_first_order(residual, source, return_predecessors=False).tolist())
+    return frozenset(b for b in range(storages) if 2 * b in near and 2 * b + 1 not in near and not model.free[b])
+
+
+def seeds(model: StepModel, prices: Sequence[float], count: int) -> list[frozenset[int]]:
+    """Saved sets of the sweep, fewest recomputations first, without repeats."""
+    found: list[frozenset[int]] = []
+    for limit in price_levels(prices, count):
+        cut = minimum_cut(model, prices, limit)
+        if cut not in found:
+            found.append(cut)
+    return found
+
+
+def blends(model: StepModel, family: Sequence[frozenset[int]], parts: int) -> Iterator[frozenset[int]]:
+    """Neighbours of a family mixed: the later one up to some operator, the earlier one after it."""
+    count = len(model.operators)
+    for first, second in zip(family, family[1:], strict=False):
+        for part in range(1, parts):
+            border = count * part // parts
+            yield frozenset(
+                {b for b in second if model.maker[b] < border} | {b for b in first if model.maker[b] >= border}
+            )

@@ -1,0 +1,84 @@
+"""From a set of saved storages to a schedule over the nodes of the joint graph."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+
+import torch.fx as fx
+from graphopt.schedule import Schedule
+
+from graphopt_passes.insert_checkpoints.model import StepModel
+
+__all__ = ["saved_storages", "to_schedule"]
+
+
+def to_schedule(model: StepModel, saved: Iterable[int]) -> Schedule:
+    """Each recomputed node right before the first backward node that needs it; views with their
+    reader. Graph outputs that the backward reads are handed over as they are."""
+    nodes = {node.name: node for node in model.program.graph.nodes}
+    wanted = set(saved) | {b for b, free in enumerate(model.free) if free}
+    handed = {model.representative[b] for b in wanted if model.representative[b]}
+    forward = set(model.baseline.forward)
+    ready = {spec.node for spec in model.program.signature.inputs}
+    used: set[str] = set()
+    backward: list[str] = []
+
+    def ensure(root: fx.Node) -> None:
+        stack = [root]
+        while stack:
+            node = stack[-1]
+            if node.name in ready:
+                stack.pop()
+                continue
+            if node.name in handed:
+                used.add(node.name)
+                ready.add(node.name)
+                stack.pop()
+                continue
+            missing = [source for source in node.all_input_nodes if source.name not in ready]
+            if missing:
+                stack.extend(reversed(missing))
+                continue
+            stack.pop()
+            backward.append(node.name)
+            ready.add(node.name)
+            for user in node.users:
+                # A tuple is held as long as any element is still to be taken: take them all now.
+                if user.target is operator.getitem and user.name in forward and user.name not in handed and user.users:
+                    if user.name not in ready and _is_read(user, node):
+                        backward.append(user.name)
+                        ready.add(user.name)
+
+    for name in model.baseline.backward:
+        if name in model.views:
+            # A view comes with its first reader: made earlier it would hold its storage longer.
+            continue
+        for source in nodes[name].all_input_nodes:
+            ensure(source)
+        if name not in ready:
+            backward.append(name)
+            ready.add(name)
+    for spec in model.program.signature.outputs:
+        if spec.role == "gradient":
+            ensure(nodes[spec.node])
+    order = tuple(name for name in model.baseline.forward if name in used)
+    return Schedule(model.baseline.forward, order, tuple(backward))
+
+
+def _is_read(element: fx.Node, value: fx.Node) -> bool:
+    return element.args[0] is value
+
+
+def saved_storages(model: StepModel, names: Iterable[str]) -> frozenset[int]:
+    """Storages behind the named nodes (a partition made by someone else, a stored schedule)."""
+    owner = {name: b for b, name in enumerate(model.representative) if name}
+    nodes = {node.name: node for node in model.program.graph.nodes}
+    found: set[int] = set()
+    for name in names:
+        node = nodes[name]
+        while node.name not in owner and node.op == "call_function" and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        if node.name in owner:
+            found.add(owner[node.name])
+    return frozenset(found)
