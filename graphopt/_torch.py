@@ -363,3 +363,30 @@ def storage_bytes(values: Any) -> int:
             storage = value.untyped_storage()
             found[storage._cdata] = hint(storage.nbytes())
     return sum(found.values())
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    partition: Callable[[fx.GraphModule, int], tuple[fx.GraphModule, fx.GraphModule]],
+    inner: Callable[..., Any],
+) -> Callable[..., Any]:
+    """``compile_fx`` with the given partition and inner compiler.
+
+    Neither AOTAutograd's nor Inductor's graph cache is used: on a hit the partition would not be
+    asked. Kernels are still cached by their source.
+    """
+    from torch._inductor import config as inductor_config
+    from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.custom_graph_pass import CustomPartitionerFn
+
+    class Ours(CustomPartitionerFn):  # type: ignore[misc]
+        def __call__(self, joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
+            return partition(joint, kwargs["num_fwd_outputs"])
+
+        def uuid(self) -> None:
+            return None
+
+    settings = {"custom_partitioner_fn": Ours(), "fx_graph_cache": False}
+    with inductor_config.patch(settings), functorch_config.patch(enable_autograd_cache=False):
+        return compile_fx(gm, list(inputs), inner_compile=inner)

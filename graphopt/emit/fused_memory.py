@@ -61,24 +61,60 @@ class _Books:
 
 
 def _live(kernels: Sequence[Kernel], books: _Books) -> list[tuple[str, int]]:
+    """Live bytes in a given order, with buffers reused by the rules of Inductor's wrapper."""
     last: dict[str, int] = {}
     for index, kernel in enumerate(kernels):
         for name in (*kernel.members, *kernel.reads):
             last[name] = index
-    now, result = 0, []
+    dying = [
+        [
+            n
+            for n in {*kernel.reads, *kernel.members}
+            if n in books.sizes and n in books.releasable and last[n] == i
+        ]
+        for i, kernel in enumerate(kernels)
+    ]
+    estimate = _without_reuse(kernels, dying, books)
+    highest = max(estimate, default=0)
+    free: dict[int, list[int]] = {}
+    now, live = 0, []
     for index, kernel in enumerate(kernels):
-        dying = [n for n in {*kernel.reads, *kernel.members} if n in books.releasable and last[n] == index]
-        released = [books.sizes.get(n, 0) for n in dying if n not in kernel.members]
+        released = [books.sizes[n] for n in dying[index]]
+        inputs = [books.sizes[n] for n in dying[index] if n not in kernel.members]
+        for size in (books.sizes[n] for n in kernel.members if n in books.sizes):
+            if not kernel.library and size in inputs:
+                # An output of a generated kernel takes the place of an input that dies there.
+                inputs.remove(size)
+                released.remove(size)
+                continue
+            now += size
+            if kernel.returns:
+                continue
+            since = free.get(size)
+            if (
+                since
+                and (gap := slice(since[-1] + 1, index))
+                and size + max(estimate[gap], default=-size) <= highest
+            ):
+                # The wrapper holds a dead buffer for this one, where it believes that the peak allows it.
+                since.pop()
+                for step in range(gap.start, gap.stop):
+                    estimate[step] += size
+                    live[step] += size
+        live.append(now)
+        now -= sum(released)
+        for size in released:
+            free.setdefault(size, []).append(index)
+    return [(kernel.members[-1], value) for kernel, value in zip(kernels, live, strict=True)]
+
+
+def _without_reuse(kernels: Sequence[Kernel], dying: Sequence[list[str]], books: _Books) -> list[int]:
+    """The scheduler's own estimate, which knows no reuse in place."""
+    now, result = 0, []
+    for kernel, names in zip(kernels, dying, strict=True):
         now += books.allocated(kernel)
-        # An output of a generated kernel takes the place of an input of its size that dies there.
-        reused = 0
-        if not kernel.library:
-            for name in kernel.members:
-                if books.sizes.get(name, 0) in released:
-                    reused += books.sizes[name]
-                    released.remove(books.sizes[name])
-        result.append((kernel.members[-1], now - reused))
-        now -= sum(books.sizes.get(n, 0) for n in dying)
+        result.append(now)
+        now -= sum(books.sizes[n] for n in names)
     return result
 
 

@@ -58,6 +58,8 @@ _SCATTERS = frozenset({
 _HEAVY_ON_CPU = frozenset({"exp", "log", "log10", "log1p", "log2", "sigmoid", "tanh"})
 
 
+# Library calls that Inductor gives a buffer to write into.
+_GIVEN_OUTPUTS = frozenset({"_int_mm", "_scaled_mm", "addmm", "baddbmm", "bmm", "mm"})
 _ALONE = frozenset({Kind.LIBRARY, Kind.PIECEWISE})
 
 
@@ -115,7 +117,8 @@ class Kernel:
 
     ``level`` orders it after the kernels that it reads from; ``elements`` and ``reduced`` are the
     size of its loops, and how much of that is reduced to one result (``inner``: from neighbouring
-    elements); ``library`` kernels take nothing else in. ``readers`` are the ids of those that read it.
+    elements); ``library`` kernels take nothing else in, and those with ``returns`` allocate their
+    own results. ``readers`` are the ids of those that read it.
     """
 
     level: int
@@ -123,6 +126,7 @@ class Kernel:
     reduced: int
     inner: bool
     library: bool
+    returns: bool = False
     members: list[str] = field(default_factory=list)
     reads: set[str] = field(default_factory=set)
     readers: set[int] = field(default_factory=set)
@@ -230,6 +234,7 @@ def _place(node: fx.Node, kind: Kind, reads: Collection[str], kernels: dict[str,
     sources = list({id(kernels[name]): kernels[name] for name in reads if name in kernels}.values())
     latest = max(sources, key=lambda kernel: kernel.level, default=None)
     own = Kernel(0 if latest is None else latest.level + 1, *_loops(node, kind), kind in _ALONE)
+    own.returns = kind is Kind.LIBRARY and _operator(node) not in _GIVEN_OUTPUTS
     home = own
     if latest is not None and latest.level > max((k.level for k in sources if k is not latest), default=-1):
         home = latest if _join(latest, own) else own

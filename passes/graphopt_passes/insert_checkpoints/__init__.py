@@ -18,7 +18,7 @@ starting points as in torch's partitioner; the search itself is on the true peak
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -32,9 +32,13 @@ from graphopt_passes.insert_checkpoints.evaluate import Evaluation, Evaluator
 from graphopt_passes.insert_checkpoints.model import StepModel, build_model
 from graphopt_passes.insert_checkpoints.portfolio import blends, seeds
 from graphopt_passes.insert_checkpoints.realise import saved_storages, to_schedule
+from graphopt_passes.insert_checkpoints.refine import fused_point
 from graphopt_passes.insert_checkpoints.search import search
 
 __all__ = ["InsertCheckpoints"]
+
+_SAMPLE = 40
+"""How many points of a frontier are priced as fused kernels: each costs about what lowering does."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,13 @@ class InsertCheckpoints(Pass):
         starts = [*family, *blends(search_model, family, 8)]
         targets = self.targets or max(24, min(96, 60_000 // max(len(model.slots), 1)))
         front = search(evaluate, starts, targets=targets, effort=self.effort)
-        points = [_point(model, item) for item in reversed(front.items)]
-        yield Frontier(
-            self.name, _by_peak(points), peak_floor(model), seconds_bound(model)
-        )
+        if ctx.emit == "eager":
+            points = _undominated([_point(model, item) for item in front.items])
+            yield Frontier(self.name, points, peak_floor(model), seconds_bound(model))
+            return
+        # Fused kernels hold less and cost less than their operators: price a sample again.
+        sample = [everything, *family, *(item.saved for item in _thinned(front.items, _SAMPLE))]
+        yield Frontier(self.name, _undominated(_fused(model, ctx, evaluate, sample)))
 
 
 def _point(model: StepModel, item: Evaluation) -> FrontierPoint:
@@ -93,8 +100,35 @@ def _point(model: StepModel, item: Evaluation) -> FrontierPoint:
     )
 
 
-def _by_peak(points: list[FrontierPoint]) -> tuple[FrontierPoint, ...]:
-    return tuple(sorted(points, key=lambda point: (point.peak_bytes, point.seconds)))
+def _fused(
+    model: StepModel, ctx: PassContext, evaluate: Evaluator, sets: Iterable[frozenset[int]]
+) -> list[FrontierPoint]:
+    """Points of the given saved sets as the code generator will run them; the first is the
+    reference that added seconds count from."""
+    points: list[FrontierPoint] = []
+    for saved in dict.fromkeys(sets):
+        item = evaluate(saved)
+        point = _point(model, item)
+        priced = fused_point(model.program, point.schedule, ctx.cost, flops=point.flops, label=point.label)
+        points.append(priced)
+    start = points[0].seconds
+    return [dataclasses.replace(point, seconds=point.seconds - start) for point in points]
+
+
+def _thinned(items: Sequence[Evaluation], count: int) -> list[Evaluation]:
+    """At most ``count`` of the items, evenly spread, both ends included."""
+    if len(items) <= count:
+        return list(items)
+    return [items[round(k * (len(items) - 1) / (count - 1))] for k in range(count)]
+
+
+def _undominated(points: Iterable[FrontierPoint]) -> tuple[FrontierPoint, ...]:
+    """By rising peak, each faster than all before it."""
+    kept: list[FrontierPoint] = []
+    for point in sorted(points, key=lambda p: (p.peak_bytes, p.seconds, p.retained)):
+        if not kept or point.seconds < kept[-1].seconds:
+            kept.append(point)
+    return tuple(kept)
 
 
 def _priced_by_flops(model: StepModel) -> StepModel:

@@ -1,0 +1,45 @@
+"""Compile with Inductor, the partition being ours, the memory of the result known before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch.fx as fx
+
+from graphopt import _torch
+from graphopt.emit.emitter import Inference, Partition
+from graphopt.emit.lowered import LoweredCompiler, LoweredMemory
+
+__all__ = ["InductorEmitter", "JointSeen"]
+
+
+class JointSeen(Exception):
+    """Raised by a partition that only wanted to see the joint graph; compilation ends there."""
+
+
+class InductorEmitter:
+    """Inductor for both halves. ``records`` holds the memory of each graph compiled last."""
+
+    name = "inductor"
+
+    def __init__(self, granularity: int = 1) -> None:
+        self.granularity = granularity
+        self.records: list[LoweredMemory] = []
+
+    def compile(
+        self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Partition, inference: Inference
+    ) -> Callable[..., Any]:
+        compiler = LoweredCompiler(granularity=self.granularity)
+        seen: list[fx.GraphModule] = []
+
+        def inner(graph: fx.GraphModule, graph_inputs: Sequence[Any], **kwargs: Any) -> Any:
+            if kwargs.get("is_inference"):
+                seen.append(graph)
+                graph = inference(graph)
+            return compiler(graph, graph_inputs, **kwargs)
+
+        try:
+            return _torch.compile_with_inductor(gm, inputs, partition, inner)
+        finally:
+            self.records = compiler.records
