@@ -9,6 +9,7 @@ parameters and inputs (gradients included), and the error of the prediction.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from graphopt import _torch
-from graphopt.emit.lowered import LoweredCompiler, step_memory
+from graphopt.emit.fused_memory import fused_live
+from graphopt.emit.lowered import LoweredCompiler, LoweredMemory, step_memory
 
 
 class Attention(nn.Module):
@@ -70,6 +72,23 @@ def gpt(big: bool) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     return Gpt(vocabulary, layers, width, 4, length), (torch.randint(0, vocabulary, (4, length)),)
 
 
+class SelfAttention(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads, self.qkv = heads, nn.Linear(width, 3 * width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(x).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).float().pow(2).mean()
+
+
+def attention(big: bool) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    """Attention and nothing else, so that its backward is where the peak lies."""
+    width, length = (256, 2000) if big else (64, 96)
+    return SelfAttention(width, 4), (torch.randn(4, length, width),)
+
+
 def conv(big: bool) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     side = 128 if big else 32
     net = nn.Sequential(
@@ -102,24 +121,46 @@ def llama(big: bool) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
 
 
 MODELS: dict[str, Callable[[bool], tuple[nn.Module, tuple[torch.Tensor, ...]]]] = {
-    "mlp": mlp, "gpt": gpt, "conv": conv, "llama": llama,
+    "mlp": mlp, "gpt": gpt, "attention": attention, "conv": conv, "llama": llama,
 }  # fmt: skip
 
 
-def measured_peak(step: Callable[[], object], device: str) -> int:
-    """Largest bytes that ``step`` holds above what was allocated before it."""
+def measured_peak(step: Callable[[], object], device: str) -> tuple[int, int]:
+    """Largest bytes that ``step`` holds above what was allocated before it: as the allocator
+    counts them, and (CUDA) as they were asked for, without blocks being handed out whole."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_stats()
         step()
         torch.cuda.synchronize()
-        return int(torch.cuda.max_memory_allocated() - before)
+        after = torch.cuda.memory_stats()
+        keys = ("allocated_bytes.all", "requested_bytes.all")
+        allocated, requested = (int(after[f"{k}.peak"] - before[f"{k}.current"]) for k in keys)
+        return allocated, requested
     now = peak = 0
     for size in _torch.record_allocations(step):
         now += size
         peak = max(peak, now)
-    return peak
+    return peak, peak
+
+
+def guess(gm: Any, record: LoweredMemory, forward: LoweredMemory) -> int:
+    """Peak above the inputs that the fusion model expects, before compiling; for a backward, above
+    what the forward retains."""
+    calls = [node for node in gm.graph.nodes if node.op == "call_function"]
+    owned = []
+    if record.phase == "backward":
+        users = len(forward.output_names) - sum("tangents" not in name for name in record.input_names)
+        owned = [n for n in record.input_names if "tangents" in n]
+        for storage in forward.storages:
+            if storage.outputs and not storage.input and min(storage.outputs) >= users:
+                owned.append(forward.output_names[storage.outputs[0]])
+    granularity = 1 if record.device_type == "cpu" else 512
+    live = fused_live(
+        calls, record.output_names, owned, device_type=record.device_type, granularity=granularity
+    )
+    return max(value for _, value in live)
 
 
 def run(name: str, device: str, sources: Path | None) -> dict[str, Any]:
@@ -127,14 +168,16 @@ def run(name: str, device: str, sources: Path | None) -> dict[str, Any]:
     torch._dynamo.reset()
     model, inputs = MODELS[name](device == "cuda")
     model.to(device)
-    if device == "cuda" and name in ("gpt", "llama"):
+    if device == "cuda" and name in ("gpt", "llama", "attention"):
         model.to(torch.bfloat16)
-    inputs = tuple(x.to(device) for x in inputs)
-    seen: list[tuple[Any, list[Any]]] = []
+    dtype = next(model.parameters()).dtype
+    inputs = tuple(x.to(device, dtype) if x.is_floating_point() else x.to(device) for x in inputs)
+    seen: list[tuple[Any, list[Any], Any]] = []
 
     def keep(gm: Any, example_inputs: Any, **kwargs: Any) -> Any:
+        before = copy.deepcopy(gm)
         compiled = _torch.inductor_inner_compile(gm, example_inputs, **kwargs)
-        seen.append((compiled, list(example_inputs)))
+        seen.append((compiled, list(example_inputs), before))
         return compiled
 
     compiler = LoweredCompiler(granularity=512 if device == "cuda" else 1, compile=keep)
@@ -157,10 +200,14 @@ def run(name: str, device: str, sources: Path | None) -> dict[str, Any]:
     for _ in range(2):
         step()
         model.zero_grad(set_to_none=True)
-    measured = measured_peak(step, device)
+    measured, requested = measured_peak(step, device)
     predicted = step_memory(*compiler.records)
+    guesses = [
+        guess(s[2], record, compiler.records[0]) for s, record in zip(seen, compiler.records, strict=True)
+    ]
+    guessed = max(guesses[0], predicted.retained + guesses[1])
     if sources is not None:
-        for (result, examples), record in zip(seen, compiler.records, strict=True):
+        for (result, examples, _), record in zip(seen, compiler.records, strict=True):
             shapes = [
                 (str(x.dtype), tuple(x.shape), x.stride()) if isinstance(x, torch.Tensor) else x
                 for x in examples
@@ -175,7 +222,10 @@ def run(name: str, device: str, sources: Path | None) -> dict[str, Any]:
         "torch": torch.__version__,
         "predicted": predicted.peak_bytes,
         "measured": measured,
+        "requested": requested,
         "error_percent": round(100 * (predicted.peak_bytes - measured) / measured, 4),
+        "guessed": guessed,
+        "guess_error_percent": round(100 * (guessed - predicted.peak_bytes) / predicted.peak_bytes, 4),
         "forward_peak": predicted.forward_peak,
         "retained": predicted.retained,
         "backward_peak": predicted.backward_peak,

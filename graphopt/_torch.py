@@ -251,12 +251,12 @@ def fake_mode() -> FakeTensorMode:
 
 
 class CallWatcher(TorchDispatchMode):
-    """Reports every dispatched op after it ran: ``seen(op, result)``.
+    """Reports every dispatched op after it ran: ``seen(op, args, result)``.
 
     An op with an ``out`` argument is not run: its result is that argument.
     """
 
-    def __init__(self, seen: Callable[[Any, Any], None]) -> None:
+    def __init__(self, seen: Callable[[Any, tuple[Any, ...], Any], None]) -> None:
         super().__init__()
         self._seen = seen
 
@@ -265,7 +265,7 @@ class CallWatcher(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         result = kwargs["out"] if kwargs.get("out") is not None else func(*args, **kwargs)
-        self._seen(func, result)
+        self._seen(func, args, result)
         return result
 
 
@@ -388,5 +388,7 @@ def compile_with_inductor(
             return None
 
     settings = {"custom_partitioner_fn": Ours(), "fx_graph_cache": False}
-    with inductor_config.patch(settings), functorch_config.patch(enable_autograd_cache=False):
+    # The backward is compiled now, not at its first run: its memory is part of the plan.
+    joint_settings = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
+    with inductor_config.patch(settings), functorch_config.patch(joint_settings):
         return compile_fx(gm, list(inputs), inner_compile=inner)

@@ -20,6 +20,7 @@ from graphopt.emit.lowered import (
     lowered_memory,
     step_memory,
 )
+from graphopt.emit.scratch import scratch_bytes
 from graphopt.errors import LoweringError
 
 DATA = Path(__file__).parent / "data"
@@ -209,9 +210,9 @@ return (buf0, buf1, )
 
 def test_constants_belong_to_the_program() -> None:
     memory = read(
-        "a, = args\nbuf0 = torch.ops.aten.view.default(_tensor_constant0, [2, 8])\nkernel_0(a)\nreturn (buf0, )",
+        "a, = args\nbuf0 = torch.ops.aten.t.default(_tensor_constant0)\nkernel_0(a)\nreturn (buf0, )",
         torch.empty(4),
-        constants={"_tensor_constant0": torch.empty(16)},
+        constants={"_tensor_constant0": torch.empty(4, 4)},
     )
     assert memory.live() == [0]
     assert memory.output_bytes == 0
@@ -363,6 +364,12 @@ def test_a_graph_without_calls_has_no_steps() -> None:
     assert (memory.steps, memory.peak_bytes, memory.output_bytes) == ((), 0, 0)
 
 
+def test_a_graph_must_return_a_tuple() -> None:
+    gm = torch.fx.experimental.proxy_tensor.make_fx(lambda x: x + 1)(torch.ones(2))
+    with pytest.raises(LoweringError, match="the graph returns add by itself"):
+        compile_lowered(gm, [torch.ones(2)], is_inference=True)
+
+
 @pytest.mark.slow
 def test_both_halves_of_a_compiled_module() -> None:
     from torch._inductor.compile_fx import compile_fx
@@ -394,3 +401,33 @@ def test_both_halves_of_a_compiled_module() -> None:
     # The loss and its tangent, one float each, are outside of the compiled graph.
     assert 0 <= peak - predicted.peak_bytes <= 8
     assert predicted.gradients == sum(p.numel() * 4 for p in model.parameters())
+
+
+def test_attention_backward_on_a_gpu_takes_scratch() -> None:
+    with _torch.fake_mode():
+        query = torch.empty(2, 4, 200, 40, device="cuda", dtype=torch.bfloat16)
+    cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
+    assert scratch_bytes(cudnn, [query, query]) == 4 * 2 * 4 * 200 * (40 + 1)
+    assert scratch_bytes(flash, [query, query]) == 4 * 2 * 4 * 256 * (64 + 1)
+    assert scratch_bytes(torch.ops.aten.mm.default, [query, query]) == 0
+
+
+def test_scratch_counts_only_while_its_call_runs() -> None:
+    body = """
+a, b = args
+args.clear()
+backward = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
+buf0 = backward(a, a, a, a, a, b, b, b, None, None, None, 8, 8, 0.0, True)
+buf1 = buf0[0]
+del buf0
+kernel_1.run(buf1, 1)
+return (buf1, )
+"""
+    with _torch.fake_mode():
+        tensor = torch.empty(1, 2, 8, 16, device="cuda", dtype=torch.bfloat16)
+        row = torch.empty(1, 2, 8, 1, device="cuda")
+    memory = read(body, tensor, row)
+    one = 2 * 8 * 16 * 2
+    assert memory.scratch == (4 * 2 * 8 * 17, 0)
+    assert memory.live() == [3 * one + memory.scratch[0], one]

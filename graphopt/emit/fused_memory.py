@@ -14,6 +14,7 @@ import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.emit.fusion import Kernel, bases, fuse, in_memory
+from graphopt.emit.scratch import scratch_bytes
 from graphopt.program import tensor_leaves
 
 __all__ = ["fused_live"]
@@ -41,6 +42,7 @@ def fused_live(
     books = _Books(
         sizes={name: size for name, size in sizes.items() if name in alive or name in owned},
         releasable=frozenset({*alive, *owned} - kept),
+        scratch={} if device_type == "cpu" else {node.name: _scratch(node) for node in nodes},
     )
     reads = _dependencies(kernels)
     orders = (_stated_order(kernels, reads), _least_peak_first(kernels, reads, books))
@@ -51,10 +53,12 @@ def fused_live(
 
 @dataclass(frozen=True)
 class _Books:
-    """Bytes of what takes memory, and which of it goes once nobody reads it any more."""
+    """Bytes of what takes memory, which of it goes once nobody reads it any more, and what
+    library calls take within themselves."""
 
     sizes: Mapping[str, int]
     releasable: frozenset[str]
+    scratch: Mapping[str, int]
 
     def allocated(self, kernel: Kernel) -> int:
         return sum(self.sizes.get(name, 0) for name in kernel.members)
@@ -77,7 +81,7 @@ def _live(kernels: Sequence[Kernel], books: _Books) -> list[tuple[str, int]]:
     estimate = _without_reuse(kernels, dying, books)
     highest = max(estimate, default=0)
     free: dict[int, list[int]] = {}
-    now, live = 0, []
+    now, live = 0, list[int]()
     for index, kernel in enumerate(kernels):
         released = [books.sizes[n] for n in dying[index]]
         inputs = [books.sizes[n] for n in dying[index] if n not in kernel.members]
@@ -105,7 +109,10 @@ def _live(kernels: Sequence[Kernel], books: _Books) -> list[tuple[str, int]]:
         now -= sum(released)
         for size in released:
             free.setdefault(size, []).append(index)
-    return [(kernel.members[-1], value) for kernel, value in zip(kernels, live, strict=True)]
+    return [
+        (kernel.members[-1], value + books.scratch.get(kernel.members[-1], 0))
+        for kernel, value in zip(kernels, live, strict=True)
+    ]
 
 
 def _without_reuse(kernels: Sequence[Kernel], dying: Sequence[list[str]], books: _Books) -> list[int]:
@@ -116,6 +123,10 @@ def _without_reuse(kernels: Sequence[Kernel], dying: Sequence[list[str]], books:
         result.append(now)
         now -= sum(books.sizes[n] for n in names)
     return result
+
+
+def _scratch(node: fx.Node) -> int:
+    return scratch_bytes(node.target, tensor_leaves([n.meta.get("val") for n in node.all_input_nodes]))
 
 
 def _dependencies(kernels: Sequence[Kernel]) -> list[set[int]]:

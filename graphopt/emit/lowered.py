@@ -59,14 +59,16 @@ class LoweredStorage:
 class LoweredMemory:
     """Memory of one compiled graph: ``phase`` is ``"forward"``, ``"backward"`` or ``"inference"``.
 
-    ``steps`` are the kernel launches and library calls in order. Byte counts are above the graph
-    inputs, on devices of type ``device_type``. ``output_names`` has "" for an output that is a
-    constant; ``static`` are the inputs that outlive the step (parameters, buffers).
+    ``steps`` are the kernel launches and library calls in order, ``scratch`` the bytes that each
+    takes and gives back within itself. Byte counts are above the graph inputs, on devices of type
+    ``device_type``. ``output_names`` has "" for an output that is a constant; ``static`` are the
+    inputs that outlive the step (parameters, buffers).
     """
 
     phase: str
     device_type: str
     steps: tuple[str, ...]
+    scratch: tuple[int, ...]
     storages: tuple[LoweredStorage, ...]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
@@ -89,9 +91,9 @@ class LoweredMemory:
             if last is not None:
                 change[last + 1] -= item.bytes
         result, now = [], 0
-        for delta in change[:-1]:
+        for delta, scratch in zip(change, self.scratch, strict=False):
             now += delta
-            result.append(now)
+            result.append(now + scratch)
         return result
 
     @property
@@ -247,6 +249,7 @@ def lowered_memory(
         phase=phase,
         device_type=device_type,
         steps=tuple(trace.steps),
+        scratch=tuple(trace.scratch),
         storages=storages,
         input_names=tuple(input_names),
         output_names=tuple(output_names),

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from graphopt import _torch
+from graphopt.emit.scratch import scratch_bytes
 from graphopt.errors import LoweringError
 from graphopt.program import tensor_leaves
 
@@ -39,12 +40,14 @@ class StorageLife:
 class WrapperTrace:
     """What a run of the wrapper showed.
 
-    ``steps`` are labels of kernel launches and library calls in order; ``inputs`` and ``outputs``
+    ``steps`` are labels of kernel launches and library calls in order, ``scratch`` the bytes that
+    each allocates and frees within itself; ``inputs`` and ``outputs``
     give the index in ``storages`` of each graph input and output, ``None`` for one that is no
     tensor or lives on another kind of device.
     """
 
     steps: list[str] = field(default_factory=list)
+    scratch: list[int] = field(default_factory=list)
     storages: list[StorageLife] = field(default_factory=list)
     inputs: list[int | None] = field(default_factory=list)
     outputs: list[int | None] = field(default_factory=list)
@@ -166,7 +169,7 @@ class _Recorder:
             if life.dies is None and index not in held:
                 life.dies = len(self.trace.steps) - 1
 
-    def dispatched(self, op: Any, result: Any) -> None:
+    def dispatched(self, op: Any, args: tuple[Any, ...], result: Any) -> None:
         """An operator ran: it allocates, writes in place, or is a view and of no interest."""
         fresh = [t for t in tensor_leaves(result) if self._is_new(t)]
         if not fresh and not op._schema.is_mutable:
@@ -177,12 +180,17 @@ class _Recorder:
         if getattr(op, "overloadpacket", None) in _ALLOCATORS:
             self._allocated_since_mark = True
         else:
-            self.mark(str(op))
+            tensors = tensor_leaves(args)
+            self.mark(str(op), scratch_bytes(op, tensors) if self._on_device(tensors) else 0)
 
-    def mark(self, label: str) -> None:
+    def _on_device(self, tensors: Sequence[torch.Tensor]) -> bool:
+        return any(tensor.device.type == self._device_type for tensor in tensors)
+
+    def mark(self, label: str, scratch: int = 0) -> None:
         """A kernel or library call runs with what is alive now."""
         self._sweep()
         self.trace.steps.append(label)
+        self.trace.scratch.append(scratch)
         self._allocated_since_mark = False
 
     def _is_new(self, tensor: torch.Tensor) -> bool:
