@@ -114,6 +114,16 @@ def test_what_waits_for_a_matmul_moves_into_its_reader() -> None:
     assert kept(function, X, W) == {"mm", "mul", "mul_1"}
 
 
+def test_a_kernel_that_a_matmul_waits_for_stays_before_it() -> None:
+    def function(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        y = x.relu()
+        return y + y @ w
+
+    _, calls, outputs = trace(function, X, W)
+    kernels = fuse(calls, outputs)
+    assert [(k.members, k.level) for k in kernels] == [(["relu"], 0), (["mm"], 1), (["add"], 2)]
+
+
 def test_live_bytes_reuse_dying_buffers_and_free_owned_inputs() -> None:
     def function(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return (x @ w).relu() @ w

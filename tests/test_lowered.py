@@ -281,6 +281,7 @@ def call(args):
     buf1 = empty_strided_cpu((7, ), (1, ), torch.float32)
     kernel_0(half, y, buf0, buf1)
     del half
+    del y
     del buf0
     buf2 = empty_strided_cpu((9, ), (1, ), torch.float32)
     kernel_0(w, buf2)
