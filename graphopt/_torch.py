@@ -5,6 +5,7 @@ Each function is tested on every supported torch version in ``tests/test_private
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
     "capture_context",
@@ -54,23 +56,72 @@ def context_fake_mode() -> FakeTensorMode:
     return FakeTensorMode(shape_env=torch.fx.experimental.symbolic_shapes.ShapeEnv())
 
 
-def fake_inputs(inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
-    """Inputs as fake tensors of ``mode``; what is fake already, or no tensor, is kept."""
-    return [mode.from_tensor(x) if isinstance(x, torch.Tensor) and not is_fake(x) else x for x in inputs]
+def fake_inputs(gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode) -> list[Any]:
+    """Arguments for dynamo's graph as fakes of ``mode``, sizes symbolic where dynamo made them so.
+
+    Each is an alias of the fake that AOTAutograd will be given later, so that tracing an in-place
+    operator leaves that one as it is.
+    """
+    context = TracingContext.try_get()
+    fakes = []
+    for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        example = node.meta.get("example_value")
+        if isinstance(example, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            fakes.append(example)
+        elif not isinstance(value, torch.Tensor):
+            fakes.append(value)
+        else:
+            if not is_fake(value):
+                symbols = context.tensor_to_context.get(value) if context is not None else None
+                source = getattr(symbols, "tensor_source", None)
+                value = mode.from_tensor(value, symbolic_context=symbols, source=source)
+            fakes.append(_alias(value))
+    return fakes
+
+
+def _alias(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.requires_grad and not tensor.is_leaf:
+        # Autograd forbids to write to a leaf, and this is none: it may be written.
+        return tensor.detach().requires_grad_().clone()
+    return tensor.detach().requires_grad_(tensor.requires_grad)
+
+
+class _Inlining(fx.Interpreter):
+    """Runs dynamo's graph with ``torch.utils.checkpoint`` regions in line, their nodes tagged.
+
+    A region with a policy of its own (``context_fn``) stays one node: its policy is asked about
+    operators that exist further down only.
+    """
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is not torch.ops.higher_order.tag_activation_checkpoint:
+            return super().call_function(target, args, kwargs)
+        region = args[0]
+        if region.meta.get("_checkpoint_context_fn") is not None:
+            return super().call_function(target, args, kwargs)
+        number = next(_regions)
+        for node in region.graph.nodes:
+            if node.op != "placeholder":
+                node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
+                node.meta["ac_graph_id"] = number
+        return _Inlining(region).run(*args[1:])
+
+
+_regions = itertools.count()
 
 
 def retrace(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     """Trace dynamo's graph again, above autograd, into ATen with composite operators whole.
 
-    Module provenance and stack traces are kept. Source: the pre-dispatch tracing that
-    ``torch.export`` uses.
+    Module provenance, stack traces and the tags of checkpoint regions are kept. Source: the
+    pre-dispatch tracing that ``torch.export`` uses.
     """
     mode = context_fake_mode()
-    fakes = fake_inputs(inputs, mode)
+    fakes = fake_inputs(gm, inputs, mode)
 
     def run(*args: Any) -> Any:
         with fx_traceback.preserve_node_meta():
-            return fx.Interpreter(gm).run(*args)
+            return _Inlining(gm).run(*args)
 
     allowed, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
     try:

@@ -57,6 +57,9 @@ def optimize(
     ``dynamic_shapes``: as ``torch.compile``'s ``dynamic``. ``on_error``: ``"rollback"`` records
     what failed and goes on, ``"raise"`` raises. ``plan`` replays a stored plan.
 
+    Gradients that the parameters carry when ``optimize`` is called count as held throughout (as in
+    gradient accumulation); without them a step is taken to begin with none.
+
     Raises ``BudgetError`` if nothing allowed fits, ``BudgetSyntaxError``, ``InputsError``,
     ``UnknownNameError`` (pass, option, device, emitter), ``StalePlanError``, and with
     ``on_error="raise"`` ``CaptureError`` and whatever a pass raises.
@@ -82,6 +85,7 @@ def optimize(
         **{id(p): ("parameter", name) for name, p in model.named_parameters()},
     }
     session.weight_bytes = _torch.storage_bytes([*model.parameters(), *model.buffers()])
+    session.held_gradient_bytes = _torch.storage_bytes([p.grad for p in model.parameters()])
     driver = Driver(model, session, inputs=inputs, dynamic=dynamic_shapes)
     optimized = Optimized(model, driver, loss_fn)
     if inputs is not None:

@@ -80,7 +80,7 @@ class FrontierPoint:
 
 @dataclass(frozen=True)
 class Frontier:
-    """A whole curve of choices, least peak first, each faster than the one before.
+    """A whole curve of choices, least peak first; each is best in peak, retained bytes or seconds.
 
     ``floor_bytes`` is a proven lower bound on the peak of any schedule of the program;
     ``seconds_bound(budget)`` a proven lower bound on the added seconds of any that fits.

@@ -96,14 +96,15 @@ class Optimized(torch.nn.Module):
         """Run whole steps and measure them: forward and backward in training, else forward.
 
         ``inputs`` as for ``optimize``; without it the captured example inputs. The peak counts
-        parameters, buffers and inputs; gradients are absent when the step begins and outputs are
-        held until it ends. Gradients and buffers are put back afterwards. The loss is the
+        parameters, buffers and inputs; gradients are absent when the step begins (or zero, where
+        the parameters carried some when the model was optimized) and outputs are held until it ends. Gradients and buffers are put back afterwards. The loss is the
         output's ``loss``, or ``loss_fn(output)``, or the sum of all differentiable outputs.
         """
         args, kwargs = self._driver.bind(inputs)
         training = self._driver.training_step()
         device = _device_of(self._model, (args, kwargs))
         parameters = [p for p in self._model.parameters() if p.requires_grad]
+        held = self._driver.gradients_held()
 
         def step() -> Any:
             with torch.set_grad_enabled(training):
@@ -118,9 +119,14 @@ class Optimized(torch.nn.Module):
             def reset() -> None:
                 torch.set_rng_state(state)
                 for parameter in parameters:
-                    parameter.grad = None
+                    if held and parameter.grad is not None:
+                        parameter.grad.zero_()
+                    else:
+                        parameter.grad = None
 
             static = _torch.storage_bytes([*self._model.parameters(), *self._model.buffers(), args, kwargs])
+            # Held before the step like the weights, so the allocator's growth does not show them.
+            static += self._driver.held_bytes()
             taken = measure(step, device=device, static_bytes=static, repeats=repeats, before=reset)
         self._measured = Cost(taken.peak_bytes, self._driver.weight_bytes(), taken.seconds)
         return taken
@@ -143,16 +149,19 @@ class Optimized(torch.nn.Module):
 
 @contextmanager
 def _restored(model: torch.nn.Module, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
-    gradients = [parameter.grad for parameter in parameters]
+    # Copies on the host: the step may write into the gradients, and must not find more memory taken.
+    gradients = [(p.grad, None if p.grad is None else p.grad.detach().cpu().clone()) for p in parameters]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     random = torch.get_rng_state()
     try:
         yield
     finally:
         torch.set_rng_state(random)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = gradient
         with torch.no_grad():
+            for parameter, (gradient, value) in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
+                if gradient is not None and value is not None:
+                    gradient.copy_(value)
             for buffer, value in buffers:
                 buffer.copy_(value)
 

@@ -1,8 +1,14 @@
-"""Pick one point from every program's frontier so that the whole step fits the budget."""
+"""Pick one point from every program's frontier so that the whole step fits the budget.
+
+Programs run forward in order, then backward in reverse. While one runs forward, the values
+retained by those before it are held; while it runs backward, those and the gradients of the
+programs after it. Programs that share a frontier (blocks of one kind) are chosen together: one
+point up to some block, another from there on.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from graphopt.candidate import Frontier, FrontierPoint
 
@@ -10,98 +16,85 @@ __all__ = ["choose", "least_peak", "seconds_bound", "step_peak"]
 
 
 def step_peak(points: Sequence[FrontierPoint], base_bytes: int = 0) -> int:
-    """Peak of a step whose programs run forward in order, then backward in reverse.
-
-    While program i runs forward, the values retained by the programs before it are held; while it
-    runs backward, those and the gradients of the programs after it.
-    """
-    return base_bytes + max(_loads(points), default=0)
-
-
-def _loads(points: Sequence[FrontierPoint]) -> list[int]:
-    loads = []
-    retained = 0
+    """Peak in bytes of a step whose programs run the given points, in call order."""
+    retained = peak = 0
     after = sum(point.gradients for point in points)
     for point in points:
         after -= point.gradients
-        loads.append(retained + point.forward_peak)
-        loads.append(retained + point.backward_peak + after)
+        peak = max(peak, retained + point.forward_peak, retained + point.backward_peak + after)
         retained += point.retained
-    return loads
+    return base_bytes + peak
 
 
-def choose(frontiers: Sequence[Frontier], budget_bytes: int | None, base_bytes: int = 0) -> list[FrontierPoint] | None:
-    """The fastest combination that fits, or ``None`` if none was found that does.
+def choose(
+    frontiers: Sequence[Frontier], budget_bytes: int | None, base_bytes: int = 0
+) -> list[FrontierPoint] | None:
+    """The fastest combination found that fits, or ``None`` if none does.
 
-    One program: the fastest point that fits. Several: starting from the fastest, repeatedly the
-    exchange that lowers the excess most per added second, then every exchange back that still
-    fits. The least combination is tried before giving up.
+    One program: the fastest point that fits. Several: from the fastest and from the least
+    combination, one group of programs after another is set to what is best with the rest as it
+    is, until nothing improves; the better end wins.
     """
-    chosen = [frontier.points[-1] for frontier in frontiers]
-    if budget_bytes is None or step_peak(chosen, base_bytes) <= budget_bytes:
-        return chosen
+    room = None if budget_bytes is None else budget_bytes - base_bytes
+    fastest = [min(f.points, key=lambda p: (p.seconds, p.peak_bytes)) for f in frontiers]
+    if room is None or step_peak(fastest) <= room:
+        return fastest
     if len(frontiers) == 1:
-        fitting = [p for p in frontiers[0].points if base_bytes + p.peak_bytes <= budget_bytes]
-        return [fitting[-1]] if fitting else None
-    room = budget_bytes - base_bytes
-    while (excess := _excess(chosen, room)) > 0:
-        best: tuple[float, int, FrontierPoint] | None = None
-        for index, frontier in enumerate(frontiers):
-            for point in frontier.points:
-                gain = excess - _excess([*chosen[:index], point, *chosen[index + 1 :]], room)
-                if gain <= 0:
-                    continue
-                rate = gain / max(point.seconds - chosen[index].seconds, 1e-9)
-                if best is None or rate > best[0]:
-                    best = rate, index, point
-        if best is None:
-            chosen = _least(frontiers)
-            if _excess(chosen, room) > 0:
-                return None
-            break
-        chosen[best[1]] = best[2]
-    _relax(chosen, frontiers, room)
-    return chosen
+        fitting = [p for p in frontiers[0].points if p.peak_bytes <= room]
+        return [min(fitting, key=lambda p: (p.seconds, p.peak_bytes))] if fitting else None
+    ends = [_descend(start, frontiers, room) for start in (fastest, _least(frontiers))]
+    fitting_ends = [end for end in ends if step_peak(end) <= room]
+    return min(fitting_ends, key=_seconds) if fitting_ends else None
 
 
-def _excess(points: Sequence[FrontierPoint], room: int) -> int:
-    return sum(max(0, load - room) for load in _loads(points))
-
-
-def _relax(chosen: list[FrontierPoint], frontiers: Sequence[Frontier], room: int) -> None:
-    """Exchange back towards faster points wherever the step still fits, largest gain first."""
-    while True:
-        best: tuple[float, int, FrontierPoint] | None = None
-        for index, frontier in enumerate(frontiers):
-            for point in reversed(frontier.points):
-                gain = chosen[index].seconds - point.seconds
-                if gain <= 0:
-                    break
-                if _excess([*chosen[:index], point, *chosen[index + 1 :]], room) == 0:
-                    if best is None or gain > best[0]:
-                        best = gain, index, point
-                    break
-        if best is None:
-            return
-        chosen[best[1]] = best[2]
-
-
-def _least(frontiers: Sequence[Frontier]) -> list[FrontierPoint]:
-    """The combination of least peak that coordinate descent finds from the least points."""
-    chosen = [frontier.points[0] for frontier in frontiers]
+def _descend(start: list[FrontierPoint], frontiers: Sequence[Frontier], room: int) -> list[FrontierPoint]:
+    """Set one group after another to its best, first towards fitting, then towards speed."""
+    chosen, score = start, (max(0, step_peak(start) - room), _seconds(start))
     improved = True
     while improved:
         improved = False
-        for index, frontier in enumerate(frontiers):
-            for point in frontier.points:
-                trial = [*chosen[:index], point, *chosen[index + 1 :]]
-                if step_peak(trial) < step_peak(chosen):
-                    chosen, improved = trial, True
+        for members in _groups(frontiers):
+            for trial in _settings(chosen, members, frontiers[members[0]].points):
+                found = (max(0, step_peak(trial) - room), _seconds(trial))
+                if found < score:
+                    chosen, score, improved = trial, found, True
     return chosen
 
 
+def _groups(frontiers: Sequence[Frontier]) -> list[list[int]]:
+    """Positions of the programs that share a frontier, in call order."""
+    groups: dict[int, list[int]] = {}
+    for index, frontier in enumerate(frontiers):
+        groups.setdefault(id(frontier), []).append(index)
+    return list(groups.values())
+
+
+def _settings(
+    chosen: Sequence[FrontierPoint], members: Sequence[int], points: Sequence[FrontierPoint]
+) -> Iterator[list[FrontierPoint]]:
+    """``chosen`` with one point for the first members of a group and another for the rest."""
+    for first in points:
+        for second in points if len(members) > 1 else (first,):
+            for border in range(1, len(members)) if first is not second else (len(members),):
+                trial = list(chosen)
+                for order, index in enumerate(members):
+                    trial[index] = first if order < border else second
+                yield trial
+
+
+def _seconds(points: Sequence[FrontierPoint]) -> float:
+    return sum(point.seconds for point in points)
+
+
+def _least(frontiers: Sequence[Frontier]) -> list[FrontierPoint]:
+    """The combination of least peak that setting group after group finds."""
+    chosen = [min(f.points, key=lambda p: (p.retained, p.peak_bytes)) for f in frontiers]
+    other = [min(f.points, key=lambda p: (p.peak_bytes, p.retained)) for f in frontiers]
+    return min((_descend(start, frontiers, 0) for start in (chosen, other)), key=step_peak)
+
+
 def least_peak(frontiers: Sequence[Frontier], base_bytes: int = 0) -> int:
-    """The least peak of a whole step that the frontiers reach."""
+    """The least peak in bytes of a whole step that the frontiers reach."""
     return step_peak(_least(frontiers), base_bytes)
 
 

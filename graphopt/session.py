@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from graphopt.capture.semantic import (
 )
 from graphopt.cost import Cost, CostModel
 from graphopt.emit.emitter import Emitter
+from graphopt.emit.fused_point import fused_point
 from graphopt.errors import BudgetError, GraphoptError
 from graphopt.partition import ordered, partition
 from graphopt.passes import Pass, PassContext
@@ -52,6 +53,8 @@ class Captured:
     joint: Program | None = None
     baseline: Schedule | None = None
     frontier: Frontier | None = None
+    reference: FrontierPoint | None = None
+    reference_seconds: float = 0.0
     point: FrontierPoint | None = None
     lowered: tuple[fx.GraphModule, ...] = ()
     provisional: bool = False
@@ -73,6 +76,8 @@ class Session:
     captured. Otherwise graphs come one after another (graph breaks): each runs its least plan op
     by op until ``finish`` plans them all under the one budget; ``staged`` calls it itself, when
     the first graph is called again. ``arguments`` are the call's inputs while it lasts.
+    ``held_gradient_bytes`` is what gradients took when the model was handed over: they are there
+    throughout, and a step's own are added to them and go.
     """
 
     budget: Budget
@@ -97,6 +102,7 @@ class Session:
     records: list[PassRecord] = field(default_factory=list)
     diagnostics: list[str] = field(default_factory=list)
     differentiated: set[str] = field(default_factory=set)
+    held_gradient_bytes: int = 0
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A dynamo backend: compiles one graph under this session's budget."""
@@ -112,6 +118,8 @@ class Session:
             semantic, auxiliary = gm, ()
         if auxiliary:
             detach_outputs(semantic, auxiliary)
+        if self.whole and self.emitter.by_segments:
+            return self._segmented(name, semantic, inputs, specs, original, auxiliary)
         captured = Captured(name, semantic_program(name, semantic, specs), specs, provisional=not self.whole)
         self._begin(captured)
         context = _torch.capture_context()
@@ -142,6 +150,32 @@ class Session:
 
         return call
 
+    def _segmented(
+        self,
+        name: str,
+        semantic: fx.GraphModule,
+        inputs: Sequence[Any],
+        specs: list[InputSpec],
+        original: fx.GraphModule,
+        auxiliary: Sequence[int],
+    ) -> Callable[..., Any]:
+        """Repeated blocks planned once and compiled once: the chain of segments is the step."""
+        from graphopt.segmented import SegmentedStep
+
+        step = SegmentedStep(self, name, semantic, specs)
+        self.current = step.captured
+        self.captured.extend(step.captured)
+        run = step.compile()
+        if auxiliary:
+            run = reattach(run, original, auxiliary, lambda: self._used(step.captured[-1]))
+
+        def call(*args: Any) -> Any:
+            if self.capturing:
+                raise NotPlanned
+            return run(*args)
+
+        return call
+
     def finish(self) -> None:
         """Plan every program that still runs its provisional schedule, and compile it for good."""
         waiting = [captured for captured in self.current if captured.provisional]
@@ -164,7 +198,7 @@ class Session:
         """
         frontiers = [c.frontier for c in self.current if c.frontier is not None]
         least = least_peak(frontiers, base_bytes)
-        most = step_peak([f.points[-1] for f in frontiers], base_bytes)
+        most = step_peak([min(f.points, key=lambda p: p.seconds) for f in frontiers], base_bytes)
         if len(frontiers) == 1:
             budgets = [base_bytes + point.peak_bytes for point in frontiers[0].points]
         else:
@@ -191,6 +225,8 @@ class Session:
             weights = self.weight_bytes = _storage_bytes(inputs, specs, ("parameter", "buffer"))
         elif self.arguments is None and self.staged:
             weights = self.weight_bytes = weights + _storage_bytes(inputs, specs, ("parameter", "buffer"))
+        # Libraries keep a workspace from the same allocator once they have run.
+        weights += self.held_gradient_bytes + self.cost.device.workspace_bytes
         if self.arguments is not None:
             self.static_bytes = weights + _torch.storage_bytes(self.arguments)
         elif not self.current or self.whole:
@@ -239,7 +275,8 @@ class Session:
     def _frontier(self, captured: Captured) -> Frontier:
         """The curve of schedules that the joint-level passes offer; the baseline is always on it."""
         assert captured.joint is not None and captured.baseline is not None
-        baseline = self._baseline_point(captured.joint, captured.baseline)
+        baseline = captured.reference = self._baseline_point(captured.joint, captured.baseline)
+        captured.reference_seconds = self._seconds(captured.joint, captured.baseline)
         ctx = PassContext(self.cost, captured.mode, self.emitter.name, None, self.allow)
         best: Frontier | None = None
         for step in self.passes:
@@ -262,9 +299,21 @@ class Session:
             self.records.append(record)
             self.host.notify_after(ctx, step, captured.joint, record)
             best = frontier or best
-        return best or Frontier("none", (baseline,))
+        best = best or Frontier("none", (baseline,))
+        if self.held_gradient_bytes:
+            # Each program's gradients are added to those held and go before the next one runs.
+            best = replace(best, points=tuple(replace(point, gradients=0) for point in best.points))
+        return best
+
+    def _seconds(self, program: Program, schedule: Schedule) -> float:
+        if self.emitter.fuses:
+            return fused_point(program, schedule, self.cost, flops=0, label="").seconds
+        return step_seconds(self.cost, program, schedule)
 
     def _baseline_point(self, program: Program, schedule: Schedule) -> FrontierPoint:
+        if self.emitter.fuses:
+            point = fused_point(program, schedule, self.cost, flops=0, label="no recomputation")
+            return replace(point, seconds=0.0, gradients=0 if self.held_gradient_bytes else point.gradients)
         profile = self.cost.memory([(program, schedule)])
         return FrontierPoint(
             schedule,
@@ -282,7 +331,7 @@ class Session:
         if self.whole:
             self._plan([captured])
             return
-        captured.point = captured.frontier.points[0]
+        captured.point = min(captured.frontier.points, key=lambda p: (p.retained, p.peak_bytes))
         frontiers = [c.frontier for c in self.current if c.frontier is not None]
         budget = self._budget_bytes(self.current)
         if budget is not None and least_peak(frontiers, self.static_bytes or 0) > budget:
@@ -292,13 +341,19 @@ class Session:
         return self.budget.resolve(self._baseline(group).peak_bytes)
 
     def _baseline(self, group: Sequence[Captured]) -> Cost:
-        step = [(c.joint, c.baseline) for c in group if c.joint is not None and c.baseline is not None]
-        return self._cost_of(step)
+        return self._cost_of(group, [c.reference for c in group if c.reference is not None])
 
-    def _cost_of(self, step: Sequence[tuple[Program, Schedule]]) -> Cost:
+    def _cost_of(self, group: Sequence[Captured], points: Sequence[FrontierPoint]) -> Cost:
+        """Cost of a step that runs the given points: exact liveness where programs run op by op,
+        the points' own arithmetic where kernels are fused."""
         base = self.static_bytes or 0
-        seconds = sum(step_seconds(self.cost, program, schedule) for program, schedule in step)
-        return Cost(self.cost.memory(step, base_bytes=base).peak_bytes, self.weight_bytes or 0, seconds)
+        seconds = sum(c.reference_seconds + p.seconds for c, p in zip(group, points, strict=True))
+        if self.emitter.fuses:
+            peak = step_peak(points, base)
+        else:
+            step = [(c.joint, p.schedule) for c, p in zip(group, points, strict=True) if c.joint is not None]
+            peak = self.cost.memory(step, base_bytes=base).peak_bytes
+        return Cost(peak, self.weight_bytes or 0, seconds)
 
     def _plan(self, group: Sequence[Captured]) -> None:
         start = time.perf_counter()
@@ -318,7 +373,16 @@ class Session:
                 raise self._infeasible(frontiers, budget)
             for captured, point in zip(group, chosen, strict=True):
                 captured.point = point
-        predicted = self._cost_of([(c.joint, c.schedule) for c in group if c.joint is not None])
+        self._record_plan(group, started=start)
+
+    def _record_plan(self, group: Sequence[Captured], *, started: float | None = None) -> None:
+        """Write down the present choice as ``plan``."""
+        base = self.static_bytes or 0
+        frontiers = [c.frontier for c in group if c.frontier is not None]
+        baseline = self._baseline(group)
+        budget = self.budget.resolve(baseline.peak_bytes)
+        taken = time.perf_counter() - started if started is not None else 0.0
+        predicted = self._cost_of(group, [c.point for c in group if c.point is not None])
         bound = (baseline.seconds or 0.0) + seconds_bound(frontiers, budget, base)
         searched = sum(record.seconds for record in self.records)
         self.plan = Plan(
@@ -328,7 +392,7 @@ class Session:
             baseline,
             predicted,
             bound,
-            time.perf_counter() - start + searched,
+            taken + searched,
             tuple(_choice(self.cost, c) for c in group),
         )
 

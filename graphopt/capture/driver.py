@@ -151,6 +151,14 @@ class Driver:
             return self.model.training
         return any(captured.mode == "train" for captured in self.session.current)
 
+    def gradients_held(self) -> bool:
+        """Whether parameters carried gradients when the model was optimized."""
+        return self.session.held_gradient_bytes > 0
+
+    def held_bytes(self) -> int:
+        """Bytes held throughout besides weights and inputs: gradients, libraries' workspace."""
+        return self.session.held_gradient_bytes + self.session.cost.device.workspace_bytes
+
     def weight_bytes(self) -> int:
         return self.session.weight_bytes or 0
 

@@ -138,6 +138,8 @@ class EagerEmitter:
     """Runs programs op by op: exact memory, eager's kernels, no compilation."""
 
     name = "eager"
+    fuses = False
+    by_segments = False
 
     def compile(
         self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Partition, inference: Inference

@@ -22,6 +22,16 @@ class Emitter(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def fuses(self) -> bool:
+        """Whether operators are fused, so that values between them may never be in memory."""
+        ...
+
+    @property
+    def by_segments(self) -> bool:
+        """Whether repeated blocks are compiled once and called again, not all in one graph."""
+        ...
+
     def compile(
         self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Partition, inference: Inference
     ) -> Callable[..., Any]:

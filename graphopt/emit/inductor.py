@@ -22,6 +22,8 @@ class InductorEmitter:
     """Inductor for both halves. ``records`` holds the memory of each graph compiled last."""
 
     name = "inductor"
+    fuses = True
+    by_segments = True
 
     def __init__(self, granularity: int = 1) -> None:
         self.granularity = granularity

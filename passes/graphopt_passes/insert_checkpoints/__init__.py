@@ -32,7 +32,7 @@ from graphopt_passes.insert_checkpoints.evaluate import Evaluation, Evaluator
 from graphopt_passes.insert_checkpoints.model import StepModel, build_model
 from graphopt_passes.insert_checkpoints.portfolio import blends, seeds
 from graphopt_passes.insert_checkpoints.realise import saved_storages, to_schedule
-from graphopt_passes.insert_checkpoints.refine import fused_point
+from graphopt.emit.fused_point import fused_point
 from graphopt_passes.insert_checkpoints.search import search
 
 __all__ = ["InsertCheckpoints"]
@@ -77,7 +77,7 @@ class InsertCheckpoints(Pass):
         targets = self.targets or max(24, min(96, 60_000 // max(len(model.slots), 1)))
         front = search(evaluate, starts, targets=targets, effort=self.effort)
         if ctx.emit == "eager":
-            points = _undominated([_point(model, item) for item in front.items])
+            points = _undominated(_point(model, item) for item in (*front.items, *map(evaluate, family)))
             yield Frontier(self.name, points, peak_floor(model), seconds_bound(model))
             return
         # Fused kernels hold less and cost less than their operators: price a sample again.
@@ -123,10 +123,13 @@ def _thinned(items: Sequence[Evaluation], count: int) -> list[Evaluation]:
 
 
 def _undominated(points: Iterable[FrontierPoint]) -> tuple[FrontierPoint, ...]:
-    """By rising peak, each faster than all before it."""
+    """By rising peak, those that no other beats in peak, retained bytes and seconds at once.
+
+    Beside other programs what is retained counts as much as the program's own peak.
+    """
     kept: list[FrontierPoint] = []
     for point in sorted(points, key=lambda p: (p.peak_bytes, p.seconds, p.retained)):
-        if not kept or point.seconds < kept[-1].seconds:
+        if not any(other.seconds <= point.seconds and other.retained <= point.retained for other in kept):
             kept.append(point)
     return tuple(kept)
 

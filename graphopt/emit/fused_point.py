@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch.fx as fx
+
 from graphopt import _torch
 from graphopt.candidate import FrontierPoint
 from graphopt.cost import CostModel
@@ -48,10 +50,10 @@ def fused_point(program: Program, schedule: Schedule, cost: CostModel, *, flops:
     )
 
 
-def _bytes(nodes: dict[str, object], names: list[str], excluded: set[str], step: int) -> int:
+def _bytes(nodes: dict[str, fx.Node], names: list[str], excluded: set[str], step: int) -> int:
     """Rounded bytes of the distinct storages behind ``names``, those of ``excluded`` left out."""
     def storages(name: str) -> dict[int, int]:
-        value = nodes[name].meta.get("val")  # type: ignore[attr-defined]
+        value = nodes[name].meta.get("val")
         return {_torch.storage_key(t): _torch.hint(t.untyped_storage().nbytes()) for t in tensor_leaves(value)}
 
     known = {key for name in excluded for key in storages(name)}

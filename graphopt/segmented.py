@@ -1,0 +1,193 @@
+"""A step as a chain of segments: each kind planned once, each (kind, schedule) compiled once.
+
+Autograd runs between the segments, so parameters' gradients are handed over as each segment's
+backward ends, and the values of one are gone before the one before it begins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch.fx as fx
+
+from graphopt import _torch
+from graphopt.candidate import Frontier, FrontierPoint
+from graphopt.capture.blocks import find_blocks
+from graphopt.capture.chain import Segment, Segmented
+from graphopt.capture.joint import inference_program, joint_program, save_everything
+from graphopt.capture.segments import split
+from graphopt.capture.semantic import semantic_program
+from graphopt.emit.inductor import JointSeen
+from graphopt.emit.lowered import LoweredMemory, step_memory
+from graphopt.errors import LoweringError
+from graphopt.partition import partition
+from graphopt.planner import step_peak
+from graphopt.program import InputSpec
+from graphopt.schedule import Schedule
+
+if TYPE_CHECKING:
+    from graphopt.session import Captured, Session
+
+__all__ = ["SegmentedStep"]
+
+_ROUNDS = 4
+"""How often a plan may be corrected by what its code turned out to hold."""
+
+_KINDS_OF_BLOCK = 16
+"""Points kept of a frontier that many segments share: every pair of them is tried."""
+
+
+class SegmentedStep:
+    """The segments of one semantic graph; ``captured`` has one entry per call, in order."""
+
+    def __init__(self, session: Session, name: str, semantic: fx.GraphModule, specs: Sequence[InputSpec]) -> None:
+        from graphopt.session import Captured
+
+        self.session = session
+        self.chain: Segmented = split(semantic, find_blocks(semantic.graph))
+        roles = {node: spec for node, spec in zip(self.chain.inputs, specs, strict=True)}
+        calls = [sum(call.segment == k for call in self.chain.calls) for k in range(len(self.chain.segments))]
+        kinds: list[Captured] = []
+        for number, segment in enumerate(self.chain.segments):
+            first = next(call for call in self.chain.calls if call.segment == number)
+            inputs = [roles.get(arg, InputSpec(arg, "input")) for arg in first.args]
+            program = semantic_program(f"{name}.{segment.name}", _copy(segment.gm), inputs)
+            kind = Captured(program.name, program, inputs)
+            self._see(kind, segment)
+            if kind.frontier is not None and calls[number] > 1:
+                kind.frontier = replace(kind.frontier, points=_thinned(kind.frontier.points, _KINDS_OF_BLOCK))
+            kinds.append(kind)
+        self.kinds = kinds
+        self.captured = [
+            replace(kinds[call.segment], name=f"{name}.{index}.{self.chain.segments[call.segment].name}")
+            for index, call in enumerate(self.chain.calls)
+        ]
+        self._code: dict[tuple[int, Schedule], tuple[Callable[..., Any], FrontierPoint]] = {}
+
+    def compile(self) -> Callable[..., Any]:
+        """Plan, compile, check the plan against the code's own memory, correct, and bind."""
+        session = self.session
+        base = session.static_bytes or 0
+        for _ in range(_ROUNDS):
+            session._plan(self.captured)
+            self._compile_chosen()
+            budget = session.plan.budget if session.plan is not None else None
+            exact = [c.point for c in self.captured if c.point is not None]
+            if budget is None or step_peak(exact, base) <= budget:
+                break
+        session._record_plan(self.captured)
+        functions = [
+            self._code[call.segment, captured.schedule][0]
+            for call, captured in zip(self.chain.calls, self.captured, strict=True)
+        ]
+        per_call = replace(
+            self.chain,
+            segments=tuple(self.chain.segments[call.segment] for call in self.chain.calls),
+            calls=tuple(replace(call, segment=index) for index, call in enumerate(self.chain.calls)),
+        )
+        driver = per_call.bind(functions)
+        return lambda *args: driver(list(args))
+
+    def _see(self, kind: Captured, segment: Segment) -> None:
+        """The joint (or inference) program of one segment, and the schedules that it could run."""
+
+        def look(joint: fx.GraphModule, num_outputs: int) -> Any:
+            kind.mode = "train"
+            _torch.eliminate_common_subexpressions(joint)
+            kind.joint = joint_program(kind.name, joint, kind.specs, num_outputs)
+            kind.baseline = save_everything(kind.joint)
+            raise JointSeen
+
+        def look_inference(graph: fx.GraphModule) -> Any:
+            kind.mode = "infer"
+            kind.joint = inference_program(kind.name, _copy(graph), kind.specs)
+            kind.baseline = Schedule(tuple(n.name for n in graph.graph.nodes if n.op == "call_function"))
+            raise JointSeen
+
+        try:
+            self.session.emitter.compile(_copy(segment.gm), segment.example_inputs(), look, look_inference)
+        except Exception as error:
+            if not isinstance(_torch.inner_error(error), JointSeen):
+                raise
+        kind.frontier = self.session._frontier(kind)
+
+    def _compile_chosen(self) -> None:
+        """Compile what is chosen and not compiled yet; put the code's memory into the frontiers."""
+        exact: dict[tuple[int, Schedule], FrontierPoint] = {}
+        for call, captured in zip(self.chain.calls, self.captured, strict=True):
+            key = call.segment, captured.schedule
+            if key not in self._code:
+                self._code[key] = self._compile(self.kinds[call.segment], self.chain.segments[call.segment], captured)
+            exact[key] = self._code[key][1]
+        frontiers: dict[int, Frontier] = {}
+        for number, kind in enumerate(self.kinds):
+            assert kind.frontier is not None
+            points = tuple(exact.get((number, p.schedule), p) for p in kind.frontier.points)
+            frontiers[number] = kind.frontier = replace(kind.frontier, points=points)
+        for call, captured in zip(self.chain.calls, self.captured, strict=True):
+            captured.frontier = frontiers[call.segment]
+            captured.point = exact[call.segment, captured.schedule]
+
+    def _compile(
+        self, kind: Captured, segment: Segment, captured: Captured
+    ) -> tuple[Callable[..., Any], FrontierPoint]:
+        point = captured.point
+        assert point is not None
+        emitter = self.session.emitter
+
+        def realise(joint: fx.GraphModule, num_outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
+            _torch.eliminate_common_subexpressions(joint)
+            program = joint_program(kind.name, joint, kind.specs, num_outputs)
+            halves = partition(program, point.schedule)
+            captured.lowered = tuple(_copy(half) for half in halves)
+            return halves
+
+        def as_is(graph: fx.GraphModule) -> fx.GraphModule:
+            captured.lowered = (_copy(graph),)
+            return graph
+
+        run = emitter.compile(_copy(segment.gm), segment.example_inputs(), realise, as_is)
+        return run, _exact(kind, point, list(emitter.records), held=bool(self.session.held_gradient_bytes))
+
+
+def _exact(kind: Captured, point: FrontierPoint, records: Sequence[LoweredMemory], *, held: bool) -> FrontierPoint:
+    """``point`` with the bytes that the generated code states."""
+    if kind.mode == "train":
+        if len(records) != 2:
+            raise LoweringError(f"{kind.name}: {len(records)} graphs were compiled: expected a forward and a backward")
+        step = step_memory(records[0], records[1])
+        return replace(
+            point,
+            forward_peak=step.forward_peak,
+            backward_peak=step.backward_peak,
+            retained=step.retained,
+            gradients=0 if held else step.gradients,
+        )
+    peak = max((record.peak_bytes for record in records), default=0)
+    return replace(point, forward_peak=peak, retained=sum(record.output_bytes for record in records))
+
+
+def _copy(gm: fx.GraphModule) -> fx.GraphModule:
+    """A module of its own over the same attributes: compilation takes its module over."""
+    graph = fx.Graph()
+    outputs = graph.graph_copy(gm.graph, {}, return_output_node=True)
+    assert outputs is not None
+    value, original = outputs
+    node = graph.output(value)
+    node.meta = dict(original.meta)
+    return fx.GraphModule(gm, graph)
+
+
+def _thinned(points: Sequence[FrontierPoint], count: int) -> tuple[FrontierPoint, ...]:
+    """At most ``count`` points: the ends in bytes and time, the rest spread over retained bytes."""
+    if len(points) <= count:
+        return tuple(points)
+    ordered = sorted(points, key=lambda p: (p.retained, p.seconds))
+    picked = {round(k * (len(ordered) - 1) / (count - 3)) for k in range(count - 2)}
+    ends = [min(points, key=lambda p: p.seconds), min(points, key=lambda p: p.peak_bytes)]
+    chosen = [ordered[k] for k in sorted(picked)]
+    return tuple(dict.fromkeys([*chosen, *ends]))
+
+
