@@ -264,7 +264,7 @@ class LoweredCompiler:
     ``records`` receives one ``LoweredMemory`` for each graph, in the order of compilation (the
     backward possibly not before the first backward pass). A hit in Inductor's graph cache gives
     a record all the same; a hit in AOTAutograd's cache skips the inner compilation and gives none,
-    so that cache must be off, as it is with a custom partition that has no ``uuid``.
+    so that cache must be off.
     """
 
     granularity: int = 1
