@@ -130,6 +130,27 @@ def retrace(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         mode.allow_non_fake_inputs = allowed
 
 
+def transforms_functions(gm: fx.GraphModule) -> bool:
+    """Whether a graph, or one inside it, calls functorch (``torch.vmap`` and the like) step by step.
+
+    Such calls open and close levels of interpretation; what runs in between cannot be traced above
+    autograd.
+    """
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    modules = {getattr(n.target, "__module__", "") for g in graphs for n in g.nodes if n.op == "call_function"}
+    return any(isinstance(m, str) and m.startswith("torch._functorch") for m in modules)
+
+
+def traced_constants(gm: fx.GraphModule) -> list[str]:
+    """Names of tensors that a trace took for constants although they depend on its inputs."""
+    found = []
+    for node in gm.graph.nodes:
+        value = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
+        if isinstance(value, torch.Tensor) and (is_fake(value) or torch._C._functorch.is_functorch_wrapped_tensor(value)):
+            found.append(str(node.target))
+    return found
+
+
 def extract_halves(
     joint: fx.GraphModule, saved: Sequence[fx.Node], saved_symbols: Sequence[fx.Node], num_outputs: int
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -443,3 +464,42 @@ def compile_with_inductor(
     joint_settings = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
     with inductor_config.patch(settings), functorch_config.patch(joint_settings):
         return compile_fx(gm, list(inputs), inner_compile=inner)
+
+
+def fake_mode_of(tensors: Sequence[torch.Tensor]) -> FakeTensorMode | None:
+    """The fake mode that the first fake one of ``tensors`` belongs to."""
+    return next((tensor.fake_mode for tensor in tensors if isinstance(tensor, FakeTensor)), None)
+
+
+def fake_attribute(node: fx.Node, mode: FakeTensorMode) -> Any:
+    """What a ``get_attr`` node reads, a tensor as a fake one of ``mode``."""
+    value: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    return mode.from_tensor(value) if isinstance(value, torch.Tensor) and not is_fake(value) else value
+
+
+def autocast_of(enter: fx.Node) -> torch.autocast:
+    """The autocast region that a call of ``enter_autocast()`` in a graph opens."""
+    device, dtype, enabled, cache = enter.args
+    return torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=cache)  # type: ignore[arg-type]
+
+
+def is_symbolic_function(target: Any) -> bool:
+    """Whether ``target`` is one of torch's functions of symbolic numbers (``torch.sym_max``)."""
+    name = getattr(target, "__name__", "")
+    return isinstance(name, str) and name.startswith("sym_") and getattr(torch, name, None) is target
+
+
+def recompile_on_call(gm: fx.GraphModule) -> None:
+    """Generate the code of a changed graph when the module is called next, not now.
+
+    Every ``GraphModule`` is the only instance of a class of its own, on which ``recompile`` sets
+    ``forward``.
+    """
+
+    def forward(self: fx.GraphModule, *args: Any, **kwargs: Any) -> Any:
+        self.recompile()
+        return self.forward(*args, **kwargs)
+
+    type(gm).forward = forward

@@ -21,8 +21,15 @@ __all__ = [
     "TargetError",
     "UnknownNameError",
     "VerificationError",
+    "brief",
     "nearest",
 ]
+
+
+def brief(error: BaseException) -> str:
+    """Type and first line of an error, for a sentence that names it."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:

@@ -6,10 +6,13 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx as fx
+
+if TYPE_CHECKING:
+    from graphopt.edit import Edit
 
 __all__ = ["InputSpec", "Level", "OutputSpec", "Program", "Signature", "layer_of", "tensor_leaves"]
 
@@ -131,3 +134,13 @@ class Program:
     def find(self, names: Sequence[str]) -> list[fx.Node]:
         by_name = {node.name: node for node in self.graph.nodes}
         return [by_name[name] for name in names]
+
+    def edit(self, origin: str) -> Edit:
+        """A transaction, the only way to change the graph: ``with program.edit("fuse-norm") as edit``.
+
+        ``origin`` is the id of the pass at work. Raises ``PassError`` or ``VerificationError`` on
+        leaving, the program then being what it was (see ``graphopt.edit``).
+        """
+        from graphopt.edit import Edit
+
+        return Edit(self, origin)
