@@ -17,9 +17,14 @@ __all__ = ["auxiliary_outputs", "detach_outputs", "input_specs", "semantic_graph
 def semantic_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     """``gm`` as pre-autograd ATen, composite operators whole, same inputs and outputs.
 
-    Metadata assertions are dropped: they compute nothing, and they keep dead code alive.
+    Metadata assertions are dropped: they compute nothing, and they keep dead code alive. A graph
+    that calls function transforms (``torch.vmap``) stays as dynamo wrote it.
     """
+    if _torch.transforms_functions(gm):
+        return _copied(gm)
     traced = _torch.retrace(gm, inputs)
+    if constants := _torch.traced_constants(traced):
+        raise RuntimeError(f"values that depend on the inputs were traced as constants: {', '.join(constants[:3])}")
     for node in list(traced.graph.nodes):
         if node.op == "call_function" and node.target is torch.ops.aten._assert_tensor_metadata.default:
             traced.graph.erase_node(node)
@@ -90,6 +95,19 @@ def detach_outputs(gm: fx.GraphModule, indices: Sequence[int]) -> None:
             flat[index] = detached
     output.args = (torch.utils._pytree.tree_unflatten(flat, spec),)
     gm.recompile()
+
+
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """Dynamo's graph as a module of its own, what it says of values under ``meta["val"]``."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    copy = fx.GraphModule(gm, graph)
+    for source, node in zip(gm.graph.nodes, graph.nodes, strict=True):
+        node.meta = dict(source.meta)
+        node.meta.pop("grapharg", None)
+        if "example_value" in node.meta:
+            node.meta.setdefault("val", node.meta["example_value"])
+    return copy
 
 
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
