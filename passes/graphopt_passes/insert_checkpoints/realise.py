@@ -59,6 +59,12 @@ def to_schedule(model: StepModel, saved: Iterable[int]) -> Schedule:
         if name not in ready:
             backward.append(name)
             ready.add(name)
+            for user in nodes[name].users:
+                # The elements of a tuple, on the other hand, come at once: until all of them are
+                # taken the tuple holds every one.
+                if user.target is operator.getitem and user.name in model.views:
+                    backward.append(user.name)
+                    ready.add(user.name)
     for spec in model.program.signature.outputs:
         if spec.role == "gradient":
             ensure(nodes[spec.node])
