@@ -46,6 +46,7 @@ _INHERITED = (
 class Edit:
     """An open transaction, made by ``Program.edit``. ``origin`` is the id of the pass at work.
 
+    ``committed`` says, after the block, whether it changed the program.
     ``rule`` is stamped on the nodes that are made from then on; a pass with several rules sets it.
     Nodes are given as ``fx.Node`` or by name. Changes made past the helpers, with fx's own methods,
     are part of the transaction too.
@@ -55,11 +56,17 @@ class Edit:
         self.program = program
         self.origin = origin
         self.rule = ""
+        self.committed = False
         self._made: dict[fx.Node, _Made] = {}
 
     @property
     def graph(self) -> fx.Graph:
         return self.program.graph
+
+    @property
+    def differs(self) -> bool:
+        """Whether the graph was changed since the block was entered."""
+        return self._snapshot.differs(self.graph)
 
     def __enter__(self) -> Edit:
         self._snapshot = _Snapshot(self.program)
@@ -165,7 +172,7 @@ class Edit:
     # --- leaving the block -----------------------------------------------------------------
 
     def _commit(self) -> None:
-        if not self._snapshot.differs(self.graph):
+        if not self.differs:
             return
         restore_order(self.graph)
         for node in reversed(self.graph.nodes):
@@ -179,6 +186,7 @@ class Edit:
         _rename_outputs(self.program)
         verify_structure(self.program, self._snapshot.interface)
         _torch.recompile_on_call(self.program.gm)
+        self.committed = True
 
     def _note(self, new: Sequence[fx.Node]) -> None:
         """Provenance: of what a node replaces, else of the replacement that it is a step to, else of

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from graphopt.candidate import Declined, NearMiss
 from graphopt.cost import Cost
 from graphopt.errors import StaleReportError
 from graphopt.plans import Plan
@@ -65,6 +66,8 @@ class Report:
 
     ``baseline`` is the step without rewrites, ``predicted`` with them, ``measured`` what running
     it showed (``None`` before it was measured). ``budget`` is the bound on the peak in bytes.
+    ``declined`` are rewrites that were offered and not chosen, ``near_misses`` places where a rule
+    matched and its guard said no; ``str()`` shows a few of each.
     ``print(report)`` shows a table; ``to_json`` and ``from_json`` keep all of it.
     """
 
@@ -78,6 +81,8 @@ class Report:
     programs: tuple[ProgramSummary, ...] = ()
     steps: tuple[PassRecord, ...] = ()
     diagnostics: tuple[str, ...] = ()
+    declined: tuple[Declined, ...] = ()
+    near_misses: tuple[NearMiss, ...] = ()
     schema_version: str = field(default=REPORT_VERSION, init=False)
 
     def with_measured(self, measured: Cost) -> Report:

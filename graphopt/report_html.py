@@ -9,7 +9,7 @@ from graphopt.budget import format_bytes
 from graphopt.duration import format_seconds
 from graphopt.price import price_groups
 from graphopt.report import Report
-from graphopt.report_table import cost_rows, headline, plan_lines
+from graphopt.report_table import cost_rows, headline, plan_lines, undone_lines
 
 __all__ = ["report_html"]
 
@@ -51,6 +51,10 @@ def report_html(report: Report) -> str:
         ]
         heads = ("pass", "plugin", "options", "status", "reason", "time")
         parts.append(_folded("passes", _table(heads, steps, left=5)))
+    undone = undone_lines(report, None)
+    if undone:
+        items = "".join(f"<li>{escape(line)}</li>" for line in undone)
+        parts.append(_folded("not done", f"<ul>{items}</ul>"))
     plugins = [f"plugin {plugin}" for plugin in report.plugins if plugin.status != "active"]
     notes = [f"<li>{escape(note)}</li>" for note in (*plugins, *report.diagnostics)]
     if notes:

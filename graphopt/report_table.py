@@ -17,7 +17,15 @@ from graphopt.plans import Plan, count_text, gap_text
 from graphopt.price import PriceGroup, price_groups
 from graphopt.report import Report
 
-__all__ = ["GROUPS_SHOWN", "cost_rows", "headline", "plan_lines", "report_renderable", "report_text"]
+__all__ = [
+    "GROUPS_SHOWN",
+    "cost_rows",
+    "headline",
+    "plan_lines",
+    "report_renderable",
+    "report_text",
+    "undone_lines",
+]
 
 GROUPS_SHOWN = 6
 _WIDTH = 100
@@ -43,6 +51,10 @@ def report_renderable(report: Report) -> RenderableType:
             parts.append(_prices(groups))
     if report.steps:
         parts += [Text("passes", style="bold"), _passes(report)]
+    undone = undone_lines(report)
+    if undone:
+        parts.append(Text("not done", style="bold"))
+        parts += [Padding(Text(line), (0, 0, 0, 2)) for line in undone]
     troubled = [plugin for plugin in report.plugins if plugin.status != "active"]
     notes = [f"plugin {plugin}" for plugin in troubled] + list(report.diagnostics)
     if notes:
@@ -88,6 +100,24 @@ def plan_lines(plan: Plan) -> list[str]:
         return [*lines, "recomputed: nothing"]
     size = format_bytes(sum(item.bytes for item in again))
     return [*lines, f"recomputed: {count_text(len(again), 'node')}, {size}, adds {format_seconds(added)}"]
+
+
+def undone_lines(report: Report, shown: int | None = GROUPS_SHOWN) -> list[str]:
+    """Declined rewrites and near misses by their reason, the most frequent first: ``12 x drop-view
+    (view, view_1, ...): its result is an output``. ``shown`` bounds the lines; ``None``: all."""
+    places: dict[tuple[str, str], list[str]] = {}
+    for declined in report.declined:
+        places.setdefault(("", declined.why), []).append(declined.candidate)
+    for miss in report.near_misses:
+        at = miss.at if miss.matched == miss.total else f"{miss.at} {miss.matched}/{miss.total}"
+        places.setdefault((f"{miss.rule} ", miss.reason.text), []).append(at)
+    ranked = sorted(places.items(), key=lambda item: -len(item[1]))
+    lines = []
+    for (rule, why), where in ranked[:shown]:
+        examples = ", ".join(where[:2]) + (", ..." if len(where) > 2 else "")
+        lines.append(f"{len(where)} x {rule}({examples}): {why}")
+    rest = sum(len(where) for _, where in ranked[len(lines) :])
+    return [*lines, f"and {rest} more"] if rest else lines
 
 
 def _cost_row(name: str, cost: Cost, baseline: Cost) -> tuple[str, str, str, str, str, str]:

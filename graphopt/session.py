@@ -12,7 +12,7 @@ import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.budget import Budget, format_bytes
-from graphopt.candidate import Frontier, FrontierPoint
+from graphopt.candidate import Declined, Frontier, FrontierPoint, NearMiss
 from graphopt.capture.auxiliary import reattach
 from graphopt.capture.joint import inference_program, joint_program, save_everything
 from graphopt.capture.semantic import (
@@ -33,6 +33,7 @@ from graphopt.planner import choose, least_peak, seconds_bound, step_peak
 from graphopt.plugins.host import PluginHost
 from graphopt.program import InputSpec, Level, Program, layer_of
 from graphopt.report import PassRecord
+from graphopt.rewriting import run_passes
 from graphopt.schedule import Schedule
 
 __all__ = ["Captured", "NotPlanned", "Session"]
@@ -100,6 +101,8 @@ class Session:
     current: list[Captured] = field(default_factory=list)
     plan: Plan | None = None
     records: list[PassRecord] = field(default_factory=list)
+    declined: list[Declined] = field(default_factory=list)
+    near_misses: list[NearMiss] = field(default_factory=list)
     diagnostics: list[str] = field(default_factory=list)
     differentiated: set[str] = field(default_factory=set)
     held_gradient_bytes: int = 0
@@ -118,9 +121,11 @@ class Session:
             semantic, auxiliary = gm, ()
         if auxiliary:
             detach_outputs(semantic, auxiliary)
+        program = semantic_program(name, semantic, specs)
+        self._rewrite(program, inputs)
         if self.whole and self.emitter.by_segments:
             return self._segmented(name, semantic, inputs, specs, original, auxiliary)
-        captured = Captured(name, semantic_program(name, semantic, specs), specs, provisional=not self.whole)
+        captured = Captured(name, program, specs, provisional=not self.whole)
         self._begin(captured)
         context = _torch.capture_context()
 
@@ -149,6 +154,16 @@ class Session:
             return captured.run(*args)
 
         return call
+
+    def _rewrite(self, program: Program, inputs: Sequence[Any]) -> None:
+        """Run the semantic-level passes over a captured program."""
+        trained = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+        ctx = PassContext(self.cost, "train" if trained else "infer", self.emitter.name, None, self.allow)
+        budgeted = self.budget.memory is not None
+        done = run_passes(program, self.passes, ctx, self.host, on_error=self.on_error, budgeted=budgeted)
+        self.records.extend(done.records)
+        self.declined.extend(done.declined)
+        self.near_misses.extend(done.near_misses)
 
     def _segmented(
         self,

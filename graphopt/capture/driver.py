@@ -193,6 +193,8 @@ class Driver:
             plugins=session.host.records(),
             programs=programs,
             steps=tuple(session.records),
+            declined=tuple(session.declined),
+            near_misses=tuple(session.near_misses),
             diagnostics=tuple(session.diagnostics),
         )
 
