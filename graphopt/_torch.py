@@ -151,6 +151,37 @@ def traced_constants(gm: fx.GraphModule) -> list[str]:
     return found
 
 
+def run_with_random_state() -> Any:
+    """The operator ``(state, op, *args)``: ``op(*args)`` under a generator state, put back afterwards."""
+    from torch._prims.rng_prims import run_with_rng_state
+
+    return run_with_rng_state
+
+
+def random_state_bytes(device: torch.device) -> int:
+    """Size of the state of a device's default generator."""
+    with without_modes():
+        return torch.Generator(device).get_state().numel()
+
+
+def fake_mode_of(tensors: Sequence[torch.Tensor]) -> FakeTensorMode:
+    """The mode that makes fake tensors to go with the given ones."""
+    return next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None) or fake_mode()
+
+
+def ignore_version(node: fx.Node) -> bool:
+    """Have a graph input handed to the backward whatever is written to it in between.
+
+    False where this torch cannot: the backward would refuse an input that was written to.
+    """
+    from torch._functorch._aot_autograd.schemas import ViewAndMutationMeta
+
+    if "num_tensors_saved_with_no_vc_check" not in ViewAndMutationMeta.__dataclass_fields__:
+        return False
+    node.meta["saved_tensor_with_no_vc_check"] = True
+    return True
+
+
 def extract_halves(
     joint: fx.GraphModule, saved: Sequence[fx.Node], saved_symbols: Sequence[fx.Node], num_outputs: int
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -404,6 +435,11 @@ def quiet_capture() -> Iterator[None]:
 def schema_of(target: Any) -> Any:
     """The schema (arguments with alias annotations, returns) of an operator overload, or ``None``."""
     return target._schema if isinstance(target, torch._ops.OpOverload) else None
+
+
+def is_composite(target: Any) -> bool:
+    """Whether an operator overload is defined by other operators, for every backend alike."""
+    return bool(target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd))
 
 
 def is_operator(target: Any) -> bool:

@@ -15,6 +15,7 @@ import torch.fx as fx
 from graphopt import _torch
 from graphopt.errors import PassError
 from graphopt.program import Program
+from graphopt.replay import run_plainly, statistics_of
 from graphopt.schedule import Schedule
 
 __all__ = ["ordered", "partition", "schedule_of"]
@@ -33,10 +34,16 @@ def partition(program: Program, schedule: Schedule) -> tuple[fx.GraphModule, fx.
     primals = [by_name[spec.node] for spec in program.signature.inputs if spec.role not in ("tangent", "symbol")]
     symbols = [node for node in saved if not _is_tensor(node)]
     symbols += [by_name[spec.node] for spec in program.signature.by_role("symbol")]
+    first_run = set(schedule.forward)
+    for node in (by_name[name] for name in schedule.backward if name in first_run):
+        for statistics in statistics_of(node):
+            _torch.ignore_version(statistics)
     num_outputs = sum(spec.role in ("output", "mutation") for spec in program.signature.outputs)
     forward, backward = _torch.extract_halves(
         program.gm, [*primals, *(node for node in saved if _is_tensor(node))], symbols, num_outputs
     )
+    for node in forward.graph.nodes:
+        run_plainly(node)
     forward.graph = ordered(forward.graph, schedule.forward)
     backward.graph = ordered(backward.graph, schedule.backward)
     for half in (forward, backward):

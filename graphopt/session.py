@@ -32,6 +32,7 @@ from graphopt.plans import Choice, Plan, Recomputed, SavedValue
 from graphopt.planner import choose, least_peak, seconds_bound, step_peak
 from graphopt.plugins.host import PluginHost
 from graphopt.program import InputSpec, Level, Program, layer_of
+from graphopt.replay import make_random_states_explicit, plain_call
 from graphopt.report import PassRecord
 from graphopt.rewriting import run_passes
 from graphopt.schedule import Schedule
@@ -217,7 +218,7 @@ class Session:
         if len(frontiers) == 1:
             budgets = [base_bytes + point.peak_bytes for point in frontiers[0].points]
         else:
-            budgets = [least + (most - least) * k // 64 for k in range(65)]
+            budgets = [least + (most - least) * k // 24 for k in range(25)]
         rows: list[tuple[int, float, int, str]] = []
         for budget in budgets:
             chosen = choose(frontiers, budget, base_bytes)
@@ -277,6 +278,8 @@ class Session:
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         captured.mode = "train"
         _torch.eliminate_common_subexpressions(joint)
+        if self.emitter.name == "eager":
+            make_random_states_explicit(joint)
         program = joint_program(captured.name, joint, captured.specs, num_outputs)
         known = captured.joint
         captured.joint = program
@@ -474,7 +477,7 @@ def _bytes(node: fx.Node) -> int:
 
 
 def _op(node: fx.Node) -> str:
-    return str(node.target)
+    return str(plain_call(node)[0])
 
 
 def _one_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ import torch
 import torch.fx as fx
 
 from graphopt import _torch
+from graphopt.replay import plain_call
 
 __all__ = ["Call", "Opaque", "TensorSpec", "call_of", "tensors_in"]
 
@@ -136,13 +137,14 @@ def tensors_in(value: Any) -> Iterator[TensorSpec]:
 def call_of(node: fx.Node) -> Call:
     """The call that a ``call_function`` node makes, from ``meta["val"]`` of it and of its inputs."""
     reader = _Reader()
-    args = tuple(reader.read(arg) for arg in node.args)
-    kwargs = tuple((name, reader.read(value)) for name, value in node.kwargs.items())
+    target, arguments, named = plain_call(node)
+    args = tuple(reader.read(arg) for arg in arguments)
+    kwargs = tuple((name, reader.read(value)) for name, value in named.items())
     outputs = tuple(tensors_in(reader.read(node.meta.get("val"))))
     if not reader.shifted:
-        return Call(node.target, args, kwargs, outputs)
+        return Call(target, args, kwargs, outputs)
     shift = reader.lowest
-    return Call(node.target, _shifted(args, shift), _shifted(kwargs, shift), _shifted(outputs, shift))
+    return Call(target, _shifted(args, shift), _shifted(kwargs, shift), _shifted(outputs, shift))
 
 
 class _Reader:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch.fx as fx
 from graphopt.cost import LiveTensor, MemoryProfile, MemoryStep
 from graphopt.program import Program, layer_of
+from graphopt.replay import random_state_of
 from graphopt.schedule import Schedule
 from graphopt.values import Leaf, value_table
 
@@ -46,6 +47,8 @@ def profile(
         for index, (name, live) in enumerate(zip(half.names, half.live, strict=True)):
             node = simulator.nodes.get(name)
             extra = workspace(node) if workspace and node is not None and node.op == "call_function" else 0
+            if half.phase == "backward":
+                extra += simulator.generator_bytes(name)
             entry = MemoryStep(simulator.program.name, half.phase, name, carried + live + extra)
             steps.append(entry)
             if peak is None or entry.bytes > peak.bytes:
@@ -151,9 +154,17 @@ class _Simulator:
             role = "output"
         return LiveTensor(name, size, layer_of(self.nodes[name]) if name in self.nodes else "", role)
 
+    def generator_bytes(self, name: str) -> int:
+        """Where a random operator is replayed, the generator's own state is put aside meanwhile."""
+        node = self.nodes.get(name)
+        state = random_state_of(node) if node is not None else None
+        return self._rounded(self.table[state.name][0].bytes) if state is not None else 0
+
+    def _rounded(self, size: int) -> int:
+        return -(-size // self.granularity) * self.granularity
+
     def _new(self, size: int) -> int:
-        step = self.granularity
-        self.sizes.append(-(-size // step) * step)
+        self.sizes.append(self._rounded(size))
         return len(self.sizes) - 1
 
     def _run(

@@ -10,6 +10,7 @@ import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.program import InputSpec, Level, OutputSpec, Program, Signature
+from graphopt.replay import is_random_state, random_state_of
 from graphopt.schedule import Schedule
 
 __all__ = ["inference_program", "joint_program", "save_everything"]
@@ -27,6 +28,8 @@ def joint_program(name: str, gm: fx.GraphModule, specs: Sequence[InputSpec], num
             inputs.append(InputSpec(node, specs[index].role, specs[index].fqn))
         else:
             inputs.append(InputSpec(node, "tangent" if role == "tangent" else "input"))
+    fqns = {index: spec.fqn for index, spec in enumerate(specs)}
+    placeholders = {index: node for node, role, index in described_inputs if role == "input"}
     outputs = []
     for position, (node, role, index) in enumerate(described_outputs):
         if not node:
@@ -34,10 +37,10 @@ def joint_program(name: str, gm: fx.GraphModule, specs: Sequence[InputSpec], num
         if position < num_outputs:
             target = str(index)
             if role == "mutation":
-                target = specs[index].fqn or specs[index].node if 0 <= index < len(specs) else ""
+                target = fqns.get(index) or placeholders.get(index, "")
             outputs.append(OutputSpec(node, "mutation" if role == "mutation" else "output", target))
         else:
-            target = specs[index].fqn or specs[index].node if 0 <= index < len(specs) else ""
+            target = fqns.get(index) or placeholders.get(index, "")
             outputs.append(OutputSpec(node, "gradient", target))
     return Program(name, Level.JOINT, gm, Signature(tuple(inputs), tuple(outputs)))
 
@@ -57,10 +60,11 @@ def inference_program(name: str, gm: fx.GraphModule, specs: Sequence[InputSpec])
     return Program(name, Level.JOINT, gm, Signature(tuple(inputs), outputs))
 
 
-def save_everything(program: Program) -> Schedule:
+def save_everything(program: Program, *, random_states: bool = False) -> Schedule:
     """The schedule without recomputation: what eager autograd would keep is kept.
 
     The forward computes what its outputs need, in the graph's order; the backward all the rest.
+    Nothing is replayed, so states of random generators are not made unless ``random_states``.
     """
     nodes = [node for node in program.graph.nodes if node.op in ("call_function", "get_attr")]
     wanted = {spec.node for spec in program.signature.outputs if spec.role in ("output", "mutation")}
@@ -71,8 +75,9 @@ def save_everything(program: Program) -> Schedule:
     tangents = {spec.node for spec in program.signature.by_role("tangent")}
     backward_only = _descendants(program.graph, tangents)
     for node in nodes:
-        # An effect that no output carries happens where eager would have it: in the forward.
-        if node.is_impure() and node not in backward_only and node.op == "call_function":
+        # An effect that no output carries happens where eager would have it: in the forward. That a
+        # random generator moves on is an effect too.
+        if (node.is_impure() or random_state_of(node)) and node not in backward_only and node.op == "call_function":
             forward.add(node)
             stack = [node]
             while stack:
@@ -86,7 +91,7 @@ def save_everything(program: Program) -> Schedule:
         if node.target is operator.getitem and node.args[0] in forward:
             forward.add(node)
     live = _needed(program, forward)
-    first = [node for node in nodes if node in forward]
+    first = [node for node in nodes if node in forward and (random_states or not is_random_state(node))]
     second = [node for node in nodes if node not in forward and node in live]
     read = {source for node in second for source in node.all_input_nodes}
     gradients = {spec.node for spec in program.signature.outputs if spec.role == "gradient"}

@@ -28,7 +28,8 @@ def peak_floor(model: StepModel) -> int:
 
 def _operator_floors(model: StepModel) -> list[int]:
     return [
-        sum(model.size[b] for b in {*model.inputs[i], *model.outputs[i]}) + model.workspace[i]
+        sum(model.size[b] for b in {*model.inputs[i], *model.outputs[i]} if not model.only_saved[b])
+        + model.workspace[i]
         for i in range(len(model.operators))
     ]
 

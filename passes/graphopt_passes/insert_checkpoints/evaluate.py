@@ -55,6 +55,7 @@ class Evaluator:
         self._last_read = np.array(model.last_read, dtype=np.int64)
         self._maker = np.array(model.maker, dtype=np.int64)
         self._workspace = np.array(model.workspace, dtype=np.int64)
+        self._only_saved = np.array(model.only_saved, dtype=bool)
         self._free = np.array(model.free, dtype=bool)
         self._count = count
         self.evaluations = 0
@@ -107,7 +108,7 @@ class Evaluator:
                             available[x] = point
                             last[x] = point
                             born.append((x, point))
-                    level.append(slot.before + model.workspace[i])
+                    level.append(slot.before + model.workspace_again[i])
                     point += 1
             for b in slot.reads:
                 last[b] = point
@@ -153,6 +154,11 @@ class Evaluator:
             death[list(saved)] = count
         death[self._free] = count
         change = np.zeros(count + 2, dtype=np.int64)
-        np.add.at(change, self._maker, self._size)
-        np.add.at(change, death + 1, -self._size)
+        size = self._size
+        if self._only_saved.any():
+            made = ~self._only_saved
+            made[list(saved)] = True
+            size = size * made
+        np.add.at(change, self._maker, size)
+        np.add.at(change, death + 1, -size)
         return np.cumsum(change[:count]) + self._workspace

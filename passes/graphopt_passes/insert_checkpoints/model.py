@@ -17,6 +17,7 @@ import torch
 import torch.fx as fx
 from graphopt.capture.joint import save_everything
 from graphopt.cost import CostModel
+from graphopt.replay import is_random, is_random_state, random_state_of, statistics_of
 from graphopt.values import value_table
 
 if TYPE_CHECKING:
@@ -52,8 +53,9 @@ class StepModel:
     graph output). ``savable[b]``: may be handed over (false inside a user's checkpoint region).
     ``scratch[b]``: bytes that b takes when it is a transient, smaller than ``size`` where the code
     generator fuses its readers into its maker. ``last_read[b]``: position of the last operator of
-    the forward that reads it. ``workspace[i]``: kernel-internal bytes of operator i. ``views``:
-    backward nodes that make no storage.
+    the forward that reads it. ``workspace[i]``: kernel-internal bytes of operator i, ``workspace_again[i]``: those where it
+    runs again. ``only_saved[b]``: b is not made unless it is handed over (a generator's state).
+    ``views``: backward nodes that make no storage.
     """
 
     program: Program
@@ -68,9 +70,11 @@ class StepModel:
     seconds: list[float]
     flops: list[int]
     workspace: list[int]
+    workspace_again: list[int]
     again: list[bool]
     free: list[bool]
     savable: list[bool]
+    only_saved: list[bool]
     last_read: list[int]
     slots: list[Slot]
     opening: int
@@ -87,7 +91,7 @@ def build_model(program: Program, cost: CostModel, emit: str) -> StepModel:
 class _Builder:
     def __init__(self, program: Program, cost: CostModel, emit: str) -> None:
         self.program, self.cost, self.emit = program, cost, emit
-        self.baseline = save_everything(program)
+        self.baseline = save_everything(program, random_states=True)
         self.nodes = {node.name: node for node in program.graph.nodes}
         self.table = value_table(program.graph)
         self.roles = {spec.node: spec.role for spec in program.signature.inputs}
@@ -101,11 +105,12 @@ class _Builder:
         self._pins()
         self._backward()
         outputs = {b for name in self._output_names() for b in self._storages(name) if b is not None and b[0]}
+        only_saved = [is_random_state(self.nodes[self.operators[self.maker[b]]]) for b in range(len(self.size))]
         free = [(True, b) in outputs for b in range(len(self.size))]
         return StepModel(
             self.program, self.baseline, self.size, self._scratch(), self.maker, self.representative, self.op_inputs,
-            self.op_outputs, self.operators, self.seconds, self.flops, self.workspace, self.again, free,
-            self.savable, self.last_read, self.slots, self.opening, self.gradient_bytes,
+            self.op_outputs, self.operators, self.seconds, self.flops, self.workspace, self.workspace_again, self.again, free,
+            self.savable, only_saved, self.last_read, self.slots, self.opening, self.gradient_bytes,
             sum(self.size[b] for _, b in outputs), frozenset(self.views),
         )
 
@@ -133,6 +138,7 @@ class _Builder:
         self.seconds: list[float] = []
         self.flops: list[int] = []
         self.workspace: list[int] = []
+        self.workspace_again: list[int] = []
         self.last_read: list[int] = []
         for name, role in self.roles.items():
             self.buffers[name] = [None] * len(self.table[name]) if role != "tangent" else []
@@ -165,6 +171,9 @@ class _Builder:
             self.seconds.append(cost.seconds)
             self.flops.append(cost.flops)
             self.workspace.append(cost.workspace_bytes)
+            state = random_state_of(node)
+            aside = sum(leaf.bytes for leaf in self.table[state.name]) if state is not None else 0
+            self.workspace_again.append(cost.workspace_bytes + self.round(aside))
             for b in reads:
                 self.last_read[b] = number
 
@@ -189,18 +198,14 @@ class _Builder:
         ]
 
     def _mutated_inputs(self) -> set[str]:
-        """Graph inputs that the forward writes to: reading them later gives another value."""
-        written = set()
-        for node in self.program.nodes():
-            if node.name in self.baseline.forward and node.target is torch.ops.aten.copy_.default:
-                target = node.args[0]
-                if isinstance(target, fx.Node) and target.op == "placeholder":
-                    written.add(target.name)
-        return written
+        """Graph inputs that the step writes to: reading them later gives another value."""
+        signature = self.program.signature
+        written = {spec.target for spec in signature.outputs if spec.role == "mutation"}
+        return {spec.node for spec in signature.inputs if spec.node in written or spec.fqn in written - {""}}
 
     def _roots(self, node: fx.Node) -> list[fx.Node]:
         """Placeholders that a node reads directly or through views."""
-        found, stack = [], list(node.all_input_nodes)
+        found, stack = [], [source for source in node.all_input_nodes if source not in statistics_of(node)]
         while stack:
             source = stack.pop()
             if source.op == "placeholder":
@@ -317,21 +322,20 @@ def _fusible(node: fx.Node) -> bool:
 def _must_not_repeat(node: fx.Node) -> bool:
     """Random and collective operators give another result, or another rank waits in vain."""
     target = node.target
-    tags = getattr(target, "tags", ())
-    if torch.Tag.nondeterministic_seeded in tags:
-        return not _without_dropout(node)
+    if is_random(node) or is_random_state(node) or _writes_statistics(node):
+        return True
     namespace = getattr(target, "namespace", "")
     return namespace in ("_c10d_functional", "c10d_functional", "_dtensor")
 
 
-def _without_dropout(node: fx.Node) -> bool:
-    """Attention operators are random only when they drop something."""
-    arguments = node.target._schema.arguments  # type: ignore[union-attr]
-    for position, argument in enumerate(arguments):
-        if argument.name == "dropout_p":
-            value = node.args[position] if position < len(node.args) else node.kwargs.get("dropout_p", 0.0)
-            return bool(value == 0.0)
-    return False
+def _writes_statistics(node: fx.Node) -> bool:
+    """Some operators that normalise a batch write running statistics without saying so."""
+    schema = getattr(node.target, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    if "running_mean" not in names or "training" not in names or statistics_of(node):
+        return False
+    given = [node.args[names.index(n)] if names.index(n) < len(node.args) else None for n in ("running_mean", "training")]
+    return given[0] is not None and bool(given[1]) and "functional" not in str(node.target)
 
 
 def _policy(node: fx.Node) -> str:

@@ -6,6 +6,7 @@ import operator
 from collections.abc import Iterable
 
 import torch.fx as fx
+from graphopt.replay import is_random_state
 from graphopt.schedule import Schedule
 
 from graphopt_passes.insert_checkpoints.model import StepModel
@@ -69,7 +70,8 @@ def to_schedule(model: StepModel, saved: Iterable[int]) -> Schedule:
         if spec.role == "gradient":
             ensure(nodes[spec.node])
     order = tuple(name for name in model.baseline.forward if name in used)
-    return Schedule(model.baseline.forward, order, tuple(backward))
+    made = tuple(name for name in model.baseline.forward if name in used or not is_random_state(nodes[name]))
+    return Schedule(made, order, tuple(backward))
 
 
 def _is_read(element: fx.Node, value: fx.Node) -> bool:
