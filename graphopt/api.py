@@ -15,7 +15,7 @@ from graphopt.emit import resolve_emitter
 from graphopt.emit.eager import EagerEmitter
 from graphopt.errors import InputsError, UnknownNameError
 from graphopt.optimized import Optimized
-from graphopt.pareto_front import Pareto, ParetoPoint
+from graphopt.pareto_front import Pareto
 from graphopt.passes import Pass
 from graphopt.pipeline import Pipeline
 from graphopt.plans import Plan
@@ -113,14 +113,8 @@ def pareto(model: torch.nn.Module, inputs: Any, **options: Any) -> Pareto:
         if name in options:
             raise InputsError(f"pareto() takes no {name}=: it shows what every budget gives")
     optimized = optimize(model, inputs, **options)
-    session = optimized._driver.session
-    baseline = optimized.plan.baseline
-    base = session.static_bytes or 0
-    points = [
-        ParetoPoint(peak, (baseline.seconds or 0.0) + seconds, flops, label)
-        for peak, seconds, flops, label in session.curve(base)
-    ]
-    return Pareto(tuple(points), session.cost.device.name, session.emitter.name)
+    plan = optimized.plan
+    return Pareto(optimized.frontier(), plan.device, plan.emit)
 
 
 def make_session(

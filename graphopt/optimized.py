@@ -13,6 +13,7 @@ from graphopt.capture.driver import Driver
 from graphopt.cost import Cost, MemoryProfile
 from graphopt.errors import InputsError, UnknownNameError
 from graphopt.measure import Measurement, measure
+from graphopt.pareto_front import ParetoPoint
 from graphopt.plans import Plan
 from graphopt.program import Program
 from graphopt.report import Report
@@ -83,6 +84,10 @@ class Optimized(torch.nn.Module):
     def memory(self) -> tuple[MemoryProfile, MemoryProfile]:
         """Simulated live bytes over the step: of the baseline, and of the plan."""
         return self._driver.memory()
+
+    def frontier(self) -> tuple[ParetoPoint, ...]:
+        """Plans of the present step that no other beats in peak and seconds, least peak first."""
+        return self._driver.frontier()
 
     def dump(self, format: str = "text", stage: str = "final") -> str:
         """The programs as text. ``stage``: ``"semantic"``, ``"joint"`` (with the schedule's marks)

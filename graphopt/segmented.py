@@ -56,6 +56,7 @@ class SegmentedStep:
             program = semantic_program(f"{name}.{segment.name}", _copy(segment.gm), inputs)
             kind = Captured(program.name, program, inputs)
             self._see(kind, segment)
+            self._settle_gradients(kind, number)
             if kind.frontier is not None and calls[number] > 1:
                 kind.frontier = replace(kind.frontier, points=_thinned(kind.frontier.points, _KINDS_OF_BLOCK))
             kinds.append(kind)
@@ -113,6 +114,32 @@ class SegmentedStep:
                 raise
         kind.frontier = self.session._frontier(kind)
 
+    def _settle_gradients(self, kind: Captured, number: int) -> None:
+        """What a segment's backward leaves behind: gradients of activations go to the segment
+        before; where gradients are held already, a parameter's is added to them, unless an
+        earlier segment reads the parameter too and autograd waits for its share."""
+        if kind.joint is None or kind.frontier is None or kind.reference is None:
+            return
+        left = max(self._gradient_bytes(index) for index, call in enumerate(self.chain.calls) if call.segment == number)
+        kind.reference = replace(kind.reference, gradients=left)
+        kind.frontier = replace(
+            kind.frontier, points=tuple(replace(point, gradients=left) for point in kind.frontier.points)
+        )
+
+    def _gradient_bytes(self, index: int) -> int:
+        call = self.chain.calls[index]
+        segment = self.chain.segments[call.segment]
+        earlier = {arg for before in self.chain.calls[:index] for arg in before.args}
+        made = {out for before in self.chain.calls[:index] for out in before.outs}
+        held = bool(self.session.held_gradient_bytes)
+        step = self.session.cost.device.allocation_granularity
+        total = 0
+        for arg, example, trained in zip(call.args, segment.example_inputs(), segment.trained, strict=True):
+            if trained and arg not in made and (not held or arg in earlier):
+                size = _torch.hint(example.numel() * example.element_size())
+                total += -(-size // step) * step
+        return total
+
     def _compile_chosen(self) -> None:
         """Compile what is chosen and not compiled yet; put the code's memory into the frontiers."""
         exact: dict[tuple[int, Schedule], FrontierPoint] = {}
@@ -149,10 +176,10 @@ class SegmentedStep:
             return graph
 
         run = emitter.compile(_copy(segment.gm), segment.example_inputs(), realise, as_is)
-        return run, _exact(kind, point, list(emitter.records), held=bool(self.session.held_gradient_bytes))
+        return run, _exact(kind, point, list(emitter.records))
 
 
-def _exact(kind: Captured, point: FrontierPoint, records: Sequence[LoweredMemory], *, held: bool) -> FrontierPoint:
+def _exact(kind: Captured, point: FrontierPoint, records: Sequence[LoweredMemory]) -> FrontierPoint:
     """``point`` with the bytes that the generated code states."""
     if kind.mode == "train":
         if len(records) != 2:
@@ -163,7 +190,6 @@ def _exact(kind: Captured, point: FrontierPoint, records: Sequence[LoweredMemory
             forward_peak=step.forward_peak,
             backward_peak=step.backward_peak,
             retained=step.retained,
-            gradients=0 if held else step.gradients,
         )
     peak = max((record.peak_bytes for record in records), default=0)
     return replace(point, forward_peak=peak, retained=sum(record.output_bytes for record in records))

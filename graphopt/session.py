@@ -107,13 +107,17 @@ class Session:
     diagnostics: list[str] = field(default_factory=list)
     differentiated: set[str] = field(default_factory=set)
     held_gradient_bytes: int = 0
+    replay_bytes: int = 0
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A dynamo backend: compiles one graph under this session's budget."""
         specs = input_specs(gm, inputs, self.names)
+        auxiliary = auxiliary_outputs(gm) if torch.is_grad_enabled() else ()
+        if auxiliary:
+            held = _torch.random_state_bytes(torch.device("cpu")) if self.cost.device.kind == "cpu" else 0
+            self.replay_bytes = held if self.whole else self.replay_bytes + held
         self._count_static(inputs, specs)
         name = f"g{len(self.captured)}"
-        auxiliary = auxiliary_outputs(gm) if torch.is_grad_enabled() else ()
         original = gm
         try:
             semantic = semantic_graph(gm, inputs)
@@ -241,8 +245,9 @@ class Session:
             weights = self.weight_bytes = _storage_bytes(inputs, specs, ("parameter", "buffer"))
         elif self.arguments is None and self.staged:
             weights = self.weight_bytes = weights + _storage_bytes(inputs, specs, ("parameter", "buffer"))
-        # Libraries keep a workspace from the same allocator once they have run.
-        weights += self.held_gradient_bytes + self.cost.device.workspace_bytes
+        # Libraries keep a workspace from the same allocator once they have run; outputs that can be
+        # differentiated later hold the random state of their forward.
+        weights += self.held_gradient_bytes + self.cost.device.workspace_bytes + self.replay_bytes
         if self.arguments is not None:
             self.static_bytes = weights + _torch.storage_bytes(self.arguments)
         elif not self.current or self.whole:

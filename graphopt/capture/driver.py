@@ -15,6 +15,7 @@ from graphopt import _torch
 from graphopt.capture.inputs import bind_inputs
 from graphopt.cost import MemoryProfile
 from graphopt.errors import CaptureError, GraphoptError, InputsError, UnknownNameError
+from graphopt.pareto_front import ParetoPoint
 from graphopt.plans import Plan
 from graphopt.program import Level, Program, Signature
 from graphopt.report import Environment, ProgramSummary, Report
@@ -167,6 +168,14 @@ class Driver:
             why = "; ".join(self.session.diagnostics) or "it was not called yet and no inputs were given"
             raise CaptureError(f"the model was not captured: {why}")
         return self.session.plan
+
+    def frontier(self) -> tuple[ParetoPoint, ...]:
+        baseline = self.plan().baseline
+        session = self.session
+        return tuple(
+            ParetoPoint(peak, (baseline.seconds or 0.0) + seconds, flops, label)
+            for peak, seconds, flops, label in session.curve(session.static_bytes or 0)
+        )
 
     def report(self) -> Report:
         session, plan = self.session, self.plan()

@@ -30,14 +30,14 @@ from graphopt.program import Level, Program
 from graphopt_passes.insert_checkpoints.bound import peak_floor, seconds_bound
 from graphopt_passes.insert_checkpoints.evaluate import Evaluation, Evaluator
 from graphopt_passes.insert_checkpoints.model import StepModel, build_model
-from graphopt_passes.insert_checkpoints.portfolio import blends, seeds
+from graphopt_passes.insert_checkpoints.portfolio import blends, seeds, steps_between
 from graphopt_passes.insert_checkpoints.realise import saved_storages, to_schedule
 from graphopt.emit.fused_point import fused_point
 from graphopt_passes.insert_checkpoints.search import search
 
 __all__ = ["InsertCheckpoints"]
 
-_SAMPLE = 40
+_SAMPLE = 48
 """How many points of a frontier are priced as fused kernels: each costs about what lowering does."""
 
 
@@ -81,7 +81,8 @@ class InsertCheckpoints(Pass):
             yield Frontier(self.name, points, peak_floor(model), seconds_bound(model))
             return
         # Fused kernels hold less and cost less than their operators: price a sample again.
-        sample = [everything, *family, *(item.saved for item in _thinned(front.items, _SAMPLE))]
+        between = _least_retained(evaluate, steps_between(search_model, family))
+        sample = [everything, *family, *(item.saved for item in _thinned(front.items, _SAMPLE // 2)), *between]
         yield Frontier(self.name, _undominated(_fused(model, ctx, evaluate, sample)))
 
 
@@ -113,6 +114,16 @@ def _fused(
         points.append(priced)
     start = points[0].seconds
     return [dataclasses.replace(point, seconds=point.seconds - start) for point in points]
+
+
+def _least_retained(evaluate: Evaluator, sets: Iterable[frozenset[int]]) -> list[frozenset[int]]:
+    """Those of the sets that no other beats in retained bytes and seconds: what counts in a chain
+    of programs, where all wait for the last with what they retain."""
+    best: list[Evaluation] = []
+    for item in sorted(map(evaluate, dict.fromkeys(sets)), key=lambda e: (e.retained, e.seconds)):
+        if not best or item.seconds < best[-1].seconds:
+            best.append(item)
+    return [item.saved for item in _thinned(best, _SAMPLE // 2)]
 
 
 def _thinned(items: Sequence[Evaluation], count: int) -> list[Evaluation]:

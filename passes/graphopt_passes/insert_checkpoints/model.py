@@ -104,18 +104,25 @@ class _Builder:
         self._forward()
         self._pins()
         self._backward()
-        outputs = {b for name in self._output_names() for b in self._storages(name) if b is not None and b[0]}
+        outputs = self._results("output")
+        mutations = self._results("mutation") - outputs
+        read = {b for slot in self.slots for b in slot.reads}
+        for _, b in mutations:
+            self.last_read[b] = len(self.operators)
         only_saved = [is_random_state(self.nodes[self.operators[self.maker[b]]]) for b in range(len(self.size))]
-        free = [(True, b) in outputs for b in range(len(self.size))]
+        # What the backward reads of new values of mutated inputs is held: run again, the operators
+        # that made them would start from the new values.
+        free = [(True, b) in outputs or ((True, b) in mutations and b in read) for b in range(len(self.size))]
         return StepModel(
             self.program, self.baseline, self.size, self._scratch(), self.maker, self.representative, self.op_inputs,
             self.op_outputs, self.operators, self.seconds, self.flops, self.workspace, self.workspace_again, self.again, free,
             self.savable, only_saved, self.last_read, self.slots, self.opening, self.gradient_bytes,
-            sum(self.size[b] for _, b in outputs), frozenset(self.views),
+            sum(size for size, held in zip(self.size, free, strict=True) if held), frozenset(self.views),
         )
 
-    def _output_names(self) -> list[str]:
-        return [s.node for s in self.program.signature.outputs if s.role in ("output", "mutation")]
+    def _results(self, role: str) -> set[tuple[bool, int]]:
+        names = [spec.node for spec in self.program.signature.outputs if spec.role == role]
+        return {b for name in names for b in self._storages(name) if b is not None and b[0]}
 
     def _storages(self, name: str) -> list[tuple[bool, int] | None]:
         return self.buffers.get(name, [])

@@ -82,3 +82,15 @@ def blends(model: StepModel, family: Sequence[frozenset[int]], parts: int) -> It
             yield frozenset(
                 {b for b in second if model.maker[b] < border} | {b for b in first if model.maker[b] >= border}
             )
+
+
+def steps_between(model: StepModel, family: Sequence[frozenset[int]], steps: int = 8) -> Iterator[frozenset[int]]:
+    """From each member of a family to the next, a few storages at a time, cheapest per byte first."""
+    for first, second in zip(family, family[1:], strict=False):
+        dropped = sorted(
+            first - second, key=lambda b: (model.seconds[model.maker[b]] / max(model.size[b], 1), -model.size[b], b)
+        )
+        for step in range(1, steps):
+            given_up = dropped[: len(dropped) * step // steps]
+            yield (first - frozenset(given_up)) | second
+            yield first - frozenset(given_up)
