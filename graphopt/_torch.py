@@ -502,11 +502,6 @@ def compile_with_inductor(
         return compile_fx(gm, list(inputs), inner_compile=inner)
 
 
-def fake_mode_of(tensors: Sequence[torch.Tensor]) -> FakeTensorMode | None:
-    """The fake mode that the first fake one of ``tensors`` belongs to."""
-    return next((tensor.fake_mode for tensor in tensors if isinstance(tensor, FakeTensor)), None)
-
-
 def fake_attribute(node: fx.Node, mode: FakeTensorMode) -> Any:
     """What a ``get_attr`` node reads, a tensor as a fake one of ``mode``."""
     value: Any = node.graph.owning_module

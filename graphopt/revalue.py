@@ -38,7 +38,7 @@ def compute_values(
     regions that hold at each node. Raises ``PassError`` for a node that does not run.
     """
     known = [leaf for node in graph.nodes for leaf in tensor_leaves(node.meta.get("val"))]
-    mode = _torch.fake_mode_of(known) or _torch.fake_mode()
+    mode = _torch.fake_mode_of(known)
     nodes = list(graph.nodes)
     stale = set(stale)
     for node, ambient in zip(nodes, ambient_map(nodes).states, strict=False):

@@ -15,7 +15,7 @@ graphopt_api = 1
 
 @hookimpl
 def graphopt_passes() -> Iterable[str]:
-    return ["graphopt_passes.insert_checkpoints:InsertCheckpoints"]
+    return ["graphopt_passes.insert_checkpoints:InsertCheckpoints", "graphopt_passes.normalize:Normalize"]
 
 
 @hookimpl
