@@ -1,6 +1,6 @@
 """What must hold of a program after an edit, whatever the pass: its structure.
 
-Numbers are compared by ``graphopt.verify_numbers``.
+``verify_numerically`` (from ``graphopt.verify_numbers``) compares what it computes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from graphopt.capture.aliasing import alias_map
 from graphopt.dump.canonical import dtype_text
 from graphopt.errors import VerificationError
 from graphopt.program import Program
+from graphopt.verify_numbers import verify_numerically
 
-__all__ = ["Interface", "interface_of", "verify_structure", "verify_values"]
+__all__ = ["Interface", "interface_of", "verify_numerically", "verify_structure", "verify_values"]
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ class Identities:
     def __init__(self, program: Program, *, trains: bool) -> None:
         line = line_of(program.graph)
         switches = line.ambient.entry_grad is not None
-        self.trained = trained_values(line) if trains or switches else frozenset[fx.Node]()
+        self._trained = trained_values(line) if trains or switches else frozenset[fx.Node]()
         self._roots = line.aliases.roots
         self._writers: dict[fx.Node, fx.Node] = {}
         for node in program.graph.nodes:
@@ -100,12 +100,22 @@ class Identities:
         """Three gradients or more are summed in the order in which they come: a call that goes must not
         move the sum of its readers' into the sum of its input's."""
         source = _source_of(node)
-        if source not in self.trained:
+        if not self._may_train(source):
             return None
         rest = {user: n for user, n in self._uses[source].items() if user is not node}
         if not rest or _gradients(rest) + _gradients(self._uses[node]) <= 2:
             return None
         return Reason("gradients would be summed in another order", (node.name, source.name))
+
+    def cuts_gradient(self, node: fx.Node, *, detaches: bool) -> bool:
+        """Whether gradients flow to its input and not through it: it detaches, or is called without
+        gradients."""
+        source = _source_of(node)
+        return self._may_train(source) if detaches else source in self._trained and node not in self._trained
+
+    def _may_train(self, value: fx.Node) -> bool:
+        # A conversion without effect hands a trained tensor through even where gradients are off.
+        return value in self._trained or bool(self._roots[value] & self._trained)
 
     def _memory(self, node: fx.Node) -> frozenset[fx.Node]:
         """Where the memory under a value comes from, dropped calls taken out."""

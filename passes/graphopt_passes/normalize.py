@@ -140,7 +140,7 @@ def _guard(node: fx.Node, rule: str, known: Identities) -> Reason | None:
         return _not_exact(node, known)
     if rule in ("drop-cast", "drop-contiguous") and not known.same_memory(node):
         return Reason("it is asked for a copy", (node.name,))
-    if rule == "drop-detach" and source in known.trained:
+    if known.cuts_gradient(node, detaches=rule == "drop-detach"):
         return Reason("it cuts off a gradient", (source.name,))
     # A conversion that hands its input through leaves no trace in autograd.
     by_itself = rule in ("drop-cast", "drop-contiguous", "drop-detach")
