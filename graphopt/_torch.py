@@ -90,10 +90,25 @@ class _Inlining(fx.Interpreter):
     """Runs dynamo's graph with ``torch.utils.checkpoint`` regions in line, their nodes tagged.
 
     A region with a policy of its own (``context_fn``) stays one node: its policy is asked about
-    operators that exist further down only.
+    operators that exist further down only. Autocast regions are entered, not only written down:
+    the types of values depend on them. ``open_regions`` are those not yet left.
     """
 
+    def __init__(self, gm: fx.GraphModule, open_regions: list[Any]) -> None:
+        super().__init__(gm)
+        self._open = open_regions
+
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is enter_autocast():
+            node = super().call_function(target, args, kwargs)
+            with torch._C.DisableTorchFunction():
+                self._open.append(target(*args, **kwargs))
+            return node
+        if target is exit_autocast():
+            node = super().call_function(target, args, kwargs)
+            with torch._C.DisableTorchFunction():
+                target(self._open.pop())
+            return node
         if target is not torch.ops.higher_order.tag_activation_checkpoint:
             return super().call_function(target, args, kwargs)
         region = args[0]
@@ -104,7 +119,7 @@ class _Inlining(fx.Interpreter):
             if node.op != "placeholder":
                 node.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
                 node.meta["ac_graph_id"] = number
-        return _Inlining(region).run(*args[1:])
+        return _Inlining(region, self._open).run(*args[1:])
 
 
 _regions = itertools.count()
@@ -119,14 +134,22 @@ def retrace(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     mode = context_fake_mode()
     fakes = fake_inputs(gm, inputs, mode)
 
+    regions: list[Any] = []
+
     def run(*args: Any) -> Any:
         with fx_traceback.preserve_node_meta():
-            return _Inlining(gm).run(*args)
+            return _Inlining(gm, regions).run(*args)
 
     allowed, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True
+    cached = torch.is_autocast_cache_enabled()
+    # What autocast keeps of a fake weight must not be found by the program that runs.
+    torch.set_autocast_cache_enabled(False)
     try:
         return make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
     finally:
+        for region in reversed(regions):
+            exit_autocast()(region)
+        torch.set_autocast_cache_enabled(cached)
         mode.allow_non_fake_inputs = allowed
 
 

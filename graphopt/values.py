@@ -44,12 +44,55 @@ def value_table(graph: fx.Graph) -> dict[str, tuple[Leaf, ...]]:
                 for index, tensor in enumerate(tensor_leaves(source.meta.get("val"))):
                     seen.setdefault(_storage_key(tensor), (source.name, index))
         leaves = []
+        base = _base_of_view(node)
         for index, tensor in enumerate(tensor_leaves(node.meta.get("val"))):
             key = _storage_key(tensor)
-            leaves.append(Leaf(_storage_bytes(tensor), seen.get(key)))
+            alias = seen.get(key)
+            if alias is None and base is not None and table[base.name]:
+                # Common subexpressions were merged: the fake tensor is a view of the one dropped.
+                alias = (base.name, 0)
+            size = _storage_bytes(tensor)
+            if _keeps_layout(node):
+                size = max(size, table[node.args[0].name][0].bytes)
+            leaves.append(Leaf(size, alias))
             seen.setdefault(key, (node.name, index))
         table[node.name] = tuple(leaves)
     return table
+
+
+def _base_of_view(node: fx.Node) -> fx.Node | None:
+    """The input that an operator always returns a view of, by its schema; ``None`` for others.
+
+    Composite operators (``reshape``, ``contiguous``) promise a view and may copy, so they are others.
+    """
+    schema = _torch.schema_of(node.target)
+    if schema is None or len(schema.returns) != 1 or _torch.is_composite(node.target):
+        return None
+    promised = schema.returns[0].alias_info
+    if promised is None or promised.is_write:
+        return None
+    for argument, value in zip(schema.arguments, node.args, strict=False):
+        info = argument.alias_info
+        if info is not None and info.before_set == promised.before_set and isinstance(value, fx.Node):
+            return value
+    return None
+
+
+def _keeps_layout(node: fx.Node) -> bool:
+    """Whether a call copies the whole storage of its first argument, view or not.
+
+    Fake tensors do not always say so: a shape that was seen before comes with the least storage.
+    """
+    return getattr(node.target, "overloadpacket", None) in _KEEPING_LAYOUT and isinstance(node.args[0], fx.Node)
+
+
+_KEEPING_LAYOUT = {
+    torch.ops.aten.copy,
+    torch.ops.aten.slice_scatter,
+    torch.ops.aten.select_scatter,
+    torch.ops.aten.diagonal_scatter,
+    torch.ops.aten.as_strided_scatter,
+}
 
 
 def _storage_key(tensor: torch.Tensor) -> int:

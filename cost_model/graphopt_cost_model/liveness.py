@@ -124,13 +124,18 @@ class _Simulator:
         self.nodes = {node.name: node for node in program.graph.nodes}
         self.sizes: list[int] = []
         signature = program.signature
-        self.outputs = [spec.node for spec in signature.outputs if spec.role in ("output", "mutation")]
+        self.outputs = [spec.node for spec in signature.outputs if spec.role == "output"]
+        self.mutations = [spec.node for spec in signature.outputs if spec.role == "mutation"]
         self.gradients = [spec.node for spec in signature.outputs if spec.role == "gradient"]
         self.inputs = {spec.node: [_STATIC] * len(self.table[spec.node]) for spec in signature.inputs}
         self.tangents = [spec.node for spec in signature.by_role("tangent")]
 
     def forward(self) -> _Half:
-        return self._run("forward", self.inputs, self.schedule.forward, [*self.outputs, *self.schedule.saved], ())
+        lasting = [*self.outputs, *self.schedule.saved]
+        half = self._run("forward", self.inputs, self.schedule.forward, [*lasting, *self.mutations], ())
+        # New values of mutated inputs are copied to them as the forward ends, and are gone then.
+        half.kept.intersection_update(b for name in lasting for b in half.values.get(name, ()))
+        return half
 
     def backward(self, forward: _Half) -> _Half:
         entry = dict(self.inputs)
@@ -139,8 +144,10 @@ class _Simulator:
         for name in self.tangents:
             entry[name] = [self._new(leaf.bytes) for leaf in self.table[name]]
         held = {b for name in self.outputs for b in forward.values.get(name, ()) if b != _STATIC}
+        # Whoever calls backward() on a loss holds the one that it starts from until it returns.
+        held.update(b for name in self.tangents if not self.nodes[name].meta["val"].dim() for b in entry[name])
         half = self._run("backward", entry, self.schedule.backward, self.gradients, held)
-        for buffer in held:
+        for buffer in held & forward.owner.keys():
             half.owner.setdefault(buffer, forward.owner[buffer])
         return half
 

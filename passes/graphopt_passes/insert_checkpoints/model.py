@@ -262,6 +262,12 @@ class _Builder:
             workspace = self.cost.node(node).workspace_bytes if node.op == "call_function" else 0
             reads_at.append((name, tuple(b for forward, b in reads if forward), workspace))
             position += 1
+        for spec in self.program.signature.by_role("tangent"):
+            if not self.nodes[spec.node].meta["val"].dim():
+                # Whoever calls backward() on a loss holds what it starts from until it returns.
+                for buffer in self._storages(spec.node):
+                    assert buffer is not None
+                    last[buffer[1]] = position
         gradients = {
             b for s in self.program.signature.outputs if s.role == "gradient" for b in self._storages(s.node)
         }
