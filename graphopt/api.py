@@ -132,11 +132,12 @@ def make_session(
     if on_error not in _ON_ERROR:
         raise UnknownNameError("value of on_error", on_error, _ON_ERROR)
     host = PluginHost(tuple(plugins)) if plugins else default_host()
-    known = host.passes()
+    chosen = Pipeline.of("default" if pipeline is None else pipeline, host)
+    # A pass given as an object need not be registered.
+    known = {*host.passes(), *(step.name for step in chosen.steps)}
     for name in allow:
         if name not in known:
             raise UnknownNameError("pass", name, known)
-    chosen = Pipeline.of("default" if pipeline is None else pipeline, host)
     spec = _device_spec(host, device)
     runs_on = runs_on or (device if isinstance(device, torch.device) else torch.device("cpu"))
     return Session(
