@@ -355,13 +355,13 @@ class Session:
             self._plan([captured])
             return
         captured.point = min(captured.frontier.points, key=lambda p: (p.retained, p.peak_bytes))
+        if self.budget.fraction() is not None:
+            # A part of the baseline's peak is known only when all programs are.
+            return
         frontiers = [c.frontier for c in self.current if c.frontier is not None]
-        budget = self._budget_bytes(self.current)
+        budget = self.budget.resolve(0)
         if budget is not None and least_peak(frontiers, self.static_bytes or 0) > budget:
             raise self._infeasible(frontiers, budget)
-
-    def _budget_bytes(self, group: Sequence[Captured]) -> int | None:
-        return self.budget.resolve(self._baseline(group).peak_bytes)
 
     def _baseline(self, group: Sequence[Captured]) -> Cost:
         return self._cost_of(group, [c.reference for c in group if c.reference is not None])
