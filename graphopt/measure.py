@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -65,6 +66,8 @@ def allocator_peak(step: Callable[[], object], device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    # Garbage of earlier steps that is collected during this one would count as released by it.
+    gc.collect()
     running = peak = 0
     for event in _torch.record_allocations(step):
         running += event

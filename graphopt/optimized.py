@@ -149,6 +149,8 @@ class Optimized(torch.nn.Module):
                 hint="pass loss_fn=, or inputs with which the model returns a loss",
             )
         scalars = [t for t in leaves if t.dim() == 0]
+        if len(scalars) == 1:
+            return scalars[0]
         return torch.stack([t.sum() for t in (scalars or leaves)]).sum()
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 
 from graphopt.candidate import Frontier, FrontierPoint
 
-__all__ = ["choose", "least_peak", "seconds_bound", "step_peak"]
+__all__ = ["choose", "least", "least_peak", "seconds_bound", "step_peak"]
 
 
 def step_peak(points: Sequence[FrontierPoint], base_bytes: int = 0) -> int:
@@ -27,24 +27,46 @@ def step_peak(points: Sequence[FrontierPoint], base_bytes: int = 0) -> int:
 
 
 def choose(
-    frontiers: Sequence[Frontier], budget_bytes: int | None, base_bytes: int = 0
+    frontiers: Sequence[Frontier],
+    budget_bytes: int | None,
+    base_bytes: int = 0,
+    *,
+    resolution: Sequence[float] = (),
 ) -> list[FrontierPoint] | None:
     """The fastest combination found that fits, or ``None`` if none does.
+
+    ``resolution``: seconds for each program below which predictions do not tell points apart;
+    where the fastest combination fits, points that close to it are taken for what they retain.
 
     One program: the fastest point that fits. Several: from the fastest and from the least
     combination, one group of programs after another is set to what is best with the rest as it
     is, until nothing improves; the better end wins.
     """
     room = None if budget_bytes is None else budget_bytes - base_bytes
-    fastest = [min(f.points, key=lambda p: (p.seconds, p.peak_bytes)) for f in frontiers]
+    fastest = [_fastest(f, resolution[k] if resolution else 0.0) for k, f in enumerate(frontiers)]
     if room is None or step_peak(fastest) <= room:
         return fastest
     if len(frontiers) == 1:
         fitting = [p for p in frontiers[0].points if p.peak_bytes <= room]
         return [min(fitting, key=lambda p: (p.seconds, p.peak_bytes))] if fitting else None
-    ends = [_descend(start, frontiers, room) for start in (fastest, _least(frontiers))]
+    ends = [_descend(start, frontiers, room) for start in (fastest, least(frontiers))]
     fitting_ends = [end for end in ends if step_peak(end) <= room]
     return min(fitting_ends, key=_seconds) if fitting_ends else None
+
+
+def least(frontiers: Sequence[Frontier]) -> list[FrontierPoint]:
+    """The combination of least peak that setting group after group finds."""
+    chosen = [min(f.points, key=lambda p: (p.retained, p.peak_bytes)) for f in frontiers]
+    other = [min(f.points, key=lambda p: (p.peak_bytes, p.retained)) for f in frontiers]
+    return min((_descend(start, frontiers, 0) for start in (chosen, other)), key=step_peak)
+
+
+def _fastest(frontier: Frontier, resolution: float) -> FrontierPoint:
+    limit = min(point.seconds for point in frontier.points) + resolution
+    close = [point for point in frontier.points if point.seconds <= limit]
+    if resolution:
+        return min(close, key=lambda p: (p.retained, p.peak_bytes, p.seconds))
+    return min(close, key=lambda p: p.peak_bytes)
 
 
 def _descend(start: list[FrontierPoint], frontiers: Sequence[Frontier], room: int) -> list[FrontierPoint]:
@@ -86,16 +108,9 @@ def _seconds(points: Sequence[FrontierPoint]) -> float:
     return sum(point.seconds for point in points)
 
 
-def _least(frontiers: Sequence[Frontier]) -> list[FrontierPoint]:
-    """The combination of least peak that setting group after group finds."""
-    chosen = [min(f.points, key=lambda p: (p.retained, p.peak_bytes)) for f in frontiers]
-    other = [min(f.points, key=lambda p: (p.peak_bytes, p.retained)) for f in frontiers]
-    return min((_descend(start, frontiers, 0) for start in (chosen, other)), key=step_peak)
-
-
 def least_peak(frontiers: Sequence[Frontier], base_bytes: int = 0) -> int:
     """The least peak in bytes of a whole step that the frontiers reach."""
-    return step_peak(_least(frontiers), base_bytes)
+    return step_peak(least(frontiers), base_bytes)
 
 
 def seconds_bound(frontiers: Sequence[Frontier], budget_bytes: int | None, base_bytes: int = 0) -> float:

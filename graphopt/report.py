@@ -64,16 +64,17 @@ class PassRecord:
 class Report:
     """Predicted and measured cost of one training or inference step, change by change.
 
-    ``baseline`` is the step without rewrites, ``predicted`` with them, ``measured`` what running
-    it showed (``None`` before it was measured). ``budget`` is the bound on the peak in bytes.
+    ``baseline`` is the step without rewrites, ``predicted`` with them (both ``None`` for a model that
+    could not be captured: it runs as it did, ``diagnostics`` say why), ``measured`` what running it
+    showed (``None`` before it was measured). ``budget`` is the bound on the peak in bytes.
     ``declined`` are rewrites that were offered and not chosen, ``near_misses`` places where a rule
     matched and its guard said no; ``str()`` shows a few of each.
     ``print(report)`` shows a table; ``to_json`` and ``from_json`` keep all of it.
     """
 
     environment: Environment
-    baseline: Cost
-    predicted: Cost
+    baseline: Cost | None
+    predicted: Cost | None
     budget: int | None = None
     measured: Cost | None = None
     plan: Plan | None = None

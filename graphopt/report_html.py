@@ -9,7 +9,7 @@ from graphopt.budget import format_bytes
 from graphopt.duration import format_seconds
 from graphopt.price import price_groups
 from graphopt.report import Report
-from graphopt.report_table import cost_rows, headline, plan_lines, undone_lines
+from graphopt.report_table import peak_rows, headline, plan_lines, undone_lines
 
 __all__ = ["report_html"]
 
@@ -63,13 +63,10 @@ def report_html(report: Report) -> str:
 
 
 def _costs(report: Report) -> str:
-    peaks = [report.baseline.peak_bytes]
-    peaks += [] if report.budget is None else [report.budget]
-    peaks += [report.predicted.peak_bytes]
-    peaks += [] if report.measured is None else [report.measured.peak_bytes]
-    largest = max(*peaks, 1)
+    known = peak_rows(report)
+    largest = max(1, *(peak for _, peak in known)) if known else 1
     rows = []
-    for row, peak in zip(cost_rows(report), peaks, strict=True):
+    for row, peak in known:
         cells = "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
         bar = f'<div class="bar" style="width:{_BAR_EM * peak / largest:.2f}em"></div>'
         rows.append(f'<tr><td class="t">{escape(row[0])}</td>{cells}<td class="t">{bar}</td></tr>')

@@ -21,6 +21,7 @@ __all__ = [
     "GROUPS_SHOWN",
     "cost_rows",
     "headline",
+    "peak_rows",
     "plan_lines",
     "report_renderable",
     "report_text",
@@ -43,7 +44,9 @@ def report_text(report: Report) -> str:
 
 def report_renderable(report: Report) -> RenderableType:
     """The same for a rich console, with styles."""
-    parts: list[RenderableType] = [Text(headline(report), style="bold"), _costs(report)]
+    parts: list[RenderableType] = [Text(headline(report), style="bold")]
+    if cost_rows(report):
+        parts.append(_costs(report))
     if report.plan is not None:
         parts += [Text(line) for line in plan_lines(report.plan)]
         groups = price_groups(report.plan)
@@ -75,13 +78,21 @@ def headline(report: Report) -> str:
 
 def cost_rows(report: Report) -> list[tuple[str, str, str, str, str, str]]:
     """Name, peak, its share of the baseline's, weights, seconds, and the times of the baseline's."""
-    rows = [_cost_row("baseline", report.baseline, report.baseline)]
+    return [row for row, _ in peak_rows(report)]
+
+
+def peak_rows(report: Report) -> list[tuple[tuple[str, str, str, str, str, str], int]]:
+    """``cost_rows`` with the peak of each in bytes; what is not known has no row."""
+    base = report.baseline
+    rows = []
+    if base is not None:
+        rows.append((_cost_row("baseline", base, base), base.peak_bytes))
     if report.budget is not None:
-        share = _share(report.budget, report.baseline)
-        rows.append(("budget", format_bytes(report.budget), share, "", "", ""))
-    rows.append(_cost_row("predicted", report.predicted, report.baseline))
-    if report.measured is not None:
-        rows.append(_cost_row("measured", report.measured, report.baseline))
+        cells = ("budget", format_bytes(report.budget), _share(report.budget, base), "", "", "")
+        rows.append((cells, report.budget))
+    for name, cost in (("predicted", report.predicted), ("measured", report.measured)):
+        if cost is not None:
+            rows.append((_cost_row(name, cost, base), cost.peak_bytes))
     return rows
 
 
@@ -120,16 +131,16 @@ def undone_lines(report: Report, shown: int | None = GROUPS_SHOWN) -> list[str]:
     return [*lines, f"and {rest} more"] if rest else lines
 
 
-def _cost_row(name: str, cost: Cost, baseline: Cost) -> tuple[str, str, str, str, str, str]:
+def _cost_row(name: str, cost: Cost, baseline: Cost | None) -> tuple[str, str, str, str, str, str]:
     times = ""
-    if cost.seconds is not None and baseline.seconds:
+    if cost.seconds is not None and baseline is not None and baseline.seconds:
         times = f"{cost.seconds / baseline.seconds:.2f} x"
     peak, weights = format_bytes(cost.peak_bytes), format_bytes(cost.weight_bytes)
     return name, peak, _share(cost.peak_bytes, baseline), weights, format_seconds(cost.seconds), times
 
 
-def _share(peak: int, baseline: Cost) -> str:
-    return f"{100 * peak / baseline.peak_bytes:.1f} %" if baseline.peak_bytes else ""
+def _share(peak: int, baseline: Cost | None) -> str:
+    return f"{100 * peak / baseline.peak_bytes:.1f} %" if baseline is not None and baseline.peak_bytes else ""
 
 
 def _costs(report: Report) -> Table:

@@ -29,9 +29,7 @@ def memory_owners(graph: fx.Graph) -> dict[int, fx.Node]:
     return owners
 
 
-def compute_values(
-    graph: fx.Graph, stale: set[fx.Node], owners: Mapping[int, fx.Node], origin: str
-) -> None:
+def compute_values(graph: fx.Graph, stale: set[fx.Node], owners: Mapping[int, fx.Node], origin: str) -> None:
     """Compute the values of ``stale`` nodes, and of users as far as a change of type or memory reaches.
 
     ``owners`` are the graph's before the edit. Runs under the graph's fake mode and under the autocast

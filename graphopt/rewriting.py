@@ -101,9 +101,7 @@ def run_pass(
         status, reason = _outcome(proposals, len(chosen), gain, edit)
     record = _record(step, host, status, reason, time.perf_counter() - start)
     host.notify_after(ctx, step, program, record)
-    return Rewriting(
-        (record,), (*proposals.declined, *refused), proposals.near_misses, proposals.frontiers
-    )
+    return Rewriting((record,), (*proposals.declined, *refused), proposals.near_misses, proposals.frontiers)
 
 
 def _apply(step: Pass, candidate: str, apply: object, edit: Edit) -> None:

@@ -6,7 +6,7 @@ backward ends, and the values of one are gone before the one before it begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -72,12 +72,19 @@ class SegmentedStep:
         session = self.session
         base = session.static_bytes or 0
         for _ in range(_ROUNDS):
-            session._plan(self.captured)
+            # What is compiled is judged by its code; estimates alone refuse nothing.
+            session._plan(self.captured, tentative=True)
             self._compile_chosen()
             budget = session.plan.budget if session.plan is not None else None
             exact = [c.point for c in self.captured if c.point is not None]
             if budget is None or step_peak(exact, base) <= budget:
                 break
+        else:
+            session._plan(self.captured)
+            self._compile_chosen()
+            exact = [c.point for c in self.captured if c.point is not None]
+            if step_peak(exact, base) > (budget or 0):
+                raise session._infeasible([c.frontier for c in self.captured if c.frontier is not None], budget or 0)
         session._record_plan(self.captured)
         functions = [
             self._code[call.segment, captured.schedule][0]
@@ -151,7 +158,8 @@ class SegmentedStep:
         frontiers: dict[int, Frontier] = {}
         for number, kind in enumerate(self.kinds):
             assert kind.frontier is not None
-            points = tuple(exact.get((number, p.schedule), p) for p in kind.frontier.points)
+            known = {schedule: point for (k, schedule), point in exact.items() if k == number}
+            points = _corrected(kind.frontier.points, known)
             frontiers[number] = kind.frontier = replace(kind.frontier, points=points)
         for call, captured in zip(self.chain.calls, self.captured, strict=True):
             captured.frontier = frontiers[call.segment]
@@ -177,6 +185,31 @@ class SegmentedStep:
 
         run = emitter.compile(_copy(segment.gm), segment.example_inputs(), realise, as_is)
         return run, _exact(kind, point, list(emitter.records))
+
+
+def _corrected(
+    points: Sequence[FrontierPoint], exact: Mapping[Schedule, FrontierPoint]
+) -> tuple[FrontierPoint, ...]:
+    """``points`` with the exact ones in their place and the others moved by the same error.
+
+    Estimates of one segment err alike: what one schedule's code holds above its estimate, the
+    others' will too.
+    """
+    known = [(p, exact[p.schedule]) for p in points if p.schedule in exact]
+    if not known:
+        return tuple(points)
+    ahead = max(q.forward_peak - p.forward_peak for p, q in known)
+    behind = max(q.backward_peak - p.backward_peak for p, q in known)
+    return tuple(
+        exact[p.schedule]
+        if p.schedule in exact
+        else replace(
+            p,
+            forward_peak=max(p.forward_peak + ahead, p.retained),
+            backward_peak=max(p.backward_peak + behind, p.retained),
+        )
+        for p in points
+    )
 
 
 def _exact(kind: Captured, point: FrontierPoint, records: Sequence[LoweredMemory]) -> FrontierPoint:

@@ -29,7 +29,7 @@ from graphopt.errors import BudgetError, GraphoptError
 from graphopt.partition import ordered, partition
 from graphopt.passes import Pass, PassContext
 from graphopt.plans import Choice, Plan, Recomputed, SavedValue
-from graphopt.planner import choose, least_peak, seconds_bound, step_peak
+from graphopt.planner import choose, least, least_peak, seconds_bound, step_peak
 from graphopt.plugins.host import PluginHost
 from graphopt.program import InputSpec, Level, Program, layer_of
 from graphopt.replay import make_random_states_explicit, plain_call
@@ -38,6 +38,10 @@ from graphopt.rewriting import run_passes
 from graphopt.schedule import Schedule
 
 __all__ = ["Captured", "NotPlanned", "Session"]
+
+
+_RESOLUTION = 0.01
+"""Predicted times of fused code that differ by less than this share are taken as equal."""
 
 
 class NotPlanned(Exception):
@@ -217,12 +221,12 @@ class Session:
         Several programs: the planner's choice at each peak that some combination reaches.
         """
         frontiers = [c.frontier for c in self.current if c.frontier is not None]
-        least = least_peak(frontiers, base_bytes)
+        lowest = least_peak(frontiers, base_bytes)
         most = step_peak([min(f.points, key=lambda p: p.seconds) for f in frontiers], base_bytes)
         if len(frontiers) == 1:
             budgets = [base_bytes + point.peak_bytes for point in frontiers[0].points]
         else:
-            budgets = [least + (most - least) * k // 24 for k in range(25)]
+            budgets = [lowest + (most - lowest) * k // 24 for k in range(25)]
         rows: list[tuple[int, float, int, str]] = []
         for budget in budgets:
             chosen = choose(frontiers, budget, base_bytes)
@@ -237,6 +241,14 @@ class Session:
             if not rows or row[1] < rows[-1][1]:
                 rows.append(row)
         return rows
+
+    @property
+    def held_bytes(self) -> int:
+        """Held throughout besides weights and inputs: gradients, and the workspace that libraries
+        keep from the same allocator once they have run: one for each thread that calls them, and
+        autograd's backward has a thread of its own."""
+        threads = 2 if torch.is_grad_enabled() else 1
+        return self.held_gradient_bytes + threads * self.cost.device.workspace_bytes
 
     def _count_static(self, inputs: Sequence[Any], specs: Sequence[InputSpec]) -> None:
         """Bytes that are held whatever the plan: weights and the step's inputs."""
@@ -378,7 +390,8 @@ class Session:
             peak = self.cost.memory(step, base_bytes=base).peak_bytes
         return Cost(peak, self.weight_bytes or 0, seconds)
 
-    def _plan(self, group: Sequence[Captured]) -> None:
+    def _plan(self, group: Sequence[Captured], *, tentative: bool = False) -> None:
+        """Choose a point for each of ``group``. ``tentative``: the least where nothing seems to fit."""
         start = time.perf_counter()
         base = self.static_bytes or 0
         frontiers = [c.frontier for c in group if c.frontier is not None]
@@ -390,10 +403,13 @@ class Session:
                 choice = self.replay.choice(captured.name)
                 captured.point = _replayed(self, captured, choice)
         else:
-            chosen = choose(frontiers, budget, base)
+            resolution = [_RESOLUTION * c.reference_seconds for c in group] if self.emitter.fuses else ()
+            chosen = choose(frontiers, budget, base, resolution=resolution)
             if chosen is None:
                 assert budget is not None
-                raise self._infeasible(frontiers, budget)
+                if not tentative:
+                    raise self._infeasible(frontiers, budget)
+                chosen = least(frontiers)
             for captured, point in zip(group, chosen, strict=True):
                 captured.point = point
         self._record_plan(group, started=start)
@@ -420,13 +436,13 @@ class Session:
         )
 
     def _infeasible(self, frontiers: Sequence[Frontier], budget: int) -> BudgetError:
-        least = least_peak(frontiers, self.static_bytes or 0)
+        lowest = least_peak(frontiers, self.static_bytes or 0)
         return BudgetError(
-            f"no plan fits {format_bytes(budget)}: the least that fits is {format_bytes(least)} ({least} bytes), of "
+            f"no plan fits {format_bytes(budget)}: the least that fits is {format_bytes(lowest)} ({lowest} bytes), of "
             f"which {format_bytes(self.static_bytes or 0)} are parameters, buffers and inputs",
-            least_bytes=least,
+            least_bytes=lowest,
             budget_bytes=budget,
-            hint=f"ask for budget={least} or more",
+            hint=f"ask for budget={lowest} or more",
         )
 
     def _fail(self, text: str, error: Exception) -> None:

@@ -93,7 +93,8 @@ def _optimized(
     model: torch.nn.Module, inputs: Any, passes: Sequence[Pass], allow: Sequence[str]
 ) -> Optimized:
     torch._dynamo.reset()
-    return optimize(model, inputs, pipeline=Pipeline(tuple(passes)), emit="eager", on_error="raise", allow=allow)
+    pipeline = Pipeline(tuple(passes))
+    return optimize(model, inputs, pipeline=pipeline, emit="eager", on_error="raise", allow=allow)
 
 
 def _semantic(optimized: Optimized) -> tuple[Program, ...]:
@@ -115,7 +116,7 @@ def _check_provenance(pass_: Pass, before: Sequence[Program], after: Sequence[Pr
         for node in new.nodes():
             note = note_of(node)
             if node.name not in captured and (note is None or note.pass_id != pass_.name):
-                raise VerificationError(f"{pass_.name}: node {node.name!r} does not say that the pass made it")
+                raise VerificationError(f"{pass_.name}: node {node.name!r} does not say who made it")
 
 
 def _check_idempotence(pass_: Pass, optimized: Optimized, programs: Sequence[Program]) -> None:
@@ -140,7 +141,7 @@ def _check_reload(pass_: Pass, model: torch.nn.Module, optimized: Optimized, inp
     }
     try:
         optimized.load_state_dict(changed)
-        verify_numerically(copy.deepcopy(model), optimized, inputs)
+        verify_numerically(model, optimized, inputs)
     except VerificationError as error:
         raise VerificationError(f"{pass_.name}: after loading other weights: {error.message}") from error
     finally:

@@ -158,7 +158,8 @@ class Driver:
 
     def held_bytes(self) -> int:
         """Bytes held throughout besides weights and inputs: gradients, libraries' workspace."""
-        return self.session.held_gradient_bytes + self.session.cost.device.workspace_bytes
+        with torch.set_grad_enabled(self.training_step()):
+            return self.session.held_bytes
 
     def weight_bytes(self) -> int:
         return self.session.weight_bytes or 0
@@ -178,7 +179,8 @@ class Driver:
         )
 
     def report(self) -> Report:
-        session, plan = self.session, self.plan()
+        session = self.session
+        plan = None if self._uncaptured else self.plan()
         environment = Environment(
             torch.__version__, platform.python_version(), graphopt.__version__, session.cost.device.name
         )
@@ -191,13 +193,13 @@ class Driver:
                 len(c.lowered[0].graph.nodes) if c.lowered else 0,
                 len(c.lowered[1].graph.nodes) if len(c.lowered) > 1 else 0,
             )
-            for c in session.current
+            for c in (session.current if plan else ())
         )
         return Report(
             environment,
-            plan.baseline,
-            plan.predicted,
-            budget=plan.budget,
+            plan.baseline if plan else None,
+            plan.predicted if plan else None,
+            budget=plan.budget if plan else session.budget.resolve(0) if session.budget.fraction() is None else None,
             plan=plan,
             plugins=session.host.records(),
             programs=programs,

@@ -9,6 +9,7 @@ import torch
 import torch.fx as fx
 
 from graphopt import _torch
+from graphopt.order import has_effect
 from graphopt.program import InputSpec, Level, OutputSpec, Program, Signature
 
 __all__ = ["auxiliary_outputs", "detach_outputs", "input_specs", "semantic_graph", "semantic_program"]
@@ -30,7 +31,8 @@ def semantic_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
             traced.graph.erase_node(node)
     for source, node in zip(_placeholders(gm), _placeholders(traced), strict=True):
         node.meta.update({k: v for k, v in source.meta.items() if k not in node.meta and k != "grapharg"})
-    traced.graph.eliminate_dead_code()
+    # fx alone takes a batch norm that nobody reads for dead, and its statistics with it.
+    traced.graph.eliminate_dead_code(is_impure_node=has_effect)
     traced.recompile()
     return traced
 

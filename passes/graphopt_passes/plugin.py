@@ -15,7 +15,11 @@ graphopt_api = 1
 
 @hookimpl
 def graphopt_passes() -> Iterable[str]:
-    return ["graphopt_passes.insert_checkpoints:InsertCheckpoints", "graphopt_passes.normalize:Normalize"]
+    return [
+        "graphopt_passes.causal_attention:CausalAttention",
+        "graphopt_passes.insert_checkpoints:InsertCheckpoints",
+        "graphopt_passes.normalize:Normalize",
+    ]
 
 
 @hookimpl
