@@ -1,0 +1,237 @@
+"""The models of the CPU figures: ten public architectures from shrunken configurations, two plain nets.
+
+    python benchmarks/models.py
+
+prints what each is. Weights and inputs are random. Sizes are such that activations outweigh
+parameters and one training step takes about a second at most on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+__all__ = ["MODELS", "build", "chosen"]
+
+Built = tuple[nn.Module, dict[str, torch.Tensor]]
+
+
+def llama(layers: int = 8, width: int = 256, vocabulary: int = 4096, batch: int = 4, length: int = 256) -> Built:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers, num_attention_heads=8,
+        num_key_value_heads=4, vocab_size=vocabulary, max_position_embeddings=max(length, 64), use_cache=False,
+    )  # fmt: skip
+    ids = torch.randint(0, vocabulary, (batch, length))
+    return LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}
+
+
+def gpt2() -> Built:
+    """Dropout on, as configured by default."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=256, n_layer=6, n_head=8, vocab_size=2048, n_positions=256, use_cache=False)
+    ids = torch.randint(0, 2048, (4, 256))
+    return GPT2LMHeadModel(config), {"input_ids": ids, "labels": ids}
+
+
+def bert() -> Built:
+    """Dropout on, as configured by default."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        hidden_size=256, num_hidden_layers=6, num_attention_heads=8, intermediate_size=1024, vocab_size=2048,
+        max_position_embeddings=256,
+    )  # fmt: skip
+    ids = torch.randint(0, 2048, (4, 256))
+    return BertForMaskedLM(config), {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+
+
+def t5() -> Built:
+    """Dropout on, as configured by default."""
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        d_model=256, d_kv=32, d_ff=1024, num_layers=4, num_decoder_layers=4, num_heads=8, vocab_size=2048,
+        use_cache=False, decoder_start_token_id=0,
+    )  # fmt: skip
+    ids = torch.randint(0, 2048, (4, 192))
+    return T5ForConditionalGeneration(config), {"input_ids": ids, "labels": ids[:, :128].contiguous()}
+
+
+def vit() -> Built:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=192, num_hidden_layers=8, num_attention_heads=6, intermediate_size=768, image_size=128,
+        patch_size=8, num_labels=100,
+    )  # fmt: skip
+    return ViTForImageClassification(config), {
+        "pixel_values": torch.randn(4, 3, 128, 128), "labels": torch.randint(0, 100, (4,)),
+    }  # fmt: skip
+
+
+def convnext() -> Built:
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    config = ConvNextConfig(hidden_sizes=[32, 64, 128, 256], depths=[2, 2, 6, 2], num_labels=100, image_size=128)
+    return ConvNextForImageClassification(config), {
+        "pixel_values": torch.randn(8, 3, 128, 128), "labels": torch.randint(0, 100, (8,)),
+    }  # fmt: skip
+
+
+def resnet() -> Built:
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    config = ResNetConfig(
+        embedding_size=32, hidden_sizes=[64, 128, 256, 512], depths=[2, 3, 4, 2], layer_type="bottleneck", num_labels=100
+    )
+    return ResNetForImageClassification(config), {
+        "pixel_values": torch.randn(16, 3, 112, 112), "labels": torch.randint(0, 100, (16,)),
+    }  # fmt: skip
+
+
+def whisper() -> Built:
+    from transformers import WhisperConfig, WhisperForConditionalGeneration
+
+    config = WhisperConfig(
+        d_model=192, encoder_layers=4, decoder_layers=4, encoder_attention_heads=6, decoder_attention_heads=6,
+        encoder_ffn_dim=768, decoder_ffn_dim=768, vocab_size=2048, max_source_positions=300,
+        max_target_positions=128, use_cache=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1,
+    )  # fmt: skip
+    return WhisperForConditionalGeneration(config), {
+        "input_features": torch.randn(4, 80, 600), "labels": torch.randint(3, 2048, (4, 96)),
+    }  # fmt: skip
+
+
+def mamba() -> Built:
+    from transformers import MambaConfig, MambaForCausalLM
+
+    config = MambaConfig(hidden_size=128, num_hidden_layers=4, vocab_size=1024, state_size=16, use_cache=False)
+    ids = torch.randint(0, 1024, (4, 48))
+    return MambaForCausalLM(config), {"input_ids": ids, "labels": ids}
+
+
+def qwen3_moe() -> Built:
+    """Experts as batched products: the loop over experts that is the default depends on the data."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    config = Qwen3MoeConfig(
+        hidden_size=128, intermediate_size=256, moe_intermediate_size=128, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=8, num_experts_per_tok=2,
+        vocab_size=1024, max_position_embeddings=256, use_cache=False,
+    )  # fmt: skip
+    config._experts_implementation = "grouped_mm"
+    ids = torch.randint(0, 1024, (4, 128))
+    return Qwen3MoeForCausalLM(config), {"input_ids": ids, "labels": ids}
+
+
+class _Double(nn.Sequential):
+    """Two convolutions, each with batch normalisation and ReLU in place."""
+
+    def __init__(self, inside: int, outside: int) -> None:
+        layers: list[nn.Module] = []
+        for source in (inside, outside):
+            layers += [nn.Conv2d(source, outside, 3, padding=1), nn.BatchNorm2d(outside), nn.ReLU(inplace=True)]
+        super().__init__(*layers)
+
+
+class UNet(nn.Module):
+    """Ronneberger et al. 2015 with padding and batch normalisation; returns the segmentation loss."""
+
+    def __init__(self, width: int, depth: int, classes: int) -> None:
+        super().__init__()
+        widths = [width << level for level in range(depth + 1)]
+        self.down = nn.ModuleList(_Double(a, b) for a, b in zip([3, *widths[:-1]], widths, strict=True))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in zip(widths, widths[1:], strict=False))
+        self.join = nn.ModuleList(_Double(2 * a, a) for a in widths[:-1])
+        self.head = nn.Conv2d(width, classes, 1)
+
+    def forward(self, image: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        skips: list[torch.Tensor] = []
+        x = image
+        for level, block in enumerate(self.down):
+            x = block(F.max_pool2d(x, 2) if level else x)
+            skips.append(x)
+        for level in reversed(range(len(self.up))):
+            x = self.join[level](torch.cat([skips[level], self.up[level](x)], 1))
+        return F.cross_entropy(self.head(x), labels)
+
+
+def unet() -> Built:
+    return UNet(16, 4, 10), {"image": torch.randn(4, 3, 128, 128), "labels": torch.randint(0, 10, (4, 128, 128))}
+
+
+class _Mixing(nn.Module):
+    """One MLP over the tokens, one over the channels."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
+        self.across = nn.Sequential(nn.Linear(tokens, 2 * tokens), nn.GELU(), nn.Linear(2 * tokens, tokens))
+        self.within = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.across(self.norms[0](x).transpose(1, 2)).transpose(1, 2)
+        return x + self.within(self.norms[1](x))
+
+
+class Mixer(nn.Module):
+    """MLP-Mixer (Tolstikhin et al. 2021); returns the classification loss."""
+
+    def __init__(self, image: int, patch: int, width: int, layers: int, classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, width, patch, patch)
+        self.blocks = nn.Sequential(*(_Mixing((image // patch) ** 2, width) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
+
+    def forward(self, image: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        x = self.stem(image).flatten(2).transpose(1, 2)
+        return F.cross_entropy(self.head(self.norm(self.blocks(x)).mean(1)), labels)
+
+
+def mixer() -> Built:
+    return Mixer(128, 8, 192, 8, 100), {"image": torch.randn(4, 3, 128, 128), "labels": torch.randint(0, 100, (4,))}
+
+
+MODELS: dict[str, Callable[[], Built]] = {
+    "llama": llama, "gpt2": gpt2, "bert": bert, "t5": t5, "vit": vit, "convnext": convnext, "resnet": resnet,
+    "whisper": whisper, "mamba": mamba, "qwen3-moe": qwen3_moe, "unet": unet, "mixer": mixer,
+}  # fmt: skip
+
+
+def build(name: str) -> Built:
+    """The model in training mode and its keyword arguments; the same on every call."""
+    torch.manual_seed(0)
+    model, inputs = MODELS[name]()
+    return model.train(), inputs
+
+
+def chosen(names: Sequence[str]) -> list[str]:
+    """The models asked for, all of them by default; raises ``SystemExit`` on an unknown name."""
+    unknown = [name for name in names if name not in MODELS]
+    if unknown:
+        raise SystemExit(f"no model {unknown[0]!r}; there are {', '.join(MODELS)}")
+    return list(names) or list(MODELS)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="*", default=[], metavar="NAME")
+    parser.add_argument("--quick", action="store_true", help="accepted like by the other scripts; changes nothing")
+    for name in chosen(parser.parse_args().models):
+        model, inputs = build(name)
+        parameters = sum(p.numel() for p in model.parameters())
+        shapes: dict[str, Any] = {key: tuple(value.shape) for key, value in inputs.items()}
+        print(f"{name:10s} {type(model).__name__:32s} {parameters / 1e6:6.2f} M parameters  {shapes}")
+
+
+if __name__ == "__main__":
+    main()
