@@ -205,11 +205,21 @@ class Session:
         waiting = [captured for captured in self.current if captured.provisional]
         if not waiting:
             return
+        self._hold_results(self.current[-1])
         self._plan(self.current)
         for captured in waiting:
             captured.provisional = False
             assert captured.recompile is not None
             captured.run = captured.recompile()
+
+    def _hold_results(self, last: Captured) -> None:
+        """What the last program returns is held to the end of the step, as its gradients are."""
+        if last.frontier is None or last.joint is None or last.mode != "train":
+            return
+        names = [spec.node for spec in last.joint.signature.outputs if spec.role == "output"]
+        held = _torch.storage_bytes([node.meta.get("val") for node in last.joint.find(names)])
+        points = tuple(replace(point, gradients=point.gradients + held) for point in last.frontier.points)
+        last.frontier = replace(last.frontier, points=points)
 
     def step(self) -> list[tuple[Program, Schedule]]:
         """Programs of the present step with the schedules that they run, in call order."""

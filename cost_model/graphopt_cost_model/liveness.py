@@ -33,8 +33,8 @@ def profile(
     """Live bytes over a whole step: forwards in call order, then backwards in reverse.
 
     ``base_bytes`` is what is held throughout (parameters, buffers, inputs). Outputs of each
-    program are held until its own backward has ended, as a caller who keeps them does. Sizes are
-    rounded up to ``granularity``. ``workspace`` gives a node's transient bytes within its kernel.
+    program are held until its own backward has ended, those of the last until the step has, as a
+    caller who keeps them does. Sizes are rounded up to ``granularity``. ``workspace`` gives a node's transient bytes within its kernel.
     """
     steps: list[MemoryStep] = []
     peak: MemoryStep | None = None
@@ -67,7 +67,7 @@ def profile(
         carried -= forward.kept_bytes
         half = simulator.backward(forward)
         record(simulator, half)
-        carried += half.kept_bytes
+        carried += half.kept_bytes if simulator is simulators[-1] else simulator.gradient_bytes(half)
     held = peak_half[0].held_at(peak_half[1], simulators) if peak_half else ()
     return MemoryProfile(
         peak.bytes if peak else base_bytes, tuple(steps), peak, held, retained, carried - base_bytes
@@ -160,6 +160,9 @@ class _Simulator:
         elif name in self.outputs:
             role = "output"
         return LiveTensor(name, size, layer_of(self.nodes[name]) if name in self.nodes else "", role)
+
+    def gradient_bytes(self, half: _Half) -> int:
+        return sum(self.sizes[b] for b in {b for n in self.gradients for b in half.values.get(n, ()) if b != _STATIC})
 
     def generator_bytes(self, name: str) -> int:
         """Where a random operator is replayed, the generator's own state is put aside meanwhile."""
