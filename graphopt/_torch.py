@@ -451,16 +451,8 @@ def quiet_capture() -> Iterator[None]:
 
     name = "ignore_logging_functions" if hasattr(config, "ignore_logging_functions") else "ignore_logger_methods"
     loggers = {getattr(logging.Logger, level) for level in ("debug", "info", "warning", "error", "exception")}
-    with config.patch({name: _Functions(set(getattr(config, name)) | loggers)}):
+    with config.patch({name: set(getattr(config, name)) | loggers}):
         yield
-
-
-class _Functions(set[Any]):
-    """A set of functions that is iterated by name: torch 2.11 sorts every set among dynamo's settings
-    when it logs them, and functions have no order."""
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(sorted(function.__qualname__ for function in super().__iter__()))
 
 
 def schema_of(target: Any) -> Any:

@@ -15,7 +15,9 @@ class DeviceSpec:
     ``matmul_flops`` and ``vector_flops`` map a torch dtype name (``"bfloat16"``) to FLOP/s; a
     dtype that is missing falls back to ``"float32"``. ``allocation_granularity`` is what the
     allocator rounds each storage up to. ``workspace_bytes`` is what libraries hold from the
-    same allocator for a whole run (cuBLAS on CUDA). ``source`` names where the figures are from.
+    same allocator for each calling thread (cuBLAS on CUDA). ``allocator_slack_bytes`` is what the
+    allocator hands out beyond what is asked for, over a whole run: it gives a cached block whole
+    rather than leave a small remainder. ``source`` names where the figures are from.
     """
 
     name: str
@@ -29,5 +31,6 @@ class DeviceSpec:
     host_link_bytes_per_second: float
     allocation_granularity: int = 1
     workspace_bytes: int = 0
+    allocator_slack_bytes: int = 0
     source: str = ""
     aliases: tuple[str, ...] = field(default=())

@@ -111,6 +111,7 @@ class Session:
     diagnostics: list[str] = field(default_factory=list)
     differentiated: set[str] = field(default_factory=set)
     held_gradient_bytes: int = 0
+    trains: bool = False
     replay_bytes: int = 0
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -206,6 +207,8 @@ class Session:
         if not waiting:
             return
         self._hold_results(self.current[-1])
+        for earlier, later in zip(self.current, self.current[1:], strict=False):
+            _hand_on(later, earlier)
         self._plan(self.current)
         for captured in waiting:
             captured.provisional = False
@@ -217,9 +220,7 @@ class Session:
         if last.frontier is None or last.joint is None or last.mode != "train":
             return
         names = [spec.node for spec in last.joint.signature.outputs if spec.role == "output"]
-        held = _torch.storage_bytes([node.meta.get("val") for node in last.joint.find(names)])
-        points = tuple(replace(point, gradients=point.gradients + held) for point in last.frontier.points)
-        last.frontier = replace(last.frontier, points=points)
+        _add_gradients(last, _value_bytes(last.joint, names))
 
     def step(self) -> list[tuple[Program, Schedule]]:
         """Programs of the present step with the schedules that they run, in call order."""
@@ -257,8 +258,9 @@ class Session:
         """Held throughout besides weights and inputs: gradients, and the workspace that libraries
         keep from the same allocator once they have run: one for each thread that calls them, and
         autograd's backward has a thread of its own."""
-        threads = 2 if torch.is_grad_enabled() else 1
-        return self.held_gradient_bytes + threads * self.cost.device.workspace_bytes
+        threads = 2 if self.trains else 1
+        device = self.cost.device
+        return self.held_gradient_bytes + threads * device.workspace_bytes + device.allocator_slack_bytes
 
     def _count_static(self, inputs: Sequence[Any], specs: Sequence[InputSpec]) -> None:
         """Bytes that are held whatever the plan: weights and the step's inputs."""
@@ -267,9 +269,8 @@ class Session:
             weights = self.weight_bytes = _storage_bytes(inputs, specs, ("parameter", "buffer"))
         elif self.arguments is None and self.staged:
             weights = self.weight_bytes = weights + _storage_bytes(inputs, specs, ("parameter", "buffer"))
-        # Libraries keep a workspace from the same allocator once they have run; outputs that can be
-        # differentiated later hold the random state of their forward.
-        weights += self.held_gradient_bytes + self.cost.device.workspace_bytes + self.replay_bytes
+        # Outputs that can be differentiated later hold the random state of their forward.
+        weights += self.held_bytes + self.replay_bytes
         if self.arguments is not None:
             self.static_bytes = weights + _torch.storage_bytes(self.arguments)
         elif not self.current or self.whole:
@@ -459,6 +460,25 @@ class Session:
         if self.on_error == "raise":
             raise error
         self.diagnostics.append(text)
+
+
+def _hand_on(later: Captured, earlier: Captured) -> None:
+    """Gradients of activations become tangents of the program before; they are not held beside those."""
+    if later.joint is None or earlier.joint is None:
+        return
+    handed = _value_bytes(later.joint, later.joint.signature.gradients_of("activation"))
+    arriving = _value_bytes(earlier.joint, [spec.node for spec in earlier.joint.signature.by_role("tangent")])
+    _add_gradients(later, -min(handed, arriving))
+
+
+def _add_gradients(captured: Captured, size: int) -> None:
+    if captured.frontier is not None:
+        points = tuple(replace(point, gradients=point.gradients + size) for point in captured.frontier.points)
+        captured.frontier = replace(captured.frontier, points=points)
+
+
+def _value_bytes(program: Program, names: Sequence[str]) -> int:
+    return _torch.storage_bytes([node.meta.get("val") for node in program.find(names)])
 
 
 def step_seconds(cost: CostModel, program: Program, schedule: Schedule) -> float:

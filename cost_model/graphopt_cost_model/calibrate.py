@@ -94,6 +94,7 @@ def calibrate(
         host_link_bytes_per_second=figures["host link"],
         allocation_granularity=512 if target.type == "cuda" else 1,
         workspace_bytes=_library_workspace(target),
+        allocator_slack_bytes=8 * 2**20 if target.type == "cuda" else 0,
         source=f"graphopt calibrate on {reported}, torch {torch.__version__}, {date.today()}",
         aliases=tuple(alias for alias in aliases if alias != name),
     )

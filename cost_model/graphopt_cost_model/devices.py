@@ -27,6 +27,7 @@ _NUMBERS = {
     "host_link_bytes_per_second": float,
     "allocation_granularity": int,
     "workspace_bytes": int,
+    "allocator_slack_bytes": int,
 }
 _TABLES = ("matmul_flops", "vector_flops")
 
@@ -101,7 +102,7 @@ def _positive(file: Traversable, name: str, value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise DeviceFileError(f"{file.name}: {name!r} is no number: {value!r}") from None
-    if number < 0 or (number == 0 and name != "workspace_bytes"):
+    if number < 0 or (number == 0 and name not in ("workspace_bytes", "allocator_slack_bytes")):
         raise DeviceFileError(f"{file.name}: {name!r} must be positive, got {value!r}")
     return number
 

@@ -34,7 +34,8 @@ def profile(
 
     ``base_bytes`` is what is held throughout (parameters, buffers, inputs). Outputs of each
     program are held until its own backward has ended, those of the last until the step has, as a
-    caller who keeps them does. Sizes are rounded up to ``granularity``. ``workspace`` gives a node's transient bytes within its kernel.
+    caller who keeps them does. Sizes are rounded up to ``granularity``. ``workspace`` gives a
+    node's transient bytes within its kernel.
     """
     steps: list[MemoryStep] = []
     peak: MemoryStep | None = None
@@ -61,13 +62,19 @@ def profile(
         carried += half.kept_bytes
         forwards.append(half)
     retained = carried - base_bytes
+    handed = 0
     for simulator, forward in zip(reversed(simulators), reversed(forwards), strict=True):
         if not simulator.schedule.backward:
             continue
-        carried -= forward.kept_bytes
+        # Gradients of activations arrive as tangents of the programs that made those.
+        arriving = min(handed, simulator.tangent_bytes())
+        handed -= arriving
+        carried -= forward.kept_bytes + arriving
         half = simulator.backward(forward)
         record(simulator, half)
-        carried += half.kept_bytes if simulator is simulators[-1] else simulator.gradient_bytes(half)
+        is_last = simulator is simulators[-1]
+        carried += half.kept_bytes if is_last else simulator.bytes_of(simulator.gradients, half)
+        handed += simulator.bytes_of(simulator.handed, half)
     held = peak_half[0].held_at(peak_half[1], simulators) if peak_half else ()
     return MemoryProfile(
         peak.bytes if peak else base_bytes, tuple(steps), peak, held, retained, carried - base_bytes
@@ -128,6 +135,7 @@ class _Simulator:
         self.mutations = [spec.node for spec in signature.outputs if spec.role == "mutation"]
         self.gradients = [spec.node for spec in signature.outputs if spec.role == "gradient"]
         self.inputs = {spec.node: [_STATIC] * len(self.table[spec.node]) for spec in signature.inputs}
+        self.handed = signature.gradients_of("activation")
         self.tangents = [spec.node for spec in signature.by_role("tangent")]
 
     def forward(self) -> _Half:
@@ -161,8 +169,13 @@ class _Simulator:
             role = "output"
         return LiveTensor(name, size, layer_of(self.nodes[name]) if name in self.nodes else "", role)
 
-    def gradient_bytes(self, half: _Half) -> int:
-        return sum(self.sizes[b] for b in {b for n in self.gradients for b in half.values.get(n, ()) if b != _STATIC})
+    def bytes_of(self, names: Iterable[str], half: _Half) -> int:
+        """Bytes of the distinct buffers of some values that ``half`` leaves behind."""
+        buffers = {b for name in names for b in half.values.get(name, ()) if b != _STATIC}
+        return sum(self.sizes[b] for b in buffers)
+
+    def tangent_bytes(self) -> int:
+        return sum(self._rounded(leaf.bytes) for name in self.tangents for leaf in self.table[name])
 
     def generator_bytes(self, name: str) -> int:
         """Where a random operator is replayed, the generator's own state is put aside meanwhile."""

@@ -158,8 +158,7 @@ class Driver:
 
     def held_bytes(self) -> int:
         """Bytes held throughout besides weights and inputs: gradients, libraries' workspace."""
-        with torch.set_grad_enabled(self.training_step()):
-            return self.session.held_bytes
+        return self.session.held_bytes
 
     def weight_bytes(self) -> int:
         return self.session.weight_bytes or 0
