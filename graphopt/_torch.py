@@ -137,7 +137,8 @@ def retrace(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     regions: list[Any] = []
 
     def run(*args: Any) -> Any:
-        with fx_traceback.preserve_node_meta():
+        # Under the fake mode what the graph makes from nothing (masks, positions) is fake as well.
+        with mode, fx_traceback.preserve_node_meta():
             return _Inlining(gm, regions).run(*args)
 
     allowed, mode.allow_non_fake_inputs = mode.allow_non_fake_inputs, True

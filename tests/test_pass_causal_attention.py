@@ -1,0 +1,91 @@
+"""causal-attention: which masks it sees through, and what it says of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from graphopt.candidate import Candidate, NearMiss
+from graphopt.program import Program
+from graphopt_passes.causal_attention import CausalAttention
+from torch.nn.functional import scaled_dot_product_attention as attention
+
+from tests.programs import context, semantic
+
+Mask = Callable[[torch.Tensor], torch.Tensor]
+QUERY = torch.randn(2, 3, 8, 4)
+
+
+def program_with(mask: Mask) -> Program:
+    return semantic(lambda q: attention(q, q, q, mask(q)), QUERY)
+
+
+def apply_all(program: Program) -> list[str]:
+    with program.edit("causal-attention") as edit:
+        for found in CausalAttention().propose(program, context()):
+            if isinstance(found, Candidate):
+                found.apply(edit)
+    return [str(n.args[3:6]) for n in program.nodes(torch.ops.aten.scaled_dot_product_attention)]
+
+
+def lower(q: torch.Tensor) -> torch.Tensor:
+    rows = torch.arange(q.shape[2])
+    return (rows[:, None] >= rows[None, :])[None, None].expand(q.shape[0], 1, -1, -1)
+
+
+def biased(value: float) -> Mask:
+    return lambda q: torch.full((8, 8), value).triu(1)
+
+
+@pytest.mark.parametrize("mask", [lower, lambda q: lower(q)[0, 0], biased(float("-inf")), biased(-3.4e38)])
+def test_constant_causal_masks_are_seen_through(mask: Mask) -> None:
+    program = program_with(mask)
+    q = torch.randn(2, 3, 8, 4)
+    before = program.gm(q)
+    assert apply_all(program) == ["(None, 0.0, True)"]
+    torch.testing.assert_close(program.gm(q), before)
+    left = {str(node.target) for node in program.nodes()}
+    assert not any("arange" in target or "triu" in target for target in left)
+
+
+def test_a_mask_that_masks_nothing_goes() -> None:
+    program = program_with(lambda q: q.new_ones(8, 8, dtype=torch.bool))
+    assert apply_all(program) == ["(None, 0.0, False)"]
+
+
+def banded(q: torch.Tensor) -> torch.Tensor:
+    rows = torch.arange(8)
+    return (rows[:, None] >= rows[None, :]) & (rows[:, None] - rows[None, :] < 3)
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (banded, "the mask is constant but not causal"),
+        (lambda q: torch.arange(8.0)[:, None] - torch.arange(8.0), "the mask adds a bias"),
+        (lambda q: lower(q).triu(1), "the mask is constant but not causal"),
+        (lambda q: q[0, 0, :, :1] > q[0, 0, :, 1], "the mask depends on an input"),
+        (lambda q: torch.rand(8, 8) > 0.5, "the mask is random"),
+    ],
+)
+def test_other_masks_stay_with_a_reason(mask: Mask, reason: str) -> None:
+    program = program_with(mask)
+    before = program.fingerprint
+    found = list(CausalAttention().propose(program, context()))
+    assert [f.reason.text for f in found if isinstance(f, NearMiss)] == [reason]
+    assert not any(isinstance(f, Candidate) for f in found)
+    assert program.fingerprint == before
+
+
+def test_masks_of_unknown_size_stay() -> None:
+    def masked(q: torch.Tensor) -> torch.Tensor:
+        return attention(q, q, q, lower(q))
+
+    program = semantic(masked, QUERY, dynamic=True)
+    found = [f for f in CausalAttention().propose(program, context()) if isinstance(f, NearMiss)]
+    assert [f.reason.text for f in found] == ["the mask's size is not fixed"]
+
+
+def test_attention_without_a_mask_is_no_candidate() -> None:
+    assert list(CausalAttention().propose(semantic(lambda q: attention(q, q, q), QUERY), context())) == []

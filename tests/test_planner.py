@@ -1,0 +1,85 @@
+"""Choosing among frontiers: against every combination, on random small ones."""
+
+from __future__ import annotations
+
+import itertools
+
+from graphopt.candidate import Frontier, FrontierPoint
+from graphopt.planner import choose, least_peak, seconds_bound, step_peak
+from graphopt.schedule import Schedule
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+def point(forward: int, backward: int, retained: int, gradients: int, seconds: float) -> FrontierPoint:
+    name = f"{forward}/{backward}/{retained}/{gradients}/{seconds}"
+    return FrontierPoint(Schedule((name,)), forward, max(backward, retained), retained, gradients, seconds)
+
+
+def simulated_peak(points: list[FrontierPoint]) -> int:
+    """The step played out in order, as the docstring of ``step_peak`` tells it."""
+    held, peak = [], 0
+    for p in points:
+        peak = max(peak, sum(held) + p.forward_peak)
+        held.append(p.retained)
+    gradients = 0
+    for p in reversed(points):
+        held.pop()
+        peak = max(peak, sum(held) + p.backward_peak + gradients)
+        gradients += p.gradients
+    return peak
+
+
+numbers = st.integers(0, 20)
+points = st.builds(point, numbers, numbers, numbers, st.integers(0, 5), st.integers(0, 9).map(float))
+frontiers = st.lists(st.lists(points, min_size=1, max_size=4), min_size=1, max_size=3)
+
+
+@given(st.lists(points, min_size=1, max_size=5))
+def test_the_peak_of_a_step_is_that_of_playing_it_out(chosen: list[FrontierPoint]) -> None:
+    assert step_peak(chosen, 7) == 7 + simulated_peak(chosen)
+
+
+@given(frontiers, st.integers(0, 80))
+@settings(max_examples=200)
+def test_what_is_chosen_fits_and_refusal_is_rare(choices: list[list[FrontierPoint]], budget: int) -> None:
+    group = [Frontier("test", tuple(sorted(c, key=lambda p: p.peak_bytes))) for c in choices]
+    found = choose(group, budget)
+    fitting = [c for c in itertools.product(*choices) if simulated_peak(list(c)) <= budget]
+    if found is not None:
+        assert simulated_peak(found) <= budget
+        assert fitting
+    if len(group) == 1:
+        assert (found is None) == (not fitting)
+        if found is not None:
+            assert found[0].seconds == min(c[0].seconds for c in fitting)
+
+
+def test_without_a_budget_the_fastest_is_taken_and_near_ties_go_to_less_memory() -> None:
+    near, fast = point(5, 5, 1, 0, 1.05), point(50, 50, 40, 0, 1.0)
+    frontier = Frontier("test", (near, fast))
+    assert choose([frontier], None) == [fast]
+    assert choose([frontier], None, resolution=[0.1]) == [near]
+
+
+def test_programs_that_share_a_frontier_are_split_where_that_pays() -> None:
+    small, large = point(4, 8, 1, 0, 10.0), point(8, 8, 8, 0, 0.0)
+    shared = Frontier("test", (small, large))
+    found = choose([shared, shared, shared], 18)
+    assert found is not None
+    assert step_peak(found) <= 18
+    assert sorted(p.seconds for p in found) == [0.0, 0.0, 10.0]
+
+
+def test_the_budget_counts_what_is_held_throughout() -> None:
+    frontier = Frontier("test", (point(4, 4, 1, 0, 1.0), point(8, 8, 8, 0, 0.0)))
+    assert choose([frontier], 108, 100) == [frontier.points[1]]
+    assert choose([frontier], 107, 100) == [frontier.points[0]]
+    assert choose([frontier], 103, 100) is None
+    assert least_peak([frontier], 100) == 104
+
+
+def test_bounds_of_programs_add_up() -> None:
+    frontiers_ = [Frontier("test", (point(1, 1, 1, 0, 0.0),), 0, lambda room: float(room)) for _ in range(2)]
+    assert seconds_bound(frontiers_, 15, 5) == 20.0
+    assert seconds_bound(frontiers_, None) == 0.0
