@@ -161,7 +161,8 @@ def transforms_functions(gm: fx.GraphModule) -> bool:
     autograd.
     """
     graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
-    modules = {getattr(n.target, "__module__", "") for g in graphs for n in g.nodes if n.op == "call_function"}
+    targets = [node.target for graph in graphs for node in graph.nodes if node.op == "call_function"]
+    modules = {getattr(target, "__module__", "") for target in targets}
     return any(isinstance(m, str) and m.startswith("torch._functorch") for m in modules)
 
 
@@ -170,7 +171,9 @@ def traced_constants(gm: fx.GraphModule) -> list[str]:
     found = []
     for node in gm.graph.nodes:
         value = getattr(gm, str(node.target), None) if node.op == "get_attr" else None
-        if isinstance(value, torch.Tensor) and (is_fake(value) or torch._C._functorch.is_functorch_wrapped_tensor(value)):
+        if not isinstance(value, torch.Tensor):
+            continue
+        if is_fake(value) or torch._C._functorch.is_functorch_wrapped_tensor(value):
             found.append(str(node.target))
     return found
 
@@ -445,13 +448,17 @@ def profiler_running() -> bool:
 
 @contextmanager
 def quiet_capture() -> Iterator[None]:
-    """Dynamo settings that graphopt captures under: calls of a logger are no graph break."""
+    """Dynamo settings that graphopt captures under: calls of a logger are no graph break.
+
+    Methods that libraries add to loggers (``warning_once``) go by the level that they begin with.
+    """
     import logging
 
     from torch._dynamo import config
 
     name = "ignore_logging_functions" if hasattr(config, "ignore_logging_functions") else "ignore_logger_methods"
-    loggers = {getattr(logging.Logger, level) for level in ("debug", "info", "warning", "error", "exception")}
+    levels = ("debug", "info", "warning", "error", "exception", "critical")
+    loggers = {method for key, method in vars(logging.Logger).items() if key.partition("_")[0] in levels}
     with config.patch({name: set(getattr(config, name)) | loggers}):
         yield
 

@@ -27,7 +27,8 @@ class Level(StrEnum):
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One placeholder. ``role``: parameter, buffer, input, constant, tangent, saved or symbol.
+    """One placeholder. ``role``: parameter, buffer, input, activation, constant, tangent, saved or
+    symbol. An activation is an input that autograd made: its gradient is handed on, not kept.
 
     ``fqn`` is the parameter's or buffer's dotted name in the model (the first, if tied).
     """
@@ -54,6 +55,11 @@ class Signature:
 
     def by_role(self, *roles: str) -> tuple[InputSpec, ...]:
         return tuple(spec for spec in self.inputs if spec.role in roles)
+
+    def gradients_of(self, *roles: str) -> list[str]:
+        """Nodes that are gradients of inputs of the given roles."""
+        wanted = {name for spec in self.by_role(*roles) for name in (spec.node, spec.fqn) if name}
+        return [spec.node for spec in self.outputs if spec.role == "gradient" and spec.target in wanted]
 
     def fqn(self, node: str) -> str:
         return next((spec.fqn for spec in self.inputs if spec.node == node), "")

@@ -96,6 +96,9 @@ def make_random_states_explicit(gm: fx.GraphModule) -> None:
         device = next((t.device for t in tensor_leaves(node.meta.get("val"))), None)
         if device is None or device.type not in ("cpu", "cuda") or _argument(node, "generator", None) is not None:
             continue
+        if not any(tensor_leaves(source.meta.get("val")) for source in node.all_input_nodes):
+            # Nothing but the device tells which generator a factory draws from.
+            node.kwargs = {**node.kwargs, "device": device}
         with gm.graph.inserting_before(node):
             state = gm.graph.call_function(_STATE, (device,))
         state.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace")}

@@ -92,8 +92,10 @@ def _compare(left: Step, right: Step, equal: Callable[[torch.Tensor, torch.Tenso
     for index, (a, b) in enumerate(zip(left.outputs, right.outputs, strict=True)):
         if isinstance(a, torch.Tensor):
             assert a.shape == b.shape and equal(a, b), f"output {index} differs: {a} and {b}"
-        else:
+        elif isinstance(a, (str, int, float, bool)) or a is None:
             assert a == b, f"output {index} differs: {a} and {b}"
+        else:
+            assert type(a) is type(b), f"output {index} differs: {a} and {b}"
     for kind in ("gradients", "buffers"):
         ours, theirs = getattr(left, kind), getattr(right, kind)
         assert ours.keys() == theirs.keys()

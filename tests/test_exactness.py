@@ -129,7 +129,10 @@ CASES = {
     "autocast": (Autocast, (torch.randn(64, 32),)),
     "views and in-place": (InPlace, (torch.randn(8, 16),)),
     "pytrees": (Pytree, (torch.randn(64, 16), {"w": [torch.randn(16)]})),
-    "inputs with gradients": (Pytree, (torch.randn(64, 16, requires_grad=True), {"w": [torch.randn(16, requires_grad=True)]}, 2.0)),
+    "inputs with gradients": (
+        Pytree,
+        (torch.randn(64, 16, requires_grad=True), {"w": [torch.randn(16, requires_grad=True)]}, 2.0),
+    ),
     "no_grad regions": (NoGrad, (torch.randn(64, 16),)),
     "mutated buffers": (Mutates, (torch.randn(64, 16),)),
 }
@@ -148,7 +151,8 @@ class Regions(nn.Module):
     def __init__(self, policy: bool = False) -> None:
         super().__init__()
         self.parts = nn.ModuleList(
-            nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, 16), nn.Tanh()) for _ in range(3)
+            nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Dropout(0.2), nn.Linear(64, 16), nn.Tanh())
+            for _ in range(3)
         )
         self.policy = policy
 

@@ -25,7 +25,8 @@ class Net(nn.Module):
         super().__init__()
         draw = random.Random(seed)
         self.steps = [(draw.choice(STEPS), draw.random(), draw.random()) for _ in range(12)]
-        self.weights = nn.ParameterList(nn.Parameter(torch.randn(WIDTH, WIDTH) / WIDTH**0.5) for _ in range(3))
+        drawn = [torch.randn(WIDTH, WIDTH) / WIDTH**0.5 for _ in range(3)]
+        self.weights = nn.ParameterList(nn.Parameter(weight) for weight in drawn)
         self.norm = nn.BatchNorm1d(WIDTH)
         self.register_buffer("seen", torch.zeros(WIDTH))
 
@@ -91,8 +92,18 @@ def _attention(net: Net, a: torch.Tensor, b: torch.Tensor, w: torch.Tensor) -> t
 
 
 STEPS = [
-    _product, _linear, _dropout, _noise, _softmax, _views, _split, _in_place, _batch_norm, _buffer, _attention,
-]  # fmt: skip
+    _product,
+    _linear,
+    _dropout,
+    _noise,
+    _softmax,
+    _views,
+    _split,
+    _in_place,
+    _batch_norm,
+    _buffer,
+    _attention,
+]
 
 
 def check(seed: int) -> None:

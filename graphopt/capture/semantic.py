@@ -52,6 +52,8 @@ def input_specs(gm: fx.GraphModule, inputs: Sequence[Any], names: Mapping[int, t
             role = "parameter" if is_parameter else "buffer" if is_buffer else "input"
             if role == "input" and "._buffers[" in _torch.source_name(node):
                 role = "buffer"
+            if role == "input" and value.requires_grad and not value.is_leaf:
+                role = "activation"
         specs.append(InputSpec(node.name, role, fqn))
     return specs
 

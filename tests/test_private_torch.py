@@ -1,0 +1,130 @@
+"""The private torch APIs that capture and replay rest on, on whatever torch is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.fx as fx
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from graphopt import _torch
+
+
+def _retraced(function: Any, *args: Any, dynamic: bool | None = None) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """Dynamo's graph of one call, and the same traced again."""
+    found: list[tuple[fx.GraphModule, fx.GraphModule]] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        found.append((gm, _torch.retrace(gm, inputs)))
+        return gm
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend, dynamic=dynamic, fullgraph=True)(*args)
+    return found[0]
+
+
+def _calls(gm: fx.GraphModule, target: Any) -> list[fx.Node]:
+    return gm.graph.find_nodes(op="call_function", target=target)
+
+
+def test_retrace_keeps_composite_operators_and_provenance() -> None:
+    _, traced = _retraced(nn.Sequential(nn.Linear(4, 8), nn.ReLU()), torch.randn(2, 4))
+    (linear,) = _calls(traced, torch.ops.aten.linear.default)
+    assert linear.meta["val"].shape == (2, 8)
+    assert "Linear" in str(linear.meta["nn_module_stack"])
+
+
+def test_retrace_keeps_symbolic_sizes() -> None:
+    _, traced = _retraced(lambda x: x.sin().view(x.shape[0], 2, -1), torch.randn(6, 4), dynamic=True)
+    (sin,) = _calls(traced, torch.ops.aten.sin.default)
+    assert all(isinstance(size, torch.SymInt) for size in sin.meta["val"].shape)
+    assert [_torch.hint(size) for size in sin.meta["val"].shape] == [6, 4]
+
+
+def test_retrace_enters_autocast_and_leaves_it() -> None:
+    def function(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = x @ w
+        return y.float() @ w
+
+    _, traced = _retraced(function, torch.randn(3, 3), torch.randn(3, 3))
+    types = [node.meta["val"].dtype for node in _calls(traced, torch.ops.aten.matmul.default)]
+    assert types == [torch.bfloat16, torch.float32]
+    assert not torch.is_autocast_enabled("cpu") and torch.is_autocast_cache_enabled()
+
+
+def test_retrace_puts_checkpoint_regions_in_line_and_tags_them() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(lambda y: y.sin().exp(), x, use_reentrant=False).cos()
+
+    _, traced = _retraced(function, torch.randn(3, requires_grad=True))
+    tagged = [node.name for node in traced.graph.nodes if "recompute" in node.meta]
+    assert tagged == ["sin", "exp"]
+
+
+def test_retrace_leaves_the_inputs_of_later_tracing_alone() -> None:
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        mode = _torch.context_fake_mode()
+        before = [mode.from_tensor(x) for x in inputs]
+        _torch.retrace(gm, inputs)
+        assert [x.requires_grad for x in before] == [x.requires_grad for x in inputs]
+        return gm
+
+    def function(buffer: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return buffer.add_(weight.exp()).sum()
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend)(torch.zeros(3), torch.ones(3, requires_grad=True))
+
+
+def test_function_transforms_are_told() -> None:
+    mapped, _ = _retraced(lambda x: torch.vmap(torch.sin)(x), torch.randn(2, 3))
+    plain, _ = _retraced(torch.sin, torch.randn(2, 3))
+    assert _torch.transforms_functions(mapped) and not _torch.transforms_functions(plain)
+
+
+def test_constants_that_are_fake_are_told() -> None:
+    gm = fx.symbolic_trace(nn.Identity())
+    with _torch.fake_mode():
+        gm.found = torch.empty(2)
+    gm.kept = torch.empty(2)
+    for name in ("found", "kept"):
+        gm.graph.get_attr(name)
+    assert _torch.traced_constants(gm) == ["found"]
+
+
+def test_a_random_operator_runs_again_under_its_state() -> None:
+    state = torch.get_rng_state()
+    assert _torch.random_state_bytes(torch.device("cpu")) == state.numel()
+    first = torch.rand(4)
+    after = torch.get_rng_state()
+    again = _torch.run_with_random_state()(state, torch.ops.aten.rand.default, [4], device="cpu")
+    assert torch.equal(first, again) and torch.equal(after, torch.get_rng_state())
+
+
+def test_inputs_can_be_handed_over_whatever_is_written_to_them() -> None:
+    graph = fx.Graph()
+    node = graph.placeholder("x")
+    assert _torch.ignore_version(node) is ("saved_tensor_with_no_vc_check" in node.meta)
+
+
+def test_the_fake_mode_of_values_is_theirs() -> None:
+    mode = _torch.fake_mode()
+    with mode:
+        value = torch.empty(2)
+    assert _torch.fake_mode_of([torch.empty(1), value]) is mode
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_the_autocast_cache_is_put_back(enabled: bool) -> None:
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(enabled)
+    try:
+        _retraced(torch.sin, torch.randn(2))
+        assert torch.is_autocast_cache_enabled() is enabled
+    finally:
+        torch.set_autocast_cache_enabled(before)
