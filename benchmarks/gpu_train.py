@@ -47,10 +47,17 @@ def build(shape: argparse.Namespace) -> torch.nn.Module:
 
     hidden = shape.hidden
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=shape.layers,
-        num_attention_heads=hidden // 64, num_key_value_heads=max(hidden // 256, 1), head_dim=64,
-        vocab_size=shape.vocab, max_position_embeddings=max(shape.seq, 4096), tie_word_embeddings=True,
-        attn_implementation="sdpa", use_cache=False,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=max(hidden // 256, 1),
+        head_dim=64,
+        vocab_size=shape.vocab,
+        max_position_embeddings=max(shape.seq, 4096),
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+        use_cache=False,
     )
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -97,8 +104,12 @@ def timed(step: Any, model: torch.nn.Module, static: int, steps: int) -> dict[st
         taken.append((time.perf_counter() - start) * 1e3)
     peak = torch.cuda.max_memory_allocated() if device() == "cuda" else 0
     return {
-        "ms": round(statistics.median(taken), 2), "whole_mib": round(peak / MIB, 1), "whole_bytes": peak,
-        "act_mib": round((peak - static) / MIB, 1), "first_step_s": round(first, 1), "loss": round(float(loss), 4),
+        "ms": round(statistics.median(taken), 2),
+        "whole_mib": round(peak / MIB, 1),
+        "whole_bytes": peak,
+        "act_mib": round((peak - static) / MIB, 1),
+        "first_step_s": round(first, 1),
+        "loss": round(float(loss), 4),
     }
 
 
@@ -155,16 +166,23 @@ def ours(shape: argparse.Namespace, report: Any) -> None:
         try:
             fast = graphopt.optimize(whole, inputs, budget=budget, emit="inductor", on_error="raise")
         except graphopt.BudgetError as error:
-            report({"mode": label, "budget_mib": round((budget or 0) / MIB, 1), "least_bytes": error.least_bytes})
+            report(
+                {"mode": label, "budget_mib": round((budget or 0) / MIB, 1), "least_bytes": error.least_bytes}
+            )
             return None
         optimized = time.perf_counter() - begun
         row = timed(lambda: fast(**inputs), model, static, shape.steps)
         predicted = fast.plan.predicted
         row |= {
-            "mode": label, "optimize_s": round(optimized, 1), "plan_s": round(fast.plan.seconds_to_plan, 2),
-            "budget_bytes": budget, "predicted_bytes": predicted.peak_bytes,
+            "mode": label,
+            "optimize_s": round(optimized, 1),
+            "plan_s": round(fast.plan.seconds_to_plan, 2),
+            "budget_bytes": budget,
+            "predicted_bytes": predicted.peak_bytes,
             "predicted_ms": round((predicted.seconds or 0) * 1e3, 1),
-            "prediction_error": round(predicted.peak_bytes / row["whole_bytes"] - 1, 4) if row["whole_bytes"] else None,
+            "prediction_error": round(predicted.peak_bytes / row["whole_bytes"] - 1, 4)
+            if row["whole_bytes"]
+            else None,
             "obeyed": budget is None or row["whole_bytes"] <= budget,
             "points": [c.label for c in fast.plan.choices],
         }
@@ -198,10 +216,18 @@ def main() -> None:
     parser.add_argument("--seq", type=int, default=2048)
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--targets", type=lambda s: [float(x) for x in s.split(",") if x],
-                        default=[3147.0, 7460.0, 9151.0, 9884.0, 12585.0], help="activation budgets in MiB")
-    parser.add_argument("--fractions", type=lambda s: [int(x) for x in s.split(",") if x], default=[2, 12, 25, 40, 60],
-                        help="further budgets, in percent of the feasible range")
+    parser.add_argument(
+        "--targets",
+        type=lambda s: [float(x) for x in s.split(",") if x],
+        default=[3147.0, 7460.0, 9151.0, 9884.0, 12585.0],
+        help="activation budgets in MiB",
+    )
+    parser.add_argument(
+        "--fractions",
+        type=lambda s: [int(x) for x in s.split(",") if x],
+        default=[2, 12, 25, 40, 60],
+        help="further budgets, in percent of the feasible range",
+    )
     parser.add_argument("--limit", type=float, default=540.0, help="seconds for everything")
     shape = parser.parse_args()
     if shape.one == "graphopt":
@@ -238,7 +264,11 @@ def save(shape: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
     document = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__, "python": sys.version.split()[0]},
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": sys.version.split()[0],
+        },
         "date": datetime.now(UTC).date().isoformat(),
         "command": "python benchmarks/gpu_train.py",
         "shape": {k: getattr(shape, k) for k in ("hidden", "layers", "batch", "seq", "vocab", "steps")},

@@ -63,7 +63,7 @@ def fake_inputs(gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode)
     operator leaves that one as it is.
     """
     context = TracingContext.try_get()
-    fakes = []
+    fakes: list[Any] = []
     for node, value in zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True):
         example = node.meta.get("example_value")
         if isinstance(example, (torch.SymInt, torch.SymFloat, torch.SymBool)):
@@ -72,7 +72,8 @@ def fake_inputs(gm: fx.GraphModule, inputs: Sequence[Any], mode: FakeTensorMode)
             fakes.append(value)
         else:
             if not is_fake(value):
-                symbols = context.tensor_to_context.get(value) if context is not None else None
+                known: Any = context.tensor_to_context if context is not None else {}
+                symbols = known.get(value)
                 source = getattr(symbols, "tensor_source", None)
                 value = mode.from_tensor(value, symbolic_context=symbols, source=source)
             fakes.append(_alias(value))
@@ -273,8 +274,9 @@ def boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
 
 def record_allocations(step: Callable[[], object]) -> list[int]:
     """Signed bytes of every CPU allocation (+) and release (-) that ``step()`` made, in time order."""
-    autograd = torch._C._autograd
-    profiler = torch._C._profiler
+    # Typed as any: torch's stubs of these differ from what they return.
+    autograd: Any = torch._C._autograd
+    profiler: Any = torch._C._profiler
     config = profiler.ProfilerConfig(
         profiler.ProfilerState.CPU, False, True, False, False, False, profiler._ExperimentalConfig()
     )
@@ -283,7 +285,7 @@ def record_allocations(step: Callable[[], object]) -> list[int]:
         step()
     finally:
         threads = autograd._disable_profiler_legacy()
-    origin = next((event for thread in threads for event in thread), None)
+    origin: Any = next((event for thread in threads for event in thread), None)
     events = [
         (origin.cpu_elapsed_us(event), event.cpu_memory_usage())
         for thread in threads
@@ -314,7 +316,8 @@ def describe_joint(gm: fx.GraphModule) -> tuple[list[tuple[str, str, int]], list
 
     def argument(desc: Any) -> int:
         while not hasattr(desc, "idx"):
-            desc = next((getattr(desc, k) for k in ("base_of", "base", "mutated_input") if hasattr(desc, k)), None)
+            within = ("base_of", "base", "mutated_input")
+            desc = next((getattr(desc, key) for key in within if hasattr(desc, key)), None)
             if desc is None:
                 return -1
         return int(desc.idx)
@@ -380,14 +383,14 @@ def fake_mode() -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
-class CallWatcher(TorchDispatchMode):
+class CallWatcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Reports every dispatched op after it ran: ``seen(op, args, result)``.
 
     An op with an ``out`` argument is not run: its result is that argument.
     """
 
     def __init__(self, seen: Callable[[Any, tuple[Any, ...], Any], None]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._seen = seen
 
     def __torch_dispatch__(
@@ -401,7 +404,9 @@ class CallWatcher(TorchDispatchMode):
 
 def storage_watch(tensor: torch.Tensor) -> Callable[[], bool]:
     """A function that says whether the storage of ``tensor`` is gone; it does not keep it alive."""
-    return StorageWeakRef(tensor.untyped_storage()).expired
+    watch: Any = StorageWeakRef
+    expired: Callable[[], bool] = watch(tensor.untyped_storage()).expired
+    return expired
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -456,7 +461,8 @@ def quiet_capture() -> Iterator[None]:
 
     from torch._dynamo import config
 
-    name = "ignore_logging_functions" if hasattr(config, "ignore_logging_functions") else "ignore_logger_methods"
+    newer, older = "ignore_logging_functions", "ignore_logger_methods"
+    name = newer if hasattr(config, newer) else older
     levels = ("debug", "info", "warning", "error", "exception", "critical")
     loggers = {method for key, method in vars(logging.Logger).items() if key.partition("_")[0] in levels}
     with config.patch({name: set(getattr(config, name)) | loggers}):
@@ -519,9 +525,9 @@ def compile_with_inductor(
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
-    class Ours(CustomPartitionerFn):  # type: ignore[misc]
-        def __call__(self, joint: fx.GraphModule, joint_inputs: Any, **kwargs: Any) -> Any:
-            return partition(joint, kwargs["num_fwd_outputs"])
+    class Ours(CustomPartitionerFn):
+        def __call__(self, gm: Any, joint_inputs: Any, **kwargs: Any) -> Any:
+            return partition(gm, kwargs["num_fwd_outputs"])
 
         def uuid(self) -> None:
             return None
@@ -530,7 +536,9 @@ def compile_with_inductor(
     # The backward is compiled now, not at its first run: its memory is part of the plan.
     joint_settings = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
     with inductor_config.patch(settings), functorch_config.patch(joint_settings):
-        return compile_fx(gm, list(inputs), inner_compile=inner)
+        compiled: Any = compile_fx(gm, list(inputs), inner_compile=inner)
+    function: Callable[..., Any] = compiled
+    return function
 
 
 def fake_attribute(node: fx.Node, mode: FakeTensorMode) -> Any:

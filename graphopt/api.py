@@ -100,7 +100,9 @@ def optimize(
 def plan(model: torch.nn.Module, inputs: Any, **options: Any) -> Plan:
     """What ``optimize`` would do, without compiling anything. Same arguments; ``inputs`` needed."""
     if inputs is None:
-        raise InputsError("plan() needs inputs: a tuple of positional arguments or a dict of keyword arguments")
+        raise InputsError(
+            "plan() needs inputs: a tuple of positional arguments or a dict of keyword arguments"
+        )
     return optimize(model, inputs, **options).plan
 
 

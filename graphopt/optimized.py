@@ -29,7 +29,13 @@ class Optimized(torch.nn.Module):
     does not have are the model's.
     """
 
-    def __init__(self, model: torch.nn.Module, driver: Driver, loss_fn: Callable[[Any], torch.Tensor] | None) -> None:
+    _model: torch.nn.Module
+    _driver: Driver
+    _loss_fn: Callable[[Any], torch.Tensor] | None
+
+    def __init__(
+        self, model: torch.nn.Module, driver: Driver, loss_fn: Callable[[Any], torch.Tensor] | None
+    ) -> None:
         super().__init__()
         # Shared, not copied: what is registered in one later is registered in the other.
         self._parameters = model._parameters
@@ -59,7 +65,9 @@ class Optimized(torch.nn.Module):
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return self._model.state_dict(*args, **kwargs)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         return self._model.load_state_dict(state_dict, strict=strict, assign=assign)
 
     @property
@@ -102,8 +110,9 @@ class Optimized(torch.nn.Module):
 
         ``inputs`` as for ``optimize``; without it the captured example inputs. The peak counts
         parameters, buffers and inputs; gradients are absent when the step begins (or zero, where
-        the parameters carried some when the model was optimized) and outputs are held until it ends. Gradients and buffers are put back afterwards. The loss is the
-        output's ``loss``, or ``loss_fn(output)``, or the sum of all differentiable outputs.
+        the parameters carried some when the model was optimized) and outputs are held until it ends.
+        Gradients and buffers are put back afterwards. The loss is the output's ``loss``, or
+        ``loss_fn(output)``, or the sum of all differentiable outputs.
         """
         args, kwargs = self._driver.bind(inputs)
         training = self._driver.training_step()
@@ -115,7 +124,7 @@ class Optimized(torch.nn.Module):
             with torch.set_grad_enabled(training):
                 output = self(*args, **kwargs)
                 if training:
-                    self._loss(output).backward()
+                    torch.autograd.backward(self._loss(output))
             return output
 
         with _restored(self._model, parameters):
@@ -142,7 +151,11 @@ class Optimized(torch.nn.Module):
         loss = getattr(output, "loss", None)
         if isinstance(loss, torch.Tensor):
             return loss
-        leaves = [t for t in torch.utils._pytree.tree_leaves(output) if isinstance(t, torch.Tensor) and t.requires_grad]
+        leaves = [
+            t
+            for t in torch.utils._pytree.tree_leaves(output)
+            if isinstance(t, torch.Tensor) and t.requires_grad
+        ]
         if not leaves:
             raise InputsError(
                 "nothing in the model's output can be differentiated",
@@ -174,6 +187,8 @@ def _restored(model: torch.nn.Module, parameters: list[torch.nn.Parameter]) -> I
 
 
 def _device_of(model: torch.nn.Module, inputs: Any) -> torch.device:
-    tensors = [*model.parameters(), *(t for t in torch.utils._pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor))]
+    tensors = [
+        *model.parameters(),
+        *(t for t in torch.utils._pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)),
+    ]
     return next((t.device for t in tensors), torch.device("cpu"))
-

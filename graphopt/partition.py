@@ -27,11 +27,15 @@ def partition(program: Program, schedule: Schedule) -> tuple[fx.GraphModule, fx.
     Raises ``PassError`` if the schedule names a value that the program does not have.
     """
     by_name = {node.name: node for node in program.graph.nodes}
-    missing = [name for name in (*schedule.forward, *schedule.saved, *schedule.backward) if name not in by_name]
+    missing = [
+        name for name in (*schedule.forward, *schedule.saved, *schedule.backward) if name not in by_name
+    ]
     if missing:
         raise PassError(f"the schedule of {program.name} names values that the program lacks: {missing[:3]}")
     saved = [by_name[name] for name in schedule.saved]
-    primals = [by_name[spec.node] for spec in program.signature.inputs if spec.role not in ("tangent", "symbol")]
+    primals = [
+        by_name[spec.node] for spec in program.signature.inputs if spec.role not in ("tangent", "symbol")
+    ]
     symbols = [node for node in saved if not _is_tensor(node)]
     symbols += [by_name[spec.node] for spec in program.signature.by_role("symbol")]
     first_run = set(schedule.forward)
@@ -96,7 +100,9 @@ def schedule_of(program: Program, forward: fx.GraphModule, backward: fx.GraphMod
     primals = {spec.node for spec in program.signature.inputs}
 
     def calls(half: fx.GraphModule) -> tuple[str, ...]:
-        return tuple(n.name for n in half.graph.nodes if n.op not in ("placeholder", "output") and n.name in names)
+        return tuple(
+            n.name for n in half.graph.nodes if n.op not in ("placeholder", "output") and n.name in names
+        )
 
     saved = tuple(
         node.name

@@ -9,7 +9,7 @@ from graphopt.budget import format_bytes
 from graphopt.duration import format_seconds
 from graphopt.price import price_groups
 from graphopt.report import Report
-from graphopt.report_table import peak_rows, headline, plan_lines, undone_lines
+from graphopt.report_table import headline, peak_rows, plan_lines, undone_lines
 
 __all__ = ["report_html"]
 

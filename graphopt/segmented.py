@@ -42,12 +42,14 @@ _KINDS_OF_BLOCK = 16
 class SegmentedStep:
     """The segments of one semantic graph; ``captured`` has one entry per call, in order."""
 
-    def __init__(self, session: Session, name: str, semantic: fx.GraphModule, specs: Sequence[InputSpec]) -> None:
+    def __init__(
+        self, session: Session, name: str, semantic: fx.GraphModule, specs: Sequence[InputSpec]
+    ) -> None:
         from graphopt.session import Captured
 
         self.session = session
         self.chain: Segmented = split(semantic, find_blocks(semantic.graph))
-        roles = {node: spec for node, spec in zip(self.chain.inputs, specs, strict=True)}
+        roles = dict(zip(self.chain.inputs, specs, strict=True))
         calls = [sum(call.segment == k for call in self.chain.calls) for k in range(len(self.chain.segments))]
         kinds: list[Captured] = []
         for number, segment in enumerate(self.chain.segments):
@@ -84,7 +86,9 @@ class SegmentedStep:
             self._compile_chosen()
             exact = [c.point for c in self.captured if c.point is not None]
             if step_peak(exact, base) > (budget or 0):
-                raise session._infeasible([c.frontier for c in self.captured if c.frontier is not None], budget or 0)
+                raise session._infeasible(
+                    [c.frontier for c in self.captured if c.frontier is not None], budget or 0
+                )
         session._record_plan(self.captured)
         functions = [
             self._code[call.segment, captured.schedule][0]
@@ -127,7 +131,11 @@ class SegmentedStep:
         earlier segment reads the parameter too and autograd waits for its share."""
         if kind.joint is None or kind.frontier is None or kind.reference is None:
             return
-        left = max(self._gradient_bytes(index) for index, call in enumerate(self.chain.calls) if call.segment == number)
+        left = max(
+            self._gradient_bytes(index)
+            for index, call in enumerate(self.chain.calls)
+            if call.segment == number
+        )
         kind.reference = replace(kind.reference, gradients=left)
         kind.frontier = replace(
             kind.frontier, points=tuple(replace(point, gradients=left) for point in kind.frontier.points)
@@ -153,7 +161,9 @@ class SegmentedStep:
         for call, captured in zip(self.chain.calls, self.captured, strict=True):
             key = call.segment, captured.schedule
             if key not in self._code:
-                self._code[key] = self._compile(self.kinds[call.segment], self.chain.segments[call.segment], captured)
+                self._code[key] = self._compile(
+                    self.kinds[call.segment], self.chain.segments[call.segment], captured
+                )
             exact[key] = self._code[key][1]
         frontiers: dict[int, Frontier] = {}
         for number, kind in enumerate(self.kinds):
@@ -216,7 +226,9 @@ def _exact(kind: Captured, point: FrontierPoint, records: Sequence[LoweredMemory
     """``point`` with the bytes that the generated code states."""
     if kind.mode == "train":
         if len(records) != 2:
-            raise LoweringError(f"{kind.name}: {len(records)} graphs were compiled: expected a forward and a backward")
+            raise LoweringError(
+                f"{kind.name}: {len(records)} graphs were compiled: expected a forward and a backward"
+            )
         step = step_memory(records[0], records[1])
         return replace(
             point,
@@ -231,11 +243,9 @@ def _exact(kind: Captured, point: FrontierPoint, records: Sequence[LoweredMemory
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:
     """A module of its own over the same attributes: compilation takes its module over."""
     graph = fx.Graph()
-    outputs = graph.graph_copy(gm.graph, {}, return_output_node=True)
-    assert outputs is not None
-    value, original = outputs
-    node = graph.output(value)
-    node.meta = dict(original.meta)
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
     return fx.GraphModule(gm, graph)
 
 
@@ -248,5 +258,3 @@ def _thinned(points: Sequence[FrontierPoint], count: int) -> tuple[FrontierPoint
     ends = [min(points, key=lambda p: p.seconds), min(points, key=lambda p: p.peak_bytes)]
     chosen = [ordered[k] for k in sorted(picked)]
     return tuple(dict.fromkeys([*chosen, *ends]))
-
-

@@ -25,15 +25,15 @@ from graphopt.capture.semantic import (
 from graphopt.cost import Cost, CostModel
 from graphopt.emit.emitter import Emitter
 from graphopt.emit.fused_point import fused_point
-from graphopt.errors import BudgetError, GraphoptError
+from graphopt.errors import BudgetError
 from graphopt.partition import ordered, partition
 from graphopt.passes import Pass, PassContext
-from graphopt.plans import Choice, Plan, Recomputed, SavedValue
 from graphopt.planner import choose, least, least_peak, seconds_bound, step_peak
+from graphopt.plans import Choice, Plan, Recomputed, SavedValue
 from graphopt.plugins.host import PluginHost
 from graphopt.program import InputSpec, Level, Program, layer_of
 from graphopt.replay import make_random_states_explicit, plain_call
-from graphopt.report import PassRecord
+from graphopt.report import PassRecord, PassStatus
 from graphopt.rewriting import run_passes
 from graphopt.schedule import Schedule
 
@@ -127,7 +127,11 @@ class Session:
         try:
             semantic = semantic_graph(gm, inputs)
         except Exception as error:
-            self._fail(f"{name}: the semantic level could not be traced ({_one_line(error)}); dynamo's graph is used", error)
+            self._fail(
+                f"{name}: the semantic level could not be traced ({_one_line(error)}); "
+                "dynamo's graph is used",
+                error,
+            )
             semantic, auxiliary = gm, ()
         if auxiliary:
             detach_outputs(semantic, auxiliary)
@@ -167,7 +171,9 @@ class Session:
 
     def _rewrite(self, program: Program, inputs: Sequence[Any]) -> None:
         """Run the semantic-level passes over a captured program."""
-        trained = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
+        trained = torch.is_grad_enabled() and any(
+            isinstance(x, torch.Tensor) and x.requires_grad for x in inputs
+        )
         ctx = PassContext(self.cost, "train" if trained else "infer", self.emitter.name, None, self.allow)
         budgeted = self.budget.memory is not None
         done = run_passes(program, self.passes, ctx, self.host, on_error=self.on_error, budgeted=budgeted)
@@ -285,8 +291,8 @@ class Session:
         if captured.name not in self.differentiated:
             self.differentiated.add(captured.name)
             self.diagnostics.append(
-                f"{captured.name}: an output besides the loss was differentiated; its gradient was computed by "
-                "running the captured graph again in eager mode"
+                f"{captured.name}: an output besides the loss was differentiated; its gradient was "
+                "computed by running the captured graph again in eager mode"
             )
 
     def _inference(self, captured: Captured, graph: fx.GraphModule) -> fx.GraphModule:
@@ -333,13 +339,17 @@ class Session:
             try:
                 offered = [p for p in step.propose(captured.joint, ctx) if isinstance(p, Frontier)]
                 frontier = offered[-1] if offered else None
-                status, reason = ("applied", "") if frontier else ("no-op", f"nothing to choose in {captured.mode} mode")
+                status: PassStatus = "applied" if frontier else "no-op"
+                reason = "" if frontier else f"nothing to choose in {captured.mode} mode"
             except Exception as error:
                 if self.on_error == "raise":
                     raise
                 frontier, status, reason = None, "rolled-back", _one_line(error)
             record = PassRecord(
-                step.name, self.host.owner("graphopt_passes", step.name).plugin, status, reason,  # type: ignore[arg-type]
+                step.name,
+                self.host.owner("graphopt_passes", step.name).plugin,
+                status,
+                reason,
                 seconds=time.perf_counter() - start,
             )
             self.records.append(record)
@@ -449,8 +459,9 @@ class Session:
     def _infeasible(self, frontiers: Sequence[Frontier], budget: int) -> BudgetError:
         lowest = least_peak(frontiers, self.static_bytes or 0)
         return BudgetError(
-            f"no plan fits {format_bytes(budget)}: the least that fits is {format_bytes(lowest)} ({lowest} bytes), of "
-            f"which {format_bytes(self.static_bytes or 0)} are parameters, buffers and inputs",
+            f"no plan fits {format_bytes(budget)}: the least that fits is {format_bytes(lowest)} "
+            f"({lowest} bytes), of which {format_bytes(self.static_bytes or 0)} are parameters, "
+            "buffers and inputs",
             least_bytes=lowest,
             budget_bytes=budget,
             hint=f"ask for budget={lowest} or more",
@@ -495,7 +506,9 @@ def _choice(cost: CostModel, captured: Captured) -> Choice:
         for name in captured.schedule.recomputed
         if (node := nodes[name]).op == "call_function" and (made := cost.node(node).bytes_written)
     )
-    saved = tuple(SavedValue(n, layer_of(nodes[n]), _op(nodes[n]), _bytes(nodes[n])) for n in captured.schedule.saved)
+    saved = tuple(
+        SavedValue(n, layer_of(nodes[n]), _op(nodes[n]), _bytes(nodes[n])) for n in captured.schedule.saved
+    )
     return Choice(
         captured.name,
         captured.joint.fingerprint,

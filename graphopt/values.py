@@ -83,7 +83,9 @@ def _keeps_layout(node: fx.Node) -> bool:
 
     Fake tensors do not always say so: a shape that was seen before comes with the least storage.
     """
-    return getattr(node.target, "overloadpacket", None) in _KEEPING_LAYOUT and isinstance(node.args[0], fx.Node)
+    return getattr(node.target, "overloadpacket", None) in _KEEPING_LAYOUT and isinstance(
+        node.args[0], fx.Node
+    )
 
 
 _KEEPING_LAYOUT = {

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 
-import graphopt
 import pytest
 import torch
+from torch import nn
+
+import graphopt
 from graphopt.candidate import Frontier
 from graphopt.cost import CostModel
 from graphopt.passes import PassContext
@@ -17,8 +19,6 @@ from graphopt_passes.insert_checkpoints.evaluate import Evaluator
 from graphopt_passes.insert_checkpoints.model import build_model
 from graphopt_passes.insert_checkpoints.portfolio import minimum_cut
 from graphopt_passes.insert_checkpoints.realise import saved_storages, to_schedule
-from torch import nn
-
 from tests.programs import host
 
 
@@ -66,7 +66,9 @@ def test_nothing_beats_the_frontier_on_a_small_network(small: tuple[Program, Cos
     model = build_model(program, cost, "eager")
     evaluate = Evaluator(model)
     everything = saved_storages(model, model.baseline.saved)
-    large = [b for b in range(len(model.size)) if model.savable[b] and not model.free[b] and model.size[b] >= 4096]
+    large = [
+        b for b in range(len(model.size)) if model.savable[b] and not model.free[b] and model.size[b] >= 4096
+    ]
     rest = everything - set(large)
     assert len(large) <= 12
     all_plans = [
@@ -99,7 +101,9 @@ def test_the_frontier_falls_in_seconds_as_the_peak_rises(small: tuple[Program, C
     program, cost = small
     (frontier,) = InsertCheckpoints().propose(program, PassContext(cost, "train"))
     assert isinstance(frontier, Frontier)
-    fastest = [min(p.seconds for p in frontier.points if p.peak_bytes <= q.peak_bytes) for q in frontier.points]
+    fastest = [
+        min(p.seconds for p in frontier.points if p.peak_bytes <= q.peak_bytes) for q in frontier.points
+    ]
     assert fastest == sorted(fastest, reverse=True)
     assert frontier.points[0].peak_bytes < max(p.peak_bytes for p in frontier.points)
     assert min(p.seconds for p in frontier.points) == 0.0

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention as attention
+
 from graphopt.candidate import Candidate, NearMiss
 from graphopt.program import Program
 from graphopt_passes.causal_attention import CausalAttention
-from torch.nn.functional import scaled_dot_product_attention as attention
-
 from tests.programs import context, semantic
 
 Mask = Callable[[torch.Tensor], torch.Tensor]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from graphopt.candidate import Frontier, FrontierPoint
 from graphopt.planner import choose, least_peak, seconds_bound, step_peak
 from graphopt.schedule import Schedule
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 def point(forward: int, backward: int, retained: int, gradients: int, seconds: float) -> FrontierPoint:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 
-import graphopt
 import pytest
 import torch
 from torch import nn
+
+import graphopt
 
 torch.manual_seed(0)
 
@@ -15,7 +16,11 @@ torch.manual_seed(0)
 class Block(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.norm, self.up, self.down = nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.norm, self.up, self.down = (
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.Linear(4 * width, width),
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x + self.down(torch.nn.functional.gelu(self.up(self.norm(x))))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch.fx as fx
+
 from graphopt.cost import LiveTensor, MemoryProfile, MemoryStep
 from graphopt.program import Program, layer_of
 from graphopt.replay import random_state_of
@@ -153,7 +154,9 @@ class _Simulator:
             entry[name] = [self._new(leaf.bytes) for leaf in self.table[name]]
         held = {b for name in self.outputs for b in forward.values.get(name, ()) if b != _STATIC}
         # Whoever calls backward() on a loss holds the one that it starts from until it returns.
-        held.update(b for name in self.tangents if not self.nodes[name].meta["val"].dim() for b in entry[name])
+        held.update(
+            b for name in self.tangents if not self.nodes[name].meta["val"].dim() for b in entry[name]
+        )
         half = self._run("backward", entry, self.schedule.backward, self.gradients, held)
         for buffer in held & forward.owner.keys():
             half.owner.setdefault(buffer, forward.owner[buffer])
@@ -191,7 +194,12 @@ class _Simulator:
         return len(self.sizes) - 1
 
     def _run(
-        self, phase: str, entry: dict[str, list[int]], order: Sequence[str], keep: Iterable[str], held: Iterable[int]
+        self,
+        phase: str,
+        entry: dict[str, list[int]],
+        order: Sequence[str],
+        keep: Iterable[str],
+        held: Iterable[int],
     ) -> _Half:
         """``keep`` names what outlives the half; ``held`` are buffers held throughout by others."""
         values = {name: list(refs) for name, refs in entry.items()}

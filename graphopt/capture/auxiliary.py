@@ -28,8 +28,11 @@ def reattach(
             return outputs
         tensors = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
         if tensors:
+            apply: Any = _Auxiliary.apply
             for index in indices:
-                outputs[index] = _Auxiliary.apply(outputs[index], (gm, inputs, index, state, on_use), *tensors)
+                outputs[index] = apply(
+                    outputs[index], (gm, inputs, index, state, on_use), *tensors
+                )
         return outputs
 
     return call
@@ -46,7 +49,7 @@ class _Auxiliary(torch.autograd.Function):
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         gm, index, state, on_use = ctx.replay
         on_use()
         tensors, others = iter(ctx.saved_tensors), iter(ctx.others)
@@ -67,5 +70,7 @@ def _leaf(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _random_state(inputs: Sequence[Any]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    devices = sorted({x.device.index for x in inputs if isinstance(x, torch.Tensor) and x.device.type == "cuda"})
+    devices = sorted(
+        {x.device.index for x in inputs if isinstance(x, torch.Tensor) and x.device.type == "cuda"}
+    )
     return torch.get_rng_state(), [torch.cuda.get_rng_state(device) for device in devices]

@@ -120,8 +120,8 @@ class _Search:
             if (best is not None and width > best[0][0]) or tries == 0:
                 break
             if width > self.most_crossing:
-                names = (self.line.nodes[repeat.start].name, self.line.nodes[repeat.stop - 1].name)
-                refused = refused or Reason(f"{width} values cross from one repetition to the next", names)
+                ends = (self.line.nodes[repeat.start].name, self.line.nodes[repeat.stop - 1].name)
+                refused = refused or Reason(f"{width} values cross from one repetition to the next", ends)
                 break
             shut = [b for b in bounds if not self.cuts.free[b]]
             if len(bounds) - len(shut) < 3:

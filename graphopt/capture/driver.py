@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import StringIO
 from typing import Any
@@ -106,7 +106,9 @@ class Driver:
             self._give_up(inner, args, kwargs)
         else:
             # Nothing was compiled: the model computes nothing that dynamo could capture.
-            self._give_up(CaptureError("the model runs no tensor operation that can be captured"), args, kwargs)
+            self._give_up(
+                CaptureError("the model runs no tensor operation that can be captured"), args, kwargs
+            )
         finally:
             session.capturing = False
 
@@ -134,7 +136,11 @@ class Driver:
 
     def _give_up(self, error: BaseException, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Leave the model as it is. Inputs that the model itself refuses are the caller's error."""
-        with torch.no_grad(), _buffers_restored(self.model), torch.random.fork_rng(devices=_cuda_devices(self.model)):
+        with (
+            torch.no_grad(),
+            _buffers_restored(self.model),
+            torch.random.fork_rng(devices=_cuda_devices(self.model)),
+        ):
             try:
                 self.model(*args, **kwargs)
             except Exception as refused:
@@ -198,7 +204,11 @@ class Driver:
             environment,
             plan.baseline if plan else None,
             plan.predicted if plan else None,
-            budget=plan.budget if plan else session.budget.resolve(0) if session.budget.fraction() is None else None,
+            budget=plan.budget
+            if plan
+            else session.budget.resolve(0)
+            if session.budget.fraction() is None
+            else None,
             plan=plan,
             plugins=session.host.records(),
             programs=programs,
@@ -212,8 +222,12 @@ class Driver:
         self.plan()
         session = self.session
         base = session.static_bytes or 0
-        before = [(c.joint, c.baseline) for c in session.current if c.joint is not None and c.baseline is not None]
-        return session.cost.memory(before, base_bytes=base), session.cost.memory(session.step(), base_bytes=base)
+        before = [
+            (c.joint, c.baseline) for c in session.current if c.joint is not None and c.baseline is not None
+        ]
+        return session.cost.memory(before, base_bytes=base), session.cost.memory(
+            session.step(), base_bytes=base
+        )
 
     def programs(self) -> tuple[Program, ...]:
         found: list[Program] = []
@@ -235,7 +249,9 @@ class Driver:
         level = {"semantic": Level.SEMANTIC, "joint": Level.JOINT, "final": Level.LOWERED}[stage]
         if stage == "joint" and form == "text":
             parts = [
-                dump_joint_with_schedule(c.joint, c.schedule, pass_id=c.frontier.pass_id if c.frontier else "")
+                dump_joint_with_schedule(
+                    c.joint, c.schedule, pass_id=c.frontier.pass_id if c.frontier else ""
+                )
                 for c in self.session.current
                 if c.joint is not None
             ]
@@ -253,7 +269,9 @@ def _lowered_program(joint: Program | None, half: torch.fx.GraphModule, name: st
     known = {spec.node: spec for spec in joint.signature.inputs} if joint is not None else {}
     roles = {spec.node: spec for spec in joint.signature.outputs} if joint is not None else {}
     inputs = tuple(
-        known.get(node.name, InputSpec(node.name, "saved")) for node in half.graph.nodes if node.op == "placeholder"
+        known.get(node.name, InputSpec(node.name, "saved"))
+        for node in half.graph.nodes
+        if node.op == "placeholder"
     )
     output = next(node for node in reversed(half.graph.nodes) if node.op == "output")
     flat = [v for v in torch.utils._pytree.tree_leaves(output.args[0]) if isinstance(v, torch.fx.Node)]

@@ -21,8 +21,8 @@ def bind_inputs(model: torch.nn.Module, inputs: Any) -> tuple[tuple[Any, ...], d
         args, kwargs = tuple(inputs), {}
     else:
         raise InputsError(
-            f"inputs is a {type(inputs).__name__}: expected a tuple of positional arguments or a dict of keyword "
-            "arguments",
+            f"inputs is a {type(inputs).__name__}: expected a tuple of positional arguments or a dict "
+            "of keyword arguments",
             hint="write (x,) for a single tensor",
         )
     signature = inspect.signature(model.forward)

@@ -56,7 +56,9 @@ def inference_program(name: str, gm: fx.GraphModule, specs: Sequence[InputSpec])
         inputs.append(InputSpec(node.name, role, spec.fqn))
     output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
     flat = torch.utils._pytree.tree_leaves(output.args[0])
-    outputs = tuple(OutputSpec(v.name, "output", str(i)) for i, v in enumerate(flat) if isinstance(v, fx.Node))
+    outputs = tuple(
+        OutputSpec(v.name, "output", str(i)) for i, v in enumerate(flat) if isinstance(v, fx.Node)
+    )
     return Program(name, Level.JOINT, gm, Signature(tuple(inputs), outputs))
 
 
@@ -77,7 +79,11 @@ def save_everything(program: Program, *, random_states: bool = False) -> Schedul
     for node in nodes:
         # An effect that no output carries happens where eager would have it: in the forward. That a
         # random generator moves on is an effect too.
-        if (node.is_impure() or random_state_of(node)) and node not in backward_only and node.op == "call_function":
+        if (
+            (node.is_impure() or random_state_of(node))
+            and node not in backward_only
+            and node.op == "call_function"
+        ):
             forward.add(node)
             stack = [node]
             while stack:

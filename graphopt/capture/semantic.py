@@ -25,7 +25,9 @@ def semantic_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         return _copied(gm)
     traced = _torch.retrace(gm, inputs)
     if constants := _torch.traced_constants(traced):
-        raise RuntimeError(f"values that depend on the inputs were traced as constants: {', '.join(constants[:3])}")
+        raise RuntimeError(
+            f"values that depend on the inputs were traced as constants: {', '.join(constants[:3])}"
+        )
     for node in list(traced.graph.nodes):
         if node.op == "call_function" and node.target is torch.ops.aten._assert_tensor_metadata.default:
             traced.graph.erase_node(node)
@@ -37,7 +39,9 @@ def semantic_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     return traced
 
 
-def input_specs(gm: fx.GraphModule, inputs: Sequence[Any], names: Mapping[int, tuple[str, str]]) -> list[InputSpec]:
+def input_specs(
+    gm: fx.GraphModule, inputs: Sequence[Any], names: Mapping[int, tuple[str, str]]
+) -> list[InputSpec]:
     """Roles of dynamo's graph inputs. ``names`` maps ``id(tensor)`` to (role, dotted name)."""
     specs = []
     for node, value in zip(_placeholders(gm), inputs, strict=True):
@@ -65,7 +69,9 @@ def semantic_program(name: str, gm: fx.GraphModule, specs: Sequence[InputSpec]) 
     )
     output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
     flat = torch.utils._pytree.tree_leaves(output.args[0])
-    outputs = tuple(OutputSpec(v.name, "output", str(i)) for i, v in enumerate(flat) if isinstance(v, fx.Node))
+    outputs = tuple(
+        OutputSpec(v.name, "output", str(i)) for i, v in enumerate(flat) if isinstance(v, fx.Node)
+    )
     return Program(name, Level.SEMANTIC, gm, Signature(inputs, outputs))
 
 
@@ -84,7 +90,9 @@ def auxiliary_outputs(gm: fx.GraphModule) -> tuple[int, ...]:
             differentiable.append((index, value.dim() == 0, node.op == "placeholder"))
     if not any(scalar for _, scalar, _ in differentiable):
         return ()
-    return tuple(index for index, scalar, passed_through in differentiable if not scalar and not passed_through)
+    return tuple(
+        index for index, scalar, passed_through in differentiable if not scalar and not passed_through
+    )
 
 
 def detach_outputs(gm: fx.GraphModule, indices: Sequence[int]) -> None:

@@ -230,7 +230,8 @@ def _freeze(value: Any, leaf: Callable[[fx.Node], Hashable]) -> Hashable:
     if isinstance(value, slice):
         return ("slice", _freeze((value.start, value.stop, value.step), leaf))
     if value is None or type(value) in (str, int):
-        return value
+        plain: Hashable = value
+        return plain
     if isinstance(value, (torch.dtype, torch.device, torch.layout, torch.memory_format)):
         return value
     return (type(value).__name__, repr(value))

@@ -28,7 +28,7 @@ def eager_callable(gm: fx.GraphModule) -> Callable[[list[Any]], list[Any]]:
     result: Any = None
     for node in gm.graph.nodes:
         if node.op == "output":
-            result = fx.node.map_arg(node.args[0], lambda n: _Slot(slots[n]))
+            result = _placed(node.args[0], slots)
             continue
         slot = slots[node] = len(slots)
         if node.op == "placeholder":
@@ -75,10 +75,11 @@ class _Instruction:
     def __init__(self, node: fx.Node, slots: dict[fx.Node, int], frees: list[int]) -> None:
         target = node.target
         self.target: Callable[..., Any] = _method(target) if isinstance(target, str) else target
-        to_slot = lambda n: _Slot(slots[n])  # noqa: E731
-        self.args = tuple(fx.node.map_arg(node.args, to_slot))
-        self.kwargs = dict(fx.node.map_arg(node.kwargs, to_slot))
-        self.nested = any(isinstance(a, (tuple, list, dict, slice)) for a in (*self.args, *self.kwargs.values()))
+        self.args = tuple(_placed(node.args, slots))
+        self.kwargs = dict(_placed(node.kwargs, slots))
+        self.nested = any(
+            isinstance(a, (tuple, list, dict, slice)) for a in (*self.args, *self.kwargs.values())
+        )
         self.out = slots[node]
         self.frees = frees
 
@@ -95,11 +96,19 @@ class _Instruction:
             values[slot] = None
 
 
+def _placed(arguments: Any, slots: dict[fx.Node, int]) -> Any:
+    """``arguments`` of a node with the slots of other nodes in their place."""
+    place: Any = lambda node: _Slot(slots[node])  # noqa: E731
+    return fx.node.map_arg(arguments, place)
+
+
 def _map(value: Any, bind: Callable[[Any], Any]) -> Any:
     if isinstance(value, (tuple, list)):
-        return type(value)(_map(v, bind) for v in value) if type(value) in (tuple, list) else [
-            _map(v, bind) for v in value
-        ]
+        return (
+            type(value)(_map(v, bind) for v in value)
+            if type(value) in (tuple, list)
+            else [_map(v, bind) for v in value]
+        )
     if isinstance(value, dict):
         return {k: _map(v, bind) for k, v in value.items()}
     if isinstance(value, slice):
@@ -140,6 +149,7 @@ class EagerEmitter:
     name = "eager"
     fuses = False
     by_segments = False
+    records = ()
 
     def compile(
         self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Partition, inference: Inference
@@ -153,4 +163,5 @@ class EagerEmitter:
         def run_inference(graph: fx.GraphModule, graph_inputs: Any) -> Callable[[list[Any]], list[Any]]:
             return eager_callable(inference(graph))
 
-        return _torch.joint_compiler(run, run, run_inference, split, None)(gm, inputs)
+        compiled: Callable[..., Any] = _torch.joint_compiler(run, run, run_inference, split, None)(gm, inputs)
+        return compiled

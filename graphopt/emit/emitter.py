@@ -28,6 +28,11 @@ class Emitter(Protocol):
         ...
 
     @property
+    def records(self) -> Sequence[Any]:
+        """Memory of each graph compiled last (``LoweredMemory``); empty where nothing is fused."""
+        ...
+
+    @property
     def by_segments(self) -> bool:
         """Whether repeated blocks are compiled once and called again, not all in one graph."""
         ...

@@ -15,7 +15,9 @@ from graphopt.schedule import Schedule
 __all__ = ["fused_point"]
 
 
-def fused_point(program: Program, schedule: Schedule, cost: CostModel, *, flops: int, label: str) -> FrontierPoint:
+def fused_point(
+    program: Program, schedule: Schedule, cost: CostModel, *, flops: int, label: str
+) -> FrontierPoint:
     """A frontier point whose bytes are those of fused kernels and whose ``seconds`` are the whole
     program's, forward and backward (the caller takes differences)."""
     nodes = {node.name: node for node in program.graph.nodes}
@@ -52,9 +54,12 @@ def fused_point(program: Program, schedule: Schedule, cost: CostModel, *, flops:
 
 def _bytes(nodes: dict[str, fx.Node], names: list[str], excluded: set[str], step: int) -> int:
     """Rounded bytes of the distinct storages behind ``names``, those of ``excluded`` left out."""
+
     def storages(name: str) -> dict[int, int]:
         value = nodes[name].meta.get("val")
-        return {_torch.storage_key(t): _torch.hint(t.untyped_storage().nbytes()) for t in tensor_leaves(value)}
+        return {
+            _torch.storage_key(t): _torch.hint(t.untyped_storage().nbytes()) for t in tensor_leaves(value)
+        }
 
     known = {key for name in excluded for key in storages(name)}
     found: dict[int, int] = {}

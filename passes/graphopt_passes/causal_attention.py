@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.fx as fx
+
 from graphopt.candidate import Candidate, CostDelta, NearMiss, Reason
 from graphopt.edit import Edit
 from graphopt.passes import Pass, PassContext, Proposal
@@ -116,12 +117,10 @@ def _evaluate(mask: fx.Node) -> torch.Tensor | Reason:
             return Reason("the mask depends on an input", (node.name,))
         if node.op != "call_function":
             return Reason("the mask depends on a constant of the model", (node.name,))
-        shape_only = node.target in _SHAPE_ONLY
-        if shape_only:
-            source = node.args[0]
-            assert isinstance(source, fx.Node)
-            stand_in = source.meta["val"]
-            values.setdefault(source, torch.empty(stand_in.shape, dtype=stand_in.dtype))
+        shaped = node.args[0] if node.target in _SHAPE_ONLY else None
+        if isinstance(shaped, fx.Node):
+            stand_in = shaped.meta["val"]
+            values.setdefault(shaped, torch.empty(stand_in.shape, dtype=stand_in.dtype))
         missing = [source for source in node.all_input_nodes if source not in values]
         if missing:
             stack.extend(missing)
@@ -133,9 +132,9 @@ def _evaluate(mask: fx.Node) -> torch.Tensor | Reason:
             values[node] = _run(node, values)
         except Exception as error:
             return Reason(f"the mask could not be evaluated ({type(error).__name__})", (node.name,))
-        if shape_only and source.op != "placeholder":
+        if isinstance(shaped, fx.Node):
             # The stand-in has the shape alone: whoever needs the value computes it.
-            del values[source]
+            del values[shaped]
     result = values[mask]
     return result if isinstance(result, torch.Tensor) else Reason("the mask is not a tensor", (mask.name,))
 

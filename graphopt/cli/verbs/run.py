@@ -62,7 +62,8 @@ def command(
         )
     with talking("running one step"):
         took = optimized.measure(loaded.inputs)
-    weights = optimized.report.predicted.weight_bytes
+    predicted = optimized.report.predicted
+    weights = predicted.weight_bytes if predicted is not None else 0
     report = optimized.report.with_measured(Cost(took.peak_bytes, weights, took.seconds))
     if save_plan is not None:
         optimized.plan.save(save_plan)

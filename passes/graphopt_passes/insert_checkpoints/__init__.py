@@ -23,16 +23,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from graphopt.candidate import Frontier, FrontierPoint
+from graphopt.emit.fused_point import fused_point
 from graphopt.errors import PassError
 from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.program import Level, Program
-
 from graphopt_passes.insert_checkpoints.bound import peak_floor, seconds_bound
 from graphopt_passes.insert_checkpoints.evaluate import Evaluation, Evaluator
 from graphopt_passes.insert_checkpoints.model import StepModel, build_model
 from graphopt_passes.insert_checkpoints.portfolio import blends, seeds, steps_between
 from graphopt_passes.insert_checkpoints.realise import saved_storages, to_schedule
-from graphopt.emit.fused_point import fused_point
 from graphopt_passes.insert_checkpoints.search import search
 
 __all__ = ["InsertCheckpoints"]
@@ -59,7 +58,9 @@ class InsertCheckpoints(Pass):
 
     def __post_init__(self) -> None:
         if self.objective not in ("seconds", "flops"):
-            raise PassError(f"insert-checkpoints: objective={self.objective!r}: expected 'seconds' or 'flops'")
+            raise PassError(
+                f"insert-checkpoints: objective={self.objective!r}: expected 'seconds' or 'flops'"
+            )
         for option in ("targets", "effort"):
             value = getattr(self, option)
             if not isinstance(value, int) or value < 0:
@@ -75,19 +76,25 @@ class InsertCheckpoints(Pass):
         family = [everything, *seeds(search_model, search_model.seconds, 16)]
         starts = [*family, *blends(search_model, family, 8)]
         targets = self.targets or max(24, min(96, 60_000 // max(len(model.slots), 1)))
-        front = search(evaluate, starts, targets=targets, effort=self.effort)
+        # What code generators make of values that are computed again more than once is not modelled.
+        front = search(evaluate, starts, targets=targets, effort=self.effort, repeat=ctx.emit == "eager")
         if ctx.emit == "eager":
             points = _undominated(_point(model, item) for item in (*front.items, *map(evaluate, family)))
             yield Frontier(self.name, points, peak_floor(model), seconds_bound(model))
             return
         # Fused kernels hold less and cost less than their operators: price a sample again.
         between = _least_retained(evaluate, steps_between(search_model, family))
-        sample = [everything, *family, *(item.saved for item in _thinned(front.items, _SAMPLE // 2)), *between]
+        sample = [
+            everything,
+            *family,
+            *(item.saved for item in _thinned(front.items, _SAMPLE // 2)),
+            *between,
+        ]
         yield Frontier(self.name, _undominated(_fused(model, ctx, evaluate, sample)))
 
 
 def _point(model: StepModel, item: Evaluation) -> FrontierPoint:
-    schedule = to_schedule(model, item.saved)
+    schedule = to_schedule(model, item.saved, item.fleeting)
     again = len(item.recomputed)
     return FrontierPoint(
         schedule,
@@ -108,8 +115,7 @@ def _fused(
     reference that added seconds count from."""
     points: list[FrontierPoint] = []
     for saved in dict.fromkeys(sets):
-        item = evaluate(saved)
-        point = _point(model, item)
+        point = _point(model, evaluate(saved))
         priced = fused_point(model.program, point.schedule, ctx.cost, flops=point.flops, label=point.label)
         points.append(priced)
     start = points[0].seconds

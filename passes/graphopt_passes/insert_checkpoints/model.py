@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.fx as fx
+
 from graphopt.capture.joint import save_everything
 from graphopt.cost import CostModel
 from graphopt.replay import is_random, is_random_state, random_state_of, statistics_of
@@ -53,9 +54,9 @@ class StepModel:
     graph output). ``savable[b]``: may be handed over (false inside a user's checkpoint region).
     ``scratch[b]``: bytes that b takes when it is a transient, smaller than ``size`` where the code
     generator fuses its readers into its maker. ``last_read[b]``: position of the last operator of
-    the forward that reads it. ``workspace[i]``: kernel-internal bytes of operator i, ``workspace_again[i]``: those where it
-    runs again. ``only_saved[b]``: b is not made unless it is handed over (a generator's state).
-    ``views``: backward nodes that make no storage.
+    the forward that reads it. ``workspace[i]``: kernel-internal bytes of operator i,
+    ``workspace_again[i]``: those where it runs again. ``only_saved[b]``: b is not made
+    unless it is handed over (a generator's state). ``views``: backward nodes that make no storage.
     """
 
     program: Program
@@ -96,9 +97,13 @@ class _Builder:
         self.table = value_table(program.graph)
         self.roles = {spec.node: spec.role for spec in program.signature.inputs}
         step = cost.device.allocation_granularity
-        self.round = lambda size: -(-size // step) * step
+        self.step = step
         # buffers[name]: storage of each leaf; (True, b) forward, (False, b) backward, None static.
         self.buffers: dict[str, list[tuple[bool, int] | None]] = {}
+
+    def round(self, size: int) -> int:
+        """Bytes that the allocator takes for ``size``."""
+        return -(-size // self.step) * self.step
 
     def build(self) -> StepModel:
         self._forward()
@@ -109,15 +114,36 @@ class _Builder:
         read = {b for slot in self.slots for b in slot.reads}
         for _, b in mutations:
             self.last_read[b] = len(self.operators)
-        only_saved = [is_random_state(self.nodes[self.operators[self.maker[b]]]) for b in range(len(self.size))]
+        only_saved = [
+            is_random_state(self.nodes[self.operators[self.maker[b]]]) for b in range(len(self.size))
+        ]
         # What the backward reads of new values of mutated inputs is held: run again, the operators
         # that made them would start from the new values.
         free = [(True, b) in outputs or ((True, b) in mutations and b in read) for b in range(len(self.size))]
         return StepModel(
-            self.program, self.baseline, self.size, self._scratch(), self.maker, self.representative, self.op_inputs,
-            self.op_outputs, self.operators, self.seconds, self.flops, self.workspace, self.workspace_again, self.again, free,
-            self.savable, only_saved, self.last_read, self.slots, self.opening, self.gradient_bytes,
-            sum(size for size, held in zip(self.size, free, strict=True) if held), frozenset(self.views),
+            self.program,
+            self.baseline,
+            self.size,
+            self._scratch(),
+            self.maker,
+            self.representative,
+            self.op_inputs,
+            self.op_outputs,
+            self.operators,
+            self.seconds,
+            self.flops,
+            self.workspace,
+            self.workspace_again,
+            self.again,
+            free,
+            self.savable,
+            only_saved,
+            self.last_read,
+            self.slots,
+            self.opening,
+            self.gradient_bytes,
+            sum(size for size, held in zip(self.size, free, strict=True) if held),
+            frozenset(self.views),
         )
 
     def _results(self, role: str) -> set[tuple[bool, int]]:
@@ -156,7 +182,9 @@ class _Builder:
             number = len(self.operators)
             for leaf in self.table[name]:
                 if leaf.alias is not None:
-                    refs.append((refs if leaf.alias[0] == name else self.buffers[leaf.alias[0]])[leaf.alias[1]])
+                    refs.append(
+                        (refs if leaf.alias[0] == name else self.buffers[leaf.alias[0]])[leaf.alias[1]]
+                    )
                 elif node.op == "get_attr":
                     refs.append(None)
                 else:
@@ -243,7 +271,9 @@ class _Builder:
             reads = self._reads(node)
             for leaf in self.table[name]:
                 if leaf.alias is not None:
-                    refs.append((refs if leaf.alias[0] == name else self.buffers[leaf.alias[0]])[leaf.alias[1]])
+                    refs.append(
+                        (refs if leaf.alias[0] == name else self.buffers[leaf.alias[0]])[leaf.alias[1]]
+                    )
                 elif node.op == "get_attr":
                     refs.append(None)
                 else:
@@ -279,7 +309,11 @@ class _Builder:
         self._slots(sizes, born, last, reads_at, position)
 
     def _slots(
-        self, sizes: list[int], born: list[int], last: list[int], reads_at: list[tuple[str, tuple[int, ...], int]],
+        self,
+        sizes: list[int],
+        born: list[int],
+        last: list[int],
+        reads_at: list[tuple[str, tuple[int, ...], int]],
         count: int,
     ) -> None:
         alloc, release = [0] * (count + 2), [0] * (count + 2)
@@ -301,7 +335,9 @@ class _Builder:
             held -= release[position]
         active = [p for p in range(count) if reads_at[p][1]]
         self.slots = []
-        self.opening = max([self.opening, *during[: active[0]]]) if active else max([self.opening, *during], default=0)
+        self.opening = (
+            max([self.opening, *during[: active[0]]]) if active else max([self.opening, *during], default=0)
+        )
         for index, position in enumerate(active):
             until = active[index + 1] if index + 1 < len(active) else count
             gap = max(during[position + 1 : until], default=0)
@@ -313,7 +349,9 @@ class _Builder:
         if self.emit == "eager":
             return list(self.size)
         return [
-            0 if _fusible(self.nodes[self.operators[self.maker[b]]]) and self._read_by_fusible(b) else self.size[b]
+            0
+            if _fusible(self.nodes[self.operators[self.maker[b]]]) and self._read_by_fusible(b)
+            else self.size[b]
             for b in range(len(self.size))
         ]
 
@@ -327,8 +365,10 @@ class _Builder:
 
 def _fusible(node: fx.Node) -> bool:
     tags = getattr(node.target, "tags", ())
-    return torch.Tag.pointwise in tags or torch.Tag.reduction in tags if hasattr(torch.Tag, "reduction") else (
-        torch.Tag.pointwise in tags
+    return (
+        torch.Tag.pointwise in tags or torch.Tag.reduction in tags
+        if hasattr(torch.Tag, "reduction")
+        else (torch.Tag.pointwise in tags)
     )
 
 
@@ -347,7 +387,10 @@ def _writes_statistics(node: fx.Node) -> bool:
     names = [argument.name for argument in schema.arguments] if schema is not None else []
     if "running_mean" not in names or "training" not in names or statistics_of(node):
         return False
-    given = [node.args[names.index(n)] if names.index(n) < len(node.args) else None for n in ("running_mean", "training")]
+    given = [
+        node.args[names.index(n)] if names.index(n) < len(node.args) else None
+        for n in ("running_mean", "training")
+    ]
     return given[0] is not None and bool(given[1]) and "functional" not in str(node.target)
 
 

@@ -10,6 +10,7 @@ be". Blends take one member for the early part of the network and the next for t
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -60,7 +61,9 @@ def minimum_cut(model: StepModel, prices: Sequence[float], limit: float) -> froz
     residual.data[residual.data < 0] = 0
     residual.eliminate_zeros()
     near = set(breadth_first_order(residual, source, return_predecessors=False).tolist())
-    return frozenset(b for b in range(storages) if 2 * b in near and 2 * b + 1 not in near and not model.free[b])
+    return frozenset(
+        b for b in range(storages) if 2 * b in near and 2 * b + 1 not in near and not model.free[b]
+    )
 
 
 def seeds(model: StepModel, prices: Sequence[float], count: int) -> list[frozenset[int]]:
@@ -76,19 +79,23 @@ def seeds(model: StepModel, prices: Sequence[float], count: int) -> list[frozens
 def blends(model: StepModel, family: Sequence[frozenset[int]], parts: int) -> Iterator[frozenset[int]]:
     """Neighbours of a family mixed: the later one up to some operator, the earlier one after it."""
     count = len(model.operators)
-    for first, second in zip(family, family[1:], strict=False):
+    for first, second in pairwise(family):
         for part in range(1, parts):
             border = count * part // parts
             yield frozenset(
-                {b for b in second if model.maker[b] < border} | {b for b in first if model.maker[b] >= border}
+                {b for b in second if model.maker[b] < border}
+                | {b for b in first if model.maker[b] >= border}
             )
 
 
-def steps_between(model: StepModel, family: Sequence[frozenset[int]], steps: int = 8) -> Iterator[frozenset[int]]:
+def steps_between(
+    model: StepModel, family: Sequence[frozenset[int]], steps: int = 8
+) -> Iterator[frozenset[int]]:
     """From each member of a family to the next, a few storages at a time, cheapest per byte first."""
-    for first, second in zip(family, family[1:], strict=False):
+    for first, second in pairwise(family):
         dropped = sorted(
-            first - second, key=lambda b: (model.seconds[model.maker[b]] / max(model.size[b], 1), -model.size[b], b)
+            first - second,
+            key=lambda b: (model.seconds[model.maker[b]] / max(model.size[b], 1), -model.size[b], b),
         )
         for step in range(1, steps):
             given_up = dropped[: len(dropped) * step // steps]
