@@ -1,7 +1,9 @@
 """What a set of saved storages costs: peak of both halves, added time, order of the backward.
 
 A storage that is not saved is made again right before the first slot that needs it, along with
-whatever it needs itself, and then held until its last use.
+whatever it needs itself, and then held until its last use. A *fleeting* storage is held from the
+first slot on that reads it; made earlier, as a step towards another one, it goes right away and is
+made once more later (recursive checkpointing: Griewank and Walther 2000).
 """
 
 from __future__ import annotations
@@ -19,11 +21,14 @@ __all__ = ["Evaluation", "Evaluator"]
 @dataclass
 class Evaluation:
     """``saved``: every storage handed over, those forced by operators that cannot run again
-    included. ``live`` holds bytes at each point of the backward, ``forward_live`` at each operator
-    of the forward. ``first_use`` gives the point of the backward at which a storage is first read,
-    ``recomputed`` the operators that run again, in order."""
+    included. ``fleeting``: those that are not held before a slot reads them. ``live`` holds bytes at
+    each point of the backward, ``forward_live`` at each operator of the forward. ``first_use`` gives
+    the point of the backward at which a storage is first read, ``recomputed`` the operators that
+    run again, in order. ``waits`` lists (storage, point, point) where a storage made as a step
+    towards another one waits unread between the points."""
 
     saved: frozenset[int]
+    fleeting: frozenset[int]
     forward_peak: int
     backward_peak: int
     retained: int
@@ -33,6 +38,7 @@ class Evaluation:
     forward_live: npt.NDArray[np.int64]
     first_use: dict[int, int]
     recomputed: list[int]
+    waits: list[tuple[int, int, int]]
 
     @property
     def peak(self) -> int:
@@ -60,13 +66,18 @@ class Evaluator:
         self._count = count
         self.evaluations = 0
 
-    def __call__(self, saved: frozenset[int] | set[int]) -> Evaluation:
+    def __call__(
+        self, saved: frozenset[int] | set[int], fleeting: frozenset[int] | set[int] = frozenset()
+    ) -> Evaluation:
         self.evaluations += 1
         model = self.model
-        size, scratch, maker = model.size, model.scratch, model.maker
+        size, maker = model.size, model.maker
         op_inputs, op_outputs, again, free = model.inputs, model.outputs, model.again, model.free
-        available: dict[int, int] = {}
-        born: list[tuple[int, int]] = []
+        available: set[int] = set()
+        start: dict[int, int] = {}
+        spans: list[tuple[int, int, int]] = []
+        waiting: dict[int, int] = {}
+        waits: list[tuple[int, int, int]] = []
         first: dict[int, int] = {}
         last: dict[int, int] = {}
         kept: set[int] = set()
@@ -75,47 +86,60 @@ class Evaluator:
         point = 0
 
         for slot in model.slots:
-            wanted = [b for b in slot.reads if b not in available]
-            if wanted:
-                stack = list(reversed(wanted))
-                while stack:
-                    b = stack[-1]
-                    if b in available:
-                        stack.pop()
-                        continue
-                    i = maker[b]
-                    if b in saved or free[b] or not again[i]:
-                        available[b] = -1
-                        kept.add(b)
-                        stack.pop()
-                        continue
-                    missing = [x for x in op_inputs[i] if x not in available]
-                    if missing:
-                        stack.extend(reversed(missing))
-                        continue
+            stack = [b for b in reversed(slot.reads) if b not in available]
+            made: list[int] = []
+            while stack:
+                b = stack[-1]
+                if b in available:
                     stack.pop()
-                    recomputed.append(i)
-                    for x in op_inputs[i]:
-                        last[x] = point
-                        first.setdefault(x, point)
-                    for x in op_outputs[i]:
+                    continue
+                i = maker[b]
+                if b in saved or free[b] or not again[i]:
+                    available.add(b)
+                    kept.add(b)
+                    stack.pop()
+                    continue
+                missing = [x for x in op_inputs[i] if x not in available]
+                if missing:
+                    stack.extend(reversed(missing))
+                    continue
+                stack.pop()
+                recomputed.append(i)
+                for x in op_inputs[i]:
+                    last[x] = point
+                    first.setdefault(x, point)
+                    if x in waiting:
+                        waits.append((x, waiting.pop(x), point))
+                spare = 0
+                for x in op_outputs[i]:
+                    if x in available or x in saved or free[x]:
+                        # What is there already stays; the second copy dies at once.
+                        spare += size[x]
                         if x not in available:
-                            # A saved sibling stays what it is; the second copy dies at once.
-                            if x in saved or free[x]:
-                                kept.add(x)
-                                available[x] = -1
-                                continue
-                            available[x] = point
-                            last[x] = point
-                            born.append((x, point))
-                    level.append(slot.before + model.workspace_again[i])
-                    point += 1
+                            kept.add(x)
+                            available.add(x)
+                        continue
+                    available.add(x)
+                    made.append(x)
+                    start[x] = last[x] = point
+                level.append(slot.before + model.workspace_again[i] + spare)
+                point += 1
             for b in slot.reads:
                 last[b] = point
                 first.setdefault(b, point)
+                if b in waiting:
+                    waits.append((b, waiting.pop(b), point))
             level.append(slot.during)
             level.append(slot.gap)
             point += 2
+            for x in made:
+                if last[x] == point - 2:
+                    continue
+                if x in fleeting:
+                    available.discard(x)
+                    spans.append((x, start.pop(x), last[x]))
+                else:
+                    waiting[x] = last[x]
         # Points: one for each operator run again, two for each slot (its operator; the gap after).
         change = np.zeros(point + 2, dtype=np.int64)
         held = model.output_bytes
@@ -125,9 +149,10 @@ class Evaluator:
                 continue
             entry += size[b]
             change[last.get(b, 0) + 1] -= size[b]
-        for b, start in born:
-            change[start] += size[b]
-            change[last[b] + 1] -= size[b]
+        spans.extend((b, begin, last[b]) for b, begin in start.items())
+        for b, begin, end in spans:
+            change[begin] += size[b]
+            change[end + 1] -= size[b]
         live = np.cumsum(change[:point]) + (entry + held) + np.array(level, dtype=np.int64)
         opening = entry + held + model.opening
         backward_peak = max(opening, int(live.max()) if point else 0)
@@ -135,6 +160,7 @@ class Evaluator:
         forward_live = self._forward(everything)
         return Evaluation(
             everything,
+            frozenset(fleeting),
             int(forward_live.max()) if self._count else 0,
             backward_peak,
             entry + held,
@@ -144,6 +170,7 @@ class Evaluator:
             forward_live,
             first,
             recomputed,
+            waits,
         )
 
     def _forward(self, saved: frozenset[int]) -> npt.NDArray[np.int64]:

@@ -8,15 +8,17 @@ from collections.abc import Iterable
 import torch.fx as fx
 from graphopt.replay import is_random_state
 from graphopt.schedule import Schedule
+from graphopt.values import value_table
 
 from graphopt_passes.insert_checkpoints.model import StepModel
 
 __all__ = ["saved_storages", "to_schedule"]
 
 
-def to_schedule(model: StepModel, saved: Iterable[int]) -> Schedule:
+def to_schedule(model: StepModel, saved: Iterable[int], fleeting: Iterable[int] = ()) -> Schedule:
     """Each recomputed node right before the first backward node that needs it; views with their
-    reader. Graph outputs that the backward reads are handed over as they are."""
+    reader. Graph outputs that the backward reads are handed over as they are. A fleeting storage
+    that the node does not read itself is made again the next time that it is needed."""
     nodes = {node.name: node for node in model.program.graph.nodes}
     wanted = set(saved) | {b for b, free in enumerate(model.free) if free}
     handed = {model.representative[b] for b in wanted if model.representative[b]}
@@ -24,6 +26,13 @@ def to_schedule(model: StepModel, saved: Iterable[int]) -> Schedule:
     ready = {spec.node for spec in model.program.signature.inputs}
     used: set[str] = set()
     backward: list[str] = []
+    passing = set(fleeting) - wanted
+    storages = _storages(model) if passing else {}
+    makes = dict(zip(model.operators, model.outputs, strict=True))
+    holders: dict[int, list[str]] = {}
+    for name, found in storages.items():
+        for b in found & passing:
+            holders.setdefault(b, []).append(name)
 
     def ensure(root: fx.Node) -> None:
         stack = [root]
@@ -55,8 +64,14 @@ def to_schedule(model: StepModel, saved: Iterable[int]) -> Schedule:
         if name in model.views:
             # A view comes with its first reader: made earlier it would hold its storage longer.
             continue
+        begin = len(backward)
         for source in nodes[name].all_input_nodes:
             ensure(source)
+        if passing:
+            read = {b for source in nodes[name].all_input_nodes for b in storages.get(source.name, ())}
+            made = {b for step in backward[begin:] for b in makes.get(step, ())}
+            for b in (made & passing) - read:
+                ready.difference_update(holders[b])
         if name not in ready:
             backward.append(name)
             ready.add(name)
@@ -70,8 +85,26 @@ def to_schedule(model: StepModel, saved: Iterable[int]) -> Schedule:
         if spec.role == "gradient":
             ensure(nodes[spec.node])
     order = tuple(name for name in model.baseline.forward if name in used)
-    made = tuple(name for name in model.baseline.forward if name in used or not is_random_state(nodes[name]))
-    return Schedule(made, order, tuple(backward))
+    made_once = tuple(name for name in model.baseline.forward if name in used or not is_random_state(nodes[name]))
+    return Schedule(made_once, order, tuple(backward))
+
+
+def _storages(model: StepModel) -> dict[str, set[int]]:
+    """The model's storages behind each node: those that it makes, views or picks out of a tuple."""
+    table = value_table(model.program.graph)
+    found: dict[str, list[int | None]] = {}
+    numbers = dict(zip(model.operators, model.outputs, strict=True))
+    for name, leaves in table.items():
+        own = iter(numbers.get(name, ()))
+        behind: list[int | None] = []
+        for leaf in leaves:
+            if leaf.alias is None:
+                behind.append(next(own, None))
+            else:
+                source, index = leaf.alias
+                behind.append((behind if source == name else found[source])[index])
+        found[name] = behind
+    return {name: {b for b in behind if b is not None} for name, behind in found.items()}
 
 
 def _is_read(element: fx.Node, value: fx.Node) -> bool:
