@@ -94,7 +94,9 @@ def make_random_states_explicit(gm: fx.GraphModule) -> None:
         if node.op != "call_function" or not node.users or not is_random(node):
             continue
         device = next((t.device for t in tensor_leaves(node.meta.get("val"))), None)
-        if device is None or device.type not in ("cpu", "cuda") or _argument(node, "generator", None) is not None:
+        if device is None or device.type not in ("cpu", "cuda"):
+            continue
+        if _argument(node, "generator", None) is not None:
             continue
         if not any(tensor_leaves(source.meta.get("val")) for source in node.all_input_nodes):
             # Nothing but the device tells which generator a factory draws from.

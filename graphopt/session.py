@@ -213,8 +213,6 @@ class Session:
         if not waiting:
             return
         self._hold_results(self.current[-1])
-        for earlier, later in zip(self.current, self.current[1:], strict=False):
-            _hand_on(later, earlier)
         self._plan(self.current)
         for captured in waiting:
             captured.provisional = False
@@ -387,6 +385,8 @@ class Session:
         if self.whole:
             self._plan([captured])
             return
+        if len(self.current) > 1:
+            _hand_on(captured, self.current[-2])
         captured.point = min(captured.frontier.points, key=lambda p: (p.retained, p.peak_bytes))
         if self.budget.fraction() is not None:
             # A part of the baseline's peak is known only when all programs are.

@@ -45,7 +45,7 @@ def test_a_model_that_cannot_be_captured_runs_as_it_did() -> None:
     assert Report.from_json(report.to_json()) == report
     assert fast.measure(repeats=1).peak_bytes > 0
     assert fast.report.measured is not None and "measured" in str(fast.report)
-    with pytest.raises(graphopt.CaptureError, match="the model was not captured: .*captured no graph"):
+    with pytest.raises(graphopt.CaptureError, match=r"the model was not captured: .*captured no graph"):
         _ = fast.plan
 
 
@@ -74,7 +74,7 @@ def test_before_the_first_call_there_is_no_report() -> None:
 @pytest.mark.parametrize(
     ("inputs", "text"),
     [
-        (torch.ones(2, 4), "inputs is a Tensor: expected a tuple of positional arguments or a dict of keyword"),
+        (torch.ones(2, 4), "inputs is a Tensor: expected a tuple of positional arguments or a dict of"),
         ({"inputt": torch.ones(2, 4)}, "Linear.forward has no argument 'inputt'; did you mean 'input'?"),
         ({"zzzzz": torch.ones(2, 4)}, "Linear.forward has no argument 'zzzzz'"),
         ((1, 2), "Linear.forward does not take these inputs: too many positional arguments"),
@@ -91,5 +91,5 @@ def test_wrong_inputs_are_named(inputs: Any, text: str) -> None:
 
 
 def test_what_is_no_module_is_refused() -> None:
-    with pytest.raises(graphopt.InputsError, match="model is a function: expected a torch.nn.Module"):
+    with pytest.raises(graphopt.InputsError, match=r"model is a function: expected a torch\.nn\.Module"):
         graphopt.optimize(lambda x: x, (torch.ones(2),))  # type: ignore[arg-type]

@@ -20,7 +20,8 @@ IMAGE = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1
 
 def _gpt2() -> nn.Module:
     """Its forward logs."""
-    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2, n_positions=32, use_cache=False)
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    config = transformers.GPT2Config(**sizes, use_cache=False)
     return transformers.GPT2LMHeadModel(config).train()
 
 

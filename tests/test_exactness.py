@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -43,9 +44,8 @@ class Norms(nn.Module):
 class Drops(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.body = nn.Sequential(*[
-            layer for _ in range(3) for layer in (nn.Linear(32, 32), nn.GELU(), nn.Dropout(0.3), nn.LayerNorm(32))
-        ])
+        part = (nn.Linear(32, 32), nn.GELU(), nn.Dropout(0.3), nn.LayerNorm(32))
+        self.body = nn.Sequential(*[copy.deepcopy(layer) for _ in range(3) for layer in part])
 
     def forward(self, x: Tensor) -> Tensor:
         return (F.dropout(self.body(x), 0.5, training=self.training) * torch.rand_like(x)).square().mean()

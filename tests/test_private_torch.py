@@ -14,7 +14,9 @@ from torch.utils.checkpoint import checkpoint
 from graphopt import _torch
 
 
-def _retraced(function: Any, *args: Any, dynamic: bool | None = None) -> tuple[fx.GraphModule, fx.GraphModule]:
+def _retraced(
+    function: Any, *args: Any, dynamic: bool | None = None
+) -> tuple[fx.GraphModule, fx.GraphModule]:
     """Dynamo's graph of one call, and the same traced again."""
     found: list[tuple[fx.GraphModule, fx.GraphModule]] = []
 
