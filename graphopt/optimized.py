@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -45,6 +46,7 @@ class Optimized(torch.nn.Module):
         object.__setattr__(self, "_model", model)
         object.__setattr__(self, "_driver", driver)
         object.__setattr__(self, "_loss_fn", loss_fn)
+        object.__setattr__(self, "forward", _forward_like(model, driver))
         self.training = model.training
         self._measured: Cost | None = None
 
@@ -53,9 +55,6 @@ class Optimized(torch.nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["_model"], name)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._driver(*args, **kwargs)
 
     def train(self, mode: bool = True) -> Optimized:
         self._model.train(mode)
@@ -165,6 +164,17 @@ class Optimized(torch.nn.Module):
         if len(scalars) == 1:
             return scalars[0]
         return torch.stack([t.sum() for t in (scalars or leaves)]).sum()
+
+
+def _forward_like(model: torch.nn.Module, driver: Driver) -> Callable[..., Any]:
+    """``driver`` under the signature of the model's forward, which trainers and loaders look at."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return driver(*args, **kwargs)
+
+    forward.__doc__ = model.forward.__doc__
+    forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
+    return forward
 
 
 @contextmanager

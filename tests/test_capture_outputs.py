@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 from collections.abc import Callable
 from typing import Any
@@ -75,6 +76,12 @@ def test_the_state_dict_is_the_models() -> None:
     fast.load_state_dict(kept)
     assert torch.equal(model.b.bias, kept["b.bias"])
     assert [name for name, _ in fast.named_parameters()] == [name for name, _ in model.named_parameters()]
+
+
+def test_the_signature_is_the_models() -> None:
+    model = Outputs()
+    fast = graphopt.optimize(model, emit="eager")
+    assert inspect.signature(fast.forward) == inspect.signature(model.forward)
 
 
 class Broken(nn.Module):
