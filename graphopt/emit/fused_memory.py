@@ -43,6 +43,7 @@ def fused_live(
         sizes={name: size for name, size in sizes.items() if name in alive or name in owned},
         releasable=frozenset({*alive, *owned} - kept),
         scratch={} if device_type == "cpu" else {node.name: _scratch(node) for node in nodes},
+        on_cpu=device_type == "cpu",
     )
     reads = _dependencies(kernels)
     orders = (_stated_order(kernels, reads), _least_peak_first(kernels, reads, books))
@@ -59,6 +60,14 @@ class _Books:
     sizes: Mapping[str, int]
     releasable: frozenset[str]
     scratch: Mapping[str, int]
+    on_cpu: bool
+
+    def may_be_overwritten(self, name: str, kernel: Kernel) -> bool:
+        """Whether an output of a kernel may be written over its input ``name``. What a GPU kernel reduces
+        as well as reads element by element it reads by loops of different shapes: Inductor does not."""
+        if kernel.library or name in kernel.members:
+            return False
+        return self.on_cpu or name not in kernel.reduced_reads
 
     def allocated(self, kernel: Kernel) -> int:
         return sum(self.sizes.get(name, 0) for name in kernel.members)
@@ -84,9 +93,9 @@ def _live(kernels: Sequence[Kernel], books: _Books) -> list[tuple[str, int]]:
     now, live = 0, list[int]()
     for index, kernel in enumerate(kernels):
         released = [books.sizes[n] for n in dying[index]]
-        inputs = [books.sizes[n] for n in dying[index] if n not in kernel.members]
+        inputs = [books.sizes[n] for n in dying[index] if books.may_be_overwritten(n, kernel)]
         for size in (books.sizes[n] for n in kernel.members if n in books.sizes):
-            if not kernel.library and size in inputs:
+            if size in inputs:
                 # An output of a generated kernel takes the place of an input that dies there.
                 inputs.remove(size)
                 released.remove(size)

@@ -118,7 +118,8 @@ class Kernel:
     ``level`` orders it after the kernels that it reads from; ``elements`` and ``reduced`` are the
     size of its loops, and how much of that is reduced to one result (``inner``: from neighbouring
     elements); ``library`` kernels take nothing else in, and those with ``returns`` allocate their
-    own results. ``readers`` are the ids of those that read it.
+    own results. ``reduced_reads`` is what its reductions read; ``readers`` are the ids of those that
+    read it.
     """
 
     level: int
@@ -129,6 +130,7 @@ class Kernel:
     returns: bool = False
     members: list[str] = field(default_factory=list)
     reads: set[str] = field(default_factory=set)
+    reduced_reads: set[str] = field(default_factory=set)
     readers: set[int] = field(default_factory=set)
 
 
@@ -242,6 +244,7 @@ def _place(node: fx.Node, kind: Kind, reads: Collection[str], kernels: dict[str,
         if kernel is not home and kernel.readers <= {id(home)} and _join(home, kernel):
             home.members[:0] = kernel.members
             home.reads |= kernel.reads
+            home.reduced_reads |= kernel.reduced_reads
             for name in kernel.reads & kernels.keys():
                 kernels[name].readers.discard(id(kernel))
                 kernels[name].readers.add(id(home))
@@ -249,6 +252,8 @@ def _place(node: fx.Node, kind: Kind, reads: Collection[str], kernels: dict[str,
                 kernels[name] = home
     home.members.append(node.name)
     home.reads.update(reads)
+    if kind is Kind.REDUCTION:
+        home.reduced_reads.update(reads)
     kernels[node.name] = home
     for name in home.reads & kernels.keys():
         if kernels[name] is not home:

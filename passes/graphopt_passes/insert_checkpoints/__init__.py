@@ -114,12 +114,28 @@ def _fused(
     """Points of the given saved sets as the code generator will run them; the first is the
     reference that added seconds count from."""
     points: list[FrontierPoint] = []
-    for saved in dict.fromkeys(sets):
+    plain = list(dict.fromkeys(sets))
+    for saved in dict.fromkeys([*plain, *(_with_statistics(model, evaluate(saved)) for saved in plain)]):
         point = _point(model, evaluate(saved))
         priced = fused_point(model.program, point.schedule, ctx.cost, flops=point.flops, label=point.label)
         points.append(priced)
     start = points[0].seconds
     return [dataclasses.replace(point, seconds=point.seconds - start) for point in points]
+
+
+def _with_statistics(model: StepModel, item: Evaluation) -> frozenset[int]:
+    """The saved set and whatever small results of large reductions are made again under it.
+
+    Row statistics of a norm or a softmax take next to no bytes. Kept, they leave an elementwise
+    kernel behind that may write over its input; made again, they cost another pass over it.
+    """
+    small = {
+        b
+        for i in item.recomputed
+        for b in model.outputs[i]
+        if model.savable[b] and model.size[b] * 64 <= max((model.size[x] for x in model.inputs[i]), default=0)
+    }
+    return item.saved | small
 
 
 def _least_retained(evaluate: Evaluator, sets: Iterable[frozenset[int]]) -> list[frozenset[int]]:
