@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -64,22 +65,74 @@ def optimize(
     ``UnknownNameError`` (pass, option, device, emitter), ``StalePlanError``, and with
     ``on_error="raise"`` ``CaptureError`` and whatever a pass raises.
     """
-    if not isinstance(model, torch.nn.Module):
-        raise InputsError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
-    if verify not in _VERIFY:
-        raise UnknownNameError("value of verify", verify, _VERIFY)
-    where = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    session = make_session(
-        device if device is not None else where,
+    return _prepared(
+        model,
+        inputs,
+        verify=verify,
+        device=device,
+        loss_fn=loss_fn,
+        dynamic_shapes=dynamic_shapes,
+        replay=plan,
+        dry_run=False,
         budget=budget,
         allow=allow,
         pipeline=pipeline,
         emit=emit,
         plugins=plugins,
         on_error=on_error,
-        runs_on=where,
     )
-    session.replay = plan
+
+
+def plan(model: torch.nn.Module, inputs: Any, **options: Any) -> Plan:
+    """What ``optimize`` would do, without compiling anything. Same arguments; ``inputs`` needed."""
+    return _dry_run(model, inputs, options, "plan").plan
+
+
+def pareto(model: torch.nn.Module, inputs: Any, **options: Any) -> Pareto:
+    """Peak bytes of the whole step against predicted seconds, over all plans found.
+
+    Same arguments as ``optimize`` but ``budget`` and ``plan``.
+    """
+    for name in ("budget", "plan"):
+        if name in options:
+            raise InputsError(f"pareto() takes no {name}=: it shows what every budget gives")
+    optimized = _dry_run(model, inputs, options, "pareto")
+    plan = optimized.plan
+    return Pareto(optimized.frontier(), plan.device, plan.emit)
+
+
+def _dry_run(model: torch.nn.Module, inputs: Any, options: dict[str, Any], caller: str) -> Optimized:
+    """``optimize`` up to the point where code would be generated."""
+    if inputs is None:
+        raise InputsError(
+            f"{caller}() needs inputs: a tuple of positional arguments or a dict of keyword arguments"
+        )
+    chosen = inspect.signature(optimize).bind(model, inputs, **options)
+    chosen.apply_defaults()
+    arguments = dict(chosen.arguments)
+    arguments["replay"] = arguments.pop("plan")
+    return _prepared(**arguments | {"dry_run": True, "verify": "off"})
+
+
+def _prepared(
+    model: torch.nn.Module,
+    inputs: Any,
+    *,
+    verify: str,
+    device: str | torch.device | None,
+    loss_fn: Callable[[Any], torch.Tensor] | None,
+    dynamic_shapes: bool | None,
+    replay: Plan | None,
+    dry_run: bool,
+    **choices: Any,
+) -> Optimized:
+    if not isinstance(model, torch.nn.Module):
+        raise InputsError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
+    if verify not in _VERIFY:
+        raise UnknownNameError("value of verify", verify, _VERIFY)
+    where = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    session = make_session(device if device is not None else where, runs_on=where, **choices)
+    session.replay, session.dry_run = replay, dry_run
     session.names = {
         **{id(b): ("buffer", name) for name, b in model.named_buffers()},
         **{id(p): ("parameter", name) for name, p in model.named_parameters()},
@@ -95,28 +148,6 @@ def optimize(
 
             verify_numerically(model, optimized, inputs)
     return optimized
-
-
-def plan(model: torch.nn.Module, inputs: Any, **options: Any) -> Plan:
-    """What ``optimize`` would do, without compiling anything. Same arguments; ``inputs`` needed."""
-    if inputs is None:
-        raise InputsError(
-            "plan() needs inputs: a tuple of positional arguments or a dict of keyword arguments"
-        )
-    return optimize(model, inputs, **options).plan
-
-
-def pareto(model: torch.nn.Module, inputs: Any, **options: Any) -> Pareto:
-    """Peak bytes of the whole step against predicted seconds, over all plans found.
-
-    Same arguments as ``optimize`` but ``budget`` and ``plan``.
-    """
-    for name in ("budget", "plan"):
-        if name in options:
-            raise InputsError(f"pareto() takes no {name}=: it shows what every budget gives")
-    optimized = optimize(model, inputs, **options)
-    plan = optimized.plan
-    return Pareto(optimized.frontier(), plan.device, plan.emit)
 
 
 def make_session(

@@ -21,7 +21,7 @@ from graphopt.capture.segments import split
 from graphopt.capture.semantic import semantic_program
 from graphopt.emit.inductor import JointSeen
 from graphopt.emit.lowered import LoweredMemory, step_memory
-from graphopt.errors import LoweringError
+from graphopt.errors import CaptureError, LoweringError
 from graphopt.partition import partition
 from graphopt.planner import step_peak
 from graphopt.program import InputSpec
@@ -73,6 +73,9 @@ class SegmentedStep:
         """Plan, compile, check the plan against the code's own memory, correct, and bind."""
         session = self.session
         base = session.static_bytes or 0
+        if session.dry_run:
+            session._plan(self.captured)
+            return _never
         for _ in range(_ROUNDS):
             # What is compiled is judged by its code; estimates alone refuse nothing.
             session._plan(self.captured, tentative=True)
@@ -195,6 +198,10 @@ class SegmentedStep:
 
         run = emitter.compile(_copy(segment.gm), segment.example_inputs(), realise, as_is)
         return run, _exact(kind, point, list(emitter.records))
+
+
+def _never(*args: Any) -> Any:
+    raise CaptureError("this program was planned, not compiled")
 
 
 def _corrected(

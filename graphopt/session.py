@@ -83,7 +83,7 @@ class Session:
     by op until ``finish`` plans them all under the one budget; ``staged`` calls it itself, when
     the first graph is called again. ``arguments`` are the call's inputs while it lasts.
     ``held_gradient_bytes`` is what gradients took when the model was handed over: they are there
-    throughout, and a step's own are added to them and go.
+    throughout, and a step's own are added to them and go. ``dry_run``: plan, compile no code.
     """
 
     budget: Budget
@@ -112,6 +112,8 @@ class Session:
     differentiated: set[str] = field(default_factory=set)
     held_gradient_bytes: int = 0
     trains: bool = False
+    dry_run: bool = False
+    planning_seconds: float = 0.0
     replay_bytes: int = 0
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -433,17 +435,17 @@ class Session:
                 chosen = least(frontiers)
             for captured, point in zip(group, chosen, strict=True):
                 captured.point = point
-        self._record_plan(group, started=start)
+        self.planning_seconds += time.perf_counter() - start
+        self._record_plan(group)
 
-    def _record_plan(self, group: Sequence[Captured], *, started: float | None = None) -> None:
+    def _record_plan(self, group: Sequence[Captured]) -> None:
         """Write down the present choice as ``plan``."""
         base = self.static_bytes or 0
         frontiers = [c.frontier for c in group if c.frontier is not None]
         baseline = self._baseline(group)
         budget = self.budget.resolve(baseline.peak_bytes)
-        taken = time.perf_counter() - started if started is not None else 0.0
         predicted = self._cost_of(group, [c.point for c in group if c.point is not None])
-        bound = (baseline.seconds or 0.0) + seconds_bound(frontiers, budget, base)
+        bound = self._unavoidable(group) + seconds_bound(frontiers, budget, base)
         searched = sum(record.seconds for record in self.records)
         self.plan = Plan(
             budget,
@@ -452,9 +454,17 @@ class Session:
             baseline,
             predicted,
             bound,
-            taken + searched,
+            self.planning_seconds + searched,
             tuple(_choice(self.cost, c) for c in group),
         )
+
+    def _unavoidable(self, group: Sequence[Captured]) -> float:
+        """Seconds that every schedule takes. Op by op each operator runs at least once; fused, those that
+        are calls of libraries do, while what is fused may cost less than apart."""
+        if not self.emitter.fuses:
+            return sum(c.reference_seconds for c in group)
+        prices = [self.cost.node(node) for c in group if c.joint is not None for node in c.joint.nodes()]
+        return sum(price.seconds for price in prices if price.flops)
 
     def _infeasible(self, frontiers: Sequence[Frontier], budget: int) -> BudgetError:
         lowest = least_peak(frontiers, self.static_bytes or 0)
