@@ -11,7 +11,7 @@ import pytest
 
 from graphopt.cost import Cost
 from graphopt.errors import StalePlanError
-from graphopt.plan import Choice, Plan, Recomputed, SavedValue
+from graphopt.plans import Choice, Plan, Recomputed, SavedValue
 from graphopt.schedule import Schedule
 
 MIB = 2**20

@@ -342,7 +342,7 @@ def test_every_public_name_resolves() -> None:
 
 def test_functions_are_not_hidden_by_modules_of_their_name() -> None:
     code = (
-        "from graphopt.plan import Plan\nimport graphopt\n"
+        "from graphopt.plans import Plan\nimport graphopt\n"
         "print(callable(graphopt.plan), callable(graphopt.pareto))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

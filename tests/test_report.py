@@ -11,7 +11,7 @@ import pytest
 from graphopt.cost import Cost
 from graphopt.duration import format_seconds
 from graphopt.errors import StalePlanError, StaleReportError
-from graphopt.plan import Choice, Plan, Recomputed, SavedValue
+from graphopt.plans import Choice, Plan, Recomputed, SavedValue
 from graphopt.plugins.records import PluginRecord
 from graphopt.price import price_groups
 from graphopt.report import Environment, PassRecord, ProgramSummary, Report
