@@ -18,7 +18,9 @@ from harness import budgets_between, figure, parser, prepare
 State = dict[str, torch.Tensor]
 
 
-def step(call: torch.nn.Module, model: torch.nn.Module, inputs: dict[str, torch.Tensor], buffers: State) -> State:
+def step(
+    call: torch.nn.Module, model: torch.nn.Module, inputs: dict[str, torch.Tensor], buffers: State
+) -> State:
     """Everything that one training step leaves: loss, gradients, buffers."""
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])

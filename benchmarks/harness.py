@@ -54,7 +54,11 @@ def figure(
     an interrupted run leaves the results that it has. A run on some of the models is stored only
     where ``--out`` says.
     """
-    chosen = items if items is not None else models.chosen(options.models or (["unet", "mixer", "mamba"] * options.quick))
+    chosen = (
+        items
+        if items is not None
+        else models.chosen(options.models or (["unet", "mixer", "mamba"] * options.quick))
+    )
     partial = bool(options.models or options.quick)
     out = options.out or (None if partial else RESULTS / f"{name}.json")
     start, found = time.time(), []
@@ -68,7 +72,12 @@ def figure(
                 found.append(row)
                 say("  " + json.dumps(row))
         except Exception as error:
-            found.append({"model": item, "error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"})
+            found.append(
+                {
+                    "model": item,
+                    "error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}",
+                }
+            )
             say(f"  {found[-1]['error']}")
         say(f"  {time.time() - began:.0f} s")
         record = {
@@ -95,7 +104,10 @@ def environment() -> dict[str, Any]:
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.machine(),
+    )
 
 
 def _version(name: str) -> str:

@@ -9,6 +9,7 @@ is within every budget, and never rises when the budget falls.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ def rows(name: str, *, count: int) -> Iterator[dict[str, Any]]:
         "static": prepared.static,
         "budgets": len(points),
         "within": sum(point["measured"] <= point["budget"] for point in points),
-        "rises": sum(later > earlier for earlier, later in zip(peaks, peaks[1:], strict=False)),
+        "rises": sum(later > earlier for earlier, later in itertools.pairwise(peaks)),
         "distinct_peaks": len(set(peaks)),
         "least_of_baseline": points[-1]["measured"] / points[0]["measured"],
         "used_of_budget_worst": min(point["measured"] / point["budget"] for point in points),

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -121,7 +122,9 @@ def compare(ours: Sequence[tuple[int, int]], torchs: Sequence[dict[str, Any]]) -
     same_flops = [peak for peak, flops in ours if flops <= best["flops"]]
     same_peak = [flops for peak, flops in ours if peak <= best["peak"]]
     # Over every setting that recomputes: what ours needs to come down to the same peak.
-    pairs = [(min((f for m, f in ours if m <= p["peak"]), default=None), p["flops"]) for p in torchs if p["flops"]]
+    pairs = [
+        (min((f for m, f in ours if m <= p["peak"]), default=None), p["flops"]) for p in torchs if p["flops"]
+    ]
     ratios = [flops / theirs for flops, theirs in pairs if flops is not None]
     return {
         "dominated_by": [setting for setting in unmatched if setting in beating] or unmatched,
@@ -148,7 +151,7 @@ def rows(name: str, *, settings: Sequence[float]) -> Iterator[dict[str, Any]]:
         "torch_least_setting": best["setting"],
         "torch_least_flops": best["flops"],
         "torch_rises": sum(
-            later["peak"] < earlier["peak"] for earlier, later in zip(torchs, torchs[1:], strict=False)
+            later["peak"] < earlier["peak"] for earlier, later in itertools.pairwise(torchs)
         ),
         "torch_worst_of_baseline": max(point["peak"] for point in torchs) / baseline,
     }
@@ -175,9 +178,13 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for objective in ("flops", "seconds"):
         parts = [row[objective] for row in good]
         result[objective] = {
-            "dominated": {row["model"]: row[objective]["dominated_by"] for row in good if row[objective]["dominated_by"]},
+            "dominated": {
+                row["model"]: row[objective]["dominated_by"] for row in good if row[objective]["dominated_by"]
+            },
             "peak_ratio": geomean(p["peak_ratio"] for p in parts if p["peak_ratio"]),
-            "flops_ratio": geomean(max(p["flops_ratio"], FLOOR) for p in parts if p["flops_ratio"] is not None),
+            "flops_ratio": geomean(
+                max(p["flops_ratio"], FLOOR) for p in parts if p["flops_ratio"] is not None
+            ),
             "flops_ratio_all_settings": geomean(
                 p["flops_ratio_all_settings"] for p in parts if p["flops_ratio_all_settings"]
             ),

@@ -6,10 +6,10 @@ import operator
 from collections.abc import Iterable
 
 import torch.fx as fx
+
 from graphopt.replay import is_random_state
 from graphopt.schedule import Schedule
 from graphopt.values import value_table
-
 from graphopt_passes.insert_checkpoints.model import StepModel
 
 __all__ = ["saved_storages", "to_schedule"]
@@ -55,10 +55,14 @@ def to_schedule(model: StepModel, saved: Iterable[int], fleeting: Iterable[int] 
             ready.add(node.name)
             for user in node.users:
                 # A tuple is held as long as any element is still to be taken: take them all now.
-                if user.target is operator.getitem and user.name in forward and user.name not in handed and user.users:
-                    if user.name not in ready and _is_read(user, node):
-                        backward.append(user.name)
-                        ready.add(user.name)
+                if (
+                    user.target is operator.getitem
+                    and user.name in forward
+                    and user.name not in handed
+                    and user.users
+                ) and user.name not in ready and _is_read(user, node):
+                    backward.append(user.name)
+                    ready.add(user.name)
 
     for name in model.baseline.backward:
         if name in model.views:
@@ -85,7 +89,9 @@ def to_schedule(model: StepModel, saved: Iterable[int], fleeting: Iterable[int] 
         if spec.role == "gradient":
             ensure(nodes[spec.node])
     order = tuple(name for name in model.baseline.forward if name in used)
-    made_once = tuple(name for name in model.baseline.forward if name in used or not is_random_state(nodes[name]))
+    made_once = tuple(
+        name for name in model.baseline.forward if name in used or not is_random_state(nodes[name])
+    )
     return Schedule(made_once, order, tuple(backward))
 
 
