@@ -1,0 +1,185 @@
+"""Write docs/benchmarks.md from the results in benchmarks/results.
+
+python benchmarks/table.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from graphopt.atomic import write_atomically
+
+RESULTS = Path(__file__).parent / "results"
+PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
+
+HEAD = """# Benchmarks
+
+Written by `python benchmarks/table.py` from the files in `benchmarks/results`; do not edit. Each
+file holds the device, versions, date, command and every row.
+"""
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def verdict(met: bool) -> str:
+    return "**met**" if met else "**not met**"
+
+
+def prediction(record: dict[str, Any]) -> str:
+    summary, rows = record["summary"], good(record)
+    models = dict.fromkeys(row["model"] for row in rows)
+    cells = []
+    for model in models:
+        own = [row for row in rows if row["model"] == model]
+        bytes_off = max(abs(row["error_bytes"]) for row in own)
+        percent_off = f"{max(row['error_percent'] for row in own):.4f} %"
+        cells.append((model, own[0]["graphs"], len(own), mib(own[0]["measured"]), bytes_off, percent_off))
+    return (
+        "## 1. Predicted against measured peak, op by op\n\n"
+        f"Target: error of at most {summary['target_percent']} % at the baseline and three budgets: "
+        f"{verdict(summary['met'])}. Exact to the byte at {summary['exact_to_the_byte']} of "
+        f"{summary['points']} points.\n\n"
+        + table(("model", "graphs", "plans", "baseline peak", "worst error, bytes", "worst error"), cells)
+    )
+
+
+def obedience(record: dict[str, Any]) -> str:
+    summary = record["summary"]
+    cells = [(row["model"], row["budgets"], row["within"], row["rises"]) for row in good(record)]
+    return (
+        "## 2. Is the budget kept?\n\n"
+        "Target: the measured peak is within every budget, and never rises when the budget falls: "
+        f"{verdict(summary['met'])}. {summary['within']} of {summary['budgets']} budgets kept, "
+        f"{summary['rises']} rises.\n\n" + table(("model", "budgets", "kept", "rises"), cells)
+    )
+
+
+def torch_budget(record: dict[str, Any]) -> str:
+    summary = record["summary"]
+    parts = []
+    for objective in ("flops", "seconds"):
+        cells = []
+        for row in good(record):
+            part = row[objective]
+            cells.append((
+                row["model"], number(part["peak_ratio"]), number(part["flops_ratio"]),
+                ", ".join(map(str, part["dominated_by"])) or "none",
+            ))  # fmt: skip
+        whole = summary[objective]
+        cells.append(("geometric mean", number(whole["peak_ratio"]), number(whole["flops_ratio"]), ""))
+        head = ("model", "peak / torch's least, no more FLOPs", "FLOPs / torch's, at its least peak",
+                "settings of torch's that beat every point of ours")  # fmt: skip
+        parts.append(f"Searched for the least {objective}:\n\n" + table(head, cells))
+    met = summary["met"]
+    return (
+        "## 3. Against torch's activation_memory_budget, 21 settings, same joint graph\n\n"
+        f"Dominated by none: {verdict(met['dominated_by_none'])}. Peak at most 0.75: {verdict(met['peak'])}. "
+        f"Recomputed FLOPs at most 0.25: {verdict(met['flops'])}. Peaks are above parameters, buffers and "
+        "inputs, gradients included, by the simulation that figure 1 checks; a ratio of FLOPs below "
+        f"{summary['flops_floor']} counts as that.\n\n" + "\n\n".join(parts)
+    )
+
+
+def exactness(record: dict[str, Any]) -> str:
+    summary = record["summary"]
+    cells = [
+        (row["model"], row["tensors"], len(row["differing"]), len(row["differing_from_eager"]))
+        for row in good(record)
+    ]
+    return (
+        "## 4. Bitwise equality\n\n"
+        "Loss, gradients and buffers of budgeted steps against the step without a budget, op by op, "
+        f"deterministic algorithms, dropout on: {verdict(summary['met'])}.\n\n"
+        + table(("model", "tensors compared", "differing", "differing from plain eager"), cells)
+    )
+
+
+def planning_time(record: dict[str, Any]) -> str:
+    summary = record["summary"]
+    cells = [
+        (row["layers"], row["joint_nodes"], f"{row['plan_seconds']:.2f}", f"{row['total_seconds']:.1f}")
+        for row in good(record)
+    ]
+    return (
+        "## 5. Planning time\n\n"
+        f"A transformers Llama; target: at most {summary['target_seconds']:.0f} s at 32 layers: "
+        f"{verdict(summary['met'])}.\n\n"
+        + table(("layers", "joint nodes", "planning, s", "with capture, s"), cells)
+    )
+
+
+def gpu_train(record: dict[str, Any]) -> str:
+    shape = record["shape"]
+    cells = []
+    for row in record["rows"]:
+        if "ms" not in row:
+            cells.append((f"graphopt, {row['budget_mib']:.0f} MiB", "no plan found", "", "", ""))
+            continue
+        budget = row.get("budget_bytes")
+        name = row["mode"] if budget is None else f"graphopt, {budget / 2**20:.0f} MiB"
+        error = row.get("prediction_error")
+        off = "" if error is None else f"{100 * error:+.2f} %"
+        kept = "" if budget is None else "yes" if row["obeyed"] else "no"
+        cells.append((name, f"{row['act_mib']:.0f}", f"{row['ms']:.1f}", off, kept))
+    return (
+        f"## 6, 7. One training step on {record['device']}\n\n"
+        f"Llama-3.2-1B shape ({shape['layers']} layers, hidden {shape['hidden']}, vocabulary "
+        f"{shape['vocab']}, bf16, {shape['batch']} x {shape['seq']} tokens), forward + backward, "
+        "gradients held; activations are "
+        "`max_memory_allocated` minus parameters and gradients, budgets are of everything.\n\n"
+        + (f"Not complete: {record['note']}\n\n" if not record.get("complete", True) else "")
+        + table(("mode", "activations, MiB", "ms", "peak predicted / measured", "budget kept"), cells)
+    )
+
+
+def good(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in record["rows"] if "error" not in row]
+
+
+def failures(record: dict[str, Any]) -> str:
+    rows = [f"- {row['model']}: {row['error']}" for row in record["rows"] if "error" in row]
+    return "\n\nWithout a result:\n\n" + "\n".join(rows) if rows else ""
+
+
+def mib(count: float) -> str:
+    return f"{count / 2**20:.1f} MiB"
+
+
+def number(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "prediction": prediction,
+    "obedience": obedience,
+    "torch_budget": torch_budget,
+    "exactness": exactness,
+    "planning_time": planning_time,
+    "gpu_train": gpu_train,
+}
+
+
+def main() -> None:
+    page = [HEAD]
+    for name, section in SECTIONS.items():
+        file = RESULTS / f"{name}.json"
+        if not file.exists():
+            page.append(f"## {name}\n\nNot measured yet (`python benchmarks/{name}.py`).")
+            continue
+        record = json.loads(file.read_text())
+        where = record.get("cpu") or record.get("device")
+        versions = record.get("versions", {})
+        stamp = f"\n\n{where}, torch {versions.get('torch', record.get('torch', ''))}, {record['date']}."
+        page.append(section(record) + failures(record) + stamp)
+    write_atomically(PAGE, "\n\n".join(page) + "\n")
+
+
+if __name__ == "__main__":
+    main()
