@@ -14,7 +14,7 @@ from graphopt import _torch
 from graphopt.budget import Budget, format_bytes
 from graphopt.candidate import Declined, Frontier, FrontierPoint, NearMiss
 from graphopt.capture.auxiliary import reattach
-from graphopt.capture.joint import inference_program, joint_program, save_everything
+from graphopt.capture.joint import drop_unread_statistics, inference_program, joint_program, save_everything
 from graphopt.capture.semantic import (
     auxiliary_outputs,
     detach_outputs,
@@ -61,6 +61,7 @@ class Captured:
     frontier: Frontier | None = None
     reference: FrontierPoint | None = None
     reference_seconds: float = 0.0
+    flops: Mapping[str, int] = field(default_factory=dict)
     point: FrontierPoint | None = None
     lowered: tuple[fx.GraphModule, ...] = ()
     provisional: bool = False
@@ -312,6 +313,7 @@ class Session:
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         captured.mode = "train"
         _torch.eliminate_common_subexpressions(joint)
+        drop_unread_statistics(joint)
         if self.emitter.name == "eager":
             make_random_states_explicit(joint)
         program = joint_program(captured.name, joint, captured.specs, num_outputs)
@@ -329,6 +331,7 @@ class Session:
         assert captured.joint is not None and captured.baseline is not None
         baseline = captured.reference = self._baseline_point(captured.joint, captured.baseline)
         captured.reference_seconds = self._seconds(captured.joint, captured.baseline)
+        captured.flops = {node.name: self.cost.node(node).flops for node in captured.joint.nodes()}
         ctx = PassContext(self.cost, captured.mode, self.emitter.name, None, self.allow)
         best: Frontier | None = None
         for step in self.passes:
@@ -411,7 +414,10 @@ class Session:
         else:
             step = [(c.joint, p.schedule) for c, p in zip(group, points, strict=True) if c.joint is not None]
             peak = self.cost.memory(step, base_bytes=base).peak_bytes
-        return Cost(peak, self.weight_bytes or 0, seconds)
+        flops = 0
+        for c, p in zip(group, points, strict=True):
+            flops += sum(c.flops.get(name, 0) for name in (*p.schedule.forward, *p.schedule.backward))
+        return Cost(peak, self.weight_bytes or 0, seconds, flops)
 
     def _plan(self, group: Sequence[Captured], *, tentative: bool = False) -> None:
         """Choose a point for each of ``group``. ``tentative``: the least where nothing seems to fit."""
@@ -468,13 +474,16 @@ class Session:
 
     def _infeasible(self, frontiers: Sequence[Frontier], budget: int) -> BudgetError:
         lowest = least_peak(frontiers, self.static_bytes or 0)
+        failed = {r.id: r.reason for r in self.records if r.status in ("rolled-back", "failed")}
+        advice = [f"ask for budget={lowest} or more"]
+        advice += [f"pass {name} failed: {reason}" for name, reason in failed.items()]
         return BudgetError(
             f"no plan fits {format_bytes(budget)}: the least that fits is {format_bytes(lowest)} "
             f"({lowest} bytes), of which {format_bytes(self.static_bytes or 0)} are parameters, "
             "buffers and inputs",
             least_bytes=lowest,
             budget_bytes=budget,
-            hint=f"ask for budget={lowest} or more",
+            hint="; ".join(advice),
         )
 
     def _fail(self, text: str, error: Exception) -> None:

@@ -116,15 +116,24 @@ def _exit_code(arguments: Sequence[str] | None) -> int:
     except GraphoptError as error:
         click.echo(f"graphopt: error[{error.code}]: {error}", err=True)
         return 1
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):
+            return _closed_pipe()
+        click.echo(
+            f"graphopt: error[file]: {error.filename or 'a file'}: {error.strerror or error}", err=True
+        )
+        return 1
     except click.ClickException as error:
         error.show()
         return error.exit_code
     except click.Abort:
         click.echo("graphopt: interrupted", err=True)
         return 130
-    except BrokenPipeError:
-        # The reader of stdout went away (`graphopt dump ... | head`): nothing is left to say, and
-        # the interpreter must not try to flush into the closed pipe on its way out.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     return returned if isinstance(returned, int) else 0
+
+
+def _closed_pipe() -> int:
+    """The reader of stdout went away (`graphopt dump ... | head`): nothing is left to say."""
+    # The interpreter must not try to flush into the closed pipe on its way out.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 1

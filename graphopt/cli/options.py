@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -9,6 +10,8 @@ from typing import Any, TypeVar
 import click
 
 __all__ = [
+    "NEW_FILE",
+    "OLD_FILE",
     "json_option",
     "optimize_options",
     "output_option",
@@ -19,14 +22,28 @@ __all__ = [
 
 F = TypeVar("F", bound=Callable[..., Any])
 
+
+class _NewFile(click.Path):
+    """A file that can be written; a folder that is missing is said before any work is done for it."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if not path.parent.is_dir():
+            self.fail(f"there is no folder '{path.parent}' to write {path.name} into", param, ctx)
+        if not os.access(path.parent, os.W_OK):
+            self.fail(f"folder '{path.parent}' cannot be written to", param, ctx)
+        return path
+
+
+NEW_FILE = _NewFile(dir_okay=False)
+OLD_FILE = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
+
 target_argument = click.argument("target", metavar="TARGET")
 json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON instead of text.")
 pipeline_option = click.option(
     "--pipeline", "-p", metavar="PIPELINE", help="A preset, a .yaml file, or pass,pass{option=value}."
 )
-output_option = click.option(
-    "--output", "-o", type=click.Path(dir_okay=False, path_type=Path), help="Write to this file."
-)
+output_option = click.option("--output", "-o", type=NEW_FILE, help="Write to this file.")
 
 _SHARED = (
     click.option("--device", metavar="NAME", help="Predict for this device (default: the model's own)."),
@@ -42,6 +59,11 @@ _SHARED = (
         show_default=True,
         help="Code generator.",
     ),
+    click.option(
+        "--infer",
+        is_flag=True,
+        help="The step is a forward without gradients, whatever mode the model is in.",
+    ),
 )
 _CHOOSING = (
     click.option(
@@ -55,7 +77,7 @@ _CHOOSING = (
 
 
 def plan_options(command: F) -> F:
-    """``--device``, ``--loss``, ``--emit``."""
+    """``--device``, ``--loss``, ``--emit``, ``--infer``."""
     for option in reversed(_SHARED):
         command = option(command)
     return command

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import logging
 import os
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +20,7 @@ from graphopt.errors import TargetError, nearest
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Inputs", "Target", "import_object", "load_loss", "load_target"]
+__all__ = ["Inputs", "Target", "import_object", "load_loss", "load_target", "step_mode"]
 
 Inputs = tuple[Any, ...] | dict[str, Any]
 
@@ -104,6 +106,12 @@ def _import_module(name: str, what: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name is None or not (name == error.name or name.startswith(f"{error.name}.")):
             raise TargetError(f"importing {name!r} failed: {error}") from error
+        if "/" in name or name.endswith(".py"):
+            dotted = name.removesuffix(".py").strip("./").replace("/", ".")
+            raise TargetError(
+                f"{name!r} is a path: a {what} names a module",
+                hint=f"write {dotted}:..., from its root folder",
+            ) from error
         parent, _, missing = error.name.rpartition(".")
         close = nearest(missing, _siblings(parent))
         raise TargetError(
@@ -139,13 +147,11 @@ def _load_exported(text: str) -> Target:
         raise TargetError(f"there is no file {text!r}" + (f"; did you mean {close!r}?" if close else ""))
     import torch
 
-    try:
-        program = torch.export.load(path)
-    except Exception as error:
-        raise TargetError(
-            f"{text!r} is not a program that this torch can load: {type(error).__name__}: {error}",
-            hint="save one with torch.export.save(torch.export.export(model, inputs), path)",
-        ) from error
+    with _logged_errors("torch.export") as logged:
+        try:
+            program = torch.export.load(path)
+        except Exception as error:
+            raise _unloadable(text, logged[-1] if logged else error) from error
     if program.example_inputs is None:
         raise TargetError(f"{text!r} was saved without example inputs")
     positional, keyword = program.example_inputs
@@ -155,6 +161,50 @@ def _load_exported(text: str) -> Target:
             hint="export it with inputs of one kind: a tuple of positional or a dict of keyword arguments",
         )
     return Target(text, program.module(), dict(keyword) if keyword else tuple(positional))
+
+
+@contextmanager
+def _logged_errors(name: str) -> Iterator[list[BaseException]]:
+    """The exceptions that a logger writes down, in place of its writing. ``torch.export.load`` logs why
+    it fails and raises something that says to read the log."""
+    found: list[BaseException] = []
+
+    class _Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if record.exc_info and record.exc_info[1] is not None:
+                found.append(record.exc_info[1])
+
+    logger, keep = logging.getLogger(name), _Keep()
+    before = logger.handlers, logger.propagate
+    logger.handlers, logger.propagate = [keep], False
+    try:
+        yield found
+    finally:
+        logger.handlers, logger.propagate = before
+
+
+def _unloadable(text: str, error: BaseException) -> TargetError:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    why = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    hint = "save one with torch.export.save(torch.export.export(model, inputs), path)"
+    if "pytree is not registered" in why:
+        hint = (
+            "its inputs or outputs are of a class that a package registers with torch when it is imported; "
+            "name a factory that imports the package and returns torch.export.load(path).module() and inputs"
+        )
+    return TargetError(f"{text!r} is not a program that this torch can load: {why}", hint=hint)
+
+
+@contextmanager
+def step_mode(infer: bool) -> Iterator[None]:
+    """How a step runs: without gradients for ``--infer``, else as the model's mode says."""
+    if not infer:
+        yield
+        return
+    import torch
+
+    with torch.no_grad():
+        yield
 
 
 def _is_module(value: object) -> bool:

@@ -16,14 +16,14 @@ __all__ = ["command"]
 @target_argument
 @plan_options
 @json_option
-def command(target: str, device: str | None, loss: str | None, emit: str, as_json: bool) -> None:
+def command(target: str, device: str | None, loss: str | None, emit: str, infer: bool, as_json: bool) -> None:
     """Say what one step of TARGET takes as it is."""
     from graphopt.api import plan
     from graphopt.budget import format_bytes
-    from graphopt.cli.target import load_loss, load_target
+    from graphopt.cli.target import load_loss, load_target, step_mode
     from graphopt.duration import format_seconds
 
-    with talking(f"capturing {target}"):
+    with step_mode(infer), talking(f"capturing {target}"):
         loaded = load_target(target)
         planned = plan(
             loaded.model, loaded.inputs, pipeline=(), device=device, emit=emit, loss_fn=load_loss(loss)

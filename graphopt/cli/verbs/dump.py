@@ -8,6 +8,8 @@ import click
 
 from graphopt.cli.options import json_option, optimize_options, output_option, target_argument
 from graphopt.cli.output import talking, write_json
+from graphopt.errors import UnknownNameError
+from graphopt.plugins import default_host
 
 __all__ = ["command"]
 
@@ -15,7 +17,13 @@ __all__ = ["command"]
 @click.command("dump")
 @target_argument
 @optimize_options
-@click.option("--stage", default="final", show_default=True, help="How far down: semantic, joint or final.")
+@click.option(
+    "--stage",
+    type=click.Choice(["semantic", "joint", "final"]),
+    default="final",
+    show_default=True,
+    help="How far down the way to code.",
+)
 @click.option("--format", "-f", "form", default="text", show_default=True, help="A dump format.")
 @output_option
 @json_option
@@ -27,6 +35,7 @@ def command(
     device: str | None,
     loss: str | None,
     emit: str,
+    infer: bool,
     stage: str,
     form: str,
     output: Path | None,
@@ -35,9 +44,12 @@ def command(
     """Write the graphs of TARGET, rewritten, as text, JSON, Python or DOT."""
     from graphopt.api import optimize
     from graphopt.atomic import write_atomically
-    from graphopt.cli.target import load_loss, load_target
+    from graphopt.cli.target import load_loss, load_target, step_mode
 
-    with talking(f"rewriting {target}"):
+    known = default_host().formats()
+    if form not in known:
+        raise UnknownNameError("dump format", form, known)
+    with step_mode(infer), talking(f"rewriting {target}"):
         loaded = load_target(target)
         optimized = optimize(
             loaded.model,

@@ -25,6 +25,7 @@ def command(
     device: str | None,
     loss: str | None,
     emit: str,
+    infer: bool,
     pipeline: str | None,
     output: Path | None,
     as_json: bool,
@@ -32,10 +33,10 @@ def command(
     """Show peak bytes against time of TARGET."""
     from graphopt.api import pareto
     from graphopt.budget import format_bytes
-    from graphopt.cli.target import load_loss, load_target
+    from graphopt.cli.target import load_loss, load_target, step_mode
     from graphopt.duration import format_seconds
 
-    with talking(f"searching the frontier of {target}"):
+    with step_mode(infer), talking(f"searching the frontier of {target}"):
         loaded = load_target(target)
         found = pareto(
             loaded.model,

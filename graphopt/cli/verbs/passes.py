@@ -70,8 +70,9 @@ def _described(cls: type[Pass]) -> dict[str, Any]:
 
 
 def _page(found: dict[str, Any]) -> str:
-    lines = [f"{found['name']} ({found['level']}, {found['result']}, plugin {found['plugin']})", ""]
-    lines += [*found["doc"].splitlines(), ""] if found["doc"] else []
+    lines = [f"{found['name']} ({found['level']}, {found['result']}, plugin {found['plugin']})"]
+    lines += [found["summary"], ""] if found["summary"] else [""]
+    lines += [*found["doc"].replace("``", "`").splitlines(), ""] if found["doc"] else []
     for word in ("after", "before"):
         lines += [f"runs {word} {other}: {why}" for other, why in found[word].items()]
     lines.append("options:" if found["options"] else "no options")

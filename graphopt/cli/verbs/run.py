@@ -6,12 +6,10 @@ from pathlib import Path
 
 import click
 
-from graphopt.cli.options import json_option, optimize_options, target_argument
+from graphopt.cli.options import NEW_FILE, OLD_FILE, json_option, optimize_options, target_argument
 from graphopt.cli.output import talking, write_json
 
 __all__ = ["command"]
-
-_FILE = click.Path(dir_okay=False, path_type=Path)
 
 
 @click.command("run")
@@ -24,8 +22,10 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
     show_default=True,
     help="What to check of each rewritten program.",
 )
-@click.option("--plan", "plan_file", type=_FILE, help="Replay the plan in this file instead of choosing one.")
-@click.option("--save-plan", type=_FILE, help="Write the plan to this file.")
+@click.option(
+    "--plan", "plan_file", type=OLD_FILE, help="Replay the plan in this file instead of choosing one."
+)
+@click.option("--save-plan", type=NEW_FILE, help="Write the plan to this file.")
 @json_option
 def command(
     target: str,
@@ -35,6 +35,7 @@ def command(
     device: str | None,
     loss: str | None,
     emit: str,
+    infer: bool,
     verify: str,
     plan_file: Path | None,
     save_plan: Path | None,
@@ -42,11 +43,11 @@ def command(
 ) -> None:
     """Optimize TARGET, run one step and report what it took."""
     from graphopt.api import optimize
-    from graphopt.cli.target import load_loss, load_target
+    from graphopt.cli.target import load_loss, load_target, step_mode
     from graphopt.cost import Cost
     from graphopt.plans import Plan
 
-    with talking(f"optimizing {target}"):
+    with step_mode(infer), talking(f"optimizing {target}"):
         loaded = load_target(target)
         optimized = optimize(
             loaded.model,
@@ -60,7 +61,7 @@ def command(
             loss_fn=load_loss(loss),
             plan=Plan.load(plan_file) if plan_file is not None else None,
         )
-    with talking("running one step"):
+    with step_mode(infer), talking("running one step"):
         took = optimized.measure(loaded.inputs)
     predicted = optimized.report.predicted
     weights = predicted.weight_bytes if predicted is not None else 0
