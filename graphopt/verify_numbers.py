@@ -90,8 +90,10 @@ def _observe(
 ) -> _Observed:
     parameters = {name: p for name, p in owner.named_parameters() if p.requires_grad}
     leaves, spec = pytree.tree_flatten(arguments)
-    # The step may write its inputs.
-    leaves = [_fresh(leaf) for leaf in leaves]
+    # The step may write its inputs. A tensor that is given twice stays one: a program captured with
+    # `labels is input_ids` is another than one captured without.
+    fresh = {id(leaf): _fresh(leaf) for leaf in leaves}
+    leaves = [fresh[id(leaf)] for leaf in leaves]
     args, kwargs = pytree.tree_unflatten(leaves, spec)
     for parameter in parameters.values():
         parameter.grad = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 from typing import IO
 
@@ -52,7 +53,11 @@ def _renamed(program: Program, names: Names) -> fx.GraphModule:
 
 
 def _identifier(name: str) -> str:
-    return f"v{name[1:]}" if name.startswith("%") else re.sub(r"\W", "_", name.removeprefix("@"))
+    if name.startswith("%"):
+        return f"v{name[1:]}"
+    word = re.sub(r"\W", "_", name.removeprefix("@"))
+    # A layer of a Sequential has a number for a name, and any module may be called `class`.
+    return word if word.isidentifier() and not keyword.iskeyword(word) else f"_{word}"
 
 
 def _layers(program: Program, names: Names) -> dict[str, str]:
