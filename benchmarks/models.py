@@ -9,6 +9,7 @@ parameters and one training step takes about a second at most on two CPU cores.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -21,12 +22,14 @@ __all__ = ["MODELS", "build", "chosen"]
 Built = tuple[nn.Module, dict[str, torch.Tensor]]
 
 
-def llama(layers: int = 8, width: int = 256, vocabulary: int = 4096, batch: int = 4, length: int = 256) -> Built:
+def llama(
+    layers: int = 6, width: int = 128, vocabulary: int = 2048, batch: int = 4, length: int = 512
+) -> Built:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers, num_attention_heads=8,
-        num_key_value_heads=4, vocab_size=vocabulary, max_position_embeddings=max(length, 64), use_cache=False,
+        hidden_size=width, intermediate_size=width * 11 // 4, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=vocabulary, max_position_embeddings=length, use_cache=False,
     )  # fmt: skip
     ids = torch.randint(0, vocabulary, (batch, length))
     return LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}
@@ -36,8 +39,8 @@ def gpt2() -> Built:
     """Dropout on, as configured by default."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(n_embd=256, n_layer=6, n_head=8, vocab_size=2048, n_positions=256, use_cache=False)
-    ids = torch.randint(0, 2048, (4, 256))
+    config = GPT2Config(n_embd=128, n_layer=4, n_head=4, vocab_size=1024, n_positions=256, use_cache=False)
+    ids = torch.randint(0, 1024, (8, 256))
     return GPT2LMHeadModel(config), {"input_ids": ids, "labels": ids}
 
 
@@ -46,10 +49,10 @@ def bert() -> Built:
     from transformers import BertConfig, BertForMaskedLM
 
     config = BertConfig(
-        hidden_size=256, num_hidden_layers=6, num_attention_heads=8, intermediate_size=1024, vocab_size=2048,
+        hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512, vocab_size=1024,
         max_position_embeddings=256,
     )  # fmt: skip
-    ids = torch.randint(0, 2048, (4, 256))
+    ids = torch.randint(0, 1024, (8, 256))
     return BertForMaskedLM(config), {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
@@ -58,10 +61,10 @@ def t5() -> Built:
     from transformers import T5Config, T5ForConditionalGeneration
 
     config = T5Config(
-        d_model=256, d_kv=32, d_ff=1024, num_layers=4, num_decoder_layers=4, num_heads=8, vocab_size=2048,
+        d_model=128, d_kv=32, d_ff=512, num_layers=3, num_decoder_layers=3, num_heads=4, vocab_size=1024,
         use_cache=False, decoder_start_token_id=0,
     )  # fmt: skip
-    ids = torch.randint(0, 2048, (4, 192))
+    ids = torch.randint(0, 1024, (8, 192))
     return T5ForConditionalGeneration(config), {"input_ids": ids, "labels": ids[:, :128].contiguous()}
 
 
@@ -69,20 +72,20 @@ def vit() -> Built:
     from transformers import ViTConfig, ViTForImageClassification
 
     config = ViTConfig(
-        hidden_size=192, num_hidden_layers=8, num_attention_heads=6, intermediate_size=768, image_size=128,
+        hidden_size=96, num_hidden_layers=6, num_attention_heads=3, intermediate_size=384, image_size=128,
         patch_size=8, num_labels=100,
     )  # fmt: skip
     return ViTForImageClassification(config), {
-        "pixel_values": torch.randn(4, 3, 128, 128), "labels": torch.randint(0, 100, (4,)),
+        "pixel_values": torch.randn(12, 3, 128, 128), "labels": torch.randint(0, 100, (12,)),
     }  # fmt: skip
 
 
 def convnext() -> Built:
     from transformers import ConvNextConfig, ConvNextForImageClassification
 
-    config = ConvNextConfig(hidden_sizes=[32, 64, 128, 256], depths=[2, 2, 6, 2], num_labels=100, image_size=128)
+    config = ConvNextConfig(hidden_sizes=[24, 48, 96, 192], depths=[2, 2, 4, 2], num_labels=100)
     return ConvNextForImageClassification(config), {
-        "pixel_values": torch.randn(8, 3, 128, 128), "labels": torch.randint(0, 100, (8,)),
+        "pixel_values": torch.randn(12, 3, 128, 128), "labels": torch.randint(0, 100, (12,)),
     }  # fmt: skip
 
 
@@ -90,10 +93,10 @@ def resnet() -> Built:
     from transformers import ResNetConfig, ResNetForImageClassification
 
     config = ResNetConfig(
-        embedding_size=32, hidden_sizes=[64, 128, 256, 512], depths=[2, 3, 4, 2], layer_type="bottleneck", num_labels=100
+        embedding_size=16, hidden_sizes=[32, 64, 128, 256], depths=[2, 3, 4, 2], num_labels=100
     )
     return ResNetForImageClassification(config), {
-        "pixel_values": torch.randn(16, 3, 112, 112), "labels": torch.randint(0, 100, (16,)),
+        "pixel_values": torch.randn(24, 3, 128, 128), "labels": torch.randint(0, 100, (24,)),
     }  # fmt: skip
 
 
@@ -101,20 +104,20 @@ def whisper() -> Built:
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     config = WhisperConfig(
-        d_model=192, encoder_layers=4, decoder_layers=4, encoder_attention_heads=6, decoder_attention_heads=6,
-        encoder_ffn_dim=768, decoder_ffn_dim=768, vocab_size=2048, max_source_positions=300,
+        d_model=96, encoder_layers=3, decoder_layers=3, encoder_attention_heads=3, decoder_attention_heads=3,
+        encoder_ffn_dim=384, decoder_ffn_dim=384, vocab_size=1024, max_source_positions=300,
         max_target_positions=128, use_cache=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         decoder_start_token_id=1,
     )  # fmt: skip
     return WhisperForConditionalGeneration(config), {
-        "input_features": torch.randn(4, 80, 600), "labels": torch.randint(3, 2048, (4, 96)),
+        "input_features": torch.randn(6, 80, 600), "labels": torch.randint(3, 1024, (6, 96)),
     }  # fmt: skip
 
 
 def mamba() -> Built:
     from transformers import MambaConfig, MambaForCausalLM
 
-    config = MambaConfig(hidden_size=128, num_hidden_layers=4, vocab_size=1024, state_size=16, use_cache=False)
+    config = MambaConfig(hidden_size=128, num_hidden_layers=3, vocab_size=1024, use_cache=False)
     ids = torch.randint(0, 1024, (4, 48))
     return MambaForCausalLM(config), {"input_ids": ids, "labels": ids}
 
@@ -124,12 +127,12 @@ def qwen3_moe() -> Built:
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
-        hidden_size=128, intermediate_size=256, moe_intermediate_size=128, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=8, num_experts_per_tok=2,
+        hidden_size=96, intermediate_size=192, moe_intermediate_size=96, num_hidden_layers=4,
+        num_attention_heads=3, num_key_value_heads=3, num_experts=4, num_experts_per_tok=2,
         vocab_size=1024, max_position_embeddings=256, use_cache=False,
     )  # fmt: skip
     config._experts_implementation = "grouped_mm"
-    ids = torch.randint(0, 1024, (4, 128))
+    ids = torch.randint(0, 1024, (8, 256))
     return Qwen3MoeForCausalLM(config), {"input_ids": ids, "labels": ids}
 
 
@@ -139,7 +142,8 @@ class _Double(nn.Sequential):
     def __init__(self, inside: int, outside: int) -> None:
         layers: list[nn.Module] = []
         for source in (inside, outside):
-            layers += [nn.Conv2d(source, outside, 3, padding=1), nn.BatchNorm2d(outside), nn.ReLU(inplace=True)]
+            layers += [nn.Conv2d(source, outside, 3, padding=1), nn.BatchNorm2d(outside)]
+            layers.append(nn.ReLU(inplace=True))
         super().__init__(*layers)
 
 
@@ -150,7 +154,7 @@ class UNet(nn.Module):
         super().__init__()
         widths = [width << level for level in range(depth + 1)]
         self.down = nn.ModuleList(_Double(a, b) for a, b in zip([3, *widths[:-1]], widths, strict=True))
-        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in zip(widths, widths[1:], strict=False))
+        self.up = nn.ModuleList(nn.ConvTranspose2d(b, a, 2, 2) for a, b in itertools.pairwise(widths))
         self.join = nn.ModuleList(_Double(2 * a, a) for a in widths[:-1])
         self.head = nn.Conv2d(width, classes, 1)
 
@@ -166,7 +170,8 @@ class UNet(nn.Module):
 
 
 def unet() -> Built:
-    return UNet(16, 4, 10), {"image": torch.randn(4, 3, 128, 128), "labels": torch.randint(0, 10, (4, 128, 128))}
+    image, labels = torch.randn(4, 3, 128, 128), torch.randint(0, 10, (4, 128, 128))
+    return UNet(16, 3, 10), {"image": image, "labels": labels}
 
 
 class _Mixing(nn.Module):
@@ -198,7 +203,8 @@ class Mixer(nn.Module):
 
 
 def mixer() -> Built:
-    return Mixer(128, 8, 192, 8, 100), {"image": torch.randn(4, 3, 128, 128), "labels": torch.randint(0, 100, (4,))}
+    image, labels = torch.randn(24, 3, 128, 128), torch.randint(0, 100, (24,))
+    return Mixer(128, 16, 128, 6, 100), {"image": image, "labels": labels}
 
 
 MODELS: dict[str, Callable[[], Built]] = {
@@ -223,9 +229,8 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description="What the models of the CPU figures are.")
     parser.add_argument("--models", nargs="*", default=[], metavar="NAME")
-    parser.add_argument("--quick", action="store_true", help="accepted like by the other scripts; changes nothing")
     for name in chosen(parser.parse_args().models):
         model, inputs = build(name)
         parameters = sum(p.numel() for p in model.parameters())

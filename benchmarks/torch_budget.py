@@ -27,11 +27,13 @@ from harness import figure, geomean, parser
 
 import graphopt
 from graphopt import _torch
-from graphopt.capture.joint import joint_program, save_everything
+from graphopt.capture.joint import drop_unread_statistics, save_everything
 from graphopt.emit.eager import EagerEmitter
 from graphopt.partition import schedule_of
 from graphopt.passes import PassContext
 from graphopt.program import Program
+from graphopt.replay import random_state_of
+from graphopt.schedule import Schedule
 from graphopt.session import Session
 from graphopt_passes.insert_checkpoints import InsertCheckpoints
 
@@ -54,6 +56,7 @@ class Recorder(EagerEmitter):
             if self.joint is not None:
                 raise RuntimeError("the model was captured in several graphs; torch's setting is for one")
             _torch.eliminate_common_subexpressions(joint)
+            drop_unread_statistics(joint)
             self.joint, self.context = copy.deepcopy(joint), _torch.capture_context()
             self.arguments = {"num_fwd_outputs": num_fwd_outputs, **rest}
             return partition(joint, num_fwd_outputs)
@@ -79,20 +82,34 @@ def capture(name: str) -> tuple[Session, Recorder]:
 def torch_points(session: Session, recorder: Recorder, settings: Sequence[float]) -> list[dict[str, Any]]:
     """Peak and FLOPs again of torch's partition at each setting."""
     assert recorder.joint is not None
-    outputs = recorder.arguments["num_fwd_outputs"]
-    program = joint_program("torch", copy.deepcopy(recorder.joint), session.current[0].specs, outputs)
+    program = session.current[0].joint
+    assert program is not None
     flops = {node.name: session.cost.node(node).flops for node in program.nodes()}
     points = []
     for setting in settings:
         with _torch.within(recorder.context):
             halves = _torch.torch_partition(copy.deepcopy(recorder.joint), setting, dict(recorder.arguments))
-        schedule = schedule_of(program, *halves)
+        schedule = with_random_states(program, schedule_of(program, *halves))
         points.append({
             "setting": setting,
             "peak": session.cost.memory([(program, schedule)]).peak_bytes,
             "flops": sum(flops[name] for name in schedule.recomputed),
         })  # fmt: skip
     return points
+
+
+def with_random_states(program: Program, schedule: Schedule) -> Schedule:
+    """The schedule with the generator states that its random operators are run again under.
+
+    torch leaves that to the code generator. Run op by op the states have to be kept, 5 KB each, in its
+    plans as in ours.
+    """
+    again = set(schedule.recomputed)
+    states = {
+        node.name: state.name for node in program.nodes() if node.name in again and (state := random_state_of(node))
+    }
+    forward = [name for node in schedule.forward for name in ([states[node], node] if node in states else [node])]
+    return Schedule(tuple(forward), (*schedule.saved, *states.values()), schedule.backward)
 
 
 def our_points(session: Session, objective: str) -> tuple[list[tuple[int, int]], float]:

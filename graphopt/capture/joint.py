@@ -13,7 +13,22 @@ from graphopt.program import InputSpec, Level, OutputSpec, Program, Signature
 from graphopt.replay import is_random_state, random_state_of
 from graphopt.schedule import Schedule
 
-__all__ = ["inference_program", "joint_program", "save_everything"]
+__all__ = ["drop_unread_statistics", "inference_program", "joint_program", "save_everything"]
+
+
+def drop_unread_statistics(gm: fx.GraphModule) -> None:
+    """Take running statistics from the backwards of batch norms that never look at them, in place.
+
+    In training they go by the statistics of the batch; handed over all the same, the running ones
+    would have to be kept, and norms that are run again would have to spare the first run's::
+
+        native_batch_norm_backward(%g, %x, %w, %mean, %var, %m, %s, True, ...)
+        native_batch_norm_backward(%g, %x, %w, None, None, %m, %s, True, ...)
+    """
+    for node in gm.graph.nodes:
+        if node.target is torch.ops.aten.native_batch_norm_backward.default and node.args[7] is True:
+            node.args = (*node.args[:3], None, None, *node.args[5:])
+    gm.recompile()
 
 
 def joint_program(name: str, gm: fx.GraphModule, specs: Sequence[InputSpec], num_outputs: int) -> Program:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 from graphopt.candidate import Frontier, FrontierPoint
 from graphopt.emit.fused_point import fused_point
@@ -31,10 +31,12 @@ from graphopt_passes.insert_checkpoints.bound import peak_floor, seconds_bound
 from graphopt_passes.insert_checkpoints.evaluate import Evaluation, Evaluator
 from graphopt_passes.insert_checkpoints.model import StepModel, build_model
 from graphopt_passes.insert_checkpoints.portfolio import blends, seeds, steps_between
-from graphopt_passes.insert_checkpoints.realise import saved_storages, to_schedule
+from graphopt_passes.insert_checkpoints.realise import Realiser, saved_storages
 from graphopt_passes.insert_checkpoints.search import search
 
 __all__ = ["InsertCheckpoints"]
+
+_Priced = TypeVar("_Priced", Evaluation, FrontierPoint)
 
 _SAMPLE = 48
 """How many points of a frontier are priced as fused kernels: each costs about what lowering does."""
@@ -44,8 +46,8 @@ _SAMPLE = 48
 class InsertCheckpoints(Pass):
     """``objective``: what a recomputation costs, predicted ``"seconds"`` or ``"flops"``.
 
-    ``targets``: how many peaks between the least and the largest are aimed at; 0 chooses by the
-    size of the program. ``effort``: how many plans may be tried for each.
+    ``targets``: how many peaks between the least and the largest are aimed at. ``effort``: how many
+    plans may be tried for each. 0 chooses by the size of the program.
     """
 
     name: ClassVar[str] = "insert-checkpoints"
@@ -54,7 +56,7 @@ class InsertCheckpoints(Pass):
 
     objective: str = "seconds"
     targets: int = 0
-    effort: int = 48
+    effort: int = 0
 
     def __post_init__(self) -> None:
         if self.objective not in ("seconds", "flops"):
@@ -75,11 +77,16 @@ class InsertCheckpoints(Pass):
         everything = saved_storages(model, model.baseline.saved)
         family = [everything, *seeds(search_model, search_model.seconds, 16)]
         starts = [*family, *blends(search_model, family, 8)]
-        targets = self.targets or max(24, min(96, 60_000 // max(len(model.slots), 1)))
+        slots = max(len(model.slots), 1)
+        targets = self.targets or max(24, min(96, 60_000 // slots))
+        effort = self.effort or max(12, min(96, 20_000 // slots))
         # What code generators make of values that are computed again more than once is not modelled.
-        front = search(evaluate, starts, targets=targets, effort=self.effort, repeat=ctx.emit == "eager")
+        repeat = ctx.emit == "eager"
+        front = search(evaluate, starts, targets=targets, effort=effort, own=len(family) - 1, repeat=repeat)
+        realise = Realiser(model)
         if ctx.emit == "eager":
-            points = _undominated(_point(model, item) for item in (*front.items, *map(evaluate, family)))
+            items = _undominated((*front.items, *map(evaluate, family)))
+            points = tuple(_point(model, realise, item) for item in items)
             yield Frontier(self.name, points, peak_floor(model), seconds_bound(model))
             return
         # Fused kernels hold less and cost less than their operators: price a sample again.
@@ -90,11 +97,11 @@ class InsertCheckpoints(Pass):
             *(item.saved for item in _thinned(front.items, _SAMPLE // 2)),
             *between,
         ]
-        yield Frontier(self.name, _undominated(_fused(model, ctx, evaluate, sample)))
+        yield Frontier(self.name, tuple(_undominated(_fused(model, ctx, evaluate, realise, sample))))
 
 
-def _point(model: StepModel, item: Evaluation) -> FrontierPoint:
-    schedule = to_schedule(model, item.saved, item.fleeting)
+def _point(model: StepModel, realise: Realiser, item: Evaluation) -> FrontierPoint:
+    schedule = realise(item.saved, item.fleeting)
     again = len(item.recomputed)
     return FrontierPoint(
         schedule,
@@ -109,14 +116,18 @@ def _point(model: StepModel, item: Evaluation) -> FrontierPoint:
 
 
 def _fused(
-    model: StepModel, ctx: PassContext, evaluate: Evaluator, sets: Iterable[frozenset[int]]
+    model: StepModel,
+    ctx: PassContext,
+    evaluate: Evaluator,
+    realise: Realiser,
+    sets: Iterable[frozenset[int]],
 ) -> list[FrontierPoint]:
     """Points of the given saved sets as the code generator will run them; the first is the
     reference that added seconds count from."""
     points: list[FrontierPoint] = []
     plain = list(dict.fromkeys(sets))
     for saved in dict.fromkeys([*plain, *(_with_statistics(model, evaluate(saved)) for saved in plain)]):
-        point = _point(model, evaluate(saved))
+        point = _point(model, realise, evaluate(saved))
         priced = fused_point(model.program, point.schedule, ctx.cost, flops=point.flops, label=point.label)
         points.append(priced)
     start = points[0].seconds
@@ -155,16 +166,20 @@ def _thinned(items: Sequence[Evaluation], count: int) -> list[Evaluation]:
     return [items[round(k * (len(items) - 1) / (count - 1))] for k in range(count)]
 
 
-def _undominated(points: Iterable[FrontierPoint]) -> tuple[FrontierPoint, ...]:
+def _undominated(found: Iterable[_Priced]) -> list[_Priced]:
     """By rising peak, those that no other beats in peak, retained bytes and seconds at once.
 
     Beside other programs what is retained counts as much as the program's own peak.
     """
-    kept: list[FrontierPoint] = []
-    for point in sorted(points, key=lambda p: (p.peak_bytes, p.seconds, p.retained)):
-        if not any(other.seconds <= point.seconds and other.retained <= point.retained for other in kept):
-            kept.append(point)
-    return tuple(kept)
+    kept: list[_Priced] = []
+    for item in sorted(found, key=lambda p: (_peak(p), p.seconds, p.retained)):
+        if not any(other.seconds <= item.seconds and other.retained <= item.retained for other in kept):
+            kept.append(item)
+    return kept
+
+
+def _peak(item: Evaluation | FrontierPoint) -> int:
+    return max(item.forward_peak, item.backward_peak)
 
 
 def _priced_by_flops(model: StepModel) -> StepModel:

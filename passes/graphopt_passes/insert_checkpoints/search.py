@@ -10,14 +10,20 @@ is kept, so the result is at least as good as any starting point.
 from __future__ import annotations
 
 import bisect
+import heapq
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from graphopt_passes.insert_checkpoints.evaluate import Evaluation, Evaluator
 from graphopt_passes.insert_checkpoints.model import StepModel
 
 __all__ = ["Front", "search"]
+
+_NEGLIGIBLE = 1e-7
+"""Seconds (or the share of FLOPs) below which prices do not count."""
 
 
 class Front:
@@ -43,12 +49,19 @@ class Front:
 
 
 def search(
-    evaluate: Evaluator, seeds: Iterable[frozenset[int]], *, targets: int, effort: int, repeat: bool = False
+    evaluate: Evaluator,
+    seeds: Sequence[frozenset[int]],
+    *,
+    targets: int,
+    effort: int,
+    own: int = 0,
+    repeat: bool = False,
 ) -> Front:
     """The frontier of ``evaluate``'s model.
 
     ``targets``: how many peaks between the least and the largest are aimed at. ``effort``: how
-    many evaluations may be spent on each. ``repeat``: whether a storage may be made again more than
+    many evaluations may be spent on each step of that. The seeds after the first, ``own`` of them, are
+    each a start of a descent of their own. ``repeat``: whether a storage may be made again more than
     once.
     """
     front = Front()
@@ -58,6 +71,8 @@ def search(
     top = max(item.peak for item in start)
     descent = _Descent(evaluate, front, repeat)
     bottom = descent.run(max(start, key=lambda item: item.peak), 0, 10**9)
+    for item in start[1 : 1 + own]:
+        descent.run(item, 0, 8 * effort)
     low = min(bottom.peak, min(item.peak for item in front.items))
     for step in range(targets):
         target = low + (top - low) * (targets - 1 - step) // targets
@@ -77,7 +92,6 @@ def _nearest_above(front: Front, target: int) -> Evaluation:
 class _Move:
     """Give ``storage`` up (make it again, once or, ``repeatedly``, whenever a step needs it)."""
 
-    rate: float
     storage: int
     repeatedly: bool
     gain: int
@@ -88,6 +102,10 @@ class _Descent:
 
     def __init__(self, evaluate: Evaluator, front: Front, repeat: bool) -> None:
         self.evaluate, self.front, self.model, self.repeat = evaluate, front, evaluate.model, repeat
+        model = evaluate.model
+        self._size = np.array(model.size, dtype=np.int64)
+        self._last_read = np.array(model.last_read, dtype=np.int64)
+        self._again = np.array([model.again[i] for i in model.maker], dtype=bool)
 
     def run(
         self, item: Evaluation, target: int, effort: int, keep: frozenset[int] = frozenset()
@@ -96,11 +114,10 @@ class _Descent:
         spent = 0
         while item.peak > target and spent < effort:
             aim = target if target else item.peak - max(1, item.peak // 50)
-            moves = self._moves(item, aim, refused)
-            if not moves:
+            batch = self._batch(item, aim, refused)
+            if not batch:
                 break
             excess = item.excess(aim)
-            batch = self._batch(moves, excess)
             trial = self._moved(item, batch)
             spent += 1
             if trial.excess(aim) >= excess:
@@ -117,44 +134,54 @@ class _Descent:
 
     def _moved(self, item: Evaluation, moves: Sequence[_Move]) -> Evaluation:
         given = {move.storage for move in moves if not move.repeatedly}
-        return self.evaluate(
-            item.saved - given, item.fleeting | {move.storage for move in moves if move.repeatedly}
-        )
+        fleeting = item.fleeting | {move.storage for move in moves if move.repeatedly}
+        return self.evaluate(item.saved - given, fleeting, item)
 
-    def _batch(self, moves: Sequence[_Move], excess: int) -> list[_Move]:
-        """The best few that together remove about a tenth of the excess."""
-        batch, removed = [], 0
-        for move in moves:
+    def _batch(self, item: Evaluation, target: int, refused: set[tuple[int, bool]]) -> list[_Move]:
+        """The best few moves that together remove about a tenth of the excess."""
+        excess = item.excess(target)
+        batch: list[_Move] = []
+        removed = 0
+        for move in self._moves(item, target, refused):
             batch.append(move)
             removed += move.gain
             if removed * 10 > excess or len(batch) >= 16:
                 break
         return batch
 
-    def _moves(self, item: Evaluation, target: int, refused: set[tuple[int, bool]]) -> list[_Move]:
-        """What may be given up, by bytes above the target removed per second added."""
+    def _moves(self, item: Evaluation, target: int, refused: set[tuple[int, bool]]) -> Iterator[_Move]:
+        """What may be given up, by bytes above the target removed per second added.
+
+        The seconds of the operator alone bound those of all that has to run again with it, so only
+        what may come next is priced in full.
+        """
         model = self.model
-        over = (item.live > target).cumsum()
-        total_forward = int((item.forward_live > target).sum())
-        out = []
-        for b in item.saved:
-            if (b, False) in refused or not model.again[model.maker[b]]:
-                continue
-            first = item.first_use.get(b, 0)
-            points = int(over[first - 1]) if first > 0 else 0
-            ahead = total_forward - int((item.forward_live[: model.last_read[b] + 1] > target).sum())
-            gain = model.size[b] * (points + ahead)
-            if gain > 0:
-                out.append(_Move(gain / (_chain(model, item, b) + 1e-7), b, False, gain))
+        over = np.concatenate(([0], (item.live > target).cumsum()))
+        ahead = np.concatenate(([0], (item.forward_live > target).cumsum()))
+        saved = np.fromiter(item.saved, np.int64, len(item.saved))
+        saved = np.sort(saved[self._again[saved]])
+        # Above the target until it is first read, and in the forward after its last use there.
+        points = over[np.maximum(item.first_use[saved], 0)] + ahead[-1] - ahead[self._last_read[saved] + 1]
+        gains = self._size[saved] * points
+        heap: list[tuple[float, int, bool, int, bool]] = []
+        for b, gain in zip(saved[gains > 0].tolist(), gains[gains > 0].tolist(), strict=True):
+            if (b, False) not in refused:
+                heap.append((-gain / (model.seconds[model.maker[b]] + _NEGLIGIBLE), b, False, gain, False))
         if self.repeat:
-            gains: dict[int, int] = {}
-            for b, begin, end in item.waits:
-                if (points := int(over[end - 1] - over[begin])) > 0 and (b, True) not in refused:
-                    gains[b] = gains.get(b, 0) + model.size[b] * points
-            for b, gain in gains.items():
-                out.append(_Move(gain / (_chain(model, item, b) + 1e-7), b, True, gain))
-        out.sort(key=lambda move: (-move.rate, move.storage, move.repeatedly))
-        return out
+            waiting: dict[int, int] = {}
+            for b, begin, end in item.waits():
+                if (above := int(over[end] - over[begin + 1])) > 0 and (b, True) not in refused:
+                    waiting[b] = waiting.get(b, 0) + model.size[b] * above
+            for b, gain in waiting.items():
+                heap.append((-gain / (model.seconds[model.maker[b]] + _NEGLIGIBLE), b, True, gain, False))
+        heapq.heapify(heap)
+        while heap:
+            rate, b, repeatedly, gain, priced = heapq.heappop(heap)
+            if priced:
+                yield _Move(b, repeatedly, gain)
+            else:
+                rate = -gain / (_chain(model, item, b) + _NEGLIGIBLE)
+                heapq.heappush(heap, (rate, b, repeatedly, gain, True))
 
 
 def _chain(model: StepModel, item: Evaluation, b: int) -> float:
@@ -168,7 +195,7 @@ def _chain(model: StepModel, item: Evaluation, b: int) -> float:
         seen.add(i)
         seconds += model.seconds[i]
         for x in model.inputs[i]:
-            if x in item.saved or model.free[x] or (x in item.first_use and x not in item.fleeting):
+            if x in item.saved or model.free[x] or (item.first_use[x] >= 0 and x not in item.fleeting):
                 continue
             stack.append(model.maker[x])
     return seconds
@@ -192,7 +219,7 @@ def _take_back(descent: _Descent, item: Evaluation, target: int, effort: int) ->
     for _, b, held in options[:effort]:
         if model.size[b] > target - item.peak and model.size[b] > target:
             continue
-        trial = descent.evaluate(item.saved if held else item.saved | {b}, item.fleeting - {b})
+        trial = descent.evaluate(item.saved if held else item.saved | {b}, item.fleeting - {b}, item)
         if trial.peak <= target and trial.seconds < item.seconds:
             item = trial
             descent.front.add(item)
@@ -213,7 +240,7 @@ def _exchange(descent: _Descent, item: Evaluation, target: int, effort: int) -> 
         if not dear:
             break
         tried.add(dear[0])
-        trial = evaluate(item.saved | {dear[0]}, item.fleeting - {dear[0]})
+        trial = evaluate(item.saved | {dear[0]}, item.fleeting - {dear[0]}, item)
         if trial.peak > target:
             trial = descent.run(trial, target, 8, frozenset({dear[0]}))
         if trial.peak <= target and trial.seconds < item.seconds:
