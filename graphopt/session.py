@@ -44,8 +44,12 @@ _RESOLUTION = 0.01
 """Predicted times of fused code that differ by less than this share are taken as equal."""
 
 
-class NotPlanned(Exception):
-    """Raised in place of running a program whose capture alone was asked for."""
+class NotPlanned(BaseException):
+    """Raised in place of running a program whose capture alone was asked for.
+
+    No ``Exception``: what a model's own handlers do with one would run under dynamo (those of an
+    ``fx.GraphModule`` walk the traceback with a generator, which dynamo refuses).
+    """
 
 
 @dataclass
