@@ -106,9 +106,13 @@ def with_random_states(program: Program, schedule: Schedule) -> Schedule:
     """
     again = set(schedule.recomputed)
     states = {
-        node.name: state.name for node in program.nodes() if node.name in again and (state := random_state_of(node))
+        node.name: state.name
+        for node in program.nodes()
+        if node.name in again and (state := random_state_of(node))
     }
-    forward = [name for node in schedule.forward for name in ([states[node], node] if node in states else [node])]
+    forward = [
+        name for node in schedule.forward for name in ([states[node], node] if node in states else [node])
+    ]
     return Schedule(tuple(forward), (*schedule.saved, *states.values()), schedule.backward)
 
 
@@ -167,9 +171,7 @@ def rows(name: str, *, settings: Sequence[float]) -> Iterator[dict[str, Any]]:
         "torch_least_peak": best["peak"],
         "torch_least_setting": best["setting"],
         "torch_least_flops": best["flops"],
-        "torch_rises": sum(
-            later["peak"] < earlier["peak"] for earlier, later in itertools.pairwise(torchs)
-        ),
+        "torch_rises": sum(later["peak"] < earlier["peak"] for earlier, later in itertools.pairwise(torchs)),
         "torch_worst_of_baseline": max(point["peak"] for point in torchs) / baseline,
     }
     for objective in ("flops", "seconds"):
