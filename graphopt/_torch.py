@@ -5,6 +5,7 @@ Each function is tested on every supported torch version in ``tests/test_private
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -378,6 +379,14 @@ def graph_break_errors() -> tuple[type[BaseException], ...]:
     return tuple(getattr(exc, name) for name in names if hasattr(exc, name))
 
 
+def compile_errors() -> tuple[type[BaseException], ...]:
+    """What a call of something compiled raises where it is compilation that failed, nothing having run."""
+    from torch._dynamo import exc
+
+    names = ("TorchDynamoException", "FailOnRecompileLimitHit")
+    return tuple(getattr(exc, name) for name in names)
+
+
 def fake_mode() -> FakeTensorMode:
     """A fresh mode in which tensors have shapes, dtypes, devices and storages, but no data."""
     return FakeTensorMode(allow_non_fake_inputs=True)
@@ -453,9 +462,11 @@ def profiler_running() -> bool:
 
 @contextmanager
 def quiet_capture() -> Iterator[None]:
-    """Dynamo settings that graphopt captures under: calls of a logger are no graph break.
+    """Dynamo settings that graphopt captures under.
 
-    Methods that libraries add to loggers (``warning_once``) go by the level that they begin with.
+    Calls of a logger are no graph break; methods that libraries add to loggers (``warning_once``) go by
+    the level that they begin with. How many models of one class were optimized before does not count:
+    dynamo limits compilations by code object, so that the ninth budget tried on a model would be refused.
     """
     import logging
 
@@ -465,8 +476,35 @@ def quiet_capture() -> Iterator[None]:
     name = newer if hasattr(config, newer) else older
     levels = ("debug", "info", "warning", "error", "exception", "critical")
     loggers = {method for key, method in vars(logging.Logger).items() if key.partition("_")[0] in levels}
-    with config.patch({name: set(getattr(config, name)) | loggers}):
-        yield
+    # What a model's operator refuses is raised, with its reason; torch also writes a traceback down.
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    settings: dict[str, Any] = {name: set(getattr(config, name)) | loggers}
+    settings["accumulated_recompile_limit"] = max(config.accumulated_recompile_limit, _MANY)
+    if not _ISOLATES:
+        settings["recompile_limit"] = max(config.recompile_limit, _MANY)
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        with config.patch(settings):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+_MANY = 1 << 16
+_ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+
+
+def compile_apart(
+    model: Callable[..., Any],
+    backend: Callable[..., Any],
+    *,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+) -> Callable[..., Any]:
+    """``torch.compile``, its compilations counted apart from those of other calls where torch can."""
+    apart: dict[str, Any] = {"isolate_recompiles": True} if _ISOLATES else {}
+    return torch.compile(model, backend=backend, fullgraph=fullgraph, dynamic=dynamic, **apart)
 
 
 def schema_of(target: Any) -> Any:

@@ -107,7 +107,10 @@ def _dry_run(model: torch.nn.Module, inputs: Any, options: dict[str, Any], calle
         raise InputsError(
             f"{caller}() needs inputs: a tuple of positional arguments or a dict of keyword arguments"
         )
-    chosen = inspect.signature(optimize).bind(model, inputs, **options)
+    try:
+        chosen = inspect.signature(optimize).bind(model, inputs, **options)
+    except TypeError as error:
+        raise TypeError(f"{caller}() {error}") from None
     chosen.apply_defaults()
     arguments = dict(chosen.arguments)
     arguments["replay"] = arguments.pop("plan")
@@ -126,10 +129,13 @@ def _prepared(
     dry_run: bool,
     **choices: Any,
 ) -> Optimized:
-    if not isinstance(model, torch.nn.Module):
-        raise InputsError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
+    _check_kinds(model, loss_fn, replay)
     if verify not in _VERIFY:
         raise UnknownNameError("value of verify", verify, _VERIFY)
+    if verify == "numeric" and inputs is None:
+        raise InputsError(
+            'verify="numeric" needs inputs: a tuple of positional arguments or a dict of keyword arguments'
+        )
     where = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     session = make_session(device if device is not None else where, runs_on=where, **choices)
     session.replay, session.dry_run = replay, dry_run
@@ -168,6 +174,10 @@ def make_session(
     chosen = Pipeline.of("default" if pipeline is None else pipeline, host)
     # A pass given as an object need not be registered.
     known = {*host.passes(), *(step.name for step in chosen.steps)}
+    if isinstance(allow, str):
+        raise InputsError(
+            f"allow is the text {allow!r}: expected names of passes", hint=f"write ({allow!r},)"
+        )
     for name in allow:
         if name not in known:
             raise UnknownNameError("pass", name, known)
@@ -185,9 +195,30 @@ def make_session(
     )
 
 
+def _check_kinds(model: object, loss_fn: object, replay: object) -> None:
+    if isinstance(model, type):
+        raise InputsError(f"model is the class {model.__name__}: expected a torch.nn.Module, not its class")
+    if not isinstance(model, torch.nn.Module):
+        raise InputsError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
+    if loss_fn is not None and not callable(loss_fn):
+        raise InputsError(f"loss_fn is {loss_fn!r}: expected a function of the model's output")
+    if replay is not None and not isinstance(replay, Plan):
+        raise InputsError(
+            f"plan is a {type(replay).__name__}: expected a graphopt.Plan",
+            hint="read a stored one with graphopt.Plan.load(path)",
+        )
+
+
 def _device_spec(host: PluginHost, device: str | torch.device) -> Any:
-    if isinstance(device, str) and device not in ("cuda", "cpu"):
+    """What is known of the device that a name, or torch's word for the one at hand, stands for."""
+    if isinstance(device, str) and device.partition(":")[0] not in ("cuda", "cpu"):
         return host.device(device)
-    kind = device if isinstance(device, str) else device.type
-    name = torch.cuda.get_device_name() if kind == "cuda" and torch.cuda.is_available() else kind
-    return host.device(name)
+    if not isinstance(device, (str, torch.device)):
+        raise InputsError(f"device is {device!r}: expected a name such as 'h100', or a torch.device")
+    place = torch.device(device)
+    if place.type != "cuda":
+        return host.device(place.type)
+    if not torch.cuda.is_available():
+        note = "torch sees no CUDA device here; name the one to plan for"
+        raise UnknownNameError("device", str(device), host.devices(), note=note)
+    return host.device(torch.cuda.get_device_name(place))

@@ -28,7 +28,9 @@ _EXPECTED = 'an int of bytes, "8GiB", "8GB", "512MiB" or "60%" (of the baseline 
 def parse_bytes(text: str | int) -> int:
     """``"8GiB"`` -> 8589934592. Raises ``BudgetSyntaxError`` naming what was expected."""
     if isinstance(text, bool) or not isinstance(text, (int, str)):
-        raise BudgetSyntaxError(f"cannot read {text!r} as bytes: expected {_EXPECTED}")
+        fraction = isinstance(text, float) and 0 < text <= 1
+        hint = f'a fraction of the baseline peak is written "{100 * text:g}%"' if fraction else ""
+        raise BudgetSyntaxError(f"cannot read {text!r} as bytes: expected {_EXPECTED}", hint=hint)
     if isinstance(text, int):
         if text <= 0:
             raise BudgetSyntaxError(f"a budget must be positive, got {text}")
@@ -78,7 +80,13 @@ class Budget:
         elif self.memory is not None:
             parse_bytes(self.memory)
         if self.reserve != 0:
-            parse_bytes(self.reserve)
+            try:
+                parse_bytes(self.reserve)
+            except BudgetSyntaxError:
+                raise BudgetSyntaxError(
+                    f"cannot read reserve={self.reserve!r}: expected bytes to hold back, 0 or more, "
+                    'such as "1GiB"'
+                ) from None
 
     @classmethod
     def of(cls, value: Budget | int | str | None) -> Budget:

@@ -146,7 +146,7 @@ class Optimized(torch.nn.Module):
 
     def _loss(self, output: Any) -> torch.Tensor:
         if self._loss_fn is not None:
-            return self._loss_fn(output)
+            return _checked_loss(self._loss_fn(output))
         loss = getattr(output, "loss", None)
         if isinstance(loss, torch.Tensor):
             return loss
@@ -175,6 +175,13 @@ def _forward_like(model: torch.nn.Module, driver: Driver) -> Callable[..., Any]:
     forward.__doc__ = model.forward.__doc__
     forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
     return forward
+
+
+def _checked_loss(loss: object) -> torch.Tensor:
+    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        return loss
+    what = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+    raise InputsError(f"loss_fn returned {what}: expected a tensor of one element")
 
 
 @contextmanager

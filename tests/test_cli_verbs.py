@@ -43,6 +43,7 @@ class Optimized:
         return f"the {stage} graphs as {format}\n"
 
     def measure(self, inputs: Any) -> Measurement:
+        self.report = self.report.with_measured(Cost(5999, 4096, 0.004))
         return Measurement(5999, 0.004)
 
 

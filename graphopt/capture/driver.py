@@ -53,9 +53,17 @@ class Driver:
             inner = _torch.inner_error(error)
             if inner is not error and isinstance(inner, GraphoptError):
                 raise inner from None
-            raise
+            failed = isinstance(error, _torch.compile_errors()) and self.session.whole
+            if not failed or self.session.on_error == "raise":
+                raise
+            note = f"calls of other inputs run as they did: {_first_line(inner)}"
         finally:
             self.session.arguments = None
+        # No part of the call has run. Inputs that the model refuses get the model's own error.
+        output = self.model(*args, **kwargs)
+        if note not in self.session.diagnostics:
+            self.session.diagnostics.append(note)
+        return output
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Capture and plan, if that has not happened yet."""
@@ -92,7 +100,7 @@ class Driver:
     def _capture_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         session = self.session
         session.whole, session.capturing = True, True
-        call = torch.compile(self.model, backend=session.backend, fullgraph=True, dynamic=self.dynamic)
+        call = _torch.compile_apart(self.model, session.backend, fullgraph=True, dynamic=self.dynamic)
         try:
             call(*args, **kwargs)
         except NotPlanned:
@@ -118,7 +126,7 @@ class Driver:
         session.whole = False
         session.current = []
         session.captured = []
-        call = torch.compile(self.model, backend=session.backend, dynamic=self.dynamic)
+        call = _torch.compile_apart(self.model, session.backend, dynamic=self.dynamic)
         try:
             with _buffers_restored(self.model), torch.random.fork_rng(devices=_cuda_devices(self.model)):
                 call(*args, **kwargs)

@@ -36,6 +36,7 @@ from graphopt_passes.insert_checkpoints.search import search
 
 __all__ = ["InsertCheckpoints"]
 
+_Item = TypeVar("_Item")
 _Priced = TypeVar("_Priced", Evaluation, FrontierPoint)
 
 _SAMPLE = 48
@@ -75,14 +76,15 @@ class InsertCheckpoints(Pass):
         search_model = model if self.objective == "seconds" else _priced_by_flops(model)
         evaluate = Evaluator(search_model)
         everything = saved_storages(model, model.baseline.saved)
-        family = [everything, *seeds(search_model, search_model.seconds, 16)]
+        family = [everything, *seeds(search_model, search_model.seconds, 24)]
         starts = [*family, *blends(search_model, family, 8)]
         slots = max(len(model.slots), 1)
-        targets = self.targets or max(24, min(96, 60_000 // slots))
-        effort = self.effort or max(12, min(96, 20_000 // slots))
+        targets = self.targets or max(16, min(96, 20_000 // slots))
+        effort = self.effort or max(8, min(96, 10_000 // slots))
         # What code generators make of values that are computed again more than once is not modelled.
         repeat = ctx.emit == "eager"
-        front = search(evaluate, starts, targets=targets, effort=effort, own=len(family) - 1, repeat=repeat)
+        own = _thinned(family[1:], max(4, 4_000 // slots))
+        front = search(evaluate, starts, targets=targets, effort=effort, own=own, repeat=repeat)
         realise = Realiser(model)
         if ctx.emit == "eager":
             items = _undominated((*front.items, *map(evaluate, family)))
@@ -159,7 +161,7 @@ def _least_retained(evaluate: Evaluator, sets: Iterable[frozenset[int]]) -> list
     return [item.saved for item in _thinned(best, _SAMPLE // 2)]
 
 
-def _thinned(items: Sequence[Evaluation], count: int) -> list[Evaluation]:
+def _thinned(items: Sequence[_Item], count: int) -> list[_Item]:
     """At most ``count`` of the items, evenly spread, both ends included."""
     if len(items) <= count:
         return list(items)

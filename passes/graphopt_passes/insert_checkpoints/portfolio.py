@@ -25,11 +25,15 @@ _UNIT = 256
 
 
 def price_levels(prices: Sequence[float], count: int) -> list[float]:
-    """Up to ``count`` thresholds between the distinct prices, least first."""
+    """Up to ``count`` thresholds among the distinct prices, least first: two in three evenly by rank,
+    the rest below the widest jumps, where a class of operators (products, attention) begins."""
     distinct = sorted(set(prices))
     if len(distinct) <= count:
         return distinct
-    return [distinct[round(k * (len(distinct) - 1) / (count - 1))] for k in range(count)]
+    wide = count // 3
+    jumps = sorted(range(len(distinct) - 1), key=lambda k: distinct[k] / distinct[k + 1])
+    even = (round(k * (len(distinct) - 1) / (count - wide - 1)) for k in range(count - wide))
+    return [distinct[k] for k in sorted({*even, *jumps[:wide]})]
 
 
 def minimum_cut(model: StepModel, prices: Sequence[float], limit: float) -> frozenset[int]:

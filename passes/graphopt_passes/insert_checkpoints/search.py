@@ -54,15 +54,14 @@ def search(
     *,
     targets: int,
     effort: int,
-    own: int = 0,
+    own: Sequence[frozenset[int]] = (),
     repeat: bool = False,
 ) -> Front:
     """The frontier of ``evaluate``'s model.
 
     ``targets``: how many peaks between the least and the largest are aimed at. ``effort``: how
-    many evaluations may be spent on each step of that. The seeds after the first, ``own`` of them, are
-    each a start of a descent of their own. ``repeat``: whether a storage may be made again more than
-    once.
+    many evaluations may be spent on each step of that. ``own``: seeds that are each the start of a
+    descent of their own. ``repeat``: whether a storage may be made again more than once.
     """
     front = Front()
     start = [evaluate(seed) for seed in seeds]
@@ -71,8 +70,8 @@ def search(
     top = max(item.peak for item in start)
     descent = _Descent(evaluate, front, repeat)
     bottom = descent.run(max(start, key=lambda item: item.peak), 0, 10**9)
-    for item in start[1 : 1 + own]:
-        descent.run(item, 0, 8 * effort)
+    for seed in own:
+        descent.run(evaluate(seed), 0, 8 * effort)
     low = min(bottom.peak, min(item.peak for item in front.items))
     for step in range(targets):
         target = low + (top - low) * (targets - 1 - step) // targets
@@ -80,6 +79,9 @@ def search(
         best = front.best_within(target)
         if best is not None:
             _exchange(descent, _take_back(descent, best, target, effort), target, effort)
+    for item in front.items[:: max(1, len(front.items) // targets)]:
+        item = _shift(descent, item, effort)
+        _take_back(descent, item, item.peak, effort)
     return front
 
 
@@ -248,3 +250,47 @@ def _exchange(descent: _Descent, item: Evaluation, target: int, effort: int) -> 
             descent.front.add(item)
             tried.clear()
     return item
+
+
+def _shift(descent: _Descent, item: Evaluation, effort: int) -> Evaluation:
+    """Save what is made from a storage in its place, or what several were made from in theirs.
+
+    Moves the cut between saved and made again by one operator, largest storages first.
+    """
+    evaluate, model = descent.evaluate, descent.model
+    limit = evaluate.evaluations + effort
+    tried: set[frozenset[int]] = set()
+    improved = True
+    while improved:
+        improved = False
+        for saved in _shifted(model, item):
+            if evaluate.evaluations >= limit:
+                return item
+            if saved in tried:
+                continue
+            tried.add(saved)
+            trial = evaluate(saved, item.fleeting, item)
+            descent.front.add(trial)
+            if (trial.peak, trial.seconds) < (item.peak, item.seconds) and trial.seconds <= item.seconds:
+                item, improved = trial, True
+                break
+    return item
+
+
+def _shifted(model: StepModel, item: Evaluation) -> Iterator[frozenset[int]]:
+    """Saved sets one operator away from an evaluation's."""
+    made: dict[int, set[int]] = {}
+    for i in set(item.recomputed):
+        for b in model.inputs[i]:
+            if b in item.saved:
+                made.setdefault(b, set()).update(x for x in model.outputs[i] if model.savable[x])
+    source: dict[int, set[int]] = {}
+    for x in item.saved:
+        for b in model.inputs[model.maker[x]]:
+            if b not in item.saved and not model.free[b] and model.savable[b] and model.again[model.maker[x]]:
+                source.setdefault(b, set()).add(x)
+    for b in sorted({*made, *source}, key=lambda b: (-model.size[b], b)):
+        if b in made and model.again[model.maker[b]]:
+            yield (item.saved - {b}) | made[b]
+        if b in source:
+            yield (item.saved | {b}) - source[b]
