@@ -79,9 +79,8 @@ def search(
         best = front.best_within(target)
         if best is not None:
             _exchange(descent, _take_back(descent, best, target, effort), target, effort)
-    for item in front.items[:: max(1, len(front.items) // targets)]:
-        item = _shift(descent, item, effort)
-        _take_back(descent, item, item.peak, effort)
+    for item in list(front.items)[:: max(1, len(front.items) // (4 * targets))]:
+        _shift(descent, item, effort)
     return front
 
 
@@ -253,44 +252,43 @@ def _exchange(descent: _Descent, item: Evaluation, target: int, effort: int) -> 
 
 
 def _shift(descent: _Descent, item: Evaluation, effort: int) -> Evaluation:
-    """Save what is made from a storage in its place, or what several were made from in theirs.
+    """Where the peak holds a saved storage and what is made from it, save one of the two instead.
 
-    Moves the cut between saved and made again by one operator, largest storages first.
+    Moves the cut between saved and made again by one operator.
     """
-    evaluate, model = descent.evaluate, descent.model
+    evaluate = descent.evaluate
     limit = evaluate.evaluations + effort
-    tried: set[frozenset[int]] = set()
     improved = True
-    while improved:
+    while improved and evaluate.evaluations < limit:
         improved = False
-        for saved in _shifted(model, item):
-            if evaluate.evaluations >= limit:
-                return item
-            if saved in tried:
-                continue
-            tried.add(saved)
+        for saved in _shifted(evaluate.model, item):
             trial = evaluate(saved, item.fleeting, item)
-            descent.front.add(trial)
-            if (trial.peak, trial.seconds) < (item.peak, item.seconds) and trial.seconds <= item.seconds:
+            if trial.peak <= item.peak and trial.seconds <= item.seconds and descent.front.add(trial):
                 item, improved = trial, True
+                break
+            if evaluate.evaluations >= limit:
                 break
     return item
 
 
 def _shifted(model: StepModel, item: Evaluation) -> Iterator[frozenset[int]]:
-    """Saved sets one operator away from an evaluation's."""
-    made: dict[int, set[int]] = {}
-    for i in set(item.recomputed):
-        for b in model.inputs[i]:
-            if b in item.saved:
-                made.setdefault(b, set()).update(x for x in model.outputs[i] if model.savable[x])
-    source: dict[int, set[int]] = {}
-    for x in item.saved:
+    """Saved sets one operator away from an evaluation's, largest storages first."""
+    made = set(item.held_at_peak())
+    kept = item.saved & made
+    again = made - kept
+    onward: dict[int, set[int]] = {}
+    back: dict[int, set[int]] = {}
+    for x in again:
         for b in model.inputs[model.maker[x]]:
-            if b not in item.saved and not model.free[b] and model.savable[b] and model.again[model.maker[x]]:
-                source.setdefault(b, set()).add(x)
-    for b in sorted({*made, *source}, key=lambda b: (-model.size[b], b)):
-        if b in made and model.again[model.maker[b]]:
-            yield (item.saved - {b}) | made[b]
-        if b in source:
-            yield (item.saved | {b}) - source[b]
+            if b in kept and model.savable[x] and model.again[model.maker[b]]:
+                onward.setdefault(b, set()).add(x)
+    for x in kept:
+        if model.again[model.maker[x]]:
+            for b in model.inputs[model.maker[x]]:
+                if b in again and model.savable[b]:
+                    back.setdefault(b, set()).add(x)
+    for b in sorted({*onward, *back}, key=lambda b: (-model.size[b], b)):
+        if b in onward:
+            yield (item.saved - {b}) | onward[b]
+        if b in back:
+            yield (item.saved | {b}) - back[b]
