@@ -187,7 +187,8 @@ def write_files(
     with open(folder / "losses.csv", "w", newline="", encoding="utf-8") as stream:
         rows = csv.writer(stream)
         rows.writerow(["step", *(run.name for run in runs)])
-        rows.writerows(enumerate(zip(*(map(repr, run.losses) for run in runs), strict=True), 1))
+        losses = zip(*(run.losses for run in runs), strict=True)
+        rows.writerows([step, *map(repr, values)] for step, values in enumerate(losses, 1))
     return [
         ("report.txt", "the report above"),
         ("joint.txt", "forward and backward in one graph, marked: what is saved, what runs again"),

@@ -77,20 +77,6 @@ class Evaluation:
         ahead = self.forward_live - target
         return int(over[over > 0].sum()) + int(ahead[ahead > 0].sum())
 
-    def held_at_peak(self) -> list[int]:
-        """Storages that the backward holds at its largest point, saved or made again."""
-        if not len(self.live):
-            return []
-        trace, peak = self.trace, int(self.live.argmax())
-        flat, points = _flat(trace.reads)
-        last = dict(zip(flat.tolist(), points.tolist(), strict=True))
-        dropped = {(b, birth): end for b, birth, end in trace.drops}
-        held = [b for b in self.saved if last.get(b, 0) >= peak]
-        for b, birth in zip(trace.births, trace.birth_points, strict=True):
-            if birth <= peak <= dropped.get((b, birth), max(last.get(b, birth), birth)):
-                held.append(b)
-        return held
-
     def waits(self) -> list[tuple[int, int, int]]:
         """(storage, point, point) where one that was made as a step towards another waits unread
         between the points until a later slot."""

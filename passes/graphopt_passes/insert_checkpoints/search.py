@@ -79,8 +79,9 @@ def search(
         best = front.best_within(target)
         if best is not None:
             _exchange(descent, _take_back(descent, best, target, effort), target, effort)
-    for item in list(front.items)[:: max(1, len(front.items) // (4 * targets))]:
-        _shift(descent, item, effort)
+    for item in _kinks(front, targets // 4):
+        item = _shift(descent, item, 2 * effort)
+        descent.run(item, item.peak - item.peak // 1000, effort)
     return front
 
 
@@ -251,42 +252,50 @@ def _exchange(descent: _Descent, item: Evaluation, target: int, effort: int) -> 
     return item
 
 
-def _shift(descent: _Descent, item: Evaluation, effort: int) -> Evaluation:
-    """Where the peak holds a saved storage and what is made from it, save one of the two instead.
+def _kinks(front: Front, count: int) -> list[Evaluation]:
+    """The points below which the price jumps most: where one kind of recomputation is used up."""
+    pairs = zip(front.items, front.items[1:], strict=False)
+    jumps = [(dearer.seconds / max(item.seconds, _NEGLIGIBLE), item) for dearer, item in pairs]
+    jumps.sort(key=lambda jump: -jump[0])
+    return [item for _, item in jumps[:count]]
 
-    Moves the cut between saved and made again by one operator.
+
+def _shift(descent: _Descent, item: Evaluation, effort: int) -> Evaluation:
+    """Save what is made from a storage in its place, or what several were made from in theirs.
+
+    Moves the cut between saved and made again by one operator, largest storages first.
     """
     evaluate = descent.evaluate
     limit = evaluate.evaluations + effort
+    tried: set[frozenset[int]] = set()
     improved = True
-    while improved and evaluate.evaluations < limit:
+    while improved:
         improved = False
         for saved in _shifted(evaluate.model, item):
-            trial = evaluate(saved, item.fleeting, item)
-            if trial.peak <= item.peak and trial.seconds <= item.seconds and descent.front.add(trial):
-                item, improved = trial, True
-                break
+            if saved in tried:
+                continue
             if evaluate.evaluations >= limit:
+                return item
+            tried.add(saved)
+            trial = evaluate(saved, item.fleeting, item)
+            if descent.front.add(trial) and trial.peak <= item.peak and trial.seconds <= item.seconds:
+                item, improved = trial, True
                 break
     return item
 
 
 def _shifted(model: StepModel, item: Evaluation) -> Iterator[frozenset[int]]:
-    """Saved sets one operator away from an evaluation's, largest storages first."""
-    made = set(item.held_at_peak())
-    kept = item.saved & made
-    again = made - kept
+    """Saved sets one operator away from an evaluation's."""
     onward: dict[int, set[int]] = {}
+    for i in set(item.recomputed):
+        for b in model.inputs[i]:
+            if b in item.saved and model.again[model.maker[b]]:
+                onward.setdefault(b, set()).update(x for x in model.outputs[i] if model.savable[x])
     back: dict[int, set[int]] = {}
-    for x in again:
+    for x in item.saved:
         for b in model.inputs[model.maker[x]]:
-            if b in kept and model.savable[x] and model.again[model.maker[b]]:
-                onward.setdefault(b, set()).add(x)
-    for x in kept:
-        if model.again[model.maker[x]]:
-            for b in model.inputs[model.maker[x]]:
-                if b in again and model.savable[b]:
-                    back.setdefault(b, set()).add(x)
+            if b not in item.saved and not model.free[b] and model.savable[b] and model.again[model.maker[x]]:
+                back.setdefault(b, set()).add(x)
     for b in sorted({*onward, *back}, key=lambda b: (-model.size[b], b)):
         if b in onward:
             yield (item.saved - {b}) | onward[b]
