@@ -553,9 +553,11 @@ def compile_with_inductor(
     inputs: Sequence[Any],
     partition: Callable[[fx.GraphModule, int], tuple[fx.GraphModule, fx.GraphModule]],
     inner: Callable[..., Any],
+    operations_limit: int,
 ) -> Callable[..., Any]:
     """``compile_fx`` with the given partition and inner compiler.
 
+    A value computed by more than ``operations_limit`` operations is stored, not inlined.
     Neither AOTAutograd's nor Inductor's graph cache is used: on a hit the partition would not be
     asked. Kernels are still cached by their source.
     """
@@ -570,7 +572,11 @@ def compile_with_inductor(
         def uuid(self) -> None:
             return None
 
-    settings = {"custom_partitioner_fn": Ours(), "fx_graph_cache": False}
+    settings = {
+        "custom_partitioner_fn": Ours(),
+        "fx_graph_cache": False,
+        "realize_opcount_threshold": operations_limit,
+    }
     # The backward is compiled now, not at its first run: its memory is part of the plan.
     joint_settings = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
     with inductor_config.patch(settings), functorch_config.patch(joint_settings):

@@ -128,6 +128,7 @@ class Session:
         if auxiliary:
             held = _torch.random_state_bytes(torch.device("cpu")) if self.cost.device.kind == "cpu" else 0
             self.replay_bytes = held if self.whole else self.replay_bytes + held
+        self.trains |= _trained(inputs)
         self._count_static(inputs, specs)
         name = f"g{len(self.captured)}"
         original = gm
@@ -178,10 +179,8 @@ class Session:
 
     def _rewrite(self, program: Program, inputs: Sequence[Any]) -> None:
         """Run the semantic-level passes over a captured program."""
-        trained = torch.is_grad_enabled() and any(
-            isinstance(x, torch.Tensor) and x.requires_grad for x in inputs
-        )
-        ctx = PassContext(self.cost, "train" if trained else "infer", self.emitter.name, None, self.allow)
+        mode = "train" if _trained(inputs) else "infer"
+        ctx = PassContext(self.cost, mode, self.emitter.name, None, self.allow)
         budgeted = self.budget.memory is not None
         done = run_passes(program, self.passes, ctx, self.host, on_error=self.on_error, budgeted=budgeted)
         self.records.extend(done.records)
@@ -579,3 +578,8 @@ def _storage_bytes(inputs: Sequence[Any], specs: Sequence[InputSpec], roles: tup
         if isinstance(value, torch.Tensor) and spec.role in roles
     }
     return sum(storages.values())
+
+
+def _trained(inputs: Sequence[Any]) -> bool:
+    """Whether a graph on these inputs is differentiated."""
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)

@@ -43,7 +43,6 @@ def fused_live(
         sizes={name: size for name, size in sizes.items() if name in alive or name in owned},
         releasable=frozenset({*alive, *owned} - kept),
         scratch={} if device_type == "cpu" else {node.name: _scratch(node) for node in nodes},
-        on_cpu=device_type == "cpu",
     )
     reads = _dependencies(kernels)
     orders = (_stated_order(kernels, reads), _least_peak_first(kernels, reads, books))
@@ -60,14 +59,10 @@ class _Books:
     sizes: Mapping[str, int]
     releasable: frozenset[str]
     scratch: Mapping[str, int]
-    on_cpu: bool
 
     def may_be_overwritten(self, name: str, kernel: Kernel) -> bool:
-        """Whether an output of a kernel may be written over its input ``name``. What a GPU kernel reduces
-        as well as reads element by element it reads by loops of different shapes: Inductor does not."""
-        if kernel.library or name in kernel.members:
-            return False
-        return self.on_cpu or name not in kernel.reduced_reads
+        """Whether an output of a kernel may be written over its input ``name``."""
+        return not kernel.library and name not in kernel.members
 
     def allocated(self, kernel: Kernel) -> int:
         return sum(self.sizes.get(name, 0) for name in kernel.members)

@@ -21,7 +21,7 @@ import torch.fx as fx
 from graphopt import _torch
 from graphopt.program import tensor_leaves
 
-__all__ = ["Kernel", "Kind", "bases", "fuse", "in_memory", "kind_of", "materialised"]
+__all__ = ["OPERATIONS_LIMIT", "Kernel", "Kind", "bases", "fuse", "in_memory", "kind_of", "materialised"]
 
 
 class Kind(StrEnum):
@@ -73,8 +73,16 @@ class _Limits:
     heavy: frozenset[str] = frozenset()
 
 
-_CPU_LIMITS = _Limits(4, 12, 50, _HEAVY_ON_CPU)
-_GPU_LIMITS = _Limits(4, 8, 30)
+OPERATIONS_LIMIT = 64
+"""Operations of an expression beyond which Inductor, as graphopt calls it, stores the value.
+
+Its own 30 on GPUs cuts the backward of a cross entropy in two inside one kernel, and what is cut
+cannot be written over the logits: twice their bytes. A longer expression costs arithmetic, which
+such kernels have to spare.
+"""
+
+_CPU_LIMITS = _Limits(4, 12, OPERATIONS_LIMIT, _HEAVY_ON_CPU)
+_GPU_LIMITS = _Limits(4, 8, OPERATIONS_LIMIT)
 
 
 @dataclass(frozen=True)
@@ -118,8 +126,7 @@ class Kernel:
     ``level`` orders it after the kernels that it reads from; ``elements`` and ``reduced`` are the
     size of its loops, and how much of that is reduced to one result (``inner``: from neighbouring
     elements); ``library`` kernels take nothing else in, and those with ``returns`` allocate their
-    own results. ``reduced_reads`` is what its reductions read; ``readers`` are the ids of those that
-    read it.
+    own results. ``readers`` are the ids of those that read it.
     """
 
     level: int
@@ -130,7 +137,6 @@ class Kernel:
     returns: bool = False
     members: list[str] = field(default_factory=list)
     reads: set[str] = field(default_factory=set)
-    reduced_reads: set[str] = field(default_factory=set)
     readers: set[int] = field(default_factory=set)
 
 
@@ -244,7 +250,6 @@ def _place(node: fx.Node, kind: Kind, reads: Collection[str], kernels: dict[str,
         if kernel is not home and kernel.readers <= {id(home)} and _join(home, kernel):
             home.members[:0] = kernel.members
             home.reads |= kernel.reads
-            home.reduced_reads |= kernel.reduced_reads
             for name in kernel.reads & kernels.keys():
                 kernels[name].readers.discard(id(kernel))
                 kernels[name].readers.add(id(home))
@@ -252,8 +257,6 @@ def _place(node: fx.Node, kind: Kind, reads: Collection[str], kernels: dict[str,
                 kernels[name] = home
     home.members.append(node.name)
     home.reads.update(reads)
-    if kind is Kind.REDUCTION:
-        home.reduced_reads.update(reads)
     kernels[node.name] = home
     for name in home.reads & kernels.keys():
         if kernels[name] is not home:

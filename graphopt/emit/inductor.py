@@ -9,6 +9,7 @@ import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.emit.emitter import Inference, Partition
+from graphopt.emit.fusion import OPERATIONS_LIMIT
 from graphopt.emit.lowered import LoweredCompiler, LoweredMemory
 
 __all__ = ["InductorEmitter", "JointSeen"]
@@ -42,6 +43,6 @@ class InductorEmitter:
             return compiler(graph, graph_inputs, **kwargs)
 
         try:
-            return _torch.compile_with_inductor(gm, inputs, partition, inner)
+            return _torch.compile_with_inductor(gm, inputs, partition, inner, OPERATIONS_LIMIT)
         finally:
             self.records = compiler.records
