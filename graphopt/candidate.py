@@ -41,7 +41,8 @@ class Candidate:
 
     ``exactness`` is ``"exact"``, ``"reassociated"`` (same mathematics, another order of rounding)
     or ``"lossy"``; ``metric`` says what ``delta.error`` measures. ``conflicts`` are ids of
-    candidates that cannot be chosen beside this one.
+    candidates that cannot be chosen beside this one. An ``alternative`` trades one resource for
+    another: the planner decides, together with the other levers, whether it pays under the budget.
     """
 
     id: str
@@ -52,6 +53,7 @@ class Candidate:
     exactness: str = "exact"
     metric: str = ""
     conflicts: tuple[str, ...] = ()
+    alternative: bool = False
 
 
 @dataclass(frozen=True)
