@@ -9,7 +9,7 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
@@ -548,16 +548,89 @@ def storage_bytes(values: Any) -> int:
     return sum(found.values())
 
 
+class KernelLaunch(NamedTuple):
+    """A kernel or library call: runs after those at the positions ``waits``. A ``generated`` one may
+    write an output over an input of the same size that nobody reads any more."""
+
+    waits: frozenset[int]
+    generated: bool
+
+
+class KernelBuffer(NamedTuple):
+    """``bytes`` of memory that comes with the launch ``made_by`` (``None``: it is there before) and
+    goes after the last of its ``readers``, unless it is ``returned``."""
+
+    bytes: int
+    made_by: int | None
+    readers: frozenset[int]
+    returned: bool = False
+
+
+KernelOrder = Callable[[list[KernelLaunch], list[KernelBuffer]], list[int]]
+
+
+def _in_order(nodes: list[Any], order: KernelOrder) -> list[Any]:
+    if not nodes:
+        return nodes
+    positions = order(*kernel_graph(nodes))
+    if sorted(positions) != list(range(len(nodes))):
+        raise ValueError(f"an order of {len(positions)} kernels was given for {len(nodes)}")
+    return [nodes[index] for index in positions]
+
+
+def kernel_graph(nodes: Sequence[Any]) -> tuple[list[KernelLaunch], list[KernelBuffer]]:
+    """The launches that Inductor's scheduler has after fusion, and the memory between them.
+
+    Values that stay inside one fused kernel take none. Graph inputs are there if the graph may
+    release them. Call within the scheduler's constructor only.
+    """
+    from torch._inductor.memory import prepare_planning_info
+    from torch._inductor.virtualized import V
+    from torch.utils._ordered_set import OrderedSet
+
+    scheduler, returned = nodes[0].scheduler, OrderedSet(V.graph.get_output_names())
+    _, inputs = prepare_planning_info(
+        list(nodes),
+        scheduler.name_to_buf,
+        scheduler.name_to_fused_node,
+        OrderedSet(V.graph.graph_inputs.keys()),
+        returned,
+    )
+    position = {node: index for index, node in enumerate(nodes)}
+    launches, buffers = list[KernelLaunch](), list[KernelBuffer]()
+    tuples: dict[str, int] = {}
+    for index, node in enumerate(nodes):
+        generated = not (node.is_extern() or node.is_template())
+        launches.append(KernelLaunch(frozenset(position[n] for n in node.mpi_node.pred_nodes), generated))
+        for buffer in node.get_outputs():
+            info, made_by = buffer.mpi_buffer, index
+            readers = frozenset(position[n] for n in info.succ_nodes) - {index}
+            if info.size_alloc and not info.size_free:
+                # A call that returns several tensors: each is a buffer of its own that comes with it.
+                tuples[buffer.get_name()] = index
+            elif info.size_free and not info.size_alloc:
+                made_by = next((tuples[d.name] for d in node.unmet_dependencies if d.name in tuples), index)
+            if info.size_free and (readers or buffer.get_name() in returned or not generated):
+                is_returned = buffer.get_name() in returned
+                buffers.append(KernelBuffer(info.size_free, made_by, readers, is_returned))
+    for source in inputs.values():
+        readers = frozenset(position[n] for n in source.mpi_buffer.succ_nodes)
+        buffers.append(KernelBuffer(source.mpi_buffer.size_free, None, readers, source.name in returned))
+    return launches, buffers
+
+
 def compile_with_inductor(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
     partition: Callable[[fx.GraphModule, int], tuple[fx.GraphModule, fx.GraphModule]],
     inner: Callable[..., Any],
     operations_limit: int,
+    order: KernelOrder,
 ) -> Callable[..., Any]:
     """``compile_fx`` with the given partition and inner compiler.
 
-    A value computed by more than ``operations_limit`` operations is stored, not inlined.
+    A value computed by more than ``operations_limit`` operations is stored, not inlined. ``order``
+    puts the kernels in order, instead of Inductor's own reordering for peak memory.
     Neither AOTAutograd's nor Inductor's graph cache is used: on a hit the partition would not be
     asked. Kernels are still cached by their source.
     """
@@ -576,6 +649,8 @@ def compile_with_inductor(
         "custom_partitioner_fn": Ours(),
         "fx_graph_cache": False,
         "realize_opcount_threshold": operations_limit,
+        "reorder_for_peak_memory": False,
+        "_post_fusion_custom_pass": lambda nodes: _in_order(nodes, order),
     }
     # The backward is compiled now, not at its first run: its memory is part of the plan.
     joint_settings = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}

@@ -10,6 +10,7 @@ import torch.fx as fx
 from graphopt import _torch
 from graphopt.emit.emitter import Inference, Partition
 from graphopt.emit.fusion import OPERATIONS_LIMIT
+from graphopt.emit.kernel_order import least_memory_order
 from graphopt.emit.lowered import LoweredCompiler, LoweredMemory
 
 __all__ = ["InductorEmitter", "JointSeen"]
@@ -43,6 +44,8 @@ class InductorEmitter:
             return compiler(graph, graph_inputs, **kwargs)
 
         try:
-            return _torch.compile_with_inductor(gm, inputs, partition, inner, OPERATIONS_LIMIT)
+            return _torch.compile_with_inductor(
+                gm, inputs, partition, inner, OPERATIONS_LIMIT, least_memory_order
+            )
         finally:
             self.records = compiler.records

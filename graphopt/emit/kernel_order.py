@@ -1,0 +1,113 @@
+"""The order of a graph's kernels in which least memory is alive at once.
+
+Inductor orders its kernels too, but counts the output of a kernel beside the input that it is
+written over. Where such a pair is the largest thing in the graph every order looks alike to it, and
+what comes after the pair stays as it happens to stand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graphopt._torch import KernelBuffer, KernelLaunch
+
+__all__ = ["least_memory_order", "peak_of"]
+
+_STEPS = 24_000
+"""How many partial orders may be extended: the beam is as wide as that allows."""
+
+_WIDEST = 48
+
+
+@dataclass(frozen=True)
+class _Prefix:
+    """Launches done so far, in order; ``peak`` bytes at most, ``live`` bytes now."""
+
+    order: tuple[int, ...]
+    done: int
+    ready: frozenset[int]
+    peak: int
+    live: int
+
+
+def least_memory_order(launches: Sequence[KernelLaunch], buffers: Sequence[KernelBuffer]) -> list[int]:
+    """Positions of ``launches`` in an order of low peak, found by beam search; the given order (which
+    must respect ``waits``) where none with a lower peak is found."""
+    books = _Books(launches, buffers)
+    given = list(range(len(launches)))
+    found = _beam(books, max(1, min(_WIDEST, _STEPS // max(1, 4 * len(launches)))))
+    return found if peak_of(launches, buffers, found) < peak_of(launches, buffers, given) else given
+
+
+def peak_of(launches: Sequence[KernelLaunch], buffers: Sequence[KernelBuffer], order: Sequence[int]) -> int:
+    """Bytes alive at most when ``launches`` run in ``order``, above what is there before."""
+    books, done, live, peak = _Books(launches, buffers), 0, 0, 0
+    for index in order:
+        needed, live = books.step(index, done, live)
+        peak, done = max(peak, needed), done | 1 << index
+    return peak
+
+
+class _Books:
+    """Who makes and reads what, as bit sets."""
+
+    def __init__(self, launches: Sequence[KernelLaunch], buffers: Sequence[KernelBuffer]) -> None:
+        self.generated = [launch.generated for launch in launches]
+        self.waits = [sum(1 << w for w in launch.waits) for launch in launches]
+        self.followers: list[list[int]] = [[] for _ in launches]
+        for index, launch in enumerate(launches):
+            for before in launch.waits:
+                self.followers[before].append(index)
+        self.made: list[list[KernelBuffer]] = [[] for _ in launches]
+        self.read: list[list[tuple[int, int]]] = [[] for _ in launches]
+        for buffer in buffers:
+            if buffer.made_by is not None:
+                self.made[buffer.made_by].append(buffer)
+            if not buffer.returned:
+                readers = sum(1 << r for r in buffer.readers)
+                for reader in buffer.readers:
+                    self.read[reader].append((readers & ~(1 << reader), buffer.bytes))
+
+    def step(self, index: int, done: int, live: int) -> tuple[int, int]:
+        """Bytes alive during a launch and after it."""
+        freed = [size for others, size in self.read[index] if not others & ~done]
+        reusable = list(freed) if self.generated[index] else []
+        needed, unread = live, 0
+        for buffer in self.made[index]:
+            if buffer.bytes in reusable:
+                reusable.remove(buffer.bytes)
+            else:
+                needed += buffer.bytes
+            if not buffer.readers and not buffer.returned:
+                unread += buffer.bytes
+        made = sum(buffer.bytes for buffer in self.made[index])
+        return needed, live + made - sum(freed) - unread
+
+
+def _beam(books: _Books, width: int) -> list[int]:
+    first = frozenset(index for index, waits in enumerate(books.waits) if not waits)
+    beam = [_Prefix((), 0, first, 0, 0)]
+    for _ in books.waits:
+        best: dict[int, _Prefix] = {}
+        for prefix in beam:
+            for index in sorted(prefix.ready):
+                longer = _extended(books, prefix, index)
+                rival = best.get(longer.done)
+                if rival is None or (longer.peak, longer.order) < (rival.peak, rival.order):
+                    best[longer.done] = longer
+        beam = sorted(best.values(), key=lambda p: (p.peak, p.live, p.order))[:width]
+    return list(beam[0].order)
+
+
+def _extended(books: _Books, prefix: _Prefix, index: int) -> _Prefix:
+    needed, live = books.step(index, prefix.done, prefix.live)
+    done = prefix.done | 1 << index
+    opened = {f for f in books.followers[index] if not books.waits[f] & ~done}
+    return _Prefix(
+        (*prefix.order, index),
+        done,
+        (prefix.ready - {index}) | opened,
+        max(prefix.peak, needed),
+        live,
+    )
