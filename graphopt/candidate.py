@@ -63,7 +63,8 @@ class FrontierPoint:
     Bytes are above the static base (parameters, buffers, inputs), gradients included.
     ``forward_peak`` and ``backward_peak`` are the peaks of the two halves, ``retained`` what stays
     alive between them, ``gradients`` what the backward leaves. ``seconds`` is the time added by
-    recomputation, predicted.
+    recomputation, predicted. ``alternative`` is the id of the candidate whose program the schedule is
+    of, ``""`` for the program itself.
     """
 
     schedule: Schedule
@@ -74,6 +75,7 @@ class FrontierPoint:
     seconds: float
     flops: int = 0
     label: str = ""
+    alternative: str = ""
 
     @property
     def peak_bytes(self) -> int:

@@ -50,7 +50,8 @@ class Choice:
 
     ``fingerprint`` is the program's (``Program.fingerprint``), by which a stored plan knows the
     graph that it was made for. ``pass_id`` proposed the schedule, ``label`` is its own name for
-    it. ``seconds`` is the predicted time that the schedule adds to the program.
+    it. ``seconds`` is the predicted time that the schedule adds to the program. ``alternative`` is the id
+    of the rewrite that the program was given, ``""`` without one.
     """
 
     program: str
@@ -61,12 +62,15 @@ class Choice:
     seconds: float
     recomputed: tuple[Recomputed, ...] = ()
     saved: tuple[SavedValue, ...] = ()
+    alternative: str = ""
 
     def __str__(self) -> str:
         kept = sum(value.bytes for value in self.saved)
         parts = [f"{self.program} [{self.fingerprint}] {self.pass_id}"]
         if self.label:
             parts.append(f"({self.label})")
+        if self.alternative:
+            parts.append(f"with {self.alternative}")
         text = " ".join(parts) + f": saves {count_text(len(self.saved), 'value')} ({format_bytes(kept)})"
         if self.recomputed:
             text += f", runs {count_text(len(self.recomputed), 'node')} again"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch.fx as fx
 
 from graphopt import _torch
+from graphopt.alternatives import united
 from graphopt.candidate import Frontier, FrontierPoint
 from graphopt.capture.blocks import find_blocks
 from graphopt.capture.chain import Segment, Segmented
@@ -24,7 +25,7 @@ from graphopt.emit.lowered import LoweredMemory, step_memory
 from graphopt.errors import CaptureError, LoweringError
 from graphopt.partition import partition
 from graphopt.planner import step_peak
-from graphopt.program import InputSpec
+from graphopt.program import InputSpec, Program
 from graphopt.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class SegmentedStep:
             program = semantic_program(f"{name}.{segment.name}", _copy(segment.gm), inputs)
             kind = Captured(program.name, program, inputs)
             self._see(kind, segment)
+            self._add_alternatives(kind, segment)
             self._settle_gradients(kind, number)
             if kind.frontier is not None and calls[number] > 1:
                 kind.frontier = replace(kind.frontier, points=_thinned(kind.frontier.points, _KINDS_OF_BLOCK))
@@ -67,7 +69,7 @@ class SegmentedStep:
             replace(kinds[call.segment], name=f"{name}.{index}.{self.chain.segments[call.segment].name}")
             for index, call in enumerate(self.chain.calls)
         ]
-        self._code: dict[tuple[int, Schedule], tuple[Callable[..., Any], FrontierPoint]] = {}
+        self._code: dict[tuple[int, str, Schedule], tuple[Callable[..., Any], FrontierPoint]] = {}
 
     def compile(self) -> Callable[..., Any]:
         """Plan, compile, check the plan against the code's own memory, correct, and bind."""
@@ -94,7 +96,7 @@ class SegmentedStep:
                 )
         session._record_plan(self.captured)
         functions = [
-            self._code[call.segment, captured.schedule][0]
+            self._code[_key(call.segment, captured)][0]
             for call, captured in zip(self.chain.calls, self.captured, strict=True)
         ]
         per_call = replace(
@@ -122,11 +124,41 @@ class SegmentedStep:
             raise JointSeen
 
         try:
-            self.session.emitter.compile(_copy(segment.gm), segment.example_inputs(), look, look_inference)
+            gm = _copy(kind.semantic.gm)
+            self.session.emitter.compile(gm, segment.example_inputs(), look, look_inference)
         except Exception as error:
             if not isinstance(_torch.inner_error(error), JointSeen):
                 raise
         kind.frontier = self.session._frontier(kind)
+
+    def _add_alternatives(self, kind: Captured, segment: Segment) -> None:
+        """Plan what passes offer instead of the program, and let its frontier be that of all forms."""
+        if kind.frontier is None:
+            return
+
+        def make() -> Program:
+            gm = _copy(segment.gm)
+            placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+            for node, example in zip(placeholders, segment.example_inputs(), strict=True):
+                # Passes look here for what gradients flow to; values above autograd do not say.
+                node.meta["val"] = example
+            return semantic_program(kind.name, gm, kind.specs)
+
+        from graphopt.session import Captured
+
+        forms = {"": replace(kind)}
+        for candidate, program in self.session.alternatives(make, kind.mode):
+            form = Captured(kind.name, program, kind.specs)
+            self._see(form, segment)
+            if form.frontier is not None:
+                forms[candidate.id] = form
+        if len(forms) > 1:
+            kind.forms = forms
+            kind.frontier = united({
+                name: (form.frontier, form.reference_seconds)
+                for name, form in forms.items()
+                if form.frontier is not None
+            })
 
     def _settle_gradients(self, kind: Captured, number: int) -> None:
         """What a segment's backward leaves behind: gradients of activations go to the segment
@@ -160,9 +192,9 @@ class SegmentedStep:
 
     def _compile_chosen(self) -> None:
         """Compile what is chosen and not compiled yet; put the code's memory into the frontiers."""
-        exact: dict[tuple[int, Schedule], FrontierPoint] = {}
+        exact: dict[tuple[int, str, Schedule], FrontierPoint] = {}
         for call, captured in zip(self.chain.calls, self.captured, strict=True):
-            key = call.segment, captured.schedule
+            key = _key(call.segment, captured)
             if key not in self._code:
                 self._code[key] = self._compile(
                     self.kinds[call.segment], self.chain.segments[call.segment], captured
@@ -171,12 +203,12 @@ class SegmentedStep:
         frontiers: dict[int, Frontier] = {}
         for number, kind in enumerate(self.kinds):
             assert kind.frontier is not None
-            known = {schedule: point for (k, schedule), point in exact.items() if k == number}
+            known = {(form, schedule): point for (k, form, schedule), point in exact.items() if k == number}
             points = _corrected(kind.frontier.points, known)
             frontiers[number] = kind.frontier = replace(kind.frontier, points=points)
         for call, captured in zip(self.chain.calls, self.captured, strict=True):
             captured.frontier = frontiers[call.segment]
-            captured.point = exact[call.segment, captured.schedule]
+            captured.point = exact[_key(call.segment, captured)]
 
     def _compile(
         self, kind: Captured, segment: Segment, captured: Captured
@@ -196,7 +228,7 @@ class SegmentedStep:
             captured.lowered = (_copy(graph),)
             return graph
 
-        run = emitter.compile(_copy(segment.gm), segment.example_inputs(), realise, as_is)
+        run = emitter.compile(_copy(captured.semantic.gm), segment.example_inputs(), realise, as_is)
         return run, _exact(kind, point, list(emitter.records))
 
 
@@ -204,14 +236,30 @@ def _never(*args: Any) -> Any:
     raise CaptureError("this program was planned, not compiled")
 
 
-def _corrected(
-    points: Sequence[FrontierPoint], exact: Mapping[Schedule, FrontierPoint]
-) -> tuple[FrontierPoint, ...]:
-    """``points`` with the exact ones in their place and the others moved by the same error.
+def _key(segment: int, captured: Captured) -> tuple[int, str, Schedule]:
+    """What code depends on: the kind of segment, its form, the schedule."""
+    assert captured.point is not None
+    return segment, captured.point.alternative, captured.schedule
 
-    Estimates of one segment err alike: what one schedule's code holds above its estimate, the
+
+def _corrected(
+    points: Sequence[FrontierPoint], exact: Mapping[tuple[str, Schedule], FrontierPoint]
+) -> tuple[FrontierPoint, ...]:
+    """``points`` with the exact ones in their place and the others of their form moved by the same error.
+
+    Estimates of one program err alike: what one schedule's code holds above its estimate, the
     others' will too.
     """
+    moved: list[FrontierPoint] = []
+    for form in dict.fromkeys(point.alternative for point in points):
+        known = {schedule: point for (name, schedule), point in exact.items() if name == form}
+        moved += _moved([point for point in points if point.alternative == form], known)
+    return tuple(moved)
+
+
+def _moved(
+    points: Sequence[FrontierPoint], exact: Mapping[Schedule, FrontierPoint]
+) -> tuple[FrontierPoint, ...]:
     known = [(p, exact[p.schedule]) for p in points if p.schedule in exact]
     if not known:
         return tuple(points)

@@ -33,12 +33,14 @@ def choose(
     Exact candidates are taken unless they are predicted to cost something, those of a mandatory pass
     always; what changes the order of rounding has to gain; what is lossy has to gain and its pass to be
     named in ``ctx.allow``. Two conflict if one names the other or they share nodes; the one that is
-    worth more stays, the earlier one of equals.
+    worth more stays, the earlier one of equals. Alternatives are left to the planner.
     """
     declined: dict[str, str] = {}
     gains = {c.id: worth(c, ctx, budgeted=budgeted) for c in candidates}
     wanted = []
     for candidate in candidates:
+        if candidate.alternative:
+            continue
         why = _refusal(step, candidate, gains[candidate.id], ctx, budgeted=budgeted)
         if why:
             declined[candidate.id] = why

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 import torch.fx as fx
 
 from graphopt import _torch
+from graphopt.alternatives import alternatives
 from graphopt.budget import Budget, format_bytes
-from graphopt.candidate import Declined, Frontier, FrontierPoint, NearMiss
+from graphopt.candidate import Candidate, Declined, Frontier, FrontierPoint, NearMiss
 from graphopt.capture.auxiliary import reattach
 from graphopt.capture.joint import drop_unread_statistics, inference_program, joint_program, save_everything
 from graphopt.capture.semantic import (
@@ -25,16 +26,16 @@ from graphopt.capture.semantic import (
 from graphopt.cost import Cost, CostModel
 from graphopt.emit.emitter import Emitter
 from graphopt.emit.fused_point import fused_point
-from graphopt.errors import BudgetError
+from graphopt.errors import BudgetError, GraphoptError, StalePlanError
 from graphopt.partition import ordered, partition
 from graphopt.passes import Pass, PassContext
 from graphopt.planner import choose, least, least_peak, seconds_bound, step_peak
 from graphopt.plans import Choice, Plan, Recomputed, SavedValue
 from graphopt.plugins.host import PluginHost
-from graphopt.program import InputSpec, Level, Program, layer_of
+from graphopt.program import InputSpec, Program, layer_of
 from graphopt.replay import make_random_states_explicit, plain_call
-from graphopt.report import PassRecord, PassStatus
-from graphopt.rewriting import run_passes
+from graphopt.report import PassRecord
+from graphopt.rewriting import Rewriting, left_out, run_joint_passes, run_passes
 from graphopt.schedule import Schedule
 
 __all__ = ["Captured", "NotPlanned", "Session"]
@@ -42,6 +43,12 @@ __all__ = ["Captured", "NotPlanned", "Session"]
 
 _RESOLUTION = 0.01
 """Predicted times of fused code that differ by less than this share are taken as equal."""
+
+
+_COMPILED_BY_SEGMENTS = (
+    "joint programs that are compiled segment by segment are not rewritten: propose it at the semantic "
+    'level, or use emit="eager"'
+)
 
 
 class NotPlanned(BaseException):
@@ -54,13 +61,18 @@ class NotPlanned(BaseException):
 
 @dataclass
 class Captured:
-    """One graph of a model on its way down: programs at each level, choices, what runs."""
+    """One graph of a model on its way down: programs at each level, choices, what runs.
+
+    ``forms`` are what it may be instead: itself under ``""`` and its alternatives by candidate.
+    """
 
     name: str
     semantic: Program
     specs: list[InputSpec]
     mode: str = "infer"
     joint: Program | None = None
+    traced: str = ""
+    """Fingerprint of the joint program as it was traced, before passes rewrote it."""
     baseline: Schedule | None = None
     frontier: Frontier | None = None
     reference: FrontierPoint | None = None
@@ -72,11 +84,36 @@ class Captured:
     ran: bool = False
     run: Callable[..., Any] | None = None
     recompile: Callable[[], Callable[..., Any]] | None = None
+    forms: Mapping[str, Captured] = field(default_factory=dict)
 
     @property
     def schedule(self) -> Schedule:
         assert self.point is not None
         return self.point.schedule
+
+    def run_at(self, point: FrontierPoint) -> None:
+        """Decide for ``point``, and for the form that its schedule is of."""
+        self.point = point
+        self.become(point.alternative)
+
+    def become(self, alternative: str) -> None:
+        """Take on the programs of a form. Raises ``StalePlanError`` for one that is not offered."""
+        if alternative not in self.forms:
+            if alternative:
+                offered = ", ".join(name for name in self.forms if name) or "none"
+                raise StalePlanError(
+                    f"the plan runs program {self.name!r} with {alternative!r}, which no pass offers here: "
+                    f"there is {offered}",
+                    hint="make the plan again with graphopt.plan(...)",
+                )
+            return
+        form = self.forms[alternative]
+        self.semantic, self.joint, self.baseline, self.flops = (
+            form.semantic,
+            form.joint,
+            form.baseline,
+            form.flops,
+        )
 
 
 @dataclass
@@ -182,10 +219,26 @@ class Session:
         mode = "train" if _trained(inputs) else "infer"
         ctx = PassContext(self.cost, mode, self.emitter.name, None, self.allow)
         budgeted = self.budget.memory is not None
+        if not self.captured:
+            self.records.extend(left_out(self.passes, self.host))
         done = run_passes(program, self.passes, ctx, self.host, on_error=self.on_error, budgeted=budgeted)
+        self._note(done)
+
+    def _note(self, done: Rewriting) -> None:
         self.records.extend(done.records)
         self.declined.extend(done.declined)
         self.near_misses.extend(done.near_misses)
+
+    def alternatives(
+        self, make: Callable[[], Program], mode: str
+    ) -> Iterator[tuple[Candidate, Program]]:
+        """What the passes offer instead of the semantic program that ``make`` copies."""
+        ctx = PassContext(self.cost, mode, self.emitter.name, None, self.allow)
+
+        def failed(text: str, error: GraphoptError) -> None:
+            self._fail(text, error)
+
+        return alternatives(make, self.passes, ctx, failed)
 
     def _segmented(
         self,
@@ -302,8 +355,7 @@ class Session:
     def _inference(self, captured: Captured, graph: fx.GraphModule) -> fx.GraphModule:
         captured.mode = "infer"
         captured.joint = inference_program(captured.name, graph, captured.specs)
-        forward = tuple(n.name for n in graph.graph.nodes if n.op in ("call_function", "get_attr"))
-        captured.baseline = Schedule(forward)
+        captured.baseline = _unchanged(captured.joint)
         captured.frontier = self._frontier(captured)
         self._decide(captured)
         graph.graph = ordered(graph.graph, captured.schedule.forward)
@@ -320,48 +372,38 @@ class Session:
         if self.emitter.name == "eager":
             make_random_states_explicit(joint)
         program = joint_program(captured.name, joint, captured.specs, num_outputs)
-        known = captured.joint
-        captured.joint = program
-        if known is None or known.fingerprint != program.fingerprint:
+        traced = program.fingerprint
+        if captured.joint is None or captured.traced != traced:
+            captured.joint, captured.traced = program, traced
             captured.baseline = save_everything(program)
             captured.frontier = self._frontier(captured)
             self._decide(captured)
-        captured.lowered = partition(program, captured.schedule)
+        elif captured.joint.fingerprint == traced:
+            captured.joint = program
+        captured.lowered = partition(captured.joint, captured.schedule)
         return captured.lowered[0], captured.lowered[1]
 
     def _frontier(self, captured: Captured) -> Frontier:
         """The curve of schedules that the joint-level passes offer; the baseline is always on it."""
         assert captured.joint is not None and captured.baseline is not None
+        ctx = PassContext(self.cost, captured.mode, self.emitter.name, None, self.allow)
+        done = run_joint_passes(
+            captured.joint,
+            self.passes,
+            ctx,
+            self.host,
+            on_error=self.on_error,
+            budgeted=self.budget.memory is not None,
+            closed=_COMPILED_BY_SEGMENTS if self.whole and self.emitter.by_segments else "",
+        )
+        self._note(done)
+        if done.changed:
+            again = save_everything if captured.mode == "train" else _unchanged
+            captured.baseline = again(captured.joint)
         baseline = captured.reference = self._baseline_point(captured.joint, captured.baseline)
         captured.reference_seconds = self._seconds(captured.joint, captured.baseline)
         captured.flops = {node.name: self.cost.node(node).flops for node in captured.joint.nodes()}
-        ctx = PassContext(self.cost, captured.mode, self.emitter.name, None, self.allow)
-        best: Frontier | None = None
-        for step in self.passes:
-            if step.level is not Level.JOINT:
-                continue
-            start = time.perf_counter()
-            self.host.notify_before(ctx, step, captured.joint)
-            try:
-                offered = [p for p in step.propose(captured.joint, ctx) if isinstance(p, Frontier)]
-                frontier = offered[-1] if offered else None
-                status: PassStatus = "applied" if frontier else "no-op"
-                reason = "" if frontier else f"nothing to choose in {captured.mode} mode"
-            except Exception as error:
-                if self.on_error == "raise":
-                    raise
-                frontier, status, reason = None, "rolled-back", _one_line(error)
-            record = PassRecord(
-                step.name,
-                self.host.owner("graphopt_passes", step.name).plugin,
-                status,
-                reason,
-                seconds=time.perf_counter() - start,
-            )
-            self.records.append(record)
-            self.host.notify_after(ctx, step, captured.joint, record)
-            best = frontier or best
-        best = best or Frontier("none", (baseline,))
+        best = done.frontiers[-1] if done.frontiers else Frontier("none", (baseline,))
         if self.held_gradient_bytes:
             # Each program's gradients are added to those held and go before the next one runs.
             best = replace(best, points=tuple(replace(point, gradients=0) for point in best.points))
@@ -430,6 +472,9 @@ class Session:
         baseline = self._baseline(group)
         budget = self.budget.resolve(baseline.peak_bytes)
         if self.replay is not None:
+            forms = {choice.program: choice.alternative for choice in self.replay.choices}
+            for captured in group:
+                captured.become(forms.get(captured.name, ""))
             self.replay.check({c.name: c.joint.fingerprint for c in group if c.joint is not None})
             for captured in group:
                 choice = self.replay.choice(captured.name)
@@ -443,7 +488,7 @@ class Session:
                     raise self._infeasible(frontiers, budget)
                 chosen = least(frontiers)
             for captured, point in zip(group, chosen, strict=True):
-                captured.point = point
+                captured.run_at(point)
         self.planning_seconds += time.perf_counter() - start
         self._record_plan(group)
 
@@ -472,7 +517,16 @@ class Session:
         are calls of libraries do, while what is fused may cost less than apart."""
         if not self.emitter.fuses:
             return sum(c.reference_seconds for c in group)
-        prices = [self.cost.node(node) for c in group if c.joint is not None for node in c.joint.nodes()]
+        return sum(
+            min(self._library_seconds(form) for form in (c.forms.values() or (c,)))
+            for c in group
+            if c.joint is not None
+        )
+
+    def _library_seconds(self, captured: Captured) -> float:
+        if captured.joint is None:
+            return 0.0
+        prices = [self.cost.node(node) for node in captured.joint.nodes()]
         return sum(price.seconds for price in prices if price.flops)
 
     def _infeasible(self, frontiers: Sequence[Frontier], budget: int) -> BudgetError:
@@ -493,6 +547,11 @@ class Session:
         if self.on_error == "raise":
             raise error
         self.diagnostics.append(text)
+
+
+def _unchanged(program: Program) -> Schedule:
+    """Everything in the order of the graph."""
+    return Schedule(tuple(n.name for n in program.graph.nodes if n.op in ("call_function", "get_attr")))
 
 
 def _hand_on(later: Captured, earlier: Captured) -> None:
@@ -540,6 +599,7 @@ def _choice(cost: CostModel, captured: Captured) -> Choice:
         captured.point.seconds,
         recomputed,
         saved,
+        captured.point.alternative,
     )
 
 
@@ -554,6 +614,7 @@ def _replayed(session: Session, captured: Captured, choice: Choice) -> FrontierP
         point.gradients,
         choice.seconds,
         label=choice.label,
+        alternative=choice.alternative,
     )
 
 
