@@ -101,6 +101,8 @@ def resnet() -> Built:
 
 
 def whisper() -> Built:
+    """Without LayerDrop: while a stack is in training mode it branches on a random number before each
+    layer, even if the rate is 0 as here. The layers are in training mode, and other dropout is off."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     config = WhisperConfig(
@@ -109,7 +111,10 @@ def whisper() -> Built:
         max_target_positions=128, use_cache=False, pad_token_id=0, bos_token_id=1, eos_token_id=2,
         decoder_start_token_id=1,
     )  # fmt: skip
-    return WhisperForConditionalGeneration(config), {
+    model = WhisperForConditionalGeneration(config)
+    for stack in (model.model.encoder, model.model.decoder):
+        stack.training = False
+    return model, {
         "input_features": torch.randn(6, 80, 600), "labels": torch.randint(3, 1024, (6, 96)),
     }  # fmt: skip
 
@@ -123,17 +128,19 @@ def mamba() -> Built:
 
 
 def qwen3_moe() -> Built:
-    """Experts as batched products: the loop over experts that is the default depends on the data."""
+    """Experts as batched products: those that loop over the experts or group the tokens by expert
+    branch on what the router chose, forwards or backwards, which no graph of the step can hold."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     config = Qwen3MoeConfig(
-        hidden_size=96, intermediate_size=192, moe_intermediate_size=96, num_hidden_layers=4,
-        num_attention_heads=3, num_key_value_heads=3, num_experts=4, num_experts_per_tok=2,
-        vocab_size=1024, max_position_embeddings=256, use_cache=False,
+        hidden_size=64, intermediate_size=128, moe_intermediate_size=64, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2,
+        vocab_size=1024, max_position_embeddings=128, use_cache=False,
     )  # fmt: skip
-    config._experts_implementation = "grouped_mm"
-    ids = torch.randint(0, 1024, (8, 256))
-    return Qwen3MoeForCausalLM(config), {"input_ids": ids, "labels": ids}
+    model = Qwen3MoeForCausalLM(config)
+    model.set_experts_implementation("batched_mm")
+    ids = torch.randint(0, 1024, (2, 128))
+    return model, {"input_ids": ids, "labels": ids}
 
 
 class _Double(nn.Sequential):
@@ -214,10 +221,9 @@ MODELS: dict[str, Callable[[], Built]] = {
 
 
 def build(name: str) -> Built:
-    """The model in training mode and its keyword arguments; the same on every call."""
+    """The model, in training mode as modules are made, and its keyword arguments; the same on every call."""
     torch.manual_seed(0)
-    model, inputs = MODELS[name]()
-    return model.train(), inputs
+    return MODELS[name]()
 
 
 def chosen(names: Sequence[str]) -> list[str]:
