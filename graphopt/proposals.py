@@ -46,6 +46,8 @@ def read_proposals(step: Pass, program: Program, ctx: PassContext) -> Proposals:
                 f"{step.name}: propose() yielded a Frontier at the {program.level} level: schedules are of "
                 "joint programs"
             )
+        if isinstance(item, Frontier):
+            _check_frontier(step, program, item)
     candidates = tuple(item for item in items if isinstance(item, Candidate))
     _check(step, program, candidates)
     return Proposals(
@@ -54,6 +56,18 @@ def read_proposals(step: Pass, program: Program, ctx: PassContext) -> Proposals:
         tuple(item for item in items if isinstance(item, Declined)),
         tuple(item for item in items if isinstance(item, NearMiss)),
     )
+
+
+def _check_frontier(step: Pass, program: Program, frontier: Frontier) -> None:
+    if not frontier.points:
+        raise PassError(f"{step.name}: propose() yielded a Frontier without points")
+    names = {node.name for node in program.graph.nodes}
+    for point in frontier.points:
+        schedule = point.schedule
+        for name in {*schedule.forward, *schedule.saved, *schedule.backward} - names:
+            raise PassError(
+                f"{step.name}: schedule {point.label!r}: program {program.name} has no node {name!r}"
+            )
 
 
 def _check(step: Pass, program: Program, candidates: Iterable[Candidate]) -> None:

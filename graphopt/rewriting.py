@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from graphopt.candidate import Declined, Frontier, NearMiss
 from graphopt.duration import format_seconds
@@ -12,13 +12,13 @@ from graphopt.edit import Edit
 from graphopt.errors import GraphoptError, PassError, VerificationError, brief
 from graphopt.passes import Pass, PassContext, pass_text
 from graphopt.plugins.host import PluginHost
-from graphopt.program import Program
+from graphopt.program import Level, Program
 from graphopt.proposals import Proposals, read_proposals
 from graphopt.report import PassRecord, PassStatus
 from graphopt.selection import choose, worth
 from graphopt.verify import verify_values
 
-__all__ = ["Rewriting", "run_pass", "run_passes"]
+__all__ = ["Rewriting", "left_out", "run_joint_passes", "run_pass", "run_passes"]
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Rewriting:
     declined: tuple[Declined, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
     frontiers: tuple[Frontier, ...] = ()
+    changed: bool = False
+    """Whether the program is another than before."""
 
     def __add__(self, other: Rewriting) -> Rewriting:
         return Rewriting(
@@ -36,6 +38,7 @@ class Rewriting:
             self.declined + other.declined,
             self.near_misses + other.near_misses,
             self.frontiers + other.frontiers,
+            self.changed or other.changed,
         )
 
 
@@ -56,6 +59,58 @@ def run_passes(
     return total
 
 
+def run_joint_passes(
+    program: Program,
+    passes: Sequence[Pass],
+    ctx: PassContext,
+    host: PluginHost,
+    *,
+    on_error: str = "rollback",
+    budgeted: bool = False,
+    closed: str = "",
+) -> Rewriting:
+    """Run the passes of a joint program, each as ``run_pass`` does; ``frontiers`` is then one at most.
+
+    Where several passes offer a curve of schedules, the last one's is taken. A curve that was made before
+    the program was last rewritten may name nodes that are gone: its pass is asked again at the end.
+    """
+    total = Rewriting()
+    source: Pass | None = None
+    found: Frontier | None = None
+    stale = False
+    for step in passes:
+        if step.level is not program.level:
+            continue
+        done = run_pass(program, step, ctx, host, on_error=on_error, budgeted=budgeted, closed=closed)
+        total += replace(done, frontiers=(), declined=(*done.declined, *_passed_over(done, source)))
+        if done.frontiers:
+            source, found, stale = step, done.frontiers[-1], False
+        stale = stale or done.changed
+    if source is not None and stale:
+        asked = f"{source.name} was asked for schedules alone, after the last rewrite"
+        again = run_pass(program, source, ctx, host, on_error=on_error, budgeted=budgeted, closed=asked)
+        total += replace(again, frontiers=())
+        found = again.frontiers[-1] if again.frontiers else None
+    return replace(total, frontiers=(found,) if found is not None else ())
+
+
+def left_out(passes: Sequence[Pass], host: PluginHost) -> tuple[PassRecord, ...]:
+    """Records of the passes of a level at which no program is rewritten."""
+    why = "lowered programs are not rewritten: passes run at the semantic and the joint level"
+    return tuple(_record(step, host, "skipped", why) for step in passes if step.level is Level.LOWERED)
+
+
+def _passed_over(done: Rewriting, source: Pass | None) -> list[Declined]:
+    """Curves that another one takes the place of."""
+    if not done.frontiers:
+        return []
+    earlier = [frontier.pass_id for frontier in done.frontiers[:-1]]
+    if source is not None:
+        earlier.insert(0, source.name)
+    why = f"a program has one curve of schedules: that of {done.frontiers[-1].pass_id}, the last, is used"
+    return [Declined(f"schedules of {name}", why) for name in earlier]
+
+
 def run_pass(
     program: Program,
     step: Pass,
@@ -64,12 +119,14 @@ def run_pass(
     *,
     on_error: str = "rollback",
     budgeted: bool = False,
+    closed: str = "",
 ) -> Rewriting:
     """Run one pass as one transaction: all of its chosen candidates or none.
 
     A pass that raises, yields nonsense, changes the program while it looks at it, or whose edit breaks
     the structure leaves the program as it was: recorded as ``rolled-back`` with the reason, or raised
     (``PassError``, ``VerificationError``) with ``on_error="raise"``. ``budgeted``: bytes count as gains.
+    ``closed``: why this program can take no candidate, where that is so; each is declined with it.
     """
     if not step.exact and step.name not in ctx.allow:
         why = f"changes results: runs with allow=({step.name!r},)"
@@ -83,25 +140,35 @@ def run_pass(
     proposals = Proposals()
     refused: list[Declined] = []
     status: PassStatus
+    edit = program.edit(step.name)
     try:
-        with program.edit(step.name) as edit:
+        with edit:
             proposals = read_proposals(step, program, ctx)
             if edit.differs:
                 raise PassError(f"{step.name}: propose() changed the program: only apply() may")
-            chosen, refused = choose(step, proposals.candidates, ctx, budgeted=budgeted)
+            offered = () if closed else proposals.candidates
+            chosen, refused = choose(step, offered, ctx, budgeted=budgeted)
+            if closed:
+                refused = [Declined(candidate.id, closed) for candidate in proposals.candidates]
             for candidate in chosen:
                 _apply(step, candidate.id, candidate.apply, edit)
     except GraphoptError as error:
         if on_error == "raise":
             raise
-        status, reason = "rolled-back", error.message
+        status, reason = "rolled-back", error.message.removeprefix(f"{step.name}: ")
         proposals, refused = Proposals(), []
     else:
         gain = sum(worth(candidate, ctx, budgeted=False) for candidate in chosen)
-        status, reason = _outcome(proposals, len(chosen), gain, edit)
+        status, reason = _outcome(proposals, len(chosen), gain, edit, ctx)
     record = _record(step, host, status, reason, time.perf_counter() - start)
     host.notify_after(ctx, step, program, record)
-    return Rewriting((record,), (*proposals.declined, *refused), proposals.near_misses, proposals.frontiers)
+    return Rewriting(
+        (record,),
+        (*proposals.declined, *refused),
+        proposals.near_misses,
+        proposals.frontiers,
+        edit.committed,
+    )
 
 
 def _apply(step: Pass, candidate: str, apply: object, edit: Edit) -> None:
@@ -114,17 +181,23 @@ def _apply(step: Pass, candidate: str, apply: object, edit: Edit) -> None:
         raise PassError(f"{step.name}: candidate {candidate!r}: apply() raised {brief(error)}") from error
 
 
-def _outcome(proposals: Proposals, chosen: int, gain: float, edit: Edit) -> tuple[PassStatus, str]:
-    if proposals.frontiers:
-        return "applied", ""
+def _outcome(
+    proposals: Proposals, chosen: int, gain: float, edit: Edit, ctx: PassContext
+) -> tuple[PassStatus, str]:
+    idle: PassStatus = "applied" if proposals.frontiers else "no-op"
     if not proposals.candidates:
+        if proposals.frontiers:
+            return idle, ""
         missed = len(proposals.near_misses)
-        return "no-op", f"nothing to rewrite; {missed} near misses" if missed else "nothing to rewrite"
+        nothing = "nothing to rewrite"
+        if edit.program.level is Level.JOINT:
+            nothing += f", nothing to choose in {ctx.mode} mode"
+        return idle, f"{nothing}; {missed} near misses" if missed else nothing
     share = f"{chosen} of {len(proposals.candidates)} candidates"
-    if chosen and not edit.committed:
-        return "no-op", f"{share} chosen, none changed the program"
     if not chosen:
-        return "no-op", f"{share} chosen"
+        return idle, f"{share} chosen"
+    if not edit.committed:
+        return idle, f"{share} chosen, none changed the program"
     return "applied", f"{share}" + (f", saves {format_seconds(gain)} (predicted)" if gain else "")
 
 

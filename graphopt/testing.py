@@ -28,7 +28,7 @@ from graphopt.errors import VerificationError
 from graphopt.optimized import Optimized
 from graphopt.passes import Pass, PassContext
 from graphopt.pipeline import Pipeline
-from graphopt.program import Program
+from graphopt.program import Level, Program
 from graphopt.provenance import note_of
 from graphopt.report import PassRecord
 from graphopt.rewriting import run_pass
@@ -68,14 +68,14 @@ def semantic_programs(
     model: torch.nn.Module, inputs: Any, passes: Sequence[Pass] = (), *, allow: Sequence[str] = ()
 ) -> tuple[Program, ...]:
     """The model's programs at the semantic level after ``passes``; a pass that fails raises."""
-    return _semantic(_optimized(model, inputs, passes, allow))
+    return _programs(_optimized(model, inputs, passes, allow), Level.SEMANTIC)
 
 
 def _checked(pass_: Pass, model: torch.nn.Module, inputs: Any) -> CheckedPass:
     allow = () if pass_.exact else (pass_.name,)
-    before = semantic_programs(model, inputs)
+    before = _programs(_optimized(model, inputs, (), ()), pass_.level)
     optimized = _optimized(model, inputs, (pass_,), allow)
-    programs = _semantic(optimized)
+    programs = _programs(optimized, pass_.level)
     if pass_.exact:
         verify_numerically(model, optimized, inputs)
     for program in programs:
@@ -97,8 +97,8 @@ def _optimized(
     return optimize(model, inputs, pipeline=pipeline, emit="eager", on_error="raise", allow=allow)
 
 
-def _semantic(optimized: Optimized) -> tuple[Program, ...]:
-    return tuple(program for program in optimized.programs if program.level == "semantic")
+def _programs(optimized: Optimized, level: Level) -> tuple[Program, ...]:
+    return tuple(program for program in optimized.programs if program.level is level)
 
 
 def _in_type(model: torch.nn.Module, inputs: Any, dtype: torch.dtype) -> tuple[torch.nn.Module, Any]:

@@ -92,7 +92,7 @@ def test_an_impossible_budget_names_the_least_and_passes_that_failed() -> None:
     assert error.budget_bytes == 1000
     assert f"({error.least_bytes} bytes)" in error.message
     assert f"ask for budget={error.least_bytes} or more" in error.hint
-    assert "pass broken failed: ZeroDivisionError: no luck" in error.hint
+    assert "pass broken failed: propose() raised ZeroDivisionError: no luck" in error.hint
     assert optimized(budget=error.least_bytes, pipeline=[Broken()]).plan.budget == error.least_bytes
 
 
