@@ -1,0 +1,255 @@
+"""Alternatives: each applied to a copy of its own, failures said, frontiers put together and replayed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import register_flop_formula
+
+import graphopt
+from graphopt.alternatives import alternatives, united
+from graphopt.candidate import Candidate, CostDelta, Frontier, FrontierPoint
+from graphopt.edit import Edit
+from graphopt.errors import GraphoptError, StalePlanError
+from graphopt.passes import Pass
+from graphopt.program import Level, Program
+from graphopt.schedule import Schedule
+from graphopt.selection import choose
+from tests.programs import context, proposing, semantic
+
+aten = torch.ops.aten
+
+
+def _make() -> Program:
+    return semantic(lambda x, w: (x @ w).cos().sin(), torch.randn(4, 8), torch.randn(8, 8))
+
+
+def _double(edit: Edit) -> None:
+    old = edit.node("cos")
+    edit.replace(old, edit.call_before(old, aten.sin.default, old.args))
+
+
+def _break(edit: Edit) -> None:
+    raise ZeroDivisionError("no chunks")
+
+
+def candidate(name: str = "swap", **settings: object) -> Candidate:
+    made = Candidate(name, "some-pass", ("cos",), CostDelta(), _double, alternative=True)
+    return replace(made, **settings)  # type: ignore[arg-type]
+
+
+def offered(
+    *candidates: Candidate, allow: tuple[str, ...] = (), **settings: object
+) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    step = proposing(lambda p, c: list(candidates), **settings)  # type: ignore[arg-type]
+    said: list[str] = []
+
+    def failed(text: str, error: GraphoptError) -> None:
+        said.append(text)
+
+    found = alternatives(_make, [step], context(allow=allow), failed)
+    return [(c.id, [node.name for node in program.nodes()]) for c, program in found], said
+
+
+def test_each_alternative_is_applied_to_a_copy_of_its_own() -> None:
+    found, said = offered(candidate(), candidate("again"), candidate("plain", alternative=False))
+    assert found == [
+        ("swap", ["matmul", "sin_default", "sin"]),
+        ("again", ["matmul", "sin_default", "sin"]),
+    ]
+    assert not said
+
+
+def test_what_fails_is_said_and_left_out() -> None:
+    found, said = offered(candidate("bad", apply=_break), candidate())
+    assert [name for name, _ in found] == ["swap"]
+    assert len(said) == 1
+    assert said[0].endswith("alternative bad was left out: bad: apply() raised ZeroDivisionError: no chunks")
+
+
+def test_a_lossy_alternative_needs_to_be_allowed() -> None:
+    lossy = candidate(exactness="lossy", metric="relative error", delta=CostDelta(error=0.1))
+    assert offered(lossy, exact=False)[0] == []
+    assert [name for name, _ in offered(lossy, exact=False, allow=("some-pass",))[0]] == ["swap"]
+
+
+def test_the_planner_alone_decides_on_alternatives() -> None:
+    gains = candidate(delta=CostDelta(seconds=-1.0))
+    step = proposing(lambda p, c: ())
+    assert choose(step, [gains], context(), budgeted=True) == ([], [])
+
+
+def point(peak: int, seconds: float, retained: int = 0) -> FrontierPoint:
+    return FrontierPoint(Schedule(("a",), (), ()), peak, peak, retained, 0, seconds)
+
+
+def test_times_count_from_the_program_itself() -> None:
+    own = Frontier("p", (point(10, 0.0), point(6, 2.0)), 5, lambda budget: 1.0)
+    other = Frontier("q", (point(4, 0.0),), 3, lambda budget: 0.0)
+    both = united({"": (own, 7.0), "chunk": (other, 8.5)})
+    found = [(p.alternative, p.peak_bytes, p.seconds) for p in both.points]
+    assert found == [("chunk", 4, 1.5), ("", 10, 0.0)]
+    assert both.floor_bytes == 3
+    assert both.seconds_bound(0) == 1.0
+    assert both.pass_id == "p"
+
+
+def test_a_point_is_kept_for_what_it_retains_alone() -> None:
+    own = Frontier("p", (point(10, 0.0, retained=8),))
+    other = Frontier("q", (point(12, 0.0, retained=2),))
+    assert len(united({"": (own, 1.0), "x": (other, 2.0)}).points) == 2
+
+
+@torch.library.custom_op("tests::halved_product_loss", mutates_args=())
+def halved_product_loss(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """The mean square of ``x @ w.t()`` without all of the product at once."""
+    total = sum((part @ w.t()).square().sum() for part in x.chunk(8))
+    return torch.as_tensor(total) / (x.shape[0] * w.shape[0])
+
+
+@halved_product_loss.register_fake
+def _(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(())
+
+
+@torch.library.custom_op("tests::halved_product_gradient", mutates_args=())
+def halved_product_gradient(
+    grad: torch.Tensor, x: torch.Tensor, w: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of the above, piece by piece as well."""
+    scale = 2 * grad / (x.shape[0] * w.shape[0])
+    dx, dw = torch.empty_like(x), torch.zeros_like(w)
+    for part, out in zip(x.chunk(8), dx.chunk(8), strict=True):
+        product = part @ w.t() * scale
+        out.copy_(product @ w)
+        dw += product.t() @ part
+    return dx, dw
+
+
+@halved_product_gradient.register_fake
+def _(grad: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.empty_like(x), torch.empty_like(w)
+
+
+@register_flop_formula([torch.ops.tests.halved_product_loss, torch.ops.tests.halved_product_gradient])
+def _flops(*shapes, out_shape=None, **settings) -> int:
+    """Said to be so much arithmetic that only a budget makes it worth while."""
+    return 10**11
+
+
+torch.library.register_autograd(
+    "tests::halved_product_loss",
+    lambda ctx, grad: halved_product_gradient(grad, *ctx.saved_tensors),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+@dataclass(frozen=True)
+class HalveProduct(Pass):
+    """Offers the operator above for ``linear(x, w).square().mean()``."""
+
+    name: ClassVar[str] = "halve-product"
+    level: ClassVar[Level] = Level.SEMANTIC
+
+    def propose(self, program: Program, ctx):
+        for mean in program.nodes(aten.mean.default):
+            square = mean.args[0]
+            product = square.args[0]
+
+            def apply(edit: Edit, place: str = mean.name, args: tuple[str, ...] = ()) -> None:
+                old = edit.node(place)
+                linear = old.args[0].args[0]
+                x, w = linear.args[:2]
+                flat = edit.call_before(old, aten.reshape.default, (x, [-1, 32]))
+                loss = torch.ops.tests.halved_product_loss.default
+                edit.replace(old, edit.call_before(old, loss, (flat, w)))
+
+            nodes = (product.name, square.name, mean.name)
+            yield Candidate(f"halve:{mean.name}", self.name, nodes, CostDelta(), apply, alternative=True)
+
+
+class Wide(nn.Module):
+    """A few blocks and a wide product at the end: its result is most of the memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(32, 32) for _ in range(3))
+        self.wide = nn.Linear(32, 4096, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = torch.relu(block(x))
+        return self.wide(x).square().mean()
+
+
+class Plugin:
+    """Registers the pass."""
+
+    graphopt_api = 1
+
+    @graphopt.hookimpl
+    def graphopt_passes(self):
+        return [HalveProduct]
+
+
+def optimized(**settings) -> graphopt.Optimized:
+    torch.manual_seed(0)
+    return graphopt.optimize(
+        Wide(),
+        (torch.randn(512, 32),),
+        emit="inductor",
+        on_error="raise",
+        plugins=(Plugin(),),
+        pipeline="halve-product,insert-checkpoints",
+        **settings,
+    )
+
+
+@pytest.fixture(scope="module")
+def roomy() -> graphopt.Optimized:
+    return optimized(budget="16GiB")
+
+
+@pytest.fixture(scope="module")
+def tight(roomy: graphopt.Optimized) -> graphopt.Optimized:
+    # Below the whole product and its gradient, above an eighth of it.
+    return optimized(budget=int(0.5 * roomy.report.baseline.peak_bytes))
+
+
+def test_the_planner_takes_an_alternative_only_where_the_budget_needs_it(
+    roomy: graphopt.Optimized, tight: graphopt.Optimized
+) -> None:
+    assert {choice.alternative for choice in roomy.plan.choices} == {""}
+    (taken,) = {choice.alternative for choice in tight.plan.choices} - {""}
+    assert taken.startswith("halve:")
+    assert f"with {taken}" in str(tight.plan)
+
+
+def test_values_are_the_models_and_the_budget_is_kept(
+    roomy: graphopt.Optimized, tight: graphopt.Optimized
+) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(512, 32)
+    results = []
+    for module in (roomy, tight):
+        module.zero_grad()
+        loss = module(x)
+        loss.backward()
+        results.append((loss.detach(), [p.grad.clone() for p in module.parameters()]))
+    torch.testing.assert_close(results[0], results[1])
+    assert tight.report.predicted.peak_bytes <= tight.plan.budget
+
+
+def test_a_plan_with_an_alternative_is_replayed_and_refused_without_its_pass(
+    tight: graphopt.Optimized,
+) -> None:
+    again = optimized(plan=tight.plan)
+    assert [c.alternative for c in again.plan.choices] == [c.alternative for c in tight.plan.choices]
+    with pytest.raises(StalePlanError, match="which no pass offers here: there is none"):
+        graphopt.optimize(
+            Wide(), (torch.randn(512, 32),), emit="inductor", on_error="raise", plan=tight.plan
+        )
