@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -117,11 +118,28 @@ def _dry_run(model: torch.nn.Module, inputs: Any, options: dict[str, Any], calle
     return _prepared(**arguments | {"dry_run": True, "verify": "off"})
 
 
-def _prepared(
+def _prepared(model: torch.nn.Module, inputs: Any, *, verify: str, **options: Any) -> Optimized:
+    _check_kinds(model, options["loss_fn"], options["replay"])
+    if verify not in _VERIFY:
+        raise UnknownNameError("value of verify", verify, _VERIFY)
+    if verify == "numeric" and inputs is None:
+        raise InputsError(
+            'verify="numeric" needs inputs: a tuple of positional arguments or a dict of keyword arguments'
+        )
+    optimized = _uncaptured(model, inputs, **options)
+    if inputs is not None:
+        optimized._driver.prepare(*bind_inputs(model, inputs))
+        if verify == "numeric":
+            from graphopt.verify import verify_numerically
+
+            verify_numerically(model, optimized, inputs)
+    return optimized
+
+
+def _uncaptured(
     model: torch.nn.Module,
-    inputs: Any,
+    example: Any,
     *,
-    verify: str,
     device: str | torch.device | None,
     loss_fn: Callable[[Any], torch.Tensor] | None,
     dynamic_shapes: bool | None,
@@ -129,13 +147,9 @@ def _prepared(
     dry_run: bool,
     **choices: Any,
 ) -> Optimized:
-    _check_kinds(model, loss_fn, replay)
-    if verify not in _VERIFY:
-        raise UnknownNameError("value of verify", verify, _VERIFY)
-    if verify == "numeric" and inputs is None:
-        raise InputsError(
-            'verify="numeric" needs inputs: a tuple of positional arguments or a dict of keyword arguments'
-        )
+    """An optimized module that captures on its first call; its copies are made the same way."""
+    if isinstance(choices["pipeline"], Iterator):
+        choices["pipeline"] = tuple(choices["pipeline"])
     where = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     session = make_session(device if device is not None else where, runs_on=where, **choices)
     session.replay, session.dry_run = replay, dry_run
@@ -145,15 +159,17 @@ def _prepared(
     }
     session.weight_bytes = _torch.storage_bytes([*model.parameters(), *model.buffers()])
     session.held_gradient_bytes = _torch.storage_bytes([p.grad for p in model.parameters()])
-    driver = Driver(model, session, inputs=inputs, dynamic=dynamic_shapes)
-    optimized = Optimized(model, driver, loss_fn)
-    if inputs is not None:
-        driver.prepare(*bind_inputs(model, inputs))
-        if verify == "numeric":
-            from graphopt.verify import verify_numerically
-
-            verify_numerically(model, optimized, inputs)
-    return optimized
+    driver = Driver(model, session, inputs=example, dynamic=dynamic_shapes)
+    again = partial(
+        _uncaptured,
+        device=device,
+        loss_fn=loss_fn,
+        dynamic_shapes=dynamic_shapes,
+        replay=replay,
+        dry_run=dry_run,
+        **choices,
+    )
+    return Optimized(model, driver, loss_fn, again)
 
 
 def make_session(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,15 +29,25 @@ class Optimized(torch.nn.Module):
     Shares parameters, buffers and submodules with the model it was made from: ``state_dict`` has
     the model's keys, ``train()``, ``eval()`` and ``to()`` act on both. Attributes that a module
     does not have are the model's.
+
+    ``copy.deepcopy`` copies the model and gives an optimized module of its own over it, with the same
+    options; so does pickling, as far as the model and the options can be pickled. Compiled code is not
+    copied: a copy captures anew on its first call.
     """
 
     _model: torch.nn.Module
     _driver: Driver
     _loss_fn: Callable[[Any], torch.Tensor] | None
+    _again: Callable[..., Optimized]
 
     def __init__(
-        self, model: torch.nn.Module, driver: Driver, loss_fn: Callable[[Any], torch.Tensor] | None
+        self,
+        model: torch.nn.Module,
+        driver: Driver,
+        loss_fn: Callable[[Any], torch.Tensor] | None,
+        again: Callable[..., Optimized],
     ) -> None:
+        """``again(model, example)`` makes an optimized module with the same options, not captured yet."""
         super().__init__()
         # Shared, not copied: what is registered in one later is registered in the other.
         self._parameters = model._parameters
@@ -46,6 +57,7 @@ class Optimized(torch.nn.Module):
         object.__setattr__(self, "_model", model)
         object.__setattr__(self, "_driver", driver)
         object.__setattr__(self, "_loss_fn", loss_fn)
+        object.__setattr__(self, "_again", again)
         object.__setattr__(self, "forward", _forward_like(model, driver))
         self.training = model.training
         self._measured: Cost | None = None
@@ -55,6 +67,22 @@ class Optimized(torch.nn.Module):
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__["_model"], name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Optimized:
+        made = self._again(copy.deepcopy(self._model, memo), self._driver.example)
+        memo[id(self)] = made
+        vars(made).update(copy.deepcopy(self._own_state(), memo))
+        return made
+
+    def __copy__(self) -> Optimized:
+        return _remade(self._again, self._model, self._own_state())
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _remade, (self._again, self._model, self._own_state())
+
+    def _own_state(self) -> dict[str, Any]:
+        """What is neither the model's nor made from it: hooks, attributes that were set here."""
+        return {name: value for name, value in vars(self).items() if name not in _MADE}
 
     def train(self, mode: bool = True) -> Optimized:
         self._model.train(mode)
@@ -164,6 +192,19 @@ class Optimized(torch.nn.Module):
         if len(scalars) == 1:
             return scalars[0]
         return torch.stack([t.sum() for t in (scalars or leaves)]).sum()
+
+
+_MADE = frozenset(
+    ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_measured")
+    + ("_model", "_driver", "_loss_fn", "_again", "forward")
+)
+"""Attributes of an ``Optimized`` that follow from its model and its options."""
+
+
+def _remade(again: Callable[..., Optimized], model: torch.nn.Module, own: dict[str, Any]) -> Optimized:
+    made = again(model, None)
+    vars(made).update(own)
+    return made
 
 
 def _forward_like(model: torch.nn.Module, driver: Driver) -> Callable[..., Any]:

@@ -69,7 +69,8 @@ class Pipeline:
         """Whatever ``optimize(pipeline=...)`` accepts, as a ``Pipeline``.
 
         ``None`` is the preset ``default``; a text is a preset's name, a ``.yaml`` file or the text
-        form; a sequence holds passes, pass classes or texts.
+        form, in which a preset's name stands for its passes (``"default,my-pass"``); a sequence holds
+        passes, pass classes or texts.
         """
         from graphopt.pipeline_file import load_pipeline
 
@@ -89,7 +90,8 @@ class Pipeline:
     @classmethod
     def parse(cls, text: str, host: PluginHost) -> Pipeline:
         """Read the text form; raises ``PipelineError`` or ``UnknownNameError``."""
-        return cls(tuple(_configure(name, options, host) for name, options in _Reader(text).items()))
+        found = [_named(name, options, host) for name, options in _Reader(text).items()]
+        return cls(tuple(instance for passes in found for instance in passes))
 
 
 def _instances(item: object, host: PluginHost) -> Sequence[Pass]:
@@ -102,14 +104,24 @@ def _instances(item: object, host: PluginHost) -> Sequence[Pass]:
     raise PipelineError(f"expected a pass, a pass class or the name of one, got {item!r}")
 
 
-def _configure(name: str, options: dict[str, Any], host: PluginHost) -> Pass:
+def _named(name: str, options: dict[str, Any], host: PluginHost) -> Sequence[Pass]:
+    """The pass of that name, or the passes of the preset of that name."""
+    from graphopt.pipeline_file import load_pipeline
+
+    presets = host.pipelines()
+    if name in presets and name not in host.passes():
+        if options:
+            raise PipelineError(
+                f"{name!r} is a pipeline and has no options: they are of its passes",
+                hint=f"its passes: {load_pipeline(presets[name], host)}",
+            )
+        return load_pipeline(presets[name], host).passes
     try:
-        return host.pass_class(name).configured(**options)
+        return (host.pass_class(name).configured(**options),)
     except UnknownNameError as error:
-        # A preset's name is not the text form of anything: say so where that was meant.
-        close = nearest(name, host.pipelines())
+        close = nearest(name, presets)
         if error.kind == "pass" and close and nearest(name, host.passes()) is None:
-            raise UnknownNameError("pass or pipeline", name, [*host.passes(), *host.pipelines()]) from None
+            raise UnknownNameError("pass or pipeline", name, [*host.passes(), *presets]) from None
         raise
 
 

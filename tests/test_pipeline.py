@@ -118,6 +118,8 @@ def test_what_optimize_accepts(host: PluginHost) -> None:
     assert Pipeline.of("default", host).name == "default"
     assert Pipeline.of(Pack(), host).passes == (Pack(),)
     assert Pipeline.of((), host) == Pipeline.of("", host) == Pipeline()
+    assert Pipeline.of(["default", Fold()], host).passes == (Fuse(), Pack(bits=4), Fold())
+    assert str(Pipeline.of("fold,default", host)) == "fold,fuse,pack{bits=4}"
     ready = Pipeline((Fold(),))
     assert Pipeline.of(ready, host) is ready
     with pytest.raises(PipelineError, match="expected a pass, a pass class or the name of one, got 3"):
@@ -174,6 +176,7 @@ def test_an_order_against_the_levels_is_an_error() -> None:
     [
         ("pak", UnknownNameError, "unknown pass 'pak'; did you mean 'pack'?"),
         ("defualt", UnknownNameError, "unknown pass or pipeline 'defualt'; did you mean 'default'?"),
+        ("default{bits=2}", PipelineError, "'default' is a pipeline and has no options"),
         ("pack{bit=2}", UnknownNameError, "unknown option of pass pack 'bit'; did you mean 'bits'?"),
         ("pack{bits=many}", PassError, "option 'bits' of pass 'pack' must be int, got 'many'"),
         ("pack{bits=true}", PassError, "option 'bits' of pass 'pack' must be int, got True"),

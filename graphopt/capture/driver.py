@@ -179,7 +179,10 @@ class Driver:
 
     def plan(self) -> Plan:
         if self.session.plan is None:
-            why = "; ".join(self.session.diagnostics) or "it was not called yet and no inputs were given"
+            uncalled = "it was not called yet"
+            if self.example is None:
+                uncalled += " and no inputs were given"
+            why = "; ".join(self.session.diagnostics) or uncalled
             raise CaptureError(f"the model was not captured: {why}")
         return self.session.plan
 
