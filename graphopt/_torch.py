@@ -275,6 +275,11 @@ def boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
 
 def record_allocations(step: Callable[[], object]) -> list[int]:
     """Signed bytes of every CPU allocation (+) and release (-) that ``step()`` made, in time order."""
+    return [size for size in record_timeline(step, "") if size is not None]
+
+
+def record_timeline(step: Callable[[], object], marks: str) -> list[int | None]:
+    """What ``record_allocations`` yields, with ``None`` wherever ``mark(marks)`` was called."""
     # Typed as any: torch's stubs of these differ from what they return.
     autograd: Any = torch._C._autograd
     profiler: Any = torch._C._profiler
@@ -288,14 +293,27 @@ def record_allocations(step: Callable[[], object]) -> list[int]:
         threads = autograd._disable_profiler_legacy()
     origin: Any = next((event for thread in threads for event in thread), None)
     events = [
-        (origin.cpu_elapsed_us(event), event.cpu_memory_usage())
+        (origin.cpu_elapsed_us(event), event.cpu_memory_usage() if event.kind() == "memory_alloc" else None)
         for thread in threads
         for event in thread
-        if event.kind() == "memory_alloc"
+        if event.kind() == "memory_alloc" or (event.kind() == "push" and event.name() == marks)
     ]
     if len(threads) > 1:
         events.sort(key=lambda pair: pair[0])
     return [size for _, size in events]
+
+
+def mark(name: str) -> None:
+    """Leave a mark in what ``record_allocations`` records."""
+    with torch.autograd.profiler.record_function(name):
+        pass
+
+
+def weak_storage(storage: torch.UntypedStorage) -> Any:
+    """A weak reference to a storage: ``expired()`` says whether its memory is gone."""
+    from torch.multiprocessing.reductions import StorageWeakRef
+
+    return StorageWeakRef(storage)
 
 
 def hint(size: Any) -> int:
@@ -549,21 +567,21 @@ def storage_bytes(values: Any) -> int:
 
 
 class KernelLaunch(NamedTuple):
-    """A kernel or library call: runs after those at the positions ``waits``. A ``generated`` one may
-    write an output over an input of the same size that nobody reads any more."""
+    """A kernel or library call: runs after those at the positions ``waits``."""
 
     waits: frozenset[int]
-    generated: bool
 
 
 class KernelBuffer(NamedTuple):
     """``bytes`` of memory that comes with the launch ``made_by`` (``None``: it is there before) and
-    goes after the last of its ``readers``, unless it is ``returned``."""
+    goes after the last of its ``readers``, unless it is ``returned``. Those in ``overwriters`` may
+    write an output of the same size over it if they are the last to read it."""
 
     bytes: int
     made_by: int | None
     readers: frozenset[int]
     returned: bool = False
+    overwriters: frozenset[int] = frozenset()
 
 
 KernelOrder = Callable[[list[KernelLaunch], list[KernelBuffer]], list[int]]
@@ -601,7 +619,7 @@ def kernel_graph(nodes: Sequence[Any]) -> tuple[list[KernelLaunch], list[KernelB
     tuples: dict[str, int] = {}
     for index, node in enumerate(nodes):
         generated = not (node.is_extern() or node.is_template())
-        launches.append(KernelLaunch(frozenset(position[n] for n in node.mpi_node.pred_nodes), generated))
+        launches.append(KernelLaunch(frozenset(position[n] for n in node.mpi_node.pred_nodes)))
         for buffer in node.get_outputs():
             info, made_by = buffer.mpi_buffer, index
             readers = frozenset(position[n] for n in info.succ_nodes) - {index}
@@ -611,12 +629,26 @@ def kernel_graph(nodes: Sequence[Any]) -> tuple[list[KernelLaunch], list[KernelB
             elif info.size_free and not info.size_alloc:
                 made_by = next((tuples[d.name] for d in node.unmet_dependencies if d.name in tuples), index)
             if info.size_free and (readers or buffer.get_name() in returned or not generated):
-                is_returned = buffer.get_name() in returned
-                buffers.append(KernelBuffer(info.size_free, made_by, readers, is_returned))
+                name = buffer.get_name()
+                over = frozenset(i for i in readers if _may_overwrite(nodes[i], name))
+                buffers.append(KernelBuffer(info.size_free, made_by, readers, name in returned, over))
     for source in inputs.values():
         readers = frozenset(position[n] for n in source.mpi_buffer.succ_nodes)
-        buffers.append(KernelBuffer(source.mpi_buffer.size_free, None, readers, source.name in returned))
+        donated = source.name in scheduler.name_to_donated_buffer
+        over = frozenset(i for i in readers if donated and _may_overwrite(nodes[i], source.name))
+        buffers.append(
+            KernelBuffer(source.mpi_buffer.size_free, None, readers, source.name in returned, over)
+        )
     return launches, buffers
+
+
+def _may_overwrite(kernel: Any, name: str) -> bool:
+    """Whether Inductor lets a kernel write an output over its input ``name``: if of the parts that read
+    it all but one come before that one (``SchedulerNode.decide_inplace_update``)."""
+    if kernel.is_extern() or kernel.is_template():
+        return False
+    readers = [part for part in kernel.get_nodes() if any(d.name == name for d in part.read_writes.reads)]
+    return bool(readers) and all(part.get_name() in readers[-1].ancestors for part in readers[:-1])
 
 
 def compile_with_inductor(

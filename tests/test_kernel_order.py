@@ -21,12 +21,14 @@ def kernel_graphs(draw: st.DrawFn) -> tuple[list[KernelLaunch], list[KernelBuffe
     readers: list[set[int]] = [set() for _ in range(count)]
     for index in range(count):
         waits = draw(st.frozensets(st.integers(0, index - 1), max_size=3)) if index else frozenset()
-        launches.append(KernelLaunch(waits, draw(st.booleans())))
+        launches.append(KernelLaunch(waits))
         for source in waits:
             readers[source].add(index)
     for index in range(count):
         returned = draw(st.booleans()) or not readers[index]
-        buffers.append(KernelBuffer(draw(st.integers(1, 9)), index, frozenset(readers[index]), returned))
+        over = frozenset(reader for reader in sorted(readers[index]) if draw(st.booleans()))
+        size = draw(st.integers(1, 9))
+        buffers.append(KernelBuffer(size, index, frozenset(readers[index]), returned, over))
     held = draw(st.frozensets(st.integers(0, count - 1), min_size=1, max_size=2))
     buffers.append(KernelBuffer(draw(st.integers(1, 9)), None, held))
     return launches, buffers
@@ -54,25 +56,22 @@ def test_the_order_is_the_best_of_all(graph):
 
 
 def test_the_given_order_stays_where_none_is_better():
-    launches = [KernelLaunch(frozenset(), True) for _ in range(3)]
+    launches = [KernelLaunch(frozenset()) for _ in range(3)]
     buffers = [KernelBuffer(4, index, frozenset(), True) for index in range(3)]
     assert least_memory_order(launches, buffers) == [0, 1, 2]
 
 
 def test_what_is_written_over_its_input_counts_once():
-    launches = [KernelLaunch(frozenset(), True), KernelLaunch(frozenset({0}), False)]
-    buffers = [
-        KernelBuffer(100, None, frozenset({0})),
-        KernelBuffer(100, 0, frozenset({1})),
-        KernelBuffer(10, 1, frozenset(), True),
-    ]
+    launches = [KernelLaunch(frozenset()), KernelLaunch(frozenset({0}))]
+    source = KernelBuffer(100, None, frozenset({0}), overwriters=frozenset({0}))
+    buffers = [source, KernelBuffer(100, 0, frozenset({1})), KernelBuffer(10, 1, frozenset(), True)]
     assert peak_of(launches, buffers, [0, 1]) == 10
-    library = [KernelLaunch(frozenset(), False), launches[1]]
-    assert peak_of(library, buffers, [0, 1]) == 100
+    buffers[0] = source._replace(overwriters=frozenset())
+    assert peak_of(launches, buffers, [0, 1]) == 100
 
 
 def test_a_large_graph_takes_a_narrow_beam():
-    launches = [KernelLaunch(frozenset({index - 1} if index else ()), True) for index in range(3_000)]
+    launches = [KernelLaunch(frozenset({index - 1} if index else ())) for index in range(3_000)]
     buffers = [KernelBuffer(1, index, frozenset({index + 1}), False) for index in range(2_999)]
     assert least_memory_order(launches, buffers) == list(range(3_000))
 
@@ -96,12 +95,32 @@ def test_inductor_tells_its_kernels_and_takes_an_order():
         run = _torch.compile_with_inductor(gm, [x, w], partition, _torch.inductor_inner_compile, 64, order)
         torch.testing.assert_close(run(x, w)[0], step(x, w)[0])
     launches, buffers = seen[0]
-    assert [launch.generated for launch in launches] == [False, True, False]
     assert [launch.waits for launch in launches] == [frozenset(), {0}, {1}]
-    made = [(b.bytes, b.made_by, b.readers, b.returned) for b in buffers if b.made_by is not None]
-    assert (8 * 32 * 4, 0, frozenset({1}), False) in made
-    assert (8 * 32 * 4, 1, frozenset({2}), False) in made
-    assert (8 * 16 * 4, 2, frozenset(), True) in made
+    made = [b for b in buffers if b.made_by is not None]
+    assert KernelBuffer(8 * 32 * 4, 0, frozenset({1}), False, frozenset({1})) in made
+    assert KernelBuffer(8 * 32 * 4, 1, frozenset({2})) in made
+    assert KernelBuffer(8 * 16 * 4, 2, frozenset(), True) in made
+
+
+def test_what_two_outputs_are_computed_from_is_not_written_over():
+    seen = []
+
+    def order(launches, buffers):
+        seen.append(buffers)
+        return list(range(len(launches)))
+
+    def step(x, w):
+        product = x @ w
+        return (product.sin() @ w, product.cos() @ w)
+
+    x = torch.randn(16, 16)
+    with torch.no_grad():
+        _torch.compile_with_inductor(
+            torch.fx.symbolic_trace(step), [x, x], None, _torch.inductor_inner_compile, 64, order
+        )
+    (product,) = (b for b in seen[0] if b.made_by == 0)
+    assert product.readers == {1}
+    assert product.overwriters == frozenset()
 
 
 def test_an_order_of_too_few_kernels_is_refused():

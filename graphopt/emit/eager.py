@@ -7,7 +7,7 @@ one that eager PyTorch would run.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch.fx as fx
 from torch.utils import _pytree as pytree
@@ -18,7 +18,14 @@ from graphopt.emit.emitter import Inference, Partition
 __all__ = ["EagerEmitter", "eager_callable"]
 
 
-def eager_callable(gm: fx.GraphModule) -> Callable[[list[Any]], list[Any]]:
+Boxed = Callable[[list[Any]], list[Any]]
+
+
+class Around(Protocol):
+    def __call__(self, half: fx.GraphModule, run: Boxed, *, backward: bool) -> Boxed: ...
+
+
+def eager_callable(gm: fx.GraphModule) -> Boxed:
     """A boxed callable: takes its argument list over, empties it, returns the outputs as a list."""
     slots: dict[fx.Node, int] = {}
     placeholders: list[int] = []
@@ -144,12 +151,18 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node | None, list[fx.Node]]:
 
 
 class EagerEmitter:
-    """Runs programs op by op: exact memory, eager's kernels, no compilation."""
+    """Runs programs op by op: exact memory, eager's kernels, no compilation.
+
+    ``around(half, run, backward=...)`` may wrap what runs a half of a program.
+    """
 
     name = "eager"
     fuses = False
     by_segments = False
     records = ()
+
+    def __init__(self, around: Around | None = None) -> None:
+        self._around = around
 
     def compile(
         self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Partition, inference: Inference
@@ -157,11 +170,15 @@ class EagerEmitter:
         def split(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **unused: Any) -> Any:
             return partition(joint, num_fwd_outputs)
 
-        def run(half: fx.GraphModule, half_inputs: Any) -> Callable[[list[Any]], list[Any]]:
-            return eager_callable(half)
+        def run(half: fx.GraphModule, *, backward: bool) -> Boxed:
+            code = eager_callable(half)
+            return self._around(half, code, backward=backward) if self._around else code
 
-        def run_inference(graph: fx.GraphModule, graph_inputs: Any) -> Callable[[list[Any]], list[Any]]:
-            return eager_callable(inference(graph))
-
-        compiled: Callable[..., Any] = _torch.joint_compiler(run, run, run_inference, split, None)(gm, inputs)
+        compiled: Callable[..., Any] = _torch.joint_compiler(
+            lambda half, half_inputs: run(half, backward=False),
+            lambda half, half_inputs: run(half, backward=True),
+            lambda graph, graph_inputs: run(inference(graph), backward=False),
+            split,
+            None,
+        )(gm, inputs)
         return compiled

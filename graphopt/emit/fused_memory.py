@@ -60,10 +60,6 @@ class _Books:
     releasable: frozenset[str]
     scratch: Mapping[str, int]
 
-    def may_be_overwritten(self, name: str, kernel: Kernel) -> bool:
-        """Whether an output of a kernel may be written over its input ``name``."""
-        return not kernel.library and name not in kernel.members
-
     def allocated(self, kernel: Kernel) -> int:
         return sum(self.sizes.get(name, 0) for name in kernel.members)
 
@@ -88,11 +84,14 @@ def _live(kernels: Sequence[Kernel], books: _Books) -> list[tuple[str, int]]:
     now, live = 0, list[int]()
     for index, kernel in enumerate(kernels):
         released = [books.sizes[n] for n in dying[index]]
-        inputs = [books.sizes[n] for n in dying[index] if books.may_be_overwritten(n, kernel)]
-        for size in (books.sizes[n] for n in kernel.members if n in books.sizes):
-            if size in inputs:
+        inputs = [(kernel.overwriter(n), books.sizes[n]) for n in dying[index]]
+        for name in kernel.members:
+            if name not in books.sizes:
+                continue
+            size = books.sizes[name]
+            if (name, size) in inputs:
                 # An output of a generated kernel takes the place of an input that dies there.
-                inputs.remove(size)
+                inputs.remove((name, size))
                 released.remove(size)
                 continue
             now += size

@@ -126,7 +126,8 @@ class Kernel:
     ``level`` orders it after the kernels that it reads from; ``elements`` and ``reduced`` are the
     size of its loops, and how much of that is reduced to one result (``inner``: from neighbouring
     elements); ``library`` kernels take nothing else in, and those with ``returns`` allocate their
-    own results. ``readers`` are the ids of those that read it.
+    own results. ``sources`` has what each member is computed from; ``readers`` are the ids of those
+    that read it.
     """
 
     level: int
@@ -137,7 +138,23 @@ class Kernel:
     returns: bool = False
     members: list[str] = field(default_factory=list)
     reads: set[str] = field(default_factory=set)
+    sources: dict[str, frozenset[str]] = field(default_factory=dict)
     readers: set[int] = field(default_factory=set)
+
+    def overwriter(self, name: str) -> str:
+        """The member that may be written over the input ``name``, ``""`` if none may: Inductor allows it
+        to one that all other members reading the input come before."""
+        if self.library or name in self.members:
+            return ""
+        reading = [member for member in self.members if name in self.sources[member]]
+        if not reading:
+            return ""
+        before, waiting = set[str](), [reading[-1]]
+        while waiting:
+            found = self.sources.get(waiting.pop(), frozenset()) - before
+            before |= found
+            waiting += found
+        return reading[-1] if before.issuperset(reading[:-1]) else ""
 
 
 def fuse(nodes: Sequence[fx.Node], outputs: Collection[str], *, device_type: str = "cpu") -> list[Kernel]:
@@ -250,6 +267,7 @@ def _place(node: fx.Node, kind: Kind, reads: Collection[str], kernels: dict[str,
         if kernel is not home and kernel.readers <= {id(home)} and _join(home, kernel):
             home.members[:0] = kernel.members
             home.reads |= kernel.reads
+            home.sources |= kernel.sources
             for name in kernel.reads & kernels.keys():
                 kernels[name].readers.discard(id(kernel))
                 kernels[name].readers.add(id(home))
@@ -257,6 +275,7 @@ def _place(node: fx.Node, kind: Kind, reads: Collection[str], kernels: dict[str,
                 kernels[name] = home
     home.members.append(node.name)
     home.reads.update(reads)
+    home.sources[node.name] = frozenset(reads)
     kernels[node.name] = home
     for name in home.reads & kernels.keys():
         if kernels[name] is not home:

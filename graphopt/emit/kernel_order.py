@@ -53,26 +53,26 @@ class _Books:
     """Who makes and reads what, as bit sets."""
 
     def __init__(self, launches: Sequence[KernelLaunch], buffers: Sequence[KernelBuffer]) -> None:
-        self.generated = [launch.generated for launch in launches]
         self.waits = [sum(1 << w for w in launch.waits) for launch in launches]
         self.followers: list[list[int]] = [[] for _ in launches]
         for index, launch in enumerate(launches):
             for before in launch.waits:
                 self.followers[before].append(index)
         self.made: list[list[KernelBuffer]] = [[] for _ in launches]
-        self.read: list[list[tuple[int, int]]] = [[] for _ in launches]
+        self.read: list[list[tuple[int, int, bool]]] = [[] for _ in launches]
         for buffer in buffers:
             if buffer.made_by is not None:
                 self.made[buffer.made_by].append(buffer)
             if not buffer.returned:
                 readers = sum(1 << r for r in buffer.readers)
                 for reader in buffer.readers:
-                    self.read[reader].append((readers & ~(1 << reader), buffer.bytes))
+                    others = readers & ~(1 << reader)
+                    self.read[reader].append((others, buffer.bytes, reader in buffer.overwriters))
 
     def step(self, index: int, done: int, live: int) -> tuple[int, int]:
         """Bytes alive during a launch and after it."""
-        freed = [size for others, size in self.read[index] if not others & ~done]
-        reusable = list(freed) if self.generated[index] else []
+        freed = [(size, reusable) for others, size, reusable in self.read[index] if not others & ~done]
+        reusable = [size for size, may_be_overwritten in freed if may_be_overwritten]
         needed, unread = live, 0
         for buffer in self.made[index]:
             if buffer.bytes in reusable:
@@ -82,7 +82,7 @@ class _Books:
             if not buffer.readers and not buffer.returned:
                 unread += buffer.bytes
         made = sum(buffer.bytes for buffer in self.made[index])
-        return needed, live + made - sum(freed) - unread
+        return needed, live + made - sum(size for size, _ in freed) - unread
 
 
 def _beam(books: _Books, width: int) -> list[int]:
