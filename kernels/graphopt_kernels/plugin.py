@@ -13,9 +13,9 @@ graphopt_api = 1
 
 @hookimpl
 def graphopt_kernels() -> Iterable[KernelSpec]:
-    """The bandwidth probes that ``graphopt calibrate`` uses."""
-    # Imported when asked: it needs torch, and `graphopt --help` loads this module.
-    from graphopt_kernels import bandwidth
+    """The bandwidth probes that ``graphopt calibrate`` uses, and linear + cross entropy in chunks."""
+    # Imported when asked: they need torch, and `graphopt --help` loads this module.
+    from graphopt_kernels import bandwidth, linear_cross_entropy
 
     return (
         KernelSpec(
@@ -31,5 +31,19 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=bandwidth.read_reference,
             supports=bandwidth.read_supports,
             summary="sums a vector block by block, to measure the read bandwidth",
+        ),
+        KernelSpec(
+            name="linear-cross-entropy",
+            op="graphopt::linear_cross_entropy",
+            reference=linear_cross_entropy.linear_cross_entropy_reference,
+            supports=linear_cross_entropy.linear_cross_entropy_supports,
+            summary="linear layer and cross entropy in chunks of rows, logits computed again in the backward",
+        ),
+        KernelSpec(
+            name="linear-cross-entropy-with-gradients",
+            op="graphopt::linear_cross_entropy_with_gradients",
+            reference=linear_cross_entropy.with_gradients_reference,
+            supports=linear_cross_entropy.with_gradients_supports,
+            summary="linear layer and cross entropy in chunks of rows, gradients computed in the forward",
         ),
     )

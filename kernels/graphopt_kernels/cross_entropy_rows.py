@@ -1,0 +1,191 @@
+"""Softmax cross entropy of rows of logits: losses, log-sum-exps, and the gradient written over the logits.
+
+All arithmetic is in float32 (float64 for float64 logits); the gradient is rounded once, when stored.
+On CUDA one Triton kernel handles a row a program: the maximum and the sum in one reading (Milakov
+and Gimelshein 2018, "Online normalizer calculation for softmax"), the gradient in a second one. Elsewhere
+ATen operators work on blocks of rows that stay in a core's cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+__all__ = ["RowSettings", "computes_in", "cross_entropy_rows", "cross_entropy_rows_reference"]
+
+BLOCK_ELEMENTS = 2**18
+"""Elements that the reference handles at a time: 1 MiB in float32."""
+
+_BLOCK_BYTES = 2**14
+_ELEMENTS_PER_WARP = 512
+"""16 for each thread: two loads of 16 bytes in flight or more, and no register spilled."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowSettings:
+    """What the loss of a row is.
+
+    Of logits ``z`` first comes ``logit_scale * z``, then ``softcap * tanh(z / softcap)`` unless that
+    is 0, then the cross entropy with ``label_smoothing``. Rows whose target is ``ignore_index``
+    have loss 0 and gradient 0, whatever their logits are.
+    """
+
+    ignore_index: int = -100
+    label_smoothing: float = 0.0
+    logit_scale: float = 1.0
+    softcap: float = 0.0
+
+
+def computes_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that rows of ``dtype`` are computed in."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def cross_entropy_rows(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    settings: RowSettings,
+    *,
+    log_sum_exp: torch.Tensor,
+    losses: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+) -> None:
+    """Losses and the gradient of rows ``logits`` [n, V], which are scratch and are overwritten.
+
+    With ``losses`` [n], writes each row's loss there and its log-sum-exp to ``log_sum_exp`` [n]; without,
+    reads ``log_sum_exp``. With ``scale`` [n] (it may be expanded), leaves the gradient of
+    ``(scale * losses).sum()`` in ``logits``. ``losses``, ``log_sum_exp`` and ``scale`` are of
+    ``computes_in(logits.dtype)``; ``target`` [n] is int64. A target outside of [0, V) raises
+    ``RuntimeError`` on the CPU and gives NaN on CUDA.
+    """
+    if logits.is_cuda and logits.dtype is not torch.float64 and (kernel := _kernel()) is not None:
+        _launch(kernel, logits, target, settings, log_sum_exp, losses, scale)
+    else:
+        cross_entropy_rows_reference(
+            logits, target, settings, log_sum_exp=log_sum_exp, losses=losses, scale=scale
+        )
+
+
+def cross_entropy_rows_reference(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    settings: RowSettings,
+    *,
+    log_sum_exp: torch.Tensor,
+    losses: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+) -> None:
+    """``cross_entropy_rows`` with ATen operators, in place, some rows at a time."""
+    rows, columns = logits.shape
+    step = max(1, BLOCK_ELEMENTS // max(columns, 1))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        _block(
+            logits[part],
+            target[part],
+            settings,
+            log_sum_exp[part],
+            None if losses is None else losses[part],
+            None if scale is None else scale[part],
+        )
+
+
+def _block(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    settings: RowSettings,
+    log_sum_exp: torch.Tensor,
+    losses: torch.Tensor | None,
+    scale: torch.Tensor | None,
+) -> None:
+    dtype = computes_in(logits.dtype)
+    z = logits if logits.dtype is dtype else logits.to(dtype)
+    ignored = target == settings.ignore_index
+    label = target.masked_fill(ignored, 0)[:, None]
+    smoothing, columns = settings.label_smoothing, logits.shape[1]
+    slope = None
+    if settings.logit_scale != 1.0:
+        z.mul_(settings.logit_scale)
+    if settings.softcap:
+        z.div_(settings.softcap).tanh_()
+        slope = 1 - z.square() if scale is not None else None
+        z.mul_(settings.softcap)
+    if losses is not None:
+        value = z.gather(1, label).squeeze(1).mul_(smoothing - 1)
+        if smoothing:
+            value.add_(z.mean(1), alpha=-smoothing)
+        top = z.amax(1, keepdim=True)
+        z.sub_(top).exp_()
+        total = z.sum(1, keepdim=True)
+        log_sum_exp.copy_((top + total.log()).squeeze(1))
+        losses.copy_(value.add_(log_sum_exp).masked_fill_(ignored, 0))
+        log_sum_exp.masked_fill_(ignored, 0)
+    else:
+        z.sub_(log_sum_exp[:, None]).exp_()
+        total = torch.ones_like(log_sum_exp)[:, None]
+    if scale is None:
+        return
+    weight = scale[:, None]
+    z.mul_(weight / total)
+    z.scatter_add_(1, label, (weight * (smoothing - 1)).expand_as(label))
+    if smoothing:
+        z.sub_(weight * (smoothing / columns))
+    if slope is not None:
+        z.mul_(slope)
+    if settings.logit_scale != 1.0:
+        z.mul_(settings.logit_scale)
+    z.masked_fill_(ignored[:, None], 0)
+    if z is not logits:
+        logits.copy_(z)
+
+
+def _launch(
+    kernel: Any,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    settings: RowSettings,
+    log_sum_exp: torch.Tensor,
+    losses: torch.Tensor | None,
+    scale: torch.Tensor | None,
+) -> None:
+    rows, columns = logits.shape
+    if not rows or not columns:
+        return
+    block = min(_BLOCK_BYTES // logits.element_size(), 1 << (columns - 1).bit_length())
+    unused = log_sum_exp
+    with torch.cuda.device(logits.device):
+        kernel[(rows,)](
+            logits,
+            target,
+            unused if losses is None else losses,
+            log_sum_exp,
+            unused if scale is None else scale,
+            logits.stride(0),
+            0 if scale is None else scale.stride(0),
+            settings.ignore_index,
+            settings.label_smoothing,
+            settings.logit_scale,
+            settings.softcap,
+            STATISTICS=losses is not None,
+            GRADIENT=scale is not None,
+            SMOOTHED=settings.label_smoothing != 0,
+            SOFTCAPPED=settings.softcap != 0,
+            COLUMNS=columns,
+            BLOCK=block,
+            num_warps=max(1, block // _ELEMENTS_PER_WARP),
+        )
+
+
+@functools.cache
+def _kernel() -> Any:
+    """The jitted kernel, or ``None`` without triton."""
+    try:
+        from graphopt_kernels import cross_entropy_rows_triton
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("triton"):
+            raise
+        return None
+    return cross_entropy_rows_triton.rows_kernel

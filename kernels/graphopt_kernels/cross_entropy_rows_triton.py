@@ -1,0 +1,111 @@
+"""Triton source of ``graphopt_kernels.cross_entropy_rows``. Imports triton: import it lazily.
+
+Kernel arguments are not annotated: triton evaluates annotations, and would take ``Any`` for a
+global variable of the kernel.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = ["rows_kernel"]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _transformed(z, logit_scale, softcap, SOFTCAPPED: tl.constexpr):  # type: ignore[no-untyped-def]
+    z = z.to(tl.float32) * logit_scale
+    if SOFTCAPPED:
+        # tanh(u) = 1 - 2 / (exp(2 u) + 1): exact in the limits, and needs no device library.
+        z = softcap * (1.0 - 2.0 / (tl.exp(2.0 * z / softcap) + 1.0))
+    return z
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def rows_kernel(  # type: ignore[no-untyped-def]
+    logits,
+    target,
+    losses,
+    log_sum_exps,
+    scales,
+    row_stride,
+    scale_stride,
+    ignore_index,
+    smoothing,
+    logit_scale,
+    softcap,
+    STATISTICS: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    SOFTCAPPED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row of logits for each program.
+
+    ``STATISTICS``: write the row's loss and log-sum-exp, else read the latter. ``GRADIENT``: write
+    the gradient over the logits. The second loop runs backwards, since what the first has read last
+    is what the cache still holds.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    start = logits + row * row_stride
+    label = tl.load(target + row)
+    blocks: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
+    if label == ignore_index:
+        if STATISTICS:
+            tl.store(losses + row, 0.0)
+            tl.store(log_sum_exps + row, 0.0)
+        if GRADIENT:
+            for block in range(blocks):
+                at = block * BLOCK + tl.arange(0, BLOCK)
+                zeros = tl.zeros([BLOCK], logits.dtype.element_ty)
+                tl.store(start + at, zeros, mask=at < COLUMNS)
+    else:
+        if STATISTICS:
+            # Each lane keeps its own maximum and sum: one exponential an element. The maximum starts
+            # finite, so that lanes which see nothing but -inf make no NaN.
+            top = tl.full([BLOCK], -3.0e38, tl.float32)
+            total = tl.zeros([BLOCK], tl.float32)
+            plain = tl.zeros([BLOCK], tl.float32)
+            for block in range(blocks):
+                at = block * BLOCK + tl.arange(0, BLOCK)
+                inside = at < COLUMNS
+                z = tl.load(start + at, mask=inside, other=0.0, eviction_policy="evict_last")
+                z = _transformed(z, logit_scale, softcap, SOFTCAPPED)
+                if SMOOTHED:
+                    plain += tl.where(inside, z, 0.0)
+                z = tl.where(inside, z, float("-inf"))
+                gap = z - top
+                share = tl.exp(-tl.abs(gap))
+                total = tl.where(gap > 0, total * share + 1.0, total + share)
+                top = tl.maximum(top, z)
+            named = (label >= 0) & (label < COLUMNS)
+            picked = tl.load(start + label, mask=named, other=float("nan"))
+            picked = _transformed(picked, logit_scale, softcap, SOFTCAPPED)
+            peak = tl.max(top, axis=0)
+            log_sum_exp = peak + tl.log(tl.sum(total * tl.exp(top - peak), axis=0))
+            loss = log_sum_exp - (1.0 - smoothing) * picked
+            if SMOOTHED:
+                loss -= smoothing / COLUMNS * tl.sum(plain, axis=0)
+            tl.store(losses + row, loss)
+            # A label that names no column spoils its row, instead of passing for a right one.
+            log_sum_exp = tl.where(named, log_sum_exp, float("nan"))
+            tl.store(log_sum_exps + row, log_sum_exp)
+        else:
+            log_sum_exp = tl.load(log_sum_exps + row)
+        if GRADIENT:
+            # Every thread has read the target's logit before any writes over it.
+            tl.debug_barrier()
+            scale = tl.load(scales + row * scale_stride) * logit_scale
+            hot = label.to(tl.int32)
+            for back in range(blocks):
+                at = (blocks - 1 - back) * BLOCK + tl.arange(0, BLOCK)
+                inside = at < COLUMNS
+                z = tl.load(start + at, mask=inside, other=0.0, eviction_policy="evict_first")
+                z = _transformed(z, logit_scale, softcap, SOFTCAPPED)
+                gradient = tl.exp(z - log_sum_exp) - tl.where(at == hot, 1.0 - smoothing, 0.0)
+                if SMOOTHED:
+                    gradient -= smoothing / COLUMNS
+                if SOFTCAPPED:
+                    gradient *= 1.0 - (z / softcap) * (z / softcap)
+                tl.store(start + at, (gradient * scale).to(logits.dtype.element_ty), mask=inside)
