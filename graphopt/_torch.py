@@ -313,7 +313,8 @@ def weak_storage(storage: torch.UntypedStorage) -> Any:
     """A weak reference to a storage: ``expired()`` says whether its memory is gone."""
     from torch.multiprocessing.reductions import StorageWeakRef
 
-    return StorageWeakRef(storage)
+    reference: Any = StorageWeakRef
+    return reference(storage)
 
 
 def hint(size: Any) -> int:
@@ -590,6 +591,8 @@ KernelOrder = Callable[[list[KernelLaunch], list[KernelBuffer]], list[int]]
 def _in_order(nodes: list[Any], order: KernelOrder) -> list[Any]:
     if not nodes:
         return nodes
+    for node in nodes:
+        share_inputs(node)
     positions = order(*kernel_graph(nodes))
     if sorted(positions) != list(range(len(nodes))):
         raise ValueError(f"an order of {len(positions)} kernels was given for {len(nodes)}")
@@ -640,6 +643,31 @@ def kernel_graph(nodes: Sequence[Any]) -> tuple[list[KernelLaunch], list[KernelB
             KernelBuffer(source.mpi_buffer.size_free, None, readers, source.name in returned, over)
         )
     return launches, buffers
+
+
+def share_inputs(kernel: Any) -> None:
+    """Let each output of a fused elementwise GPU kernel be written over an input that others read too.
+
+    Inductor allows it to an output alone that every other reader comes before. The parts of such a kernel
+    load an element once, before anything is stored, so that any order among them will do: each is
+    told that it comes after the others. (Where in place stays wrong, as for reads at other indices,
+    Inductor's further conditions refuse it.) The backward of a gated product has three such outputs
+    and three such inputs. Not on CPUs, whose generator decides part by part.
+    """
+    parts = kernel.get_nodes()
+    device = kernel.get_device()
+    if len(parts) < 2 or device is None or device.type == "cpu" or not _is_elementwise(kernel):
+        return
+    names = {part.get_name() for part in parts}
+    for part in parts:
+        part.ancestors = part.ancestors | (names - {part.get_name()})
+
+
+def _is_elementwise(kernel: Any) -> bool:
+    """Whether all parts of a generated kernel are loops over the same elements without a reduction."""
+    if kernel.is_extern() or kernel.is_template() or kernel.is_foreach():
+        return False
+    return not any(part.is_reduction() for part in kernel.get_nodes())
 
 
 def _may_overwrite(kernel: Any, name: str) -> bool:

@@ -129,3 +129,45 @@ def test_an_order_of_too_few_kernels_is_refused():
         _torch.compile_with_inductor(
             gm, [torch.randn(8, 8)], None, _torch.inductor_inner_compile, 64, lambda launches, buffers: []
         )
+
+
+class Part:
+    """As much of a scheduler's node as is asked for."""
+
+    def __init__(self, name: str, device: str, *, reduces: bool = False, library: bool = False) -> None:
+        self.name, self.device, self.reduces, self.library = name, torch.device(device), reduces, library
+        self.ancestors: set[str] = set()
+        self.parts = [self]
+
+    def get_name(self) -> str:
+        return self.name
+
+    def get_nodes(self) -> list[Part]:
+        return self.parts
+
+    def get_device(self) -> torch.device:
+        return self.device
+
+    def is_reduction(self) -> bool:
+        return self.reduces
+
+    def is_extern(self) -> bool:
+        return self.library
+
+    def is_template(self) -> bool:
+        return False
+
+    def is_foreach(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("device", "reduces", "shared"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
+)
+def test_outputs_of_elementwise_gpu_kernels_share_their_inputs(device, reduces, shared):
+    parts = [Part("op0", device), Part("op1", device, reduces=reduces), Part("op2", device)]
+    fused = Part("fused", device)
+    fused.parts = parts
+    _torch.share_inputs(fused)
+    expected = [{"op1", "op2"}, {"op0", "op2"}, {"op0", "op1"}] if shared else [set()] * 3
+    assert [part.ancestors for part in parts] == expected

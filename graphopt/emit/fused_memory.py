@@ -42,6 +42,7 @@ def fused_live(
     books = _Books(
         sizes={name: size for name, size in sizes.items() if name in alive or name in owned},
         releasable=frozenset({*alive, *owned} - kept),
+        on_cpu=device_type == "cpu",
         scratch={} if device_type == "cpu" else {node.name: _scratch(node) for node in nodes},
     )
     reads = _dependencies(kernels)
@@ -59,6 +60,7 @@ class _Books:
     sizes: Mapping[str, int]
     releasable: frozenset[str]
     scratch: Mapping[str, int]
+    on_cpu: bool
 
     def allocated(self, kernel: Kernel) -> int:
         return sum(self.sizes.get(name, 0) for name in kernel.members)
@@ -84,14 +86,15 @@ def _live(kernels: Sequence[Kernel], books: _Books) -> list[tuple[str, int]]:
     now, live = 0, list[int]()
     for index, kernel in enumerate(kernels):
         released = [books.sizes[n] for n in dying[index]]
-        inputs = [(kernel.overwriter(n), books.sizes[n]) for n in dying[index]]
+        inputs = [(kernel.overwriters(n, on_cpu=books.on_cpu), books.sizes[n]) for n in dying[index]]
         for name in kernel.members:
             if name not in books.sizes:
                 continue
             size = books.sizes[name]
-            if (name, size) in inputs:
+            place = next((item for item in inputs if name in item[0] and item[1] == size), None)
+            if place is not None:
                 # An output of a generated kernel takes the place of an input that dies there.
-                inputs.remove((name, size))
+                inputs.remove(place)
                 released.remove(size)
                 continue
             now += size

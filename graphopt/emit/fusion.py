@@ -141,20 +141,21 @@ class Kernel:
     sources: dict[str, frozenset[str]] = field(default_factory=dict)
     readers: set[int] = field(default_factory=set)
 
-    def overwriter(self, name: str) -> str:
-        """The member that may be written over the input ``name``, ``""`` if none may: Inductor allows it
-        to one that all other members reading the input come before."""
+    def overwriters(self, name: str, *, on_cpu: bool) -> list[str]:
+        """The members that may be written over the input ``name``: one that all others reading the input
+        come before; on GPUs, in kernels that reduce nothing, any that reads it
+        (``graphopt._torch.share_inputs``)."""
         if self.library or name in self.members:
-            return ""
+            return []
         reading = [member for member in self.members if name in self.sources[member]]
-        if not reading:
-            return ""
+        if not reading or (not on_cpu and self.reduced == 1):
+            return reading
         before, waiting = set[str](), [reading[-1]]
         while waiting:
             found = self.sources.get(waiting.pop(), frozenset()) - before
             before |= found
             waiting += found
-        return reading[-1] if before.issuperset(reading[:-1]) else ""
+        return reading[-1:] if before.issuperset(reading[:-1]) else []
 
 
 def fuse(nodes: Sequence[fx.Node], outputs: Collection[str], *, device_type: str = "cpu") -> list[Kernel]:
