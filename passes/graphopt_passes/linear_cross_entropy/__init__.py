@@ -1,0 +1,178 @@
+"""linear-cross-entropy: compute a loss over a large vocabulary without ever holding the whole logits.
+
+Before::
+
+    %3 = aten.linear(%x, lm_head.weight) : bf16[4,2048,128256]
+    %4 = aten.to.dtype(%3, f32) : f32[4,2048,128256]
+    %5 = aten.view(%4, [-1, 128256]) : f32[8192,128256]
+    %6 = aten.cross_entropy_loss(%5, %labels) : f32[]
+
+After::
+
+    %3 = aten.flatten.using_ints(%x, 0, 1) : bf16[8192,2048]
+    %4 = graphopt.linear_cross_entropy(%3, lm_head.weight, none, %labels, 8, 'mean', ...) : (f32[], f32[8192])
+    %5 = getitem(%4, 0) : f32[]
+
+Views, casts to a wider type, constant scales and a softcap between the two go into the operator; slices
+of rows are taken of the input instead. Labels stay as they are computed.
+
+Whether that pays depends on the budget and on what else would make room, so each candidate is an
+alternative, which the planner weighs: one for each number of chunks and each way to the gradients
+(docs/kernels.md). ``forward`` computes them with the loss, at no more arithmetic; they are then held
+until the backward. ``recompute`` computes the logits twice and holds nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.fx as fx
+
+from graphopt.candidate import Candidate, NearMiss, Reason
+from graphopt.capture.aliasing import written_inputs
+from graphopt.capture.structure import Line, line_of
+from graphopt.capture.trained import trained_values
+from graphopt.edit import Edit
+from graphopt.errors import PassError
+from graphopt.passes import Pass, PassContext, Proposal
+from graphopt.plugins import default_host
+from graphopt.program import Level, Program
+from graphopt_passes.linear_cross_entropy.match import Match, match_loss
+from graphopt_passes.linear_cross_entropy.price import LossPrices
+from graphopt_passes.linear_cross_entropy.rewrite import rewrite
+
+__all__ = ["LinearCrossEntropy"]
+
+_LOSS = torch.ops.aten.cross_entropy_loss.default
+_KERNELS = ("linear-cross-entropy", "linear-cross-entropy-with-gradients")
+
+
+@dataclass(frozen=True)
+class LinearCrossEntropy(Pass):
+    """Offers to compute a loss in so many ``chunks``, each of ``least_rows`` rows or more: with fewer,
+    the products of matrices are far from a device's peak."""
+
+    chunks: tuple[int, ...] = (2, 4, 8, 16)
+    least_rows: int = 256
+
+    name: ClassVar[str] = "linear-cross-entropy"
+    level: ClassVar[Level] = Level.SEMANTIC
+    summary: ClassVar[str] = "compute the loss in chunks of rows, so that the whole logits are never held"
+    after: ClassVar[dict[str, str]] = {
+        "normalize": "views and casts that do nothing hide which rows are read"
+    }
+
+    def propose(self, program: Program, ctx: PassContext) -> Iterable[Proposal]:
+        losses = list(program.nodes(_LOSS))
+        if not losses:
+            return
+        facts = _Facts.of(program, trains=ctx.mode == "train")
+        for loss in losses:
+            found = match_loss(loss, self.name)
+            if isinstance(found, Match):
+                found = self._guard(found, facts) or found
+            if isinstance(found, Match):
+                yield from self._candidates(found, facts.output_mask(found), ctx)
+            elif found is not None:
+                yield found
+
+    def _guard(self, match: Match, facts: _Facts) -> NearMiss | None:
+        reason = _no_kernels(match) or facts.reason(match)
+        if reason is None and not self._counts(match):
+            least = min(self.chunks, default=0) * self.least_rows
+            reason = Reason(
+                f"it has {match.rows} rows: cutting them takes {least} or more", (match.loss.name,)
+            )
+        if reason is None:
+            return None
+        count = len(match.nodes)
+        return NearMiss(self.name, match.loss.name, count, count, reason)
+
+    def _counts(self, match: Match) -> list[int]:
+        return [count for count in self.chunks if match.rows >= count * self.least_rows]
+
+    def _candidates(
+        self, match: Match, output_mask: tuple[bool, bool, bool], ctx: PassContext
+    ) -> Iterable[Candidate]:
+        # A loss scale would come too late for gradients in float16 that are rounded in the forward.
+        ahead = any(output_mask) and match.reduction != "none" and match.dtype is not torch.float16
+        modes = ("forward", "recompute") if ahead else ("recompute",)
+        ids = {
+            (mode, count): f"{self.name}@{match.loss.name}/{mode}/{count}"
+            for mode in modes
+            for count in self._counts(match)
+        }
+        prices = LossPrices(match, ctx.cost, ctx.emit, output_mask)
+        for (mode, count), id_ in ids.items():
+            yield Candidate(
+                id_,
+                self.name,
+                tuple(node.name for node in match.nodes),
+                prices.delta(mode, count),
+                _writing(match.loss.name, mode, count, output_mask),
+                exactness="reassociated",
+                conflicts=tuple(other for other in ids.values() if other != id_),
+                alternative=True,
+            )
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What is known of a program beyond its calls: where gradients flow, what is written in place."""
+
+    line: Line
+    trained: frozenset[fx.Node]
+
+    @classmethod
+    def of(cls, program: Program, *, trains: bool) -> _Facts:
+        line = line_of(program.graph)
+        switches = line.ambient.entry_grad is not None
+        return cls(line, trained_values(line) if trains or switches else frozenset())
+
+    def output_mask(self, match: Match) -> tuple[bool, bool, bool]:
+        """Whether the gradients of input, weight and bias are needed."""
+        if match.loss not in self.trained:
+            return (False, False, False)
+        return (match.input in self.trained, match.weight in self.trained, match.bias in self.trained)
+
+    def reason(self, match: Match) -> Reason | None:
+        operands = [node for node in (match.input, match.weight, match.bias) if node is not None]
+        flows = [node in self.trained for node in match.nodes]
+        if any(node in self.trained for node in operands) and not all(flows) and any(flows):
+            return Reason("it cuts off a gradient", (match.nodes[flows.index(False)].name,))
+        if match.loss not in self.trained and flows[0]:
+            return Reason("it cuts off a gradient", (match.loss.name,))
+        # The operator runs where the loss did: what it reads must still hold then what the product read.
+        position = self.line.position
+        roots = {root for node in operands for root in self.line.aliases.roots[node]}
+        for node in self.line.nodes[position[match.product] + 1 : position[match.loss]]:
+            written = {root for ref in written_inputs(node) for root in self.line.aliases.roots[ref]}
+            if written & roots:
+                return Reason("what the product reads is written before the loss", (node.name,))
+        return None
+
+
+def _no_kernels(match: Match) -> Reason | None:
+    """Asking for the kernels also registers their operators."""
+    missing = [name for name in _KERNELS if name not in default_host().kernels()]
+    if missing:
+        return Reason(f"no plugin offers kernel {missing[0]!r}")
+    return None
+
+
+def _writing(
+    name: str, mode: str, chunks: int, output_mask: tuple[bool, bool, bool]
+) -> Callable[[Edit], None]:
+    def apply(edit: Edit) -> None:
+        # Matched again: the program may be another copy of the one that this was proposed for.
+        found = match_loss(edit.node(name), LinearCrossEntropy.name)
+        if not isinstance(found, Match):
+            why = "it is not the loss of a linear layer" if found is None else str(found.reason)
+            raise PassError(f"{LinearCrossEntropy.name}: {name!r} no longer matches: {why}")
+        edit.rule = f"{mode}/{chunks}"
+        rewrite(edit, found, mode, chunks, output_mask)
+
+    return apply

@@ -1,0 +1,70 @@
+"""Writing the chunked operator into a program in the place of a match."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from graphopt.edit import Edit
+from graphopt_passes.linear_cross_entropy.match import Match, argument
+
+__all__ = ["rewrite"]
+
+_aten = torch.ops.aten
+
+
+def rewrite(edit: Edit, match: Match, mode: str, chunks: int, output_mask: Sequence[bool]) -> None:
+    """Let the readers of ``match.loss`` read a loss that is computed in ``chunks``.
+
+    ``mode`` is "forward" or "recompute", ``output_mask`` says whether input, weight and bias need a
+    gradient. The nodes of the match go as dead code.
+    """
+
+    def call(target: Any, *args: Any) -> fx.Node:
+        return edit.call_before(match.loss, target, args, replaces=[match.product])
+
+    def in_dtype(node: fx.Node) -> fx.Node:
+        # An autocast region casts what a product reads; the operator takes its inputs as they are.
+        return node if node.meta["val"].dtype is match.dtype else call(_aten.to.dtype, node, match.dtype)
+
+    rows = in_dtype(match.input)
+    rank = match.input.meta["val"].dim()
+    for step in match.row_steps:
+        # Rows of the logits are rows of the input.
+        arguments = [argument(step, parameter.name) for parameter in step.target._schema.arguments[1:]]  # type: ignore[union-attr]
+        rows = call(step.target, rows, *arguments)
+        rank -= step.target is _aten.select.int
+    if rank == 1:
+        rows = call(_aten.unsqueeze.default, rows, 0)
+    elif rank > 2:
+        rows = call(_aten.flatten.using_ints, rows, 0, rank - 2)
+    weight = in_dtype(match.weight)
+    if match.transposed:
+        weight = call(_aten.t.default, weight)
+    bias = None if match.bias is None else in_dtype(match.bias)
+    target = match.target
+    if target.meta["val"].dim() != 1:
+        target = call(_aten.flatten.using_ints, target, 0, -1)
+    settings = (
+        chunks,
+        match.reduction,
+        match.ignore_index,
+        match.label_smoothing,
+        match.logit_scale,
+        match.softcap,
+        match.loss.meta["val"].dtype,
+    )
+    if mode == "forward":
+        chunked = torch.ops.graphopt.linear_cross_entropy_with_gradients.default
+        results = call(chunked, rows, weight, bias, target, *settings, list(output_mask))
+    else:
+        chunked = torch.ops.graphopt.linear_cross_entropy.default
+        results = call(chunked, rows, weight, bias, target, *settings)
+    loss = call(operator.getitem, results, 0)
+    if match.reduction == "none" and match.target.meta["val"].dim() != 1:
+        loss = call(_aten.view_as.default, loss, match.target)
+    edit.replace(match.loss, loss)
