@@ -159,7 +159,7 @@ def _uncaptured(
     }
     session.weight_bytes = _torch.storage_bytes([*model.parameters(), *model.buffers()])
     session.held_gradient_bytes = _torch.storage_bytes([p.grad for p in model.parameters()])
-    driver = Driver(model, session, inputs=example, dynamic=dynamic_shapes)
+    driver = Driver(model, session, inputs=example, dynamic=dynamic_shapes, loss_fn=loss_fn)
     again = partial(
         _uncaptured,
         device=device,

@@ -15,6 +15,7 @@ from graphopt.device import DeviceSpec
 if TYPE_CHECKING:
     import torch.fx as fx
 
+    from graphopt.observed import ObservedStep, StepMemory
     from graphopt.program import Program
     from graphopt.schedule import Schedule
 
@@ -100,4 +101,8 @@ class CostModel(Protocol):
 
         ``base_bytes`` (parameters, buffers, inputs) are added to every point.
         """
+        ...
+
+    def observed(self, programs: Sequence[Program], step: ObservedStep) -> StepMemory:
+        """The same for a step that was seen to run, under any schedules of its programs."""
         ...

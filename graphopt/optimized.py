@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,12 +12,14 @@ import torch
 from graphopt import _torch
 from graphopt.capture.driver import Driver
 from graphopt.cost import Cost, MemoryProfile
-from graphopt.errors import InputsError, UnknownNameError
+from graphopt.errors import UnknownNameError
+from graphopt.loss import loss_of
 from graphopt.measure import Measurement, measure
 from graphopt.pareto_front import ParetoPoint
 from graphopt.plans import Plan
 from graphopt.program import Program
 from graphopt.report import Report
+from graphopt.restored import restored
 
 __all__ = ["Optimized"]
 
@@ -154,7 +155,7 @@ class Optimized(torch.nn.Module):
                     torch.autograd.backward(self._loss(output))
             return output
 
-        with _restored(self._model, parameters):
+        with restored(self._model, parameters):
             state = torch.get_rng_state()
 
             def reset() -> None:
@@ -173,25 +174,7 @@ class Optimized(torch.nn.Module):
         return taken
 
     def _loss(self, output: Any) -> torch.Tensor:
-        if self._loss_fn is not None:
-            return _checked_loss(self._loss_fn(output))
-        loss = getattr(output, "loss", None)
-        if isinstance(loss, torch.Tensor):
-            return loss
-        leaves = [
-            t
-            for t in torch.utils._pytree.tree_leaves(output)
-            if isinstance(t, torch.Tensor) and t.requires_grad
-        ]
-        if not leaves:
-            raise InputsError(
-                "nothing in the model's output can be differentiated",
-                hint="pass loss_fn=, or inputs with which the model returns a loss",
-            )
-        scalars = [t for t in leaves if t.dim() == 0]
-        if len(scalars) == 1:
-            return scalars[0]
-        return torch.stack([t.sum() for t in (scalars or leaves)]).sum()
+        return loss_of(output, self._loss_fn)
 
 
 _MADE = frozenset(
@@ -216,32 +199,6 @@ def _forward_like(model: torch.nn.Module, driver: Driver) -> Callable[..., Any]:
     forward.__doc__ = model.forward.__doc__
     forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
     return forward
-
-
-def _checked_loss(loss: object) -> torch.Tensor:
-    if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-        return loss
-    what = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-    raise InputsError(f"loss_fn returned {what}: expected a tensor of one element")
-
-
-@contextmanager
-def _restored(model: torch.nn.Module, parameters: list[torch.nn.Parameter]) -> Iterator[None]:
-    # Copies on the host: the step may write into the gradients, and must not find more memory taken.
-    gradients = [(p.grad, None if p.grad is None else p.grad.detach().cpu().clone()) for p in parameters]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    random = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(random)
-        with torch.no_grad():
-            for parameter, (gradient, value) in zip(parameters, gradients, strict=True):
-                parameter.grad = gradient
-                if gradient is not None and value is not None:
-                    gradient.copy_(value)
-            for buffer, value in buffers:
-                buffer.copy_(value)
 
 
 def _device_of(model: torch.nn.Module, inputs: Any) -> torch.device:

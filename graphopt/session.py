@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from graphopt.budget import Budget, format_bytes
 from graphopt.candidate import Candidate, Declined, Frontier, FrontierPoint, NearMiss
 from graphopt.capture.auxiliary import reattach
 from graphopt.capture.joint import drop_unread_statistics, inference_program, joint_program, save_everything
+from graphopt.capture.observe import Observer
 from graphopt.capture.semantic import (
     auxiliary_outputs,
     detach_outputs,
@@ -23,10 +26,13 @@ from graphopt.capture.semantic import (
     semantic_graph,
     semantic_program,
 )
-from graphopt.cost import Cost, CostModel
+from graphopt.cost import Cost, CostModel, MemoryProfile
+from graphopt.emit.eager import EagerEmitter
 from graphopt.emit.emitter import Emitter
 from graphopt.emit.fused_point import fused_point
 from graphopt.errors import BudgetError, GraphoptError, StalePlanError
+from graphopt.observed import ObservedStep
+from graphopt.observed_plan import ObservedPlan
 from graphopt.partition import ordered, partition
 from graphopt.passes import Pass, PassContext
 from graphopt.planner import choose, least, least_peak, seconds_bound, step_peak
@@ -82,6 +88,7 @@ class Captured:
     lowered: tuple[fx.GraphModule, ...] = ()
     provisional: bool = False
     ran: bool = False
+    settled: bool = False
     run: Callable[..., Any] | None = None
     recompile: Callable[[], Callable[..., Any]] | None = None
     forms: Mapping[str, Captured] = field(default_factory=dict)
@@ -123,7 +130,9 @@ class Session:
     While ``whole`` is true every graph is the whole model: it is planned the moment it is
     captured. Otherwise graphs come one after another (graph breaks): each runs its least plan op
     by op until ``finish`` plans them all under the one budget; ``staged`` calls it itself, when
-    the first graph is called again. ``arguments`` are the call's inputs while it lasts.
+    the first graph is called again.
+    ``observer`` watches those provisional runs: by what it saw (``see``) the plan is exact; without it
+    what graphs hand on counts as held. ``arguments`` are the call's inputs while it lasts.
     ``held_gradient_bytes`` is what gradients took when the model was handed over: they are there
     throughout, and a step's own are added to them and go. ``dry_run``: plan, compile no code.
     """
@@ -157,6 +166,8 @@ class Session:
     dry_run: bool = False
     planning_seconds: float = 0.0
     replay_bytes: int = 0
+    observer: Observer | None = None
+    _seen: tuple[tuple[Captured, ...], ObservedPlan] | None = None
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A dynamo backend: compiles one graph under this session's budget."""
@@ -189,7 +200,7 @@ class Session:
         context = _torch.capture_context()
 
         def compile_now() -> Callable[..., Any]:
-            emitter = self.provisional_emitter if captured.provisional else self.emitter
+            emitter = self._provisional_emitter(captured) if captured.provisional else self.emitter
             with _torch.within(context):
                 run = emitter.compile(
                     semantic,
@@ -271,29 +282,80 @@ class Session:
         waiting = [captured for captured in self.current if captured.provisional]
         if not waiting:
             return
-        self._hold_results(self.current[-1])
+        if self._observed(self.current) is None:
+            _settle(self.current)
         self._plan(self.current)
         for captured in waiting:
             captured.provisional = False
             assert captured.recompile is not None
             captured.run = captured.recompile()
 
-    def _hold_results(self, last: Captured) -> None:
-        """What the last program returns is held to the end of the step, as its gradients are."""
-        if last.frontier is None or last.joint is None or last.mode != "train":
-            return
-        names = [spec.node for spec in last.joint.signature.outputs if spec.role == "output"]
-        _add_gradients(last, _value_bytes(last.joint, names))
+    def _provisional_emitter(self, captured: Captured) -> Emitter:
+        if self.observer is None:
+            return self.provisional_emitter
+        number = next(k for k, known in enumerate(self.captured) if known is captured)
+        return EagerEmitter(partial(self.observer.around, number))
+
+    def see(self, step: ObservedStep) -> bool:
+        """Plan the present programs as the parts of ``step``; ``False`` if it does not hold them all.
+
+        A forward without its backward leaves behind what cannot be told apart from the rest.
+        """
+        numbers = [k for k, known in enumerate(self.captured) if any(known is c for c in self.current)]
+        group = [self.captured[k] for k in numbers]
+        programs = [c.joint for c in group if c.joint is not None]
+        frontiers = [c.frontier for c in group if c.frontier is not None]
+        backwards = {run.forward for run in step.runs if run.backward}
+        complete = all(
+            run.program in numbers
+            and (run.backward or position in backwards or self.captured[run.program].mode != "train")
+            for position, run in enumerate(step.runs)
+        )
+        if not complete or len(programs) < len(group) or len(frontiers) < len(group):
+            return False
+        self._seen = tuple(group), ObservedPlan(self.cost, step, numbers, programs, frontiers)
+        return True
+
+    def _observed(self, group: Sequence[Captured]) -> ObservedPlan | None:
+        """What was seen of these programs, where they run op by op."""
+        if self._seen is None or self.emitter.fuses or len(group) != len(self._seen[0]):
+            return None
+        same = all(a is b for a, b in zip(group, self._seen[0], strict=True))
+        return self._seen[1] if same else None
+
+    @property
+    def _base(self) -> int:
+        """Bytes held throughout. Random states that outputs hold were seen, where a step was."""
+        return (self.static_bytes or 0) - (self.replay_bytes if self._observed(self.current) else 0)
 
     def step(self) -> list[tuple[Program, Schedule]]:
         """Programs of the present step with the schedules that they run, in call order."""
         return [(c.joint, c.schedule) for c in self.current if c.joint is not None]
+
+    def memory(self, points: Sequence[FrontierPoint | None]) -> MemoryProfile:
+        """Bytes over the present step, run op by op at the given points."""
+        taken = [point for point in points if point is not None]
+        if observed := self._observed(self.current):
+            return observed.profile(taken, self._base)
+        programs = [c.joint for c in self.current if c.joint is not None]
+        step = [(p, point.schedule) for p, point in zip(programs, taken, strict=True)]
+        return self.cost.memory(step, base_bytes=self.static_bytes or 0)
 
     def curve(self, base_bytes: int) -> list[tuple[int, float, int, str]]:
         """(peak, added seconds, FLOPs again, label) of the present step's plans, least peak first.
 
         Several programs: the planner's choice at each peak that some combination reaches.
         """
+        if observed := self._observed(self.current):
+            return [
+                (
+                    base_bytes - self.replay_bytes + found.peak_bytes,
+                    found.seconds,
+                    sum(count * p.flops for count, p in zip(observed.calls, found.points, strict=True)),
+                    ", ".join(p.label for p in found.points),
+                )
+                for found in observed.front
+            ]
         frontiers = [c.frontier for c in self.current if c.frontier is not None]
         lowest = least_peak(frontiers, base_bytes)
         most = step_peak([min(f.points, key=lambda p: p.seconds) for f in frontiers], base_bytes)
@@ -435,16 +497,7 @@ class Session:
         if self.whole:
             self._plan([captured])
             return
-        if len(self.current) > 1:
-            _hand_on(captured, self.current[-2])
         captured.point = min(captured.frontier.points, key=lambda p: (p.retained, p.peak_bytes))
-        if self.budget.fraction() is not None:
-            # A part of the baseline's peak is known only when all programs are.
-            return
-        frontiers = [c.frontier for c in self.current if c.frontier is not None]
-        budget = self.budget.resolve(0)
-        if budget is not None and least_peak(frontiers, self.static_bytes or 0) > budget:
-            raise self._infeasible(frontiers, budget)
 
     def _baseline(self, group: Sequence[Captured]) -> Cost:
         return self._cost_of(group, [c.reference for c in group if c.reference is not None])
@@ -453,15 +506,20 @@ class Session:
         """Cost of a step that runs the given points: exact liveness where programs run op by op,
         the points' own arithmetic where kernels are fused."""
         base = self.static_bytes or 0
-        seconds = sum(c.reference_seconds + p.seconds for c, p in zip(group, points, strict=True))
-        if self.emitter.fuses:
+        observed = self._observed(group)
+        calls = observed.calls if observed else [1] * len(group)
+        if observed:
+            peak = self._base + observed.peak(points)
+        elif self.emitter.fuses:
             peak = step_peak(points, base)
         else:
             step = [(c.joint, p.schedule) for c, p in zip(group, points, strict=True) if c.joint is not None]
             peak = self.cost.memory(step, base_bytes=base).peak_bytes
-        flops = 0
-        for c, p in zip(group, points, strict=True):
-            flops += sum(c.flops.get(name, 0) for name in (*p.schedule.forward, *p.schedule.backward))
+        seconds, flops = 0.0, 0
+        for count, c, p in zip(calls, group, points, strict=True):
+            runs = (*p.schedule.forward, *p.schedule.backward)
+            seconds += count * (c.reference_seconds + p.seconds)
+            flops += count * sum(c.flops.get(name, 0) for name in runs)
         return Cost(peak, self.weight_bytes or 0, seconds, flops)
 
     def _plan(self, group: Sequence[Captured], *, tentative: bool = False) -> None:
@@ -481,7 +539,10 @@ class Session:
                 captured.point = _replayed(self, captured, choice)
         else:
             resolution = [_RESOLUTION * c.reference_seconds for c in group] if self.emitter.fuses else ()
-            chosen = choose(frontiers, budget, base, resolution=resolution)
+            if observed := self._observed(group):
+                chosen = observed.choose(None if budget is None else budget - self._base)
+            else:
+                chosen = choose(frontiers, budget, base, resolution=resolution)
             if chosen is None:
                 assert budget is not None
                 if not tentative:
@@ -499,7 +560,9 @@ class Session:
         baseline = self._baseline(group)
         budget = self.budget.resolve(baseline.peak_bytes)
         predicted = self._cost_of(group, [c.point for c in group if c.point is not None])
-        bound = self._unavoidable(group) + seconds_bound(frontiers, budget, base)
+        bound = self._unavoidable(group)
+        if self._observed(group) is None:
+            bound += seconds_bound(frontiers, budget, base)
         searched = sum(record.seconds for record in self.records)
         self.plan = Plan(
             budget,
@@ -516,7 +579,9 @@ class Session:
         """Seconds that every schedule takes. Op by op each operator runs at least once; fused, those that
         are calls of libraries do, while what is fused may cost less than apart."""
         if not self.emitter.fuses:
-            return sum(c.reference_seconds for c in group)
+            observed = self._observed(group)
+            calls = observed.calls if observed else [1] * len(group)
+            return sum(count * c.reference_seconds for count, c in zip(calls, group, strict=True))
         return sum(
             min(self._library_seconds(form) for form in (c.forms.values() or (c,)))
             for c in group
@@ -530,7 +595,10 @@ class Session:
         return sum(price.seconds for price in prices if price.flops)
 
     def _infeasible(self, frontiers: Sequence[Frontier], budget: int) -> BudgetError:
-        lowest = least_peak(frontiers, self.static_bytes or 0)
+        if observed := self._observed(self.current):
+            lowest = self._base + observed.front[0].peak_bytes
+        else:
+            lowest = least_peak(frontiers, self.static_bytes or 0)
         failed = {r.id: r.reason for r in self.records if r.status in ("rolled-back", "failed")}
         advice = [f"ask for budget={lowest} or more"]
         advice += [f"pass {name} failed: {reason}" for name, reason in failed.items()]
@@ -554,13 +622,21 @@ def _unchanged(program: Program) -> Schedule:
     return Schedule(tuple(n.name for n in program.graph.nodes if n.op in ("call_function", "get_attr")))
 
 
-def _hand_on(later: Captured, earlier: Captured) -> None:
-    """Gradients of activations become tangents of the program before; they are not held beside those."""
-    if later.joint is None or earlier.joint is None:
-        return
-    handed = _value_bytes(later.joint, later.joint.signature.gradients_of("activation"))
-    arriving = _value_bytes(earlier.joint, [spec.node for spec in earlier.joint.signature.by_role("tangent")])
-    _add_gradients(later, -min(handed, arriving))
+def _settle(group: Sequence[Captured]) -> None:
+    """Count what programs leave behind as the step's: gradients of activations become tangents of the
+    program before, not held beside those; what the last program returns is held to the end."""
+    pairs = [(None, group[0]), *itertools.pairwise(group)]
+    for earlier, later in pairs:
+        if later.settled or later.joint is None:
+            continue
+        later.settled = True
+        if earlier is not None and earlier.joint is not None:
+            handed = _value_bytes(later.joint, later.joint.signature.gradients_of("activation"))
+            tangents = [spec.node for spec in earlier.joint.signature.by_role("tangent")]
+            _add_gradients(later, -min(handed, _value_bytes(earlier.joint, tangents)))
+        if later is group[-1] and later.mode == "train":
+            names = [spec.node for spec in later.joint.signature.outputs if spec.role == "output"]
+            _add_gradients(later, _value_bytes(later.joint, names))
 
 
 def _add_gradients(captured: Captured, size: int) -> None:

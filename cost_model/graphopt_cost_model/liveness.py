@@ -7,7 +7,7 @@ per execution: a node that runs again makes new storages.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.fx as fx
@@ -18,9 +18,9 @@ from graphopt.replay import random_state_of
 from graphopt.schedule import Schedule
 from graphopt.values import Leaf, value_table
 
-__all__ = ["profile"]
+__all__ = ["STATIC", "Half", "Simulator", "profile"]
 
-_STATIC = -1
+STATIC = -1
 """Buffer number of whatever belongs to the graph's inputs: it is in the base, not counted here."""
 
 
@@ -40,11 +40,11 @@ def profile(
     """
     steps: list[MemoryStep] = []
     peak: MemoryStep | None = None
-    peak_half: tuple[_Half, int] | None = None
+    peak_half: tuple[Half, int] | None = None
     carried = base_bytes
-    simulators = [_Simulator(program, schedule, granularity) for program, schedule in step]
+    simulators = [Simulator(program, schedule, granularity) for program, schedule in step]
 
-    def record(simulator: _Simulator, half: _Half) -> None:
+    def record(simulator: Simulator, half: Half) -> None:
         nonlocal peak, peak_half
         for index, (name, live) in enumerate(zip(half.names, half.live, strict=True)):
             node = simulator.nodes.get(name)
@@ -83,7 +83,7 @@ def profile(
 
 
 @dataclass
-class _Half:
+class Half:
     """Buffers of one half: alive from ``born`` to ``last`` (positions in ``order``; -1 is entry)."""
 
     program: str
@@ -116,48 +116,54 @@ class _Half:
             live.append(running)
         return live
 
-    def held_at(self, position: int, simulators: Sequence[_Simulator]) -> tuple[LiveTensor, ...]:
+    def held_at(self, position: int, simulators: Sequence[Simulator]) -> tuple[LiveTensor, ...]:
         simulator = next(s for s in simulators if s.program.name == self.program)
         alive = [b for b, start in self.born.items() if start <= position <= self.last[b]]
         held = [simulator.describe(self.owner[b], self.sizes[b]) for b in alive]
         return tuple(sorted((h for h in held if h.bytes), key=lambda h: (-h.bytes, h.node)))
 
 
-class _Simulator:
+class Simulator:
     """Runs both halves of one program without running it."""
 
-    def __init__(self, program: Program, schedule: Schedule, granularity: int) -> None:
+    def __init__(
+        self,
+        program: Program,
+        schedule: Schedule,
+        granularity: int,
+        table: Mapping[str, tuple[Leaf, ...]] | None = None,
+    ) -> None:
         self.program, self.schedule, self.granularity = program, schedule, granularity
-        self.table: dict[str, tuple[Leaf, ...]] = value_table(program.graph)
+        self.table = value_table(program.graph) if table is None else table
         self.nodes = {node.name: node for node in program.graph.nodes}
         self.sizes: list[int] = []
         signature = program.signature
         self.outputs = [spec.node for spec in signature.outputs if spec.role == "output"]
         self.mutations = [spec.node for spec in signature.outputs if spec.role == "mutation"]
         self.gradients = [spec.node for spec in signature.outputs if spec.role == "gradient"]
-        self.inputs = {spec.node: [_STATIC] * len(self.table[spec.node]) for spec in signature.inputs}
+        self.inputs = {spec.node: [STATIC] * len(self.table[spec.node]) for spec in signature.inputs}
         self.handed = signature.gradients_of("activation")
         self.tangents = [spec.node for spec in signature.by_role("tangent")]
 
-    def forward(self) -> _Half:
+    def forward(self) -> Half:
         lasting = [*self.outputs, *self.schedule.saved]
-        half = self._run("forward", self.inputs, self.schedule.forward, [*lasting, *self.mutations], ())
+        half = self.run("forward", self.inputs, self.schedule.forward, [*lasting, *self.mutations], ())
         # New values of mutated inputs are copied to them as the forward ends, and are gone then.
         half.kept.intersection_update(b for name in lasting for b in half.values.get(name, ()))
         return half
 
-    def backward(self, forward: _Half) -> _Half:
+    def backward(self, forward: Half) -> Half:
         entry = dict(self.inputs)
         for name in self.schedule.saved:
             entry[name] = forward.values[name]
         for name in self.tangents:
-            entry[name] = [self._new(leaf.bytes) for leaf in self.table[name]]
-        held = {b for name in self.outputs for b in forward.values.get(name, ()) if b != _STATIC}
+            entry[name] = [self.new(leaf.bytes) for leaf in self.table[name]]
+        held = {b for name in self.outputs for b in forward.values.get(name, ()) if b != STATIC}
         # Whoever calls backward() on a loss holds the one that it starts from until it returns.
         held.update(
             b for name in self.tangents if not self.nodes[name].meta["val"].dim() for b in entry[name]
         )
-        half = self._run("backward", entry, self.schedule.backward, self.gradients, held)
+        half = self.run("backward", entry, self.schedule.backward, self.gradients, held)
         for buffer in held & forward.owner.keys():
             half.owner.setdefault(buffer, forward.owner[buffer])
         return half
@@ -172,36 +178,38 @@ class _Simulator:
             role = "output"
         return LiveTensor(name, size, layer_of(self.nodes[name]) if name in self.nodes else "", role)
 
-    def bytes_of(self, names: Iterable[str], half: _Half) -> int:
+    def bytes_of(self, names: Iterable[str], half: Half) -> int:
         """Bytes of the distinct buffers of some values that ``half`` leaves behind."""
-        buffers = {b for name in names for b in half.values.get(name, ()) if b != _STATIC}
+        buffers = {b for name in names for b in half.values.get(name, ()) if b != STATIC}
         return sum(self.sizes[b] for b in buffers)
 
     def tangent_bytes(self) -> int:
-        return sum(self._rounded(leaf.bytes) for name in self.tangents for leaf in self.table[name])
+        return sum(self.rounded(leaf.bytes) for name in self.tangents for leaf in self.table[name])
 
     def generator_bytes(self, name: str) -> int:
         """Where a random operator is replayed, the generator's own state is put aside meanwhile."""
         node = self.nodes.get(name)
         state = random_state_of(node) if node is not None else None
-        return self._rounded(self.table[state.name][0].bytes) if state is not None else 0
+        return self.rounded(self.table[state.name][0].bytes) if state is not None else 0
 
-    def _rounded(self, size: int) -> int:
+    def rounded(self, size: int) -> int:
         return -(-size // self.granularity) * self.granularity
 
-    def _new(self, size: int) -> int:
-        self.sizes.append(self._rounded(size))
+    def new(self, size: int) -> int:
+        self.sizes.append(self.rounded(size))
         return len(self.sizes) - 1
 
-    def _run(
+    def run(
         self,
         phase: str,
         entry: dict[str, list[int]],
         order: Sequence[str],
         keep: Iterable[str],
         held: Iterable[int],
-    ) -> _Half:
-        """``keep`` names what outlives the half; ``held`` are buffers held throughout by others."""
+        static: Collection[int] = (),
+    ) -> Half:
+        """``keep`` names what outlives the half; ``held`` are buffers held throughout by others; those
+        in ``static`` are counted elsewhere."""
         values = {name: list(refs) for name, refs in entry.items()}
         born: dict[int, int] = {}
         last: dict[int, int] = {}
@@ -221,10 +229,10 @@ class _Simulator:
                     origin = refs if leaf.alias[0] == name else values[leaf.alias[0]]
                     buffer = origin[leaf.alias[1]]
                 elif node.op == "call_function":
-                    buffer = self._new(leaf.bytes)
+                    buffer = self.new(leaf.bytes)
                     born[buffer], owner[buffer] = position, name
                 else:
-                    buffer = _STATIC
+                    buffer = STATIC
                 last[buffer] = position
                 refs.append(buffer)
             values[name] = refs
@@ -233,6 +241,7 @@ class _Simulator:
             born.setdefault(buffer, -1)
             last[buffer] = len(order)
         for mapping in (born, last, owner):
-            mapping.pop(_STATIC, None)
-        kept.discard(_STATIC)
-        return _Half(self.program.name, phase, order, values, born, last, owner, self.sizes, kept)
+            for buffer in (STATIC, *static):
+                mapping.pop(buffer, None)
+        kept.difference_update((STATIC, *static))
+        return Half(self.program.name, phase, order, values, born, last, owner, self.sizes, kept)

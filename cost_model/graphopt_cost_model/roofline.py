@@ -18,10 +18,13 @@ from graphopt.device import DeviceSpec
 from graphopt_cost_model.call import Call, call_of
 from graphopt_cost_model.flops import Work, work
 from graphopt_cost_model.liveness import profile
+from graphopt_cost_model.observed_liveness import ObservedMemory
+from graphopt_cost_model.phases import phases_of
 from graphopt_cost_model.traffic import Traffic, traffic_of
 from graphopt_cost_model.workspace import WorkspaceProbe
 
 if TYPE_CHECKING:
+    from graphopt.observed import ObservedStep
     from graphopt.program import Program
     from graphopt.schedule import Schedule
 
@@ -71,15 +74,27 @@ class RooflineCostModel:
             return _FREE
         amount, moved = work(call), traffic_of(call)
         transient = self.workspace.of(call) if self.workspace else 0
-        return NodeCost(
-            amount.flops, moved.read, moved.written, self._seconds(call, amount, moved), transient
-        )
+        phases = [
+            (Work(flops, elements), Traffic(read, written))
+            for flops, elements, read, written in phases_of(call)
+        ]
+        seconds = sum(self._seconds(call, *phase) for phase in phases or [(amount, moved)])
+        return NodeCost(amount.flops, moved.read, moved.written, seconds, transient)
 
     def memory(self, step: Sequence[tuple[Program, Schedule]], *, base_bytes: int = 0) -> MemoryProfile:
         """Exact op-by-op liveness of a step, transients inside kernels included."""
         return profile(
             step,
             base_bytes=base_bytes,
+            granularity=self._device.allocation_granularity,
+            workspace=(lambda node: self.node(node).workspace_bytes) if self.workspace else None,
+        )
+
+    def observed(self, programs: Sequence[Program], step: ObservedStep) -> ObservedMemory:
+        """Exact op-by-op liveness of a step that was seen to run, under any schedules."""
+        return ObservedMemory(
+            programs,
+            step,
             granularity=self._device.allocation_granularity,
             workspace=(lambda node: self.node(node).workspace_bytes) if self.workspace else None,
         )

@@ -13,12 +13,15 @@ import torch
 import graphopt
 from graphopt import _torch
 from graphopt.capture.inputs import bind_inputs
+from graphopt.capture.observe import Observer
 from graphopt.cost import MemoryProfile
 from graphopt.errors import CaptureError, GraphoptError, InputsError, UnknownNameError
+from graphopt.loss import loss_of
 from graphopt.pareto_front import ParetoPoint
 from graphopt.plans import Plan
 from graphopt.program import Level, Program, Signature
 from graphopt.report import Environment, ProgramSummary, Report
+from graphopt.restored import restored
 from graphopt.session import NotPlanned, Session
 
 __all__ = ["Driver"]
@@ -33,10 +36,17 @@ class Driver:
     """
 
     def __init__(
-        self, model: torch.nn.Module, session: Session, *, inputs: Any = None, dynamic: bool | None = None
+        self,
+        model: torch.nn.Module,
+        session: Session,
+        *,
+        inputs: Any = None,
+        dynamic: bool | None = None,
+        loss_fn: Callable[[Any], torch.Tensor] | None = None,
     ) -> None:
         self.model, self.session, self.dynamic = model, session, dynamic
         self.example = inputs
+        self.loss_fn = loss_fn
         self._call: Callable[..., Any] | None = None
         self._uncaptured = False
 
@@ -126,10 +136,14 @@ class Driver:
         session.whole = False
         session.current = []
         session.captured = []
+        if not session.emitter.fuses and _on_host(self.model, args, kwargs) and not _torch.profiler_running():
+            session.observer = Observer()
         call = _torch.compile_apart(self.model, session.backend, dynamic=self.dynamic)
         try:
             with _buffers_restored(self.model), torch.random.fork_rng(devices=_cuda_devices(self.model)):
                 call(*args, **kwargs)
+            if session.observer is not None:
+                self._observe(session.observer, lambda: call(*args, **kwargs), (args, kwargs))
             session.finish()
         except Exception as error:
             inner = _torch.inner_error(error)
@@ -141,6 +155,37 @@ class Driver:
             self._give_up(CaptureError("dynamo captured no graph of the model"), args, kwargs)
             return
         self._call = call
+
+    def _observe(self, observer: Observer, call: Callable[[], Any], inputs: Any) -> None:
+        """Run whole steps, everything put back, to see what the programs share and what lies between."""
+
+        def step() -> Any:
+            output = call()
+            if training:
+                torch.autograd.backward(loss_of(output, self.loss_fn))
+            return output
+
+        training = any(captured.mode == "train" for captured in self.session.current)
+        tensors = [t for t in torch.utils._pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)]
+        leaves = [t for t in (*self.model.parameters(), *tensors) if t.is_leaf and t.requires_grad]
+        held = self.gradients_held()
+        try:
+            with restored(self.model, leaves):
+                # The first backward has things to set up that later ones find done.
+                for run in (step, lambda: observer.observe(step)):
+                    if not held:
+                        for leaf in leaves:
+                            leaf.grad = None
+                    seen = run()
+        except Exception as error:
+            reason = _first_line(error)
+        else:
+            if self.session.see(seen):
+                return
+            reason = "some programs ran without their backwards, or others than were captured"
+        self.session.diagnostics.append(
+            f"what runs between the programs is not counted, as no whole step was seen: {reason}"
+        )
 
     def _give_up(self, error: BaseException, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Leave the model as it is. Inputs that the model itself refuses are the caller's error."""
@@ -231,14 +276,9 @@ class Driver:
 
     def memory(self) -> tuple[MemoryProfile, MemoryProfile]:
         self.plan()
-        session = self.session
-        base = session.static_bytes or 0
-        before = [
-            (c.joint, c.baseline) for c in session.current if c.joint is not None and c.baseline is not None
-        ]
-        return session.cost.memory(before, base_bytes=base), session.cost.memory(
-            session.step(), base_bytes=base
-        )
+        current = self.session.current
+        before, now = [c.reference for c in current], [c.point for c in current]
+        return self.session.memory(before), self.session.memory(now)
 
     def programs(self) -> tuple[Program, ...]:
         found: list[Program] = []
@@ -299,6 +339,11 @@ def _buffers_restored(model: torch.nn.Module) -> Iterator[None]:
         with torch.no_grad():
             for buffer, value in kept:
                 buffer.copy_(value)
+
+
+def _on_host(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    values = (*model.parameters(), *model.buffers(), *torch.utils._pytree.tree_leaves((args, kwargs)))
+    return all(v.device.type == "cpu" for v in values if isinstance(v, torch.Tensor))
 
 
 def _cuda_devices(model: torch.nn.Module) -> list[int]:

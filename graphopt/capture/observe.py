@@ -1,0 +1,132 @@
+"""Watch one step of several programs: what is made and released between them, and what they share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from graphopt import _torch
+from graphopt.observed import Gap, ObservedRun, ObservedStep, ObservedStorage
+
+__all__ = ["Observer"]
+
+_MARK = "graphopt::position"
+
+Boxed = Callable[[list[Any]], list[Any]]
+
+
+@dataclass
+class Observer:
+    """Wraps the halves of programs; while ``observe`` runs a step it notes each of their runs.
+
+    Memory is that of torch's CPU allocator.
+    """
+
+    _runs: list[ObservedRun] | None = None
+    _position: int = 0
+    _pending: dict[int, int] = field(default_factory=dict)
+    _storages: list[ObservedStorage] = field(default_factory=list)
+    _held: dict[int, tuple[Any, int]] = field(default_factory=dict)
+
+    def around(self, program: int, half: fx.GraphModule, run: Boxed, *, backward: bool) -> Boxed:
+        """``run``, the code of one half of a program, watched."""
+        names = [node.name for node in half.graph.nodes if node.op == "placeholder"]
+        output = next(node for node in reversed(half.graph.nodes) if node.op == "output")
+        flat = torch.utils._pytree.tree_leaves(output.args[0])
+        results = [value.name if isinstance(value, fx.Node) else "" for value in flat]
+
+        def watched(args: list[Any]) -> list[Any]:
+            if self._runs is None:
+                return run(args)
+            self._advance()
+            inputs = self._note(names, args)
+            own = len(self._runs)
+            forward = self._forward_of(program, inputs) if backward else own
+            noted = ObservedRun(program, backward, forward, inputs, {})
+            self._runs.append(noted)
+            outputs = run(args)
+            if not backward:
+                self._runs[own] = ObservedRun(program, False, own, inputs, self._note(results, outputs))
+                self._pending[own] = program
+            self._advance()
+            return outputs
+
+        return _torch.boxed(watched)
+
+    def observe(self, step: Callable[[], object]) -> ObservedStep:
+        """Run ``step()`` and say what it did."""
+        self._runs, self._storages, self._position = [], [], 0
+        self._pending.clear()
+        self._held.clear()
+        try:
+            events = _torch.record_timeline(step, _MARK)
+            self._sweep()
+            return ObservedStep(tuple(self._runs), _gaps(events, len(self._runs)), tuple(self._storages))
+        finally:
+            self._runs = None
+            self._held.clear()
+
+    def _advance(self) -> None:
+        """Go from a gap into a run or out of it."""
+        self._sweep()
+        _torch.mark(_MARK)
+        self._position += 1
+
+    def _sweep(self) -> None:
+        for key, (storage, number) in list(self._held.items()):
+            if storage.expired():
+                self._storages[number] = replace(self._storages[number], released=self._position)
+                del self._held[key]
+
+    def _note(self, names: Sequence[str], values: Sequence[Any]) -> dict[str, int]:
+        found = {}
+        for name, value in zip(names, values, strict=True):
+            if name and isinstance(value, torch.Tensor) and value.layout is torch.strided:
+                found[name] = self._number(value.untyped_storage())
+        return found
+
+    def _number(self, storage: torch.UntypedStorage) -> int:
+        key = storage._cdata
+        if key not in self._held:
+            self._held[key] = _torch.weak_storage(storage), len(self._storages)
+            self._storages.append(ObservedStorage(storage.nbytes(), None))
+        return self._held[key][1]
+
+    def _forward_of(self, program: int, inputs: dict[str, int]) -> int:
+        """The forward run whose backward begins: of those of the program that wait for theirs, the one
+        that most of the values saved come from, the latest of equals."""
+        runs = self._runs or []
+        waiting = [position for position, owner in self._pending.items() if owner == program]
+        saved = set(inputs.values())
+
+        def shared(position: int) -> int:
+            run = runs[position]
+            return len(saved & {*run.inputs.values(), *run.outputs.values()})
+
+        found = max(waiting, key=lambda position: (shared(position), position))
+        del self._pending[found]
+        return found
+
+
+def _gaps(events: Sequence[int | None], runs: int) -> tuple[Gap, ...]:
+    """Every other stretch between marks (``None``): the runs themselves are simulated."""
+    stretches: list[list[int]] = [[]]
+    for event in events:
+        if event is None:
+            stretches.append([])
+        else:
+            stretches[-1].append(event)
+    if len(stretches) != 2 * runs + 1:
+        raise RuntimeError(f"{len(stretches)} stretches were recorded around {runs} runs")
+    gaps = []
+    for stretch in stretches[::2]:
+        held = peak = 0
+        for event in stretch:
+            held += event
+            peak = max(peak, held)
+        gaps.append(Gap(held, peak))
+    return tuple(gaps)
