@@ -27,6 +27,7 @@ from graphopt.capture.semantic import (
     semantic_program,
 )
 from graphopt.cost import Cost, CostModel, MemoryProfile
+from graphopt.disallowed import advice_on_disallowed
 from graphopt.emit.eager import EagerEmitter
 from graphopt.emit.emitter import Emitter
 from graphopt.emit.fused_point import fused_point
@@ -600,7 +601,7 @@ class Session:
         else:
             lowest = least_peak(frontiers, self.static_bytes or 0)
         failed = {r.id: r.reason for r in self.records if r.status in ("rolled-back", "failed")}
-        advice = [f"ask for budget={lowest} or more"]
+        advice = [f"ask for budget={lowest} or more", *self._disallowed(lowest - budget)]
         advice += [f"pass {name} failed: {reason}" for name, reason in failed.items()]
         return BudgetError(
             f"no plan fits {format_bytes(budget)}: the least that fits is {format_bytes(lowest)} "
@@ -610,6 +611,13 @@ class Session:
             budget_bytes=budget,
             hint="; ".join(advice),
         )
+
+    def _disallowed(self, missing_bytes: int) -> list[str]:
+        """What to say of passes that would free what is missing, were they allowed."""
+        mode = "train" if any(c.mode == "train" for c in self.current) else "infer"
+        ctx = PassContext(self.cost, mode, self.emitter.name, None, self.allow)
+        programs = [p for c in self.current for p in (c.semantic, c.joint) if p is not None]
+        return advice_on_disallowed(programs, self.passes, ctx, missing_bytes)
 
     def _fail(self, text: str, error: Exception) -> None:
         if self.on_error == "raise":

@@ -19,7 +19,6 @@ from graphopt_cost_model.call import Call, call_of
 from graphopt_cost_model.flops import Work, work
 from graphopt_cost_model.liveness import profile
 from graphopt_cost_model.observed_liveness import ObservedMemory
-from graphopt_cost_model.phases import phases_of
 from graphopt_cost_model.traffic import Traffic, traffic_of
 from graphopt_cost_model.workspace import WorkspaceProbe
 
@@ -74,12 +73,9 @@ class RooflineCostModel:
             return _FREE
         amount, moved = work(call), traffic_of(call)
         transient = self.workspace.of(call) if self.workspace else 0
-        phases = [
-            (Work(flops, elements), Traffic(read, written))
-            for flops, elements, read, written in phases_of(call)
-        ]
-        seconds = sum(self._seconds(call, *phase) for phase in phases or [(amount, moved)])
-        return NodeCost(amount.flops, moved.read, moved.written, seconds, transient)
+        return NodeCost(
+            amount.flops, moved.read, moved.written, self._seconds(call, amount, moved), transient
+        )
 
     def memory(self, step: Sequence[tuple[Program, Schedule]], *, base_bytes: int = 0) -> MemoryProfile:
         """Exact op-by-op liveness of a step, transients inside kernels included."""
