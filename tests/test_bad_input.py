@@ -10,7 +10,8 @@ import torch.fx as fx
 from torch import nn
 
 import graphopt
-from graphopt import Budget
+from graphopt import Budget, Candidate, CostDelta
+from graphopt.budget import format_bytes
 from graphopt.errors import BudgetSyntaxError, InputsError, UnknownNameError
 
 
@@ -195,3 +196,50 @@ def test_a_graph_module_is_a_model() -> None:
     fast = graphopt.optimize(traced, X, emit="eager")
     assert fast.report.diagnostics == ()
     assert torch.equal(fast(*X), traced(*X))
+
+
+def _lossy(name: str, saved: int, level: graphopt.Level = graphopt.Level.SEMANTIC) -> graphopt.Pass:
+    """A pass that would change results, and says what it would save at the first call of a program."""
+
+    class Lossy(graphopt.Pass):
+        exact = False
+
+        def propose(self, program: Any, ctx: Any) -> Any:
+            node = next(program.nodes()).name
+            delta = CostDelta(peak_bytes=-saved, seconds=-1e-6, error=0.1)
+            yield Candidate("less", name, (node,), delta, lambda edit: None, "lossy", "mean error")
+
+    Lossy.name, Lossy.level = name, level
+    return Lossy()
+
+
+@pytest.mark.parametrize("level", [graphopt.Level.SEMANTIC, graphopt.Level.JOINT])
+def test_an_impossible_budget_names_the_pass_that_would_reach_it(level: graphopt.Level) -> None:
+    with pytest.raises(graphopt.BudgetError) as caught:
+        optimized(budget=1000)
+    least = caught.value.least_bytes
+    passes = ["default", _lossy("squeeze", least, level), _lossy("pinch", 10, level)]
+    with pytest.raises(graphopt.BudgetError) as caught:
+        optimized(budget=1000, pipeline=passes)
+    assert caught.value.least_bytes == least
+    assert caught.value.hint == (
+        f"ask for budget={least} or more; pass 'squeeze' changes results and is not allowed; it is predicted "
+        f"to save {format_bytes(least)}, which would do: allow=('squeeze',)"
+    )
+    with pytest.raises(graphopt.BudgetError) as caught:
+        optimized(budget=1000, pipeline=passes, allow=("squeeze",))
+    assert "not allowed" not in caught.value.hint
+
+
+def test_an_impossible_budget_names_passes_that_reach_it_together() -> None:
+    with pytest.raises(graphopt.BudgetError) as caught:
+        optimized(budget=1000, pipeline=["default", _lossy("a", 9000), _lossy("b", 12000), _lossy("c", -1)])
+    least = caught.value.least_bytes
+    assert 12000 < least - 1000 <= 21000
+    assert caught.value.hint.endswith(
+        f"; passes 'a', 'b' change results and are not allowed; together they are predicted to save "
+        f"{format_bytes(21000)}, which would do: allow=('a', 'b')"
+    )
+    with pytest.raises(graphopt.BudgetError) as caught:
+        optimized(budget=1000, pipeline=["default", _lossy("a", 100)])
+    assert caught.value.hint == f"ask for budget={least} or more"
