@@ -84,7 +84,7 @@ def test_the_plugins_offer_devices_model_command_and_kernels():
     model = host.cost_model("roofline").build(host.device("h200"))
     assert model.device.name == "h200"
     assert host.commands()["calibrate"].load() is command
-    assert set(host.kernels()) == {"probe-copy", "probe-read"}
+    assert {"probe-copy", "probe-read"} <= set(host.kernels())
     assert all(record.status == "active" for record in host.records())
 
 

@@ -15,7 +15,8 @@ is one. Those that torch lacks or gets wrong are here:
 - matrix products other than ``mm``, ``addmm``, ``bmm``, ``baddbmm``: composite, grouped, integer,
   matrix with vector, einsum;
 - the backward of a grouped convolution, whose weight gradient torch counts once for each group;
-- recurrent layers and Fourier transforms.
+- recurrent layers and Fourier transforms;
+- operators of several phases (``graphopt_cost_model.phases``).
 
 A causal mask is not taken off, as in torch's own counts.
 """
@@ -33,6 +34,7 @@ from torch.utils.flop_counter import flop_registry
 
 from graphopt import _torch
 from graphopt_cost_model.call import Call, TensorSpec, call_of, tensors_in
+from graphopt_cost_model.phases import phases_of
 
 __all__ = ["Work", "flops", "work"]
 
@@ -59,6 +61,8 @@ def work(call: Call) -> Work:
         return Work(0, 0)
     elements = max((spec.elements for spec in (*call.inputs, *call.outputs)), default=0)
     packet = call.packet
+    if phases := phases_of(call):
+        return Work(sum(phase.flops for phase in phases), elements)
     if packet in _TRANSFORMS:
         return Work(_transform(call), elements, on_vectors=True)
     formula = _FORMULAS.get(packet)

@@ -1,8 +1,8 @@
 """The roofline cost model: a call takes as long as its slowest resource, and a launch.
 
 Time of a call = max(FLOPs / matmul rate of its dtype, elements / vector rate, bytes / bandwidth)
-+ launch. Bytes move at the copy bandwidth where reads and writes balance, and what is read beyond
-that at the read bandwidth. Views cost nothing.
++ launch, or the sum of that over its phases. Bytes move at the copy bandwidth where reads and writes
+balance, and what is read beyond that at the read bandwidth. Views cost nothing.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from graphopt_cost_model.call import Call, call_of
 from graphopt_cost_model.flops import Work, work
 from graphopt_cost_model.liveness import profile
 from graphopt_cost_model.observed_liveness import ObservedMemory
+from graphopt_cost_model.phases import phases_of
 from graphopt_cost_model.traffic import Traffic, traffic_of
 from graphopt_cost_model.workspace import WorkspaceProbe
 
@@ -73,9 +74,12 @@ class RooflineCostModel:
             return _FREE
         amount, moved = work(call), traffic_of(call)
         transient = self.workspace.of(call) if self.workspace else 0
-        return NodeCost(
-            amount.flops, moved.read, moved.written, self._seconds(call, amount, moved), transient
-        )
+        phases = [
+            (phase.dtype, Work(phase.flops, phase.elements), Traffic(phase.read, phase.written))
+            for phase in phases_of(call)
+        ] or [(_compute_dtype(call), amount, moved)]
+        seconds = sum(self._seconds(*phase) for phase in phases)
+        return NodeCost(amount.flops, moved.read, moved.written, seconds, transient)
 
     def memory(self, step: Sequence[tuple[Program, Schedule]], *, base_bytes: int = 0) -> MemoryProfile:
         """Exact op-by-op liveness of a step, transients inside kernels included."""
@@ -95,8 +99,7 @@ class RooflineCostModel:
             workspace=(lambda node: self.node(node).workspace_bytes) if self.workspace else None,
         )
 
-    def _seconds(self, call: Call, amount: Work, moved: Traffic) -> float:
-        dtype = _compute_dtype(call)
+    def _seconds(self, dtype: str, amount: Work, moved: Traffic) -> float:
         vector = _rate(self._device.vector_flops, dtype)
         products = vector if amount.on_vectors else self._matmul_rate(dtype)
         balanced = min(moved.read, moved.written)

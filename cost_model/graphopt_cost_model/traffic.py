@@ -19,6 +19,7 @@ import torch
 import torch.fx as fx
 
 from graphopt_cost_model.call import Call, TensorSpec, call_of
+from graphopt_cost_model.phases import phases_of
 
 __all__ = ["Traffic", "traffic", "traffic_of"]
 
@@ -42,6 +43,8 @@ def traffic_of(call: Call) -> Traffic:
     """Bytes that a call moves."""
     if call.is_view:
         return Traffic()
+    if phases := phases_of(call):
+        return Traffic(sum(phase.read for phase in phases), sum(phase.written for phase in phases))
     special = _SPECIAL.get(call.packet)
     if special is not None:
         return special(call)

@@ -132,7 +132,7 @@ def _without_reuse(kernels: Sequence[Kernel], dying: Sequence[list[str]], books:
 
 
 def _scratch(node: fx.Node) -> int:
-    return scratch_bytes(node.target, tensor_leaves([n.meta.get("val") for n in node.all_input_nodes]))
+    return scratch_bytes(node.target, fx.node.map_arg(node.args, lambda source: source.meta.get("val")))
 
 
 def _dependencies(kernels: Sequence[Kernel]) -> list[set[int]]:

@@ -16,14 +16,20 @@ __all__ = ["scratch_bytes"]
 
 _FLOAT = 4
 
+_ROW_ALIGNMENT = 64
+"""Elements to which rows of a chunk of logits are padded (``graphopt::linear_cross_entropy``)."""
 
-def scratch_bytes(op: Any, tensors: Sequence[torch.Tensor]) -> int:
-    """Bytes that ``op`` needs beyond its outputs on a GPU, from its tensor arguments."""
+
+def scratch_bytes(op: Any, args: Sequence[Any]) -> int:
+    """Bytes that ``op`` needs beyond its outputs on a GPU, from its positional arguments."""
     name = str(getattr(op, "_schema", op)).split("(")[0].split("::")[-1].split(".")[0]
     if name == "_scaled_dot_product_cudnn_attention_backward":
-        return _gradient_of_query(tensors[1], 1, 1)
+        return _gradient_of_query(args[1], 1, 1)
     if name == "_scaled_dot_product_flash_attention_backward":
-        return _gradient_of_query(tensors[1], 128, 32)
+        return _gradient_of_query(args[1], 128, 32)
+    if name.startswith("linear_cross_entropy") and hasattr(op, "_schema"):
+        names = [argument.name for argument in op._schema.arguments]
+        return _chunked_loss(name, dict(zip(names, args, strict=False)))
     return 0
 
 
@@ -36,3 +42,29 @@ def _gradient_of_query(query: torch.Tensor, rows: int, columns: int) -> int:
     batch, heads, length, width = (int(size) for size in query.shape)
     padded = -(-length // rows) * rows
     return _FLOAT * batch * heads * padded * (-(-width // columns) * columns + 1)
+
+
+def _chunked_loss(name: str, args: dict[str, Any]) -> int:
+    """The chunk of logits, what is kept of each row until the loss is summed up, and sums of the bias.
+
+    Hand-counted from ``graphopt_kernels.linear_cross_entropy``; cuBLAS takes its workspace elsewhere.
+    """
+    rows, columns = int(args["input"].shape[0]), int(args["weight"].shape[0])
+    dtype = args["input"].dtype
+    exact = torch.float64 if dtype is torch.float64 else torch.float32
+    step = min(-(-rows // args["chunks"]), rows)
+    width = -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+    total: int = step * width * dtype.itemsize
+    is_mean = args["reduction"] == "mean"
+    if name.endswith("_backward"):
+        grad = args["grad"]
+        if is_mean or grad.dtype is not exact:
+            total += (1 if is_mean else int(grad.numel())) * exact.itemsize
+    elif name.endswith("_with_gradients"):
+        total += (2 * rows + 1) * exact.itemsize
+    elif args["reduction"] != "none" or args["dtype"] is not exact:
+        total += rows * exact.itemsize
+    if args.get("output_mask", (False,) * 3)[2]:
+        # Each chunk's sum, and where they are added up unless that is the output itself.
+        total += columns * (dtype.itemsize + (0 if exact is dtype else exact.itemsize))
+    return total

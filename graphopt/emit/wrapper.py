@@ -181,7 +181,7 @@ class _Recorder:
             self._allocated_since_mark = True
         else:
             tensors = tensor_leaves(args)
-            self.mark(str(op), scratch_bytes(op, tensors) if self._on_device(tensors) else 0)
+            self.mark(str(op), scratch_bytes(op, args) if self._on_device(tensors) else 0)
 
     def _on_device(self, tensors: Sequence[torch.Tensor]) -> bool:
         return any(tensor.device.type == self._device_type for tensor in tensors)

@@ -27,7 +27,7 @@ number of rows that count stays on the device.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ __all__ = [
 
 REDUCTIONS = ("none", "mean", "sum")
 
-_ALIGNED = 64
+ALIGNED = 64
 """Rows of logits on a GPU are padded to a multiple of this many elements: products of matrices
 read and write 16 bytes at a time only where rows begin on such a boundary."""
 
@@ -78,12 +78,14 @@ def linear_cross_entropy(
     settings = RowSettings(ignore_index, label_smoothing, logit_scale, softcap)
     exact = computes_in(input.dtype)
     losses, log_sum_exp = (input.new_empty(input.shape[0], dtype=exact) for _ in range(2))
-    with torch.amp.autocast(input.device.type, enabled=False):
-        for part, logits in _chunked_logits(input, weight, bias, chunks):
-            cross_entropy_rows(
-                logits, target[part], settings, log_sum_exp=log_sum_exp[part], losses=losses[part]
-            )
-        return _reduced(losses, target, reduction, ignore_index, dtype), log_sum_exp
+
+    def visit(part: slice, logits: torch.Tensor) -> None:
+        cross_entropy_rows(
+            logits, target[part], settings, log_sum_exp=log_sum_exp[part], losses=losses[part]
+        )
+
+    _each_chunk(input, weight, bias, chunks, visit)
+    return _reduced(losses, target, reduction, ignore_index, dtype), log_sum_exp
 
 
 @linear_cross_entropy.register_fake
@@ -129,14 +131,14 @@ def linear_cross_entropy_backward(
     if reduction == "mean":
         scale = scale / _counted(target, ignore_index)
     scale = scale.expand(input.shape[0])
-    with torch.amp.autocast(input.device.type, enabled=False):
-        gradients = _Gradients(input, weight, bias, output_mask)
-        for part, logits in _chunked_logits(input, weight, bias, chunks):
-            cross_entropy_rows(
-                logits, target[part], settings, log_sum_exp=log_sum_exp[part], scale=scale[part]
-            )
-            gradients.add(part, logits)
-        return gradients.results()
+    gradients = _Gradients(input, weight, bias, output_mask)
+
+    def visit(part: slice, logits: torch.Tensor) -> None:
+        cross_entropy_rows(logits, target[part], settings, log_sum_exp=log_sum_exp[part], scale=scale[part])
+        gradients.add(part, logits)
+
+    _each_chunk(input, weight, bias, chunks, visit)
+    return gradients.results()
 
 
 @linear_cross_entropy_backward.register_fake
@@ -186,19 +188,21 @@ def linear_cross_entropy_with_gradients(
     if reduction == "mean":
         scale = scale / _counted(target, ignore_index)
     scale = scale.expand(rows)
-    with torch.amp.autocast(input.device.type, enabled=False):
-        gradients = _Gradients(input, weight, bias, output_mask)
-        for part, logits in _chunked_logits(input, weight, bias, chunks):
-            cross_entropy_rows(
-                logits,
-                target[part],
-                settings,
-                log_sum_exp=log_sum_exp[part],
-                losses=losses[part],
-                scale=scale[part],
-            )
-            gradients.add(part, logits)
-        return _reduced(losses, target, reduction, ignore_index, dtype), *gradients.results()
+    gradients = _Gradients(input, weight, bias, output_mask)
+
+    def visit(part: slice, logits: torch.Tensor) -> None:
+        cross_entropy_rows(
+            logits,
+            target[part],
+            settings,
+            log_sum_exp=log_sum_exp[part],
+            losses=losses[part],
+            scale=scale[part],
+        )
+        gradients.add(part, logits)
+
+    _each_chunk(input, weight, bias, chunks, visit)
+    return _reduced(losses, target, reduction, ignore_index, dtype), *gradients.results()
 
 
 @linear_cross_entropy_with_gradients.register_fake
@@ -274,22 +278,28 @@ torch.library.register_autograd(
 # --- chunks ------------------------------------------------------------------------------------
 
 
-def _chunked_logits(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, chunks: int
-) -> Iterator[tuple[slice, torch.Tensor]]:
-    """The rows of each chunk and their logits, which the next chunk overwrites."""
+def _each_chunk(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    chunks: int,
+    visit: Callable[[slice, torch.Tensor], None],
+) -> None:
+    """Call ``visit`` with the rows of each chunk and their logits, which the next chunk overwrites."""
     rows, columns = input.shape[0], weight.shape[0]
     step = max(1, -(-rows // chunks))
-    width = -(-columns // _ALIGNED) * _ALIGNED if input.is_cuda else columns
+    width = -(-columns // ALIGNED) * ALIGNED if input.is_cuda else columns
     buffer = input.new_empty(min(step, rows), width)[:, :columns]
-    for start in range(0, rows, step):
-        part = slice(start, min(start + step, rows))
-        logits = buffer[: part.stop - start]
-        if bias is None:
-            torch.mm(input[part], weight.t(), out=logits)
-        else:
-            torch.addmm(bias, input[part], weight.t(), out=logits)
-        yield part, logits
+    # Within a region, autocast would take the products for its own.
+    with torch.amp.autocast(input.device.type, enabled=False):
+        for start in range(0, rows, step):
+            part = slice(start, min(start + step, rows))
+            logits = buffer[: part.stop - start]
+            if bias is None:
+                torch.mm(input[part], weight.t(), out=logits)
+            else:
+                torch.addmm(bias, input[part], weight.t(), out=logits)
+            visit(part, logits)
 
 
 class _Gradients:

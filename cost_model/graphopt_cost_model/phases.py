@@ -1,0 +1,84 @@
+"""Operators that run kernels of different kinds one after the other: each kernel is a phase of its own.
+
+A call that is as slow as its slowest resource would hide the others: a chunked loss computes products
+of matrices, then waits for memory while rows are reduced, then computes again. Its time is the sum over
+phases, its FLOPs and bytes too.
+
+Operators are known by name, since they belong to packages that may be absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from graphopt_cost_model.call import Call, TensorSpec
+
+__all__ = ["Phase", "phases_of"]
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """One kernel: FLOPs of matrix products, elements touched, bytes read and written, and the dtype that
+    it computes in, as torch names it."""
+
+    flops: int
+    elements: int
+    read: int
+    written: int
+    dtype: str
+
+
+def phases_of(call: Call) -> tuple[Phase, ...]:
+    """The kernels that a call runs in order; ``()`` for an operator that is priced as one."""
+    formula = _FORMULAS.get(str(call.packet))
+    return formula(call) if formula is not None else ()
+
+
+def _loss(call: Call) -> tuple[Phase, ...]:
+    """Logits and their losses, chunk by chunk."""
+    return _chunked(call, call.inputs[:2], gradient=False, output_mask=())
+
+
+def _loss_with_gradients(call: Call) -> tuple[Phase, ...]:
+    return _chunked(call, call.inputs[:2], gradient=True, output_mask=call.argument("output_mask"))
+
+
+def _loss_backward(call: Call) -> tuple[Phase, ...]:
+    """Logits again, then their gradient and what follows from it."""
+    return _chunked(call, call.inputs[1:3], gradient=True, output_mask=call.argument("output_mask"))
+
+
+def _chunked(
+    call: Call, operands: Sequence[TensorSpec], *, gradient: bool, output_mask: Sequence[bool]
+) -> tuple[Phase, ...]:
+    """Per chunk: the logits, one kernel over their rows, a product for each gradient that is wanted.
+
+    The weight is read for every chunk anew, and its gradient is read and written for all but the first.
+    """
+    (rows, width), (columns, _) = operands[0].shape, operands[1].shape
+    size, dtype = operands[0].dtype.itemsize, str(operands[0].dtype).removeprefix("torch.")
+    chunks = int(call.argument("chunks"))
+    step = max(1, -(-rows // chunks))
+    weight = columns * width * size
+    phases: list[Phase] = []
+    for start in range(0, rows, step):
+        count = min(step, rows - start)
+        flops = 2 * count * width * columns
+        logits, data = count * columns * size, count * width * size
+        touched = max(count * columns, count * width, columns * width)
+        phases.append(Phase(flops, touched, data + weight, logits, dtype))
+        phases.append(Phase(0, count * columns, logits, logits if gradient else 0, "float32"))
+        if any(output_mask[:1]):
+            phases.append(Phase(flops, touched, logits + weight, data, dtype))
+        if any(output_mask[1:2]):
+            phases.append(Phase(flops, touched, logits + data + (weight if start else 0), weight, dtype))
+        if any(output_mask[2:3]):
+            phases.append(Phase(0, count * columns, logits, columns * size, "float32"))
+    return tuple(phases)
+
+
+_FORMULAS: dict[str, Callable[[Call], tuple[Phase, ...]]] = {
+    "graphopt.linear_cross_entropy": _loss,
+    "graphopt.linear_cross_entropy_backward": _loss_backward,
+    "graphopt.linear_cross_entropy_with_gradients": _loss_with_gradients,
+}
