@@ -28,11 +28,16 @@ class Gap:
 
 @dataclass(frozen=True)
 class ObservedStorage:
-    """Memory that one run read or returned. ``released`` is the position in the step (gap ``i`` is at
-    ``2 i``, run ``i`` at ``2 i + 1``) at which nobody held it any more; ``None``: held to the end."""
+    """Memory that one run read or returned.
+
+    ``released`` is the position in the step (gap ``i`` is at ``2 i``, run ``i`` at ``2 i + 1``) at which
+    nobody held it any more; ``None``: held to the end. ``dropped`` is the position up to which something
+    besides the programs held it: it goes there unless a backward to come reads it.
+    """
 
     bytes: int
-    released: int | None
+    released: int | None = None
+    dropped: int | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch.fx as fx
 
 from graphopt.cost import LiveTensor, MemoryProfile, MemoryStep
-from graphopt.observed import ObservedRun, ObservedStep
+from graphopt.observed import ObservedRun, ObservedStep, ObservedStorage
 from graphopt.program import Program
 from graphopt.schedule import Schedule
 from graphopt.values import value_table
@@ -90,16 +90,16 @@ class ObservedMemory:
                 alive = () if isinstance(part, int) else part.half.held_at(top - 1, [part.simulator])
         return MemoryProfile(peak.bytes if peak else base_bytes, tuple(steps), peak, alive)
 
-    def _shared_storages(self) -> dict[int, int | None]:
-        """Storages that forwards read or return, by number, with where they were seen to go."""
-        found: dict[int, int | None] = {}
+    def _shared_storages(self) -> dict[int, ObservedStorage]:
+        """Storages that forwards read or return, by number."""
+        found: dict[int, ObservedStorage] = {}
         for run in self.step.runs:
             if run.backward:
                 continue
             signature = self.programs[run.program].signature
             returned = {spec.node for spec in signature.outputs if spec.role != "gradient"}
             for number in (*run.inputs.values(), *(run.outputs[n] for n in returned & run.outputs.keys())):
-                found[number] = self.step.storages[number].released
+                found[number] = self.step.storages[number]
         return found
 
     def _walk(self, schedules: Sequence[Schedule]) -> Iterator[tuple[int, int | _Forward | _Backward]]:
@@ -109,14 +109,19 @@ class ObservedMemory:
         for position in range(2 * len(self.step.runs) + 1):
             if position % 2 == 0:
                 gap = self.step.gaps[position // 2]
-                # What was seen to go here and stays longer under these schedules.
+                # What was seen to go here and stays under these schedules, or went before.
                 longer = sum(
                     self._size(number)
                     for number, seen in self._tracked.items()
-                    if seen == position and gone[number] != position
+                    if seen.released == position and gone[number] != position
+                )
+                sooner = sum(
+                    self._size(number)
+                    for number, seen in self._tracked.items()
+                    if seen.released != position and gone[number] == position
                 )
                 yield carried, gap.peak + longer
-                carried += gap.net + longer
+                carried += gap.net + longer - sooner
                 continue
             run = self.step.runs[position // 2]
             schedule = schedules[run.program]
@@ -145,7 +150,9 @@ class ObservedMemory:
                 for number in self._held_by(run.forward, schedules[run.program]):
                     last[number] = 2 * index + 1
         return {
-            number: None if seen is None else max(seen, last.get(number, 0))
+            number: None
+            if seen.released is None or seen.dropped is None
+            else max(seen.dropped, last.get(number, 0))
             for number, seen in self._tracked.items()
         }
 

@@ -172,7 +172,7 @@ class Driver:
         try:
             with restored(self.model, leaves):
                 # The first backward has things to set up that later ones find done.
-                for run in (step, lambda: observer.observe(step)):
+                for run in (step, lambda: observer.observe(step, call)):
                     if not held:
                         for leaf in leaves:
                             leaf.grad = None
@@ -232,12 +232,15 @@ class Driver:
         return self.session.plan
 
     def frontier(self) -> tuple[ParetoPoint, ...]:
-        baseline = self.plan().baseline
+        baseline = self.plan().baseline.seconds or 0.0
         session = self.session
-        return tuple(
-            ParetoPoint(peak, (baseline.seconds or 0.0) + seconds, flops, label)
-            for peak, seconds, flops, label in session.curve(session.static_bytes or 0)
-        )
+        points: list[ParetoPoint] = []
+        for peak, seconds, flops, label in session.curve(session.static_bytes or 0):
+            point = ParetoPoint(peak, baseline + seconds, flops, label)
+            # What is added may be too little to make the sum another number.
+            if not points or point.seconds < points[-1].seconds:
+                points.append(point)
+        return tuple(points)
 
     def report(self) -> Report:
         session = self.session

@@ -27,13 +27,16 @@ class Observer:
     """
 
     _runs: list[ObservedRun] | None = None
+    _saving: bool = True
     _position: int = 0
     _pending: dict[int, int] = field(default_factory=dict)
     _storages: list[ObservedStorage] = field(default_factory=list)
     _held: dict[int, tuple[Any, int]] = field(default_factory=dict)
 
-    def around(self, program: int, half: fx.GraphModule, run: Boxed, *, backward: bool) -> Boxed:
-        """``run``, the code of one half of a program, watched."""
+    def around(
+        self, program: int, half: fx.GraphModule, run: Boxed, *, backward: bool, returned: int
+    ) -> Boxed:
+        """``run``, the code of one half of a program, watched. ``returned``: see ``emit.eager.Around``."""
         names = [node.name for node in half.graph.nodes if node.op == "placeholder"]
         output = next(node for node in reversed(half.graph.nodes) if node.op == "output")
         flat = torch.utils._pytree.tree_leaves(output.args[0])
@@ -52,20 +55,45 @@ class Observer:
             if not backward:
                 self._runs[own] = ObservedRun(program, False, own, inputs, self._note(results, outputs))
                 self._pending[own] = program
+                if not self._saving:
+                    outputs = [*outputs[:returned], *map(_emptied, outputs[returned:])]
             self._advance()
             return outputs
 
         return _torch.boxed(watched)
 
-    def observe(self, step: Callable[[], object]) -> ObservedStep:
-        """Run ``step()`` and say what it did."""
+    def observe(self, step: Callable[[], object], forward: Callable[[], object]) -> ObservedStep:
+        """Run ``step()`` and say what it did; ``forward()`` is what it does before its first backward.
+
+        That is run alone too, with no program keeping anything for its backward: what is not released
+        then while it runs is held by something else.
+        """
+        whole = self._watch(step)
+        self._saving = False
+        try:
+            alone = self._watch(forward)
+        finally:
+            self._saving = True
+        count = len(alone.runs)
+        if [run.outputs for run in alone.runs] != [run.outputs for run in whole.runs[:count]]:
+            return whole
+        end = 2 * count
+        storages = list(whole.storages)
+        for number, (known, seen) in enumerate(zip(whole.storages, alone.storages, strict=False)):
+            if known.released is not None and seen.released is not None and seen.released < end:
+                storages[number] = replace(known, dropped=min(known.released, seen.released))
+        return replace(whole, storages=tuple(storages))
+
+    def _watch(self, step: Callable[[], object]) -> ObservedStep:
         self._runs, self._storages, self._position = [], [], 0
         self._pending.clear()
         self._held.clear()
         try:
             events = _torch.record_timeline(step, _MARK)
             self._sweep()
-            return ObservedStep(tuple(self._runs), _gaps(events, len(self._runs)), tuple(self._storages))
+            runs = tuple(self._runs)
+            storages = tuple(replace(known, dropped=known.released) for known in self._storages)
+            return ObservedStep(runs, _gaps(events, len(runs)), storages)
         finally:
             self._runs = None
             self._held.clear()
@@ -93,7 +121,7 @@ class Observer:
         key = storage._cdata
         if key not in self._held:
             self._held[key] = _torch.weak_storage(storage), len(self._storages)
-            self._storages.append(ObservedStorage(storage.nbytes(), None))
+            self._storages.append(ObservedStorage(storage.nbytes()))
         return self._held[key][1]
 
     def _forward_of(self, program: int, inputs: dict[str, int]) -> int:
@@ -110,6 +138,10 @@ class Observer:
         found = max(waiting, key=lambda position: (shared(position), position))
         del self._pending[found]
         return found
+
+
+def _emptied(value: Any) -> Any:
+    return value.new_empty(0) if isinstance(value, torch.Tensor) else value
 
 
 def _gaps(events: Sequence[int | None], runs: int) -> tuple[Gap, ...]:

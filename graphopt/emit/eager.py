@@ -6,6 +6,7 @@ one that eager PyTorch would run.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -22,7 +23,10 @@ Boxed = Callable[[list[Any]], list[Any]]
 
 
 class Around(Protocol):
-    def __call__(self, half: fx.GraphModule, run: Boxed, *, backward: bool) -> Boxed: ...
+    """Wraps the code of one half. Of what a forward yields the first ``returned`` are the program's
+    outputs, the rest is saved for its backward."""
+
+    def __call__(self, half: fx.GraphModule, run: Boxed, *, backward: bool, returned: int) -> Boxed: ...
 
 
 def eager_callable(gm: fx.GraphModule) -> Boxed:
@@ -153,7 +157,7 @@ def _last_uses(graph: fx.Graph) -> dict[fx.Node | None, list[fx.Node]]:
 class EagerEmitter:
     """Runs programs op by op: exact memory, eager's kernels, no compilation.
 
-    ``around(half, run, backward=...)`` may wrap what runs a half of a program.
+    ``around`` may wrap what runs the halves of programs.
     """
 
     name = "eager"
@@ -167,17 +171,21 @@ class EagerEmitter:
     def compile(
         self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Partition, inference: Inference
     ) -> Callable[..., Any]:
+        returned = 0
+
         def split(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **unused: Any) -> Any:
+            nonlocal returned
+            returned = num_fwd_outputs
             return partition(joint, num_fwd_outputs)
 
-        def run(half: fx.GraphModule, *, backward: bool) -> Boxed:
+        def run(half: fx.GraphModule, *, backward: bool, returned: int) -> Boxed:
             code = eager_callable(half)
-            return self._around(half, code, backward=backward) if self._around else code
+            return self._around(half, code, backward=backward, returned=returned) if self._around else code
 
         compiled: Callable[..., Any] = _torch.joint_compiler(
-            lambda half, half_inputs: run(half, backward=False),
-            lambda half, half_inputs: run(half, backward=True),
-            lambda graph, graph_inputs: run(inference(graph), backward=False),
+            lambda half, half_inputs: run(half, backward=False, returned=returned),
+            lambda half, half_inputs: run(half, backward=True, returned=0),
+            lambda graph, graph_inputs: run(inference(graph), backward=False, returned=sys.maxsize),
             split,
             None,
         )(gm, inputs)
