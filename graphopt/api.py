@@ -231,10 +231,15 @@ def _device_spec(host: PluginHost, device: str | torch.device) -> Any:
         return host.device(device)
     if not isinstance(device, (str, torch.device)):
         raise InputsError(f"device is {device!r}: expected a name such as 'h100', or a torch.device")
-    place = torch.device(device)
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise InputsError(f"device is {device!r}: {str(error).splitlines()[0]}") from error
     if place.type != "cuda":
         return host.device(place.type)
     if not torch.cuda.is_available():
-        note = "torch sees no CUDA device here; name the one to plan for"
-        raise UnknownNameError("device", str(device), host.devices(), note=note)
+        raise InputsError(
+            f"device is {str(device)!r}: torch sees no CUDA device here",
+            hint=f"name the one to plan for: {', '.join(sorted(host.devices()))}",
+        )
     return host.device(torch.cuda.get_device_name(place))

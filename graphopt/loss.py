@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from graphopt.errors import InputsError
+from graphopt.errors import InputsError, brief
 
 __all__ = ["loss_of"]
 
@@ -16,10 +16,14 @@ def loss_of(output: Any, loss_fn: Callable[[Any], torch.Tensor] | None = None) -
     """``loss_fn(output)``, or the output's ``loss``, or the sum of all differentiable tensors in it.
 
     Of several tensors a single scalar is taken alone. Raises ``InputsError`` where nothing can be
-    differentiated, or ``loss_fn`` returns something else than a tensor of one element.
+    differentiated, ``loss_fn`` raises, or it returns something else than a tensor of one element.
     """
     if loss_fn is not None:
-        return _checked(loss_fn(output))
+        try:
+            made = loss_fn(output)
+        except Exception as error:
+            raise InputsError(f"loss_fn raised {brief(error)}") from error
+        return _checked(made)
     loss = getattr(output, "loss", None)
     if isinstance(loss, torch.Tensor):
         return loss

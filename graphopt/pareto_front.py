@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.atomic import write_atomically
+from graphopt.errors import InputsError
 
 __all__ = ["Pareto", "ParetoPoint"]
 
@@ -33,10 +34,12 @@ class Pareto:
         return {"device": self.device, "emit": self.emit, "points": [asdict(point) for point in self.points]}
 
     def picture(self, path: str | Path) -> Path:
-        """Write the curve as SVG."""
+        """Write the curve as SVG. Raises ``InputsError`` for a path that says it is something else."""
         from graphopt.dump.pareto_picture import pareto_svg
 
         rows = [(point.peak_bytes, point.seconds, "") for point in self.points]
         target = Path(path)
+        if target.suffix.lower() not in ("", ".svg"):
+            raise InputsError(f"cannot draw {target.name}: the picture is SVG", hint="end the name in .svg")
         write_atomically(target, pareto_svg(rows))
         return target

@@ -77,7 +77,10 @@ def headline(report: Report) -> str:
 
 
 def cost_rows(report: Report) -> list[tuple[str, str, str, str, str, str]]:
-    """Name, peak, its share of the baseline's, weights, seconds, and the times of the baseline's."""
+    """Name, peak, its share of the baseline's, weights, seconds, and the times of the baseline's.
+
+    The baseline is predicted: a measured time has nothing to be held against.
+    """
     return [row for row, _ in peak_rows(report)]
 
 
@@ -92,7 +95,8 @@ def peak_rows(report: Report) -> list[tuple[tuple[str, str, str, str, str, str],
         rows.append((cells, report.budget))
     for name, cost in (("predicted", report.predicted), ("measured", report.measured)):
         if cost is not None:
-            rows.append((_cost_row(name, cost, base), cost.peak_bytes))
+            cells = _cost_row(name, cost, base)
+            rows.append((cells if name == "predicted" else (*cells[:-1], ""), cost.peak_bytes))
     return rows
 
 

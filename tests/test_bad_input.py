@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,6 +102,8 @@ def test_an_impossible_budget_names_the_least_and_passes_that_failed() -> None:
     ("options", "kind", "text"),
     [
         ({"device": "h1000"}, UnknownNameError, "unknown device 'h1000'; did you mean 'h100'?"),
+        ({"device": "cuda"}, InputsError, "device is 'cuda': torch sees no CUDA device here"),
+        ({"device": "cpu:x"}, InputsError, "device is 'cpu:x': Invalid device string"),
         ({"device": 3}, InputsError, "device is 3: expected a name such as 'h100', or a torch.device"),
         ({"emit": "inducter"}, UnknownNameError, "unknown emitter 'inducter'; did you mean 'inductor'?"),
         ({"verify": "numerical"}, UnknownNameError, "unknown value of verify 'numerical'; did you mean 'num"),
@@ -122,10 +125,9 @@ def test_options_that_mean_nothing(options: dict[str, Any], kind: type[Exception
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a CUDA device")
 def test_a_device_that_is_not_there() -> None:
     for device in ("cuda", "cuda:0", torch.device("cuda")):
-        with pytest.raises(
-            UnknownNameError, match="torch sees no CUDA device here; name the one to plan for"
-        ):
+        with pytest.raises(InputsError, match="torch sees no CUDA device here") as caught:
             graphopt.plan(Chain(), X, device=device)
+        assert caught.value.hint == "name the one to plan for: a100, cpu, h100, h200, rtx4090"
 
 
 def test_a_class_is_no_model() -> None:
@@ -243,3 +245,14 @@ def test_an_impossible_budget_names_passes_that_reach_it_together() -> None:
     with pytest.raises(graphopt.BudgetError) as caught:
         optimized(budget=1000, pipeline=["default", _lossy("a", 100)])
     assert caught.value.hint == f"ask for budget={least} or more"
+
+
+def test_a_loss_function_that_raises_is_named() -> None:
+    fast = optimized(loss_fn=lambda output: output.loss)
+    with pytest.raises(InputsError, match="loss_fn raised AttributeError: 'Tensor' object has no attribute"):
+        fast.measure(X, repeats=1)
+
+
+def test_a_picture_is_svg(tmp_path: Path) -> None:
+    with pytest.raises(InputsError, match=r"cannot draw front\.png: the picture is SVG"):
+        graphopt.pareto(Chain(), X, emit="eager").picture(tmp_path / "front.png")

@@ -124,6 +124,7 @@ def test_wishes_that_cannot_be_met_cost_no_work(invoke: Invoke, tmp_path: Path) 
         (("dump", "bomb:x", "--stage", "low"), 2, "'low' is not one of 'semantic', 'joint', 'final'"),
         (("dump", "bomb:x", "-o", "gone/x.txt"), 2, "there is no folder 'gone' to write x.txt into"),
         (("pareto", "bomb:x", "-o", "gone/x.svg"), 2, "there is no folder 'gone' to write x.svg into"),
+        (("pareto", "bomb:x", "-o", "x.png"), 2, "cannot write x.png: the file is SVG"),
         (("run", "bomb:x", "--save-plan", "gone/x"), 2, "there is no folder 'gone' to write x into"),
         (("run", "bomb:x", "--plan", "gone.json"), 2, "File 'gone.json' does not exist"),
     ]:
@@ -169,7 +170,7 @@ def test_pareto_falls_from_left_to_right_and_is_drawn(invoke: Invoke, tmp_path: 
         assert less["seconds"] > more["seconds"]
     assert (tmp_path / "front.svg").read_text().startswith("<svg")
     table = invoke("pareto", "tiny_targets:chain")[1].splitlines()
-    assert table[0].split() == ["peak", "time"]
+    assert table[0].split() == ["peak", "time", "plan"]
     assert len(table) == len(points) + 1
 
 

@@ -20,6 +20,7 @@ from graphopt import BudgetError, Plan, Report
 from graphopt.cli.main import main
 from graphopt.cost import Cost
 from graphopt.measure import Measurement
+from graphopt.pareto_front import ParetoPoint
 from graphopt.report import Environment
 
 PLAN = Plan(
@@ -49,7 +50,7 @@ class Optimized:
 
 @dataclass
 class Frontier:
-    points: tuple[Cost, ...] = (Cost(6000, 4096, 0.003), Cost(10_240, 4096, 0.002))
+    points: tuple[ParetoPoint, ...] = (ParetoPoint(6000, 0.003, 9, "3 again"), ParetoPoint(10_240, 0.002, 0))
 
     def to_json(self) -> dict[str, Any]:
         return {"points": [point.peak_bytes for point in self.points]}
@@ -177,9 +178,9 @@ def test_pareto_is_a_table_data_and_a_picture(api: Api, invoke: Any, tmp_path: P
     code, out, err = invoke("pareto", "tiny_model:make", "-o", "frontier.svg")
     assert (code, err) == (0, "wrote frontier.svg\n")
     assert (tmp_path / "frontier.svg").read_text() == "<svg/>"
-    assert [line.split()[:2] for line in out.splitlines()] == [
-        ["peak", "time"],
-        ["5.86", "KiB"],
-        ["10.00", "KiB"],
+    assert out.splitlines() == [
+        "     peak     time  plan",
+        " 5.86 KiB  3.00 ms  3 again",
+        "10.00 KiB  2.00 ms",
     ]
     assert json.loads(invoke("pareto", "tiny_model:make", "--json")[1]) == {"points": [6000, 10240]}

@@ -65,7 +65,14 @@ class _Verbs(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         summaries = {**_CORE, **_plugin_verbs()}
         with formatter.section("Verbs"):
-            formatter.write_dl([(name, summaries[name].summary) for name in self.list_commands(ctx)])
+            formatter.write_dl(
+                [(name, _sentence(summaries[name].summary)) for name in self.list_commands(ctx)]
+            )
+
+
+def _sentence(summary: str) -> str:
+    """A plugin's summary as the core's are written."""
+    return summary[:1].upper() + summary[1:].rstrip(".") + "."
 
 
 def _plugin_verbs() -> dict[str, Command]:

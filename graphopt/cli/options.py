@@ -12,6 +12,7 @@ import click
 __all__ = [
     "NEW_FILE",
     "OLD_FILE",
+    "PICTURE_FILE",
     "json_option",
     "optimize_options",
     "output_option",
@@ -24,7 +25,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _NewFile(click.Path):
-    """A file that can be written; a folder that is missing is said before any work is done for it."""
+    """A file that can be written; a folder that is missing is said before any work is done for it.
+
+    ``suffix``: what its name ends in, where it ends in anything.
+    """
+
+    def __init__(self, suffix: str = "") -> None:
+        super().__init__(dir_okay=False)
+        self._suffix = suffix
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
@@ -32,10 +40,13 @@ class _NewFile(click.Path):
             self.fail(f"there is no folder '{path.parent}' to write {path.name} into", param, ctx)
         if not os.access(path.parent, os.W_OK):
             self.fail(f"folder '{path.parent}' cannot be written to", param, ctx)
+        if self._suffix and path.suffix.lower() not in ("", self._suffix):
+            self.fail(f"cannot write {path.name}: the file is {self._suffix[1:].upper()}", param, ctx)
         return path
 
 
-NEW_FILE = _NewFile(dir_okay=False)
+NEW_FILE = _NewFile()
+PICTURE_FILE = _NewFile(".svg")
 OLD_FILE = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 
 target_argument = click.argument("target", metavar="TARGET")

@@ -24,7 +24,9 @@ __all__ = ["command"]
     show_default=True,
     help="How far down the way to code.",
 )
-@click.option("--format", "-f", "form", default="text", show_default=True, help="A dump format.")
+@click.option(
+    "--format", "-f", "form", default="text", show_default=True, help="text, json, py, dot or a plugin's."
+)
 @output_option
 @json_option
 def command(

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import click
 
-from graphopt.cli.options import json_option, output_option, plan_options, target_argument
+from graphopt.cli.options import (
+    PICTURE_FILE,
+    json_option,
+    pipeline_option,
+    plan_options,
+    target_argument,
+)
 from graphopt.cli.output import talking, write_json, write_table
 
 __all__ = ["command"]
@@ -15,10 +21,8 @@ __all__ = ["command"]
 @click.command("pareto")
 @target_argument
 @plan_options
-@click.option(
-    "--pipeline", "-p", metavar="PIPELINE", help="A preset, a .yaml file, or pass,pass{option=value}."
-)
-@output_option
+@pipeline_option
+@click.option("--output", "-o", type=PICTURE_FILE, help="Draw the curve into this SVG file.")
 @json_option
 def command(
     target: str,
@@ -52,5 +56,5 @@ def command(
     if as_json:
         write_json(found.to_json())
         return
-    rows = [(format_bytes(point.peak_bytes), format_seconds(point.seconds)) for point in found.points]
-    write_table(("peak", "time"), rows, right=("peak", "time"))
+    rows = [(format_bytes(p.peak_bytes), format_seconds(p.seconds), p.label) for p in found.points]
+    write_table(("peak", "time", "plan"), rows, right=("peak", "time"))
