@@ -8,7 +8,8 @@ peak less what is still held at the end (the outputs). docs/cost-model.md lists 
 A call that would touch more than ``limit_bytes`` or compute more than ``limit_flops`` is probed with
 one of its dimensions (all of them where one is not enough) divided by three powers of two, and
 extrapolated. That is exact for workspaces that grow with the dimension or its square, and an
-estimate for kernels that block differently at the smaller sizes.
+estimate for kernels that block differently at the smaller sizes. Operators whose workspace is known
+from their source (``graphopt_cost_model.stated_workspace``) are not run.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from graphopt import _torch
 from graphopt_cost_model.call import Call, Opaque, TensorSpec, call_of
 from graphopt_cost_model.flops import work
 from graphopt_cost_model.resize import resizable_sizes, resized
+from graphopt_cost_model.stated_workspace import stated_workspace
 
 __all__ = ["Probe", "WorkspaceProbe"]
 
@@ -63,6 +65,9 @@ class WorkspaceProbe:
         specs = (*call.inputs, *call.outputs)
         if not specs or call.is_view or any(spec.device != "cpu" for spec in specs):
             return 0
+        stated = stated_workspace(call)
+        if stated is not None:
+            return stated
         try:
             if self._small(call):
                 probe = _probe(call)

@@ -65,6 +65,6 @@ def _chunked_loss(name: str, args: dict[str, Any]) -> int:
     elif args["reduction"] != "none" or args["dtype"] is not exact:
         total += rows * exact.itemsize
     if args.get("output_mask", (False,) * 3)[2]:
-        # Each chunk's sum, and where they are added up unless that is the output itself.
-        total += columns * (dtype.itemsize + (0 if exact is dtype else exact.itemsize))
+        # Each chunk's sum, and where they are added up in place of the output that comes in the end.
+        total += columns * exact.itemsize
     return total

@@ -111,7 +111,7 @@ def _block(
         z.mul_(settings.logit_scale)
     if settings.softcap:
         z.div_(settings.softcap).tanh_()
-        slope = 1 - z.square() if scale is not None else None
+        slope = z.square().neg_().add_(1) if scale is not None else None
         z.mul_(settings.softcap)
     if losses is not None:
         value = z.gather(1, label).squeeze(1).mul_(smoothing - 1)

@@ -1,0 +1,54 @@
+"""Workspaces of CPU kernels that are known from their source, and need no probing.
+
+Extrapolating from smaller calls needs a workspace that grows with them. A chunked loss converts some rows
+of a chunk at a time, as many as fit a core's cache, and those take the same whatever the size.
+Hand-counted from ``graphopt_kernels.linear_cross_entropy`` and ``cross_entropy_rows``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from graphopt_cost_model.call import Call, TensorSpec
+
+__all__ = ["BLOCK_ELEMENTS", "stated_workspace"]
+
+BLOCK_ELEMENTS = 2**18
+"""Elements of the rows that are handled at a time."""
+
+_PREFIX = "graphopt.linear_cross_entropy"
+
+
+def stated_workspace(call: Call) -> int | None:
+    """Bytes that a call on the CPU takes beyond its outputs; ``None`` for operators that state none."""
+    name = str(call.packet)
+    if not name.startswith(_PREFIX):
+        return None
+    data: TensorSpec = call.argument("input")
+    weight: TensorSpec = call.argument("weight")
+    rows, columns = data.shape[0], weight.shape[0]
+    size = data.dtype.itemsize
+    wide = 8 if data.dtype is torch.float64 else 4
+    step = min(-(-rows // int(call.argument("chunks"))), rows)
+    block = min(step, max(1, BLOCK_ELEMENTS // max(columns, 1)))
+    # Rows in the dtype of the arithmetic, the slope of a softcap, what is kept of each row, and numbers.
+    converted = int(size < wide)
+    of_block = (9 + 5 * wide) * block
+    if name == _PREFIX:
+        of_rows = rows * wide - call.outputs[0].stored_bytes
+    elif name == f"{_PREFIX}_backward":
+        grad: TensorSpec = call.argument("grad")
+        scales = 1 if call.argument("reduction") == "mean" else grad.elements * (grad.dtype.itemsize != wide)
+        of_rows, of_block = scales * wide, (9 + 2 * wide) * block + 8 + wide
+    else:
+        of_rows = (2 * rows + 1) * wide - call.outputs[0].stored_bytes
+    mask = (False,) * 3 if name == _PREFIX else call.argument("output_mask")
+    if name != _PREFIX and call.argument("softcap"):
+        converted += 1
+    held = sums = 0
+    if mask[2]:
+        # Summed in the wider dtype, which takes the place of the output until the end.
+        held = columns * (wide - size)
+        sums = columns * size + (columns * wide if size < wide else 0)
+    of_block += converted * block * columns * wide
+    return step * columns * size + of_rows + held + max(of_block, sums)
