@@ -637,8 +637,7 @@ def kernel_graph(nodes: Sequence[Any]) -> tuple[list[KernelLaunch], list[KernelB
                 buffers.append(KernelBuffer(info.size_free, made_by, readers, name in returned, over))
     for source in inputs.values():
         readers = frozenset(position[n] for n in source.mpi_buffer.succ_nodes)
-        donated = source.name in scheduler.name_to_donated_buffer
-        over = frozenset(i for i in readers if donated and _may_overwrite(nodes[i], source.name))
+        over = frozenset(i for i in readers if _may_overwrite(nodes[i], source.name))
         buffers.append(
             KernelBuffer(source.mpi_buffer.size_free, None, readers, source.name in returned, over)
         )
@@ -648,19 +647,39 @@ def kernel_graph(nodes: Sequence[Any]) -> tuple[list[KernelLaunch], list[KernelB
 def share_inputs(kernel: Any) -> None:
     """Let each output of a fused elementwise GPU kernel be written over an input that others read too.
 
-    Inductor allows it to an output alone that every other reader comes before. The parts of such a kernel
-    load an element once, before anything is stored, so that any order among them will do: each is
-    told that it comes after the others. (Where in place stays wrong, as for reads at other indices,
-    Inductor's further conditions refuse it.) The backward of a gated product has three such outputs
-    and three such inputs. Not on CPUs, whose generator decides part by part.
+    Inductor allows it to one output alone, that every other reader of the input comes before. The parts
+    of such a kernel load an element once, before anything is stored, so any one of them may: each
+    is given an input of its own size, which the others then do not count as readers of. The backward of a
+    gated product has three such outputs and three such inputs. Not on CPUs, whose generator decides
+    part by part; not where an input is read at several indices.
     """
     parts = kernel.get_nodes()
     device = kernel.get_device()
     if len(parts) < 2 or device is None or device.type == "cpu" or not _is_elementwise(kernel):
         return
-    names = {part.get_name() for part in parts}
+    taken = {output.get_name() for part in parts for output in part.get_outputs()}
     for part in parts:
-        part.ancestors = part.ancestors | (names - {part.get_name()})
+        for output in part.get_outputs():
+            for read in part.read_writes.reads:
+                source = _reusable(kernel, read.name)
+                if read.name in taken or source is None or not _same_size(source.node, output.node):
+                    continue
+                own = [user for user in source.users if user.node is part and user.can_inplace]
+                deps = (dep for other in parts for dep in other.read_writes.reads_and_writes())
+                if own and len({dep for dep in deps if dep.name == read.name}) == 1:
+                    source.users = [user for user in source.users if user.node not in parts] + own
+                    taken.add(read.name)
+                    break
+
+
+def _reusable(kernel: Any, name: str) -> Any:
+    """The buffer of that name if the graph may write over it: its own, or one donated to it."""
+    scheduler = kernel.scheduler
+    return scheduler.name_to_donated_buffer.get(name) or scheduler.name_to_buf.get(name)
+
+
+def _same_size(one: Any, other: Any) -> bool:
+    return bool(one.get_dtype() == other.get_dtype() and one.get_numel() == other.get_numel())
 
 
 def _is_elementwise(kernel: Any) -> bool:
@@ -671,11 +690,13 @@ def _is_elementwise(kernel: Any) -> bool:
 
 
 def _may_overwrite(kernel: Any, name: str) -> bool:
-    """Whether Inductor lets a kernel write an output over its input ``name``: if of the parts that read
-    it all but one come before that one (``SchedulerNode.decide_inplace_update``)."""
-    if kernel.is_extern() or kernel.is_template():
+    """Whether Inductor lets a kernel write an output over its input ``name``: if of the parts that count
+    as readers all but one come before that one (``SchedulerNode.decide_inplace_update``)."""
+    source = _reusable(kernel, name)
+    if source is None or kernel.is_extern() or kernel.is_template():
         return False
-    readers = [part for part in kernel.get_nodes() if any(d.name == name for d in part.read_writes.reads)]
+    users = {user.node.get_name() for user in source.users}
+    readers = [part for part in kernel.get_nodes() if part.get_name() in users]
     return bool(readers) and all(part.get_name() in readers[-1].ancestors for part in readers[:-1])
 
 

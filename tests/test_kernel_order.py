@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from itertools import permutations
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -131,19 +133,43 @@ def test_an_order_of_too_few_kernels_is_refused():
         )
 
 
-class Part:
-    """As much of a scheduler's node as is asked for."""
+class Buffer:
+    """As much of a scheduler's buffer as is asked for; also stands for what it is the buffer of."""
 
-    def __init__(self, name: str, device: str, *, reduces: bool = False, library: bool = False) -> None:
-        self.name, self.device, self.reduces, self.library = name, torch.device(device), reduces, library
+    def __init__(self, name: str, numel: int = 8) -> None:
+        self.name, self.numel, self.node = name, numel, self
+        self.users: list[SimpleNamespace] = []
+
+    def get_name(self) -> str:
+        return self.name
+
+    def get_dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+    def get_numel(self) -> int:
+        return self.numel
+
+
+class Part:
+    """As much of a scheduler's node as is asked for: reads whole buffers, makes one."""
+
+    def __init__(self, name: str, device: str, reads: list[Buffer], *, reduces: bool = False) -> None:
+        self.name, self.device, self.reduces, self.parts = name, torch.device(device), reduces, [self]
         self.ancestors: set[str] = set()
-        self.parts = [self]
+        self.output = Buffer(f"out_{name}")
+        deps = [KernelDep(buffer.name, "c0") for buffer in reads]
+        self.read_writes = SimpleNamespace(reads=deps, reads_and_writes=lambda: deps)
+        for buffer in reads:
+            buffer.users.append(SimpleNamespace(node=self, can_inplace=True))
 
     def get_name(self) -> str:
         return self.name
 
     def get_nodes(self) -> list[Part]:
         return self.parts
+
+    def get_outputs(self) -> list[Buffer]:
+        return [self.output]
 
     def get_device(self) -> torch.device:
         return self.device
@@ -152,22 +178,41 @@ class Part:
         return self.reduces
 
     def is_extern(self) -> bool:
-        return self.library
-
-    def is_template(self) -> bool:
         return False
 
-    def is_foreach(self) -> bool:
-        return False
+    is_template = is_foreach = is_extern
 
 
-@pytest.mark.parametrize(
-    ("device", "reduces", "shared"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
-)
-def test_outputs_of_elementwise_gpu_kernels_share_their_inputs(device, reduces, shared):
-    parts = [Part("op0", device), Part("op1", device, reduces=reduces), Part("op2", device)]
-    fused = Part("fused", device)
+class KernelDep(NamedTuple):
+    """A read of a buffer at an index."""
+
+    name: str
+    index: str
+
+
+def users_after(device: str, *, reduces: bool = False, small: bool = False) -> list[list[str]]:
+    """Who counts as a reader of three inputs that three outputs are computed from, once they are shared."""
+    sources = [Buffer("gate"), Buffer("up", 4 if small else 8), Buffer("grad")]
+    parts = [Part("op0", device, sources[:2]), Part("op1", device, sources), Part("op2", device, sources)]
+    parts[1].reduces = reduces
+    other = Part("op9", device, sources[:1])
+    fused = Part("fused", device, [])
     fused.parts = parts
+    fused.scheduler = SimpleNamespace(name_to_donated_buffer={}, name_to_buf={b.name: b for b in sources})
     _torch.share_inputs(fused)
-    expected = [{"op1", "op2"}, {"op0", "op2"}, {"op0", "op1"}] if shared else [set()] * 3
-    assert [part.ancestors for part in parts] == expected
+    assert other.name == "op9"
+    return [[user.node.name for user in buffer.users] for buffer in sources]
+
+
+def test_outputs_of_an_elementwise_gpu_kernel_are_each_given_an_input():
+    assert users_after("cuda") == [["op9", "op0"], ["op1"], ["op2"]]
+
+
+def test_an_input_of_another_size_is_left_alone():
+    assert users_after("cuda", small=True) == [["op9", "op0"], ["op0", "op1", "op2"], ["op1"]]
+
+
+@pytest.mark.parametrize(("device", "reduces"), [("cuda", True), ("cpu", False)])
+def test_reductions_and_cpu_kernels_stay_as_inductor_has_them(device, reduces):
+    every = ["op0", "op1", "op2"]
+    assert users_after(device, reduces=reduces) == [[*every, "op9"], every, every[1:]]
