@@ -16,6 +16,7 @@ from graphopt_cost_model.call import Call, TensorSpec
 
 __all__ = ["Phase", "phases_of"]
 
+
 @dataclass(frozen=True, slots=True)
 class Phase:
     """One kernel: FLOPs of matrix products, elements touched, bytes read and written, and the dtype that

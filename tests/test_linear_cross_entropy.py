@@ -1,0 +1,450 @@
+"""Linear and cross entropy in chunks: numbers against whole logits, what it must refuse, memory."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+import textwrap
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import graphopt_kernels.linear_cross_entropy as module
+from graphopt.measure import allocator_peak
+
+ops = torch.ops.graphopt
+ROWS, WIDTH, COLUMNS = 13, 6, 29
+MODES = ("forward", "recompute")
+
+
+def chunked(
+    mode: str,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    *,
+    chunks: int = 4,
+    reduction: str = "mean",
+    smoothing: float = 0.0,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    settings = (chunks, reduction, -100, smoothing, scale, softcap, dtype or x.dtype)
+    if mode == "forward":
+        mask = [t is not None and t.requires_grad for t in (x, weight, bias)]
+        return ops.linear_cross_entropy_with_gradients(x, weight, bias, target, *settings, mask)[0]
+    return ops.linear_cross_entropy(x, weight, bias, target, *settings)[0]
+
+
+def whole(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    *,
+    reduction: str = "mean",
+    smoothing: float = 0.0,
+    scale: float = 1.0,
+    softcap: float = 0.0,
+    **_: Any,
+) -> torch.Tensor:
+    logits = F.linear(x, weight, bias) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    return F.cross_entropy(logits, target, reduction=reduction, label_smoothing=smoothing)
+
+
+def operands(
+    *, bias: bool = False, dtype: torch.dtype = torch.float64, rows: int = ROWS
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    torch.manual_seed(rows)
+    x = torch.randn(rows, WIDTH, dtype=dtype, requires_grad=True)
+    weight = torch.randn(COLUMNS, WIDTH, dtype=dtype, requires_grad=True)
+    vector = torch.randn(COLUMNS, dtype=dtype, requires_grad=True) if bias else None
+    target = torch.randint(0, COLUMNS, (rows,))
+    target[1::5] = -100
+    return x, weight, vector, target
+
+
+def compare(mode: str, given: tuple[Any, ...], **settings: Any) -> None:
+    """Loss and every gradient, for a gradient of the loss that is not 1."""
+    found, expected = chunked(mode, *given, **settings), whole(*given, **settings)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    leaves = [t for t in given[:3] if t is not None and t.requires_grad]
+    grad = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad(loss, leaves, grad) for loss in (found, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+
+
+@pytest.mark.parametrize("chunks", [1, 4, 13, 20])
+@pytest.mark.parametrize("mode", MODES)
+def test_loss_and_gradients_are_those_of_whole_logits(mode: str, chunks: int) -> None:
+    choices = itertools.product((False, True), ("mean", "sum", "none"), (0.0, 0.1), (0.0, 2.0), (1.0, 0.5))
+    for bias, reduction, smoothing, softcap, scale in choices:
+        if (mode, reduction) == ("forward", "none"):
+            continue
+        settings = {"reduction": reduction, "smoothing": smoothing, "softcap": softcap, "scale": scale}
+        compare(mode, operands(bias=bias), chunks=chunks, **settings)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_check_against_finite_differences(mode: str) -> None:
+    x, weight, bias, target = operands(bias=True)
+
+    def loss(*leaves: torch.Tensor) -> torch.Tensor:
+        return chunked(mode, *leaves, target, smoothing=0.1)
+
+    assert torch.autograd.gradcheck(loss, (x, weight, bias))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_where_every_row_is_ignored_the_mean_is_nan_and_gradients_zero(mode: str, smoothing: float) -> None:
+    x, weight, bias, target = operands(bias=True)
+    given = (x, weight, bias, torch.full_like(target, -100))
+    assert chunked(mode, *given, smoothing=smoothing).isnan()
+    compare(mode, given, smoothing=smoothing)
+    compare(mode, given, smoothing=smoothing, reduction="sum")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_no_rows_give_what_whole_logits_give(mode: str) -> None:
+    compare(mode, operands(bias=True, rows=0))
+    compare(mode, operands(rows=0), reduction="sum")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_infinities_and_nan_come_through(mode: str) -> None:
+    for value in (float("inf"), float("-inf"), float("nan")):
+        x, weight, _, target = operands()
+        with torch.no_grad():
+            x[0, 0] = value
+            x[2] = -value
+        found, expected = chunked(mode, x, weight, None, target), whole(x, weight, None, target)
+        torch.testing.assert_close(found, expected, equal_nan=True)
+    x, weight, bias, target = operands(bias=True)
+    with torch.no_grad():
+        bias[3] = float("-inf")
+    compare(mode, (x, weight, bias, torch.where(target == 3, 4, target)))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_target_that_is_no_column_raises(mode: str) -> None:
+    x, weight, _, target = operands()
+    for wrong in (COLUMNS, -1):
+        target[2] = wrong
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            chunked(mode, x, weight, None, target)
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+@pytest.mark.parametrize("mode", MODES)
+def test_only_gradients_that_are_needed_are_computed(mode: str, frozen: int) -> None:
+    given = list(operands(bias=True))
+    given[frozen] = given[frozen].detach()
+    compare(mode, tuple(given))
+    mask = [index != frozen for index in range(3)]
+    results = ops.linear_cross_entropy_with_gradients(
+        *given, 4, "mean", -100, 0.0, 1.0, 0.0, torch.float64, mask
+    )
+    assert [t.numel() > 0 for t in results[1:]] == mask
+
+
+def test_a_gradient_that_was_left_out_is_not_silently_zero() -> None:
+    x, weight, _, target = operands()
+    settings = (4, "mean", -100, 0.0, 1.0, 0.0, torch.float64)
+    loss = ops.linear_cross_entropy_with_gradients(x, weight, None, target, *settings, [True, False, False])[
+        0
+    ]
+    with pytest.raises(RuntimeError, match="output_mask lacks weight, which requires a gradient"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_tied_weight_gets_the_sum_of_its_gradients(mode: str) -> None:
+    weight = torch.randn(COLUMNS, WIDTH, dtype=torch.float64, requires_grad=True)
+    tokens, target = torch.randint(0, COLUMNS, (ROWS,)), torch.randint(0, COLUMNS, (ROWS,))
+    results = [f(F.embedding(tokens, weight), weight) for f in (
+        lambda x, w: chunked(mode, x, w, None, target), lambda x, w: whole(x, w, None, target)
+    )]  # fmt: skip
+    ours, theirs = (torch.autograd.grad(loss, weight)[0] for loss in results)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_layouts_do_not_matter(mode: str) -> None:
+    target = operands()[3]
+    spread = torch.randn(ROWS, 2 * WIDTH, dtype=torch.float64)[:, ::2].requires_grad_()
+    turned = torch.randn(WIDTH, COLUMNS, dtype=torch.float64).t().requires_grad_()
+    compare(mode, (spread, turned, None, target))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_autocast_leaves_the_operator_alone(mode: str) -> None:
+    given = operands(dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = chunked(mode, *given)
+    assert torch.equal(found, chunked(mode, *given))
+
+
+def relative(value: torch.Tensor, exact: torch.Tensor) -> float:
+    return float((value.double() - exact).norm() / exact.norm())
+
+
+@pytest.mark.parametrize(("mode", "chunks"), [*itertools.product(MODES, (1, 2, 8))])
+def test_bfloat16_errs_no_more_than_separate_operators(mode: str, chunks: int) -> None:
+    """But for the weight's gradient, which is rounded once a chunk: sqrt((chunks + 1) / 2) as much."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(256, 64).bfloat16(), (torch.randn(499, 64) / 8).bfloat16()
+    target = torch.randint(0, 499, (256,))
+
+    def run(loss: Callable[..., torch.Tensor], dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (x, weight)]
+        value = loss(*leaves)
+        return [value.detach(), *torch.autograd.grad(value, leaves)]
+
+    exact = run(lambda x, w: F.cross_entropy(F.linear(x, w), target), torch.float64)
+    eager = run(lambda x, w: F.cross_entropy(F.linear(x, w).float(), target), torch.bfloat16)
+    ours = run(
+        lambda x, w: chunked(mode, x, w, None, target, chunks=chunks, dtype=torch.float32), torch.bfloat16
+    )
+    assert [t.dtype for t in ours] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    limits = (1.1, 1.1, 1.1 * ((chunks + 1) / 2) ** 0.5)
+    for value, reference, truth, limit in zip(ours, eager, exact, limits, strict=True):
+        # A loss is right to its last bit where both are: eight of them are room for that.
+        assert relative(value, truth) <= limit * relative(reference, truth) + 8 * 2**-24
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_whole_logits_are_never_in_memory(mode: str) -> None:
+    rows, width, columns, chunks = 1024, 16, 4096, 8
+    x, weight = torch.randn(rows, width, requires_grad=True), torch.randn(columns, width, requires_grad=True)
+    target = torch.randint(0, columns, (rows,))
+
+    def step(loss: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            torch.autograd.grad(loss(), (x, weight))
+
+        return run
+
+    # Chunks, both gradients twice at most, and vectors of rows.
+    gradients = x.nbytes + weight.nbytes
+    limit = rows // chunks * columns * 4 + 2 * gradients + 16 * rows
+    ours = step(lambda: chunked(mode, x, weight, None, target, chunks=chunks))
+    theirs = step(lambda: whole(x, weight, None, target))
+    ours(), theirs()
+    # The profiler that counts loses an event now and then.
+    peaks = sorted(allocator_peak(ours, torch.device("cpu")) for _ in range(3))
+    assert peaks[1] <= limit
+    assert allocator_peak(theirs, torch.device("cpu")) > 3 * rows * columns * 4 > 4 * limit
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_operators_pass_opcheck(bias: bool) -> None:
+    x, weight, vector, target = operands(bias=bias, dtype=torch.float32)
+    settings = (4, "mean", -100, 0.1, 1.0, 0.0)
+    mask = [True, True, bias]
+    check: Any = torch.library.opcheck
+    check(ops.linear_cross_entropy.default, (x, weight, vector, target, *settings, torch.float32))
+    check(
+        ops.linear_cross_entropy_with_gradients.default,
+        (x, weight, vector, target, *settings, torch.float32, mask),
+    )
+    plain = [None if t is None else t.detach() for t in (x, weight, vector)]
+    check(
+        ops.linear_cross_entropy_backward.default,
+        (torch.ones(()), *plain, target, torch.randn(ROWS), *settings, mask),
+    )
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_they_compute_the_same(mode: str, backend: str) -> None:
+    torch._dynamo.reset()
+    x, weight, bias, target = operands(bias=True, dtype=torch.float32)
+
+    def loss(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        # Dynamo does not tell inputs that require gradients: the mask is a constant of the program.
+        settings = (4, "mean", -100, 0.0, 1.0, 0.0, torch.float32)
+        if mode == "forward":
+            mask = [True, True, True]
+            chunked_op = ops.linear_cross_entropy_with_gradients
+            return chunked_op(x.tanh(), weight, bias, target, *settings, mask)[0] * 3
+        return ops.linear_cross_entropy(x.tanh(), weight, bias, target, *settings)[0] * 3
+
+    compiled = torch.compile(loss, backend=backend, fullgraph=True)
+    found, expected = compiled(x, weight, bias), loss(x, weight, bias)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(
+        torch.autograd.grad(found, (x, weight, bias)),
+        torch.autograd.grad(expected, (x, weight, bias)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_references_compute_the_same() -> None:
+    x, weight, bias, target = operands(bias=True)
+    settings = (4, "mean", -100, 0.1, 0.5, 3.0, torch.float64)
+    mask = [True, False, True]
+    given = [t.detach() for t in (x, weight, bias)]
+    for found, expected in (
+        (
+            ops.linear_cross_entropy(*given, target, *settings),
+            module.linear_cross_entropy_reference(*given, target, *settings),
+        ),
+        (
+            ops.linear_cross_entropy_with_gradients(*given, target, *settings, mask),
+            module.with_gradients_reference(*given, target, *settings, mask),
+        ),
+    ):
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (
+            {"input": torch.ones(4, 5, 6)},
+            "takes a matrix of inputs, a matrix of weights and a vector of targets",
+        ),
+        ({"weight": torch.ones(9, 7)}, "sizes do not match: input [4, 6], weight [9, 7], target [4]"),
+        ({"bias": torch.ones(8)}, "the bias has shape [8]: expected [9]"),
+        ({"weight": torch.ones(9, 6).double()}, "takes input, weight and bias of one floating-point dtype"),
+        ({"target": torch.ones(4)}, "takes int64 targets, got torch.float32"),
+        ({"chunks": 0}, "takes one chunk or more, got 0"),
+        ({"reduction": "max"}, "reduction is 'max': expected one of 'none', 'mean', 'sum'"),
+    ],
+)
+def test_wrong_arguments_are_named(change: dict[str, Any], reason: str) -> None:
+    good = {
+        "input": torch.ones(4, 6), "weight": torch.ones(9, 6), "bias": None,
+        "target": torch.zeros(4, dtype=torch.int64), "chunks": 2, "reduction": "mean",
+    }  # fmt: skip
+    assert module.linear_cross_entropy_supports(*good.values()) is None
+    assert str(module.linear_cross_entropy_supports(*(good | change).values())) == reason
+    assert str(module.with_gradients_supports(*(good | change).values())) == reason
+
+
+def test_gradients_in_the_forward_need_one_loss() -> None:
+    x, weight, _, target = operands()
+    given = (x, weight, None, target, 2, "none")
+    reason = "gradients that are computed in the forward need a loss that is one number"
+    assert str(module.with_gradients_supports(*given)) == reason
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_the_triton_kernel_computes_what_the_reference_does() -> None:
+    """In the interpreter, which must be on before triton is imported: in a process of its own."""
+    script = """
+        import itertools
+        import torch
+        from graphopt_kernels.cross_entropy_rows import RowSettings, cross_entropy_rows_reference
+        from graphopt_kernels.cross_entropy_rows_triton import rows_kernel
+
+        torch.manual_seed(0)
+        rows, columns, padded = 5, 37, 40
+        for dtype, statistics, gradient, smoothing, softcap, scale in itertools.product(
+            (torch.float32, torch.float16), (True, False), (True, False), (0.0, 0.1), (0.0, 2.0), (1.0, 0.5)
+        ):
+            if not statistics and not gradient:
+                continue
+            buffer = torch.full((rows, padded), 7.0, dtype=dtype)
+            buffer[:, :columns] = 3 * torch.randn(rows, columns)
+            buffer[4, 3] = float("-inf")
+            logits = buffer[:, :columns].clone()
+            before = logits.clone()
+            target = torch.randint(4, columns, (rows,))
+            target[2] = -100
+            settings = RowSettings(-100, smoothing, scale, softcap)
+            expected = torch.empty(rows), torch.empty(rows)
+            weights = torch.rand(rows)
+            cross_entropy_rows_reference(
+                logits, target, settings, losses=expected[0], log_sum_exp=expected[1], scale=weights
+            )
+            found = torch.empty(rows), torch.empty(rows) if statistics else expected[1].clone()
+            rows_kernel[(rows,)](
+                buffer, target, *found, weights, padded, 1, -100, smoothing, scale, softcap,
+                STATISTICS=statistics, GRADIENT=gradient, SMOOTHED=smoothing != 0, SOFTCAPPED=softcap != 0,
+                COLUMNS=columns, BLOCK=16,
+            )
+            if statistics:
+                torch.testing.assert_close(found, expected)
+            torch.testing.assert_close(buffer[:, :columns], logits if gradient else before)
+            assert (buffer[:, columns:] == 7).all()
+        wrong = torch.tensor([columns, -1, 0, 1, 2])
+        losses, sums = torch.empty(rows), torch.empty(rows)
+        rows_kernel[(rows,)](
+            torch.randn(rows, columns), wrong, losses, sums, sums, columns, 1, -100, 0.0, 1.0, 0.0,
+            STATISTICS=True, GRADIENT=False, SMOOTHED=False, SOFTCAPPED=False, COLUMNS=columns, BLOCK=16,
+        )
+        assert losses.isnan().tolist() == [True, True, False, False, False]
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": ":".join(sys.path)}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_the_triton_kernel_compiles_for_sm_90_without_spills() -> None:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from graphopt_kernels.cross_entropy_rows_triton import rows_kernel
+
+    names = rows_kernel.arg_names
+    pointers = {"logits": "", "target": "*i64", "losses": "*fp32", "log_sum_exps": "*fp32", "scales": "*fp32"}
+    numbers = dict.fromkeys(("row_stride", "scale_stride", "ignore_index"), "i32")
+    numbers |= dict.fromkeys(("smoothing", "logit_scale", "softcap"), "fp32")
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in (*pointers, "row_stride")}
+    for dtype, (statistics, gradient) in itertools.product(
+        ("bf16", "fp32"), ((True, True), (True, False), (False, True))
+    ):
+        for smoothed, softcapped in itertools.product((False, True), repeat=2):
+            block = 2**14 // (2 if dtype == "bf16" else 4)
+            constants = {
+                "STATISTICS": statistics, "GRADIENT": gradient, "SMOOTHED": smoothed,
+                "SOFTCAPPED": softcapped, "COLUMNS": 128256, "BLOCK": block,
+            }  # fmt: skip
+            signature = {
+                **pointers,
+                "logits": f"*{dtype}",
+                **numbers,
+                **dict.fromkeys(constants, "constexpr"),
+            }
+            source = ASTSource(fn=rows_kernel, signature=signature, constexprs=constants, attrs=aligned)
+            compiled = triton.compile(
+                source, target=GPUTarget("cuda", 90, 32), options={"num_warps": block // 512}
+            )
+            text = compiled.asm["ptx"]
+            assert "ld.global" in text and ".v4.b32" in text, "loads are not 16 bytes wide"
+            assert compiled.metadata.shared <= 1024
+            assert _spilled(compiled.asm["cubin"]) == 0, (dtype, constants)
+
+
+def _spilled(cubin: bytes) -> int:
+    """Instructions that store registers to local memory."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True)
+    return listing.stdout.count("STL")
