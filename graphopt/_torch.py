@@ -700,6 +700,27 @@ def _may_overwrite(kernel: Any, name: str) -> bool:
     return bool(readers) and all(part.get_name() in readers[-1].ancestors for part in readers[:-1])
 
 
+def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's decompositions but for one: the gradient of an embedding of 16-bit floats on CUDA stays
+    a call of the library. Decomposed it is summed up in a float32 tensor as large as two of the weight."""
+    from torch._inductor.decomposition import select_decomp_table
+    from torch._inductor.lowering import lowerings, make_fallback
+
+    operator = torch.ops.aten.embedding_dense_backward.default
+    if operator not in lowerings:
+        make_fallback(operator, warn=False, override_decomp=True)
+    table = dict(select_decomp_table())
+    decomposed = table[operator]
+
+    def embedding_dense_backward(grad: torch.Tensor, *args: Any) -> Any:
+        if grad.device.type == "cuda" and grad.dtype in (torch.float16, torch.bfloat16):
+            return NotImplemented
+        return decomposed(grad, *args)
+
+    table[operator] = embedding_dense_backward
+    return table
+
+
 def compile_with_inductor(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
@@ -736,7 +757,8 @@ def compile_with_inductor(
     # The backward is compiled now, not at its first run: its memory is part of the plan.
     joint_settings = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
     with inductor_config.patch(settings), functorch_config.patch(joint_settings):
-        compiled: Any = compile_fx(gm, list(inputs), inner_compile=inner)
+        table = inductor_decompositions()
+        compiled: Any = compile_fx(gm, list(inputs), inner_compile=inner, decompositions=table)
     function: Callable[..., Any] = compiled
     return function
 

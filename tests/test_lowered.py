@@ -414,6 +414,17 @@ def test_attention_backward_on_a_gpu_takes_scratch() -> None:
     assert scratch_bytes(torch.ops.aten.mm.default, [query, query]) == 0
 
 
+def test_gradient_of_an_embedding_on_a_gpu_takes_scratch() -> None:
+    operator = torch.ops.aten.embedding_dense_backward.default
+    with _torch.fake_mode():
+        grad = torch.empty(2, 2048, 32, device="cuda", dtype=torch.bfloat16)
+        many, few = (torch.empty(2, n, device="cuda", dtype=torch.int64) for n in (2048, 1536))
+    # Partial sums in float32: one row for every ten indices, and one for every row that they can hit.
+    partial = 409 + 1000
+    assert scratch_bytes(operator, [grad, many, 1000, -1, False]) == partial * (32 * 4 + 8) + 6 * 4096 * 8
+    assert scratch_bytes(operator, [grad, few, 1000, -1, False]) == 0
+
+
 def test_scratch_counts_only_while_its_call_runs() -> None:
     body = """
 a, b = args

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.fx as fx
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from graphopt import _torch
@@ -130,3 +131,16 @@ def test_the_autocast_cache_is_put_back(enabled: bool) -> None:
         assert torch.is_autocast_cache_enabled() is enabled
     finally:
         torch.set_autocast_cache_enabled(before)
+
+
+@pytest.mark.parametrize(("device", "kept"), [("cuda", True), ("cpu", False)])
+def test_the_gradient_of_a_16_bit_embedding_is_a_call_of_the_library_on_gpus(device: str, kept: bool) -> None:
+    operator = torch.ops.aten.embedding_dense_backward.default
+    with _torch.fake_mode():
+        grad = torch.empty(4, 8, dtype=torch.bfloat16, device=device)
+        indices = torch.zeros(4, dtype=torch.int64, device=device)
+        traced = make_fx(
+            lambda g, i: operator(g, i, 100, -1, False),
+            decomposition_table=_torch.inductor_decompositions(),
+        )(grad, indices)
+    assert bool(_calls(traced, operator)) is kept
