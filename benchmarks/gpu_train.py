@@ -238,10 +238,10 @@ def main() -> None:
     parser.add_argument(
         "--fractions",
         type=lambda s: [int(x) for x in s.split(",") if x],
-        default=[2, 8, 16, 40, 60],
+        default=[8, 30, 60, 80],
         help="further budgets, in percent of the feasible range",
     )
-    parser.add_argument("--at-once", type=int, default=5, help="peers that compile side by side")
+    parser.add_argument("--at-once", type=int, default=6, help="peers that compile side by side")
     parser.add_argument("--limit", type=float, default=540.0, help="seconds for everything")
     shape = parser.parse_args()
     if shape.one == "graphopt":
@@ -254,7 +254,6 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     command = [sys.executable, __file__, *sys.argv[1:]]
     peers = [m for m in shape.peers.split(",") if m]
-    fill_caches(command, peers, at_once=shape.at_once)
     for mode in ("graphopt", *peers):
         left = shape.limit - (time.perf_counter() - begun)
         if left < 20:
@@ -273,6 +272,10 @@ def main() -> None:
                 shown = {k: v for k, v in rows[-1].items() if k not in ("points", "whole_bytes")}
                 print(json.dumps(shown), flush=True)
         save(shape, rows)
+        if mode == "graphopt":
+            if not rows:
+                raise SystemExit("graphopt gave no result")
+            fill_caches(command, peers, at_once=shape.at_once)
 
 
 def fill_caches(command: list[str], peers: list[str], at_once: int) -> None:

@@ -708,7 +708,7 @@ def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
 
     operator = torch.ops.aten.embedding_dense_backward.default
     if operator not in lowerings:
-        make_fallback(operator, warn=False, override_decomp=True)
+        make_fallback(operator, warn=False, override_decomp=True)  # type: ignore[no-untyped-call]
     table = dict(select_decomp_table())
     decomposed = table[operator]
 
