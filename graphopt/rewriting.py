@@ -192,7 +192,8 @@ def _outcome(
         nothing = "nothing to rewrite"
         if edit.program.level is Level.JOINT:
             nothing += f", nothing to choose in {ctx.mode} mode"
-        return idle, f"{nothing}; {missed} near misses" if missed else nothing
+        misses = "1 near miss" if missed == 1 else f"{missed} near misses"
+        return idle, f"{nothing}; {misses}" if missed else nothing
     share = f"{chosen} of {len(proposals.candidates)} candidates"
     if not chosen:
         return idle, f"{share} chosen"
