@@ -132,7 +132,7 @@ def test_a_program_that_was_not_traced_is_left_alone(program: Program) -> None:
     ("proposals", "status", "reason"),
     [
         ((), "no-op", "nothing to rewrite"),
-        ((NearMiss("r", "cos", 1, 1, Reason("no")),), "no-op", "nothing to rewrite; 1 near misses"),
+        ((NearMiss("r", "cos", 1, 1, Reason("no")),), "no-op", "nothing to rewrite; 1 near miss"),
         ((candidate(delta=CostDelta(seconds=1.0)),), "no-op", "0 of 1 candidates chosen"),
         ((candidate(apply=lambda e: None),), "no-op", "1 of 1 candidates chosen, none changed the program"),
     ],
