@@ -140,11 +140,9 @@ class _Facts:
 
     def reason(self, match: Match) -> Reason | None:
         operands = [node for node in (match.input, match.weight, match.bias) if node is not None]
-        flows = [node in self.trained for node in match.nodes]
-        if any(node in self.trained for node in operands) and not all(flows) and any(flows):
-            return Reason("it cuts off a gradient", (match.nodes[flows.index(False)].name,))
-        if match.loss not in self.trained and flows[0]:
-            return Reason("it cuts off a gradient", (match.loss.name,))
+        stopped = next((node for node in match.nodes if node not in self.trained), None)
+        if stopped is not None and any(node in self.trained for node in operands):
+            return Reason("it cuts off a gradient", (stopped.name,))
         # The operator runs where the loss did: what it reads must still hold then what the product read.
         position = self.line.position
         roots = {root for node in operands for root in self.line.aliases.roots[node]}
