@@ -55,15 +55,20 @@ class ObservedRun:
 
 @dataclass(frozen=True)
 class ObservedStep:
-    """Runs in execution order, one more gap than runs around them, storages that runs share."""
+    """Runs in execution order, one more gap than runs around them, storages that runs share.
 
-    runs: tuple[ObservedRun, ...]
+    Where the model returns a run is ``None``. ``bare_gaps`` are the gaps before that as they are while
+    no program keeps anything for its backward: what was ``dropped`` in them goes there.
+    """
+
+    runs: tuple[ObservedRun | None, ...]
     gaps: tuple[Gap, ...]
     storages: tuple[ObservedStorage, ...]
+    bare_gaps: tuple[Gap, ...] = ()
 
     def calls(self, program: int) -> int:
         """How often the forward of a program runs."""
-        return sum(run.program == program and not run.backward for run in self.runs)
+        return sum(run is not None and run.program == program and not run.backward for run in self.runs)
 
 
 class StepMemory(Protocol):

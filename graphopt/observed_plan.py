@@ -30,7 +30,7 @@ class ObservedPlan:
         frontiers: Sequence[Frontier],
     ) -> None:
         place = {number: k for k, number in enumerate(numbers)}
-        runs = tuple(replace(run, program=place[run.program]) for run in step.runs)
+        runs = tuple(run and replace(run, program=place[run.program]) for run in step.runs)
         self.step = replace(step, runs=runs)
         self.frontiers = frontiers
         self.memory = cost.observed(programs, self.step)

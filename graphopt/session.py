@@ -306,10 +306,11 @@ class Session:
         group = [self.captured[k] for k in numbers]
         programs = [c.joint for c in group if c.joint is not None]
         frontiers = [c.frontier for c in group if c.frontier is not None]
-        backwards = {run.forward for run in step.runs if run.backward}
+        backwards = {run.forward for run in step.runs if run is not None and run.backward}
         complete = all(
-            run.program in numbers
-            and (run.backward or position in backwards or self.captured[run.program].mode != "train")
+            run is None
+            or (run.program in numbers
+            and (run.backward or position in backwards or self.captured[run.program].mode != "train"))
             for position, run in enumerate(step.runs)
         )
         if not complete or len(programs) < len(group) or len(frontiers) < len(group):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -68,6 +69,120 @@ def test_several_graphs_share_one_budget_and_one_report() -> None:
             unbudgeted, within = run_step(free, (x,), seed=seed), run_step(fast, (x,), seed=seed)
             assert_close(unbudgeted, expected)
             assert_same(within, unbudgeted)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(16, 64), nn.Linear(64, 16)
+
+    def forward(self, h: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return h + self.b(torch.tanh(torch.relu(self.a(h * mask))))
+
+
+class Dropping(nn.Module):
+    """Layers skipped at random: the loop runs as it did, one program runs for each layer, and the
+    convolution, the mask and what is done to it lie between programs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv1d(4, 16, 3, padding=1)
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        h = nn.functional.gelu(self.stem(x)).transpose(1, 2)
+        mask = (h > 0).float() * 0.5 + 0.5
+        for layer in self.layers:
+            if torch.rand([]) < 0:
+                continue
+            h = layer(h, mask)
+        return nn.functional.cross_entropy(self.head(h).flatten(0, 1), labels.flatten())
+
+
+def _graphs() -> tuple[Broken, tuple[torch.Tensor, ...]]:
+    model, x = _broken()
+    return model, (x,)
+
+
+def _dropping() -> tuple[Dropping, tuple[torch.Tensor, ...]]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    return Dropping(), (torch.randn(8, 4, 64), torch.randint(0, 4, (8, 64)))
+
+
+@pytest.mark.parametrize("make", [_graphs, _dropping])
+def test_what_several_graphs_take_is_predicted_to_the_byte_at_every_budget(
+    make: Callable[[], tuple[nn.Module, tuple[torch.Tensor, ...]]],
+) -> None:
+    model, inputs = make()
+    plain = copy.deepcopy(model)
+    free_model = copy.deepcopy(model)
+    free = graphopt.optimize(free_model, inputs, emit="eager", on_error="raise")
+    assert free.report.diagnostics == ("not one graph: Unsupported: Data-dependent branching",)
+    session = free._driver.session
+    front = session.curve(session.static_bytes or 0)
+    assert len(front) >= 3
+    assert [row[0] for row in front] == sorted({row[0] for row in front})
+    with deterministic():
+        unbudgeted = run_step(free, inputs)
+        assert_close(unbudgeted, run_step(plain, inputs))
+    measured = []
+    for budget in (front[0][0], front[len(front) // 2][0], front[-2][0], None):
+        fast = graphopt.optimize(copy.deepcopy(model), inputs, emit="eager", on_error="raise", budget=budget)
+        measured.append(fast.measure(inputs, repeats=1).peak_bytes)
+        assert measured[-1] == fast.plan.predicted.peak_bytes
+        assert budget is None or fast.plan.predicted.peak_bytes == budget
+        before, now = fast._driver.memory()
+        assert (before.peak_bytes, now.peak_bytes) == (fast.plan.baseline.peak_bytes, measured[-1])
+        with deterministic():
+            assert_same(run_step(fast, inputs), unbudgeted)
+    assert measured == sorted(measured)
+
+
+def test_programs_that_run_several_times_count_each_time() -> None:
+    model, inputs = _dropping()
+    fast = graphopt.optimize(model, inputs, emit="eager", on_error="raise")
+    seen = fast._driver.session._observed(fast._driver.session.current)
+    assert seen is not None and max(seen.calls) == 3
+    once = fast._driver.session.current[seen.calls.index(3)]
+    assert fast.plan.baseline.seconds is not None
+    assert fast.plan.baseline.seconds >= 3 * once.reference_seconds
+
+
+class Aside(nn.Module):
+    """The first graph's result reaches the loss only through a value that is detached."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.tanh(self.a(x))
+        print(end="")
+        return self.b(h.detach() + x).square().mean()
+
+
+def test_a_step_that_cannot_be_told_apart_is_planned_for_the_worse_and_said() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, inputs = Aside(), (torch.randn(32, 8),)
+    plain = copy.deepcopy(model)
+    fast = graphopt.optimize(model, inputs, emit="eager", on_error="raise")
+    assert fast.report.diagnostics[1:] == (
+        "what runs between the programs is not counted, as no whole step was seen: "
+        "some programs ran without their backwards, or others than were captured",
+    )
+    assert_close(run_step(fast, inputs), run_step(plain, inputs))
+
+
+def test_an_observed_step_leaves_gradients_alone() -> None:
+    model, inputs = _dropping()
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, 3.0)
+    fast = graphopt.optimize(model, inputs, emit="eager", on_error="raise")
+    assert all(bool((p.grad == 3.0).all()) for p in model.parameters() if p.grad is not None)
+    assert fast.measure(inputs, repeats=1).peak_bytes == fast.plan.predicted.peak_bytes
 
 
 def test_a_budget_that_no_plan_of_all_graphs_fits_is_refused() -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
+from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphopt.candidate import Frontier, FrontierPoint
-from graphopt.planner import choose, least_peak, seconds_bound, step_peak
+from graphopt.planner import choose, combinations, least_peak, seconds_bound, step_peak
 from graphopt.schedule import Schedule
 
 
@@ -54,6 +56,29 @@ def test_what_is_chosen_fits_and_refusal_is_rare(choices: list[list[FrontierPoin
         assert (found is None) == (not fitting)
         if found is not None:
             assert found[0].seconds == min(c[0].seconds for c in fitting)
+
+
+@given(frontiers, st.lists(st.integers(1, 3), min_size=3, max_size=3))
+@settings(max_examples=200)
+def test_combinations_are_judged_whole_and_none_beats_another(
+    choices: list[list[FrontierPoint]], calls: list[int]
+) -> None:
+    group = [Frontier("test", tuple(c)) for c in choices]
+    counts = calls[: len(group)]
+
+    def peak(chosen: Sequence[FrontierPoint]) -> int:
+        return simulated_peak([p for p, count in zip(chosen, counts, strict=True) for _ in range(count)])
+
+    front = combinations(group, counts, peak)
+    for found in front:
+        assert found.peak_bytes == peak(found.points)
+        assert found.seconds == sum(c * p.seconds for c, p in zip(counts, found.points, strict=True))
+    assert all(a.peak_bytes < b.peak_bytes and a.seconds > b.seconds for a, b in pairwise(front))
+    assert front[-1].seconds == sum(
+        count * min(p.seconds for p in c) for count, c in zip(counts, choices, strict=True)
+    )
+    if len(group) == 1:
+        assert front[0].peak_bytes == min(peak([p]) for p in choices[0])
 
 
 def test_without_a_budget_the_fastest_is_taken_and_near_ties_go_to_less_memory() -> None:

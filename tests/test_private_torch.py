@@ -144,3 +144,26 @@ def test_the_gradient_of_a_16_bit_embedding_is_a_call_of_the_library_on_gpus(dev
             decomposition_table=_torch.inductor_decompositions(),
         )(grad, indices)
     assert bool(_calls(traced, operator)) is kept
+
+
+def test_a_timeline_holds_allocations_releases_and_marks_in_order() -> None:
+    def step() -> None:
+        x = torch.empty(1024)
+        _torch.mark("here")
+        with torch.autograd.profiler.record_function("elsewhere"):
+            y = torch.empty(16)
+        del x
+        _torch.mark("here")
+        del y
+
+    assert _torch.record_timeline(step, "here") == [4096, None, 64, -4096, None, -64]
+    assert _torch.record_allocations(step) == [4096, 64, -4096, -64]
+
+
+def test_a_weak_storage_tells_when_the_memory_is_gone() -> None:
+    tensor = torch.empty(8)
+    view, weak = tensor[2:], _torch.weak_storage(tensor.untyped_storage())
+    del tensor
+    assert not weak.expired()
+    del view
+    assert weak.expired()

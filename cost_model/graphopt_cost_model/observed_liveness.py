@@ -7,13 +7,13 @@ them, or a backward that reads them, which depends on the schedules.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.fx as fx
 
 from graphopt.cost import LiveTensor, MemoryProfile, MemoryStep
-from graphopt.observed import ObservedRun, ObservedStep, ObservedStorage
+from graphopt.observed import Gap, ObservedRun, ObservedStep, ObservedStorage
 from graphopt.program import Program
 from graphopt.schedule import Schedule
 from graphopt.values import value_table
@@ -94,7 +94,7 @@ class ObservedMemory:
         """Storages that forwards read or return, by number."""
         found: dict[int, ObservedStorage] = {}
         for run in self.step.runs:
-            if run.backward:
+            if run is None or run.backward:
                 continue
             signature = self.programs[run.program].signature
             returned = {spec.node for spec in signature.outputs if spec.role != "gradient"}
@@ -108,22 +108,13 @@ class ObservedMemory:
         carried = 0
         for position in range(2 * len(self.step.runs) + 1):
             if position % 2 == 0:
-                gap = self.step.gaps[position // 2]
-                # What was seen to go here and stays under these schedules, or went before.
-                longer = sum(
-                    self._size(number)
-                    for number, seen in self._tracked.items()
-                    if seen.released == position and gone[number] != position
-                )
-                sooner = sum(
-                    self._size(number)
-                    for number, seen in self._tracked.items()
-                    if seen.released != position and gone[number] == position
-                )
-                yield carried, gap.peak + longer
-                carried += gap.net + longer - sooner
+                gap = self._gap(position, gone)
+                yield carried, gap.peak
+                carried += gap.net
                 continue
             run = self.step.runs[position // 2]
+            if run is None:
+                continue
             schedule = schedules[run.program]
             forward = self._forward(run.program, schedule)
             inside: frozenset[int] = frozenset()
@@ -142,11 +133,24 @@ class ObservedMemory:
                 if gone[number] == position and number not in inside
             )
 
+    def _gap(self, position: int, gone: Mapping[int, int | None]) -> Gap:
+        """A gap under schedules with which shared storages go where ``gone`` says."""
+        going = {number for number, at in gone.items() if at == position}
+        seen = {number for number, known in self._tracked.items() if known.released == position}
+        dropped = {number for number, known in self._tracked.items() if known.dropped == position}
+        if going == dropped and position // 2 < len(self.step.bare_gaps):
+            return self.step.bare_gaps[position // 2]
+        gap = self.step.gaps[position // 2]
+        # When in the gap something goes was seen only of what went: the rest counts to its end.
+        longer = sum(self._size(number) for number in seen - going)
+        sooner = sum(self._size(number) for number in going - seen)
+        return Gap(gap.net + longer - sooner, gap.peak + longer)
+
     def _releases(self, schedules: Sequence[Schedule]) -> dict[int, int | None]:
         """Where each shared storage goes: where it was seen to, or with the last backward that reads it."""
         last: dict[int, int] = {}
         for index, run in enumerate(self.step.runs):
-            if run.backward:
+            if run is not None and run.backward:
                 for number in self._held_by(run.forward, schedules[run.program]):
                     last[number] = 2 * index + 1
         return {
@@ -158,10 +162,15 @@ class ObservedMemory:
 
     def _held_by(self, forward: int, schedule: Schedule) -> frozenset[int]:
         """Shared storages that the backward of a forward run reads."""
-        run = self.step.runs[forward]
+        run = self._run(forward)
         held = self._forward(run.program, schedule).held
         names = {**run.outputs, **run.inputs}
         return frozenset(number for name in held if (number := names.get(name)) in self._tracked)
+
+    def _run(self, index: int) -> ObservedRun:
+        run = self.step.runs[index]
+        assert run is not None
+        return run
 
     def _size(self, number: int) -> int:
         size = self.step.storages[number].bytes
@@ -195,7 +204,7 @@ class ObservedMemory:
         """The backward of ``run``; the shared storages ``inside`` go within it, others stay."""
         forward = self._forward(run.program, schedule)
         simulator = forward.simulator
-        own = self.step.runs[run.forward]
+        own = self._run(run.forward)
         dying = frozenset(n for n, number in own.inputs.items() if number in inside and n in forward.held)
         returned = set(_returned(simulator))
         staying = frozenset(
@@ -224,7 +233,7 @@ class ObservedMemory:
         lasting: frozenset[str],
     ) -> _Backward:
         simulator = forward.simulator
-        own = self.step.runs[run.forward]
+        own = self._run(run.forward)
         entry = {name: list(refs) for name, refs in simulator.inputs.items()}
         for name in dying:
             for buffer in entry[name]:

@@ -159,11 +159,9 @@ class Driver:
     def _observe(self, observer: Observer, call: Callable[[], Any], inputs: Any) -> None:
         """Run whole steps, everything put back, to see what the programs share and what lies between."""
 
-        def step() -> Any:
-            output = call()
+        def backward(output: Any) -> None:
             if training:
                 torch.autograd.backward(loss_of(output, self.loss_fn))
-            return output
 
         training = any(captured.mode == "train" for captured in self.session.current)
         tensors = [t for t in torch.utils._pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)]
@@ -172,11 +170,14 @@ class Driver:
         try:
             with restored(self.model, leaves):
                 # The first backward has things to set up that later ones find done.
-                for run in (step, lambda: observer.observe(step, call)):
+                for setting_up in (True, False):
                     if not held:
                         for leaf in leaves:
                             leaf.grad = None
-                    seen = run()
+                    if setting_up:
+                        backward(call())
+                    else:
+                        seen = observer.observe(call, backward)
         except Exception as error:
             reason = _first_line(error)
         else:

@@ -26,7 +26,7 @@ class Observer:
     Memory is that of torch's CPU allocator.
     """
 
-    _runs: list[ObservedRun] | None = None
+    _runs: list[ObservedRun | None] | None = None
     _saving: bool = True
     _position: int = 0
     _pending: dict[int, int] = field(default_factory=dict)
@@ -62,27 +62,38 @@ class Observer:
 
         return _torch.boxed(watched)
 
-    def observe(self, step: Callable[[], object], forward: Callable[[], object]) -> ObservedStep:
-        """Run ``step()`` and say what it did; ``forward()`` is what it does before its first backward.
+    def observe(self, forward: Callable[[], Any], backward: Callable[[Any], object]) -> ObservedStep:
+        """Run ``output = forward()`` and ``backward(output)``, and say what that did.
 
-        That is run alone too, with no program keeping anything for its backward: what is not released
-        then while it runs is held by something else.
+        The forward is run alone too, with no program keeping anything for its backward: what is not
+        released then while the output is there is held by something else.
         """
+        kept: list[Any] = []
+
+        def step() -> Any:
+            output = forward()
+            self._pause()
+            backward(output)
+            return output
+
+        def alone() -> None:
+            kept.append(forward())
+            self._pause()
+
         whole = self._watch(step)
         self._saving = False
         try:
-            alone = self._watch(forward)
+            bare = self._watch(alone)
         finally:
             self._saving = True
-        count = len(alone.runs)
-        if [run.outputs for run in alone.runs] != [run.outputs for run in whole.runs[:count]]:
+        end = len(bare.runs)
+        if [_returned(run) for run in bare.runs] != [_returned(run) for run in whole.runs[:end]]:
             return whole
-        end = 2 * count
         storages = list(whole.storages)
-        for number, (known, seen) in enumerate(zip(whole.storages, alone.storages, strict=False)):
-            if known.released is not None and seen.released is not None and seen.released < end:
-                storages[number] = replace(known, dropped=min(known.released, seen.released))
-        return replace(whole, storages=tuple(storages))
+        for number, seen in enumerate(bare.storages):
+            if seen.released is not None and storages[number].released is not None:
+                storages[number] = replace(storages[number], dropped=seen.released)
+        return replace(whole, storages=tuple(storages), bare_gaps=bare.gaps[:end])
 
     def _watch(self, step: Callable[[], object]) -> ObservedStep:
         self._runs, self._storages, self._position = [], [], 0
@@ -93,10 +104,18 @@ class Observer:
             self._sweep()
             runs = tuple(self._runs)
             storages = tuple(replace(known, dropped=known.released) for known in self._storages)
-            return ObservedStep(runs, _gaps(events, len(runs)), storages)
+            gaps = _gaps(events, len(runs))
+            return ObservedStep(runs, gaps, storages, gaps[:0])
         finally:
             self._runs = None
             self._held.clear()
+
+    def _pause(self) -> None:
+        """The model has returned: no run, but what was released before is told from what is later."""
+        assert self._runs is not None
+        self._advance()
+        self._runs.append(None)
+        self._advance()
 
     def _advance(self) -> None:
         """Go from a gap into a run or out of it."""
@@ -133,11 +152,16 @@ class Observer:
 
         def shared(position: int) -> int:
             run = runs[position]
+            assert run is not None
             return len(saved & {*run.inputs.values(), *run.outputs.values()})
 
         found = max(waiting, key=lambda position: (shared(position), position))
         del self._pending[found]
         return found
+
+
+def _returned(run: ObservedRun | None) -> dict[str, int]:
+    return dict(run.outputs) if run is not None else {}
 
 
 def _emptied(value: Any) -> Any:
