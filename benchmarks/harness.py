@@ -37,6 +37,9 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--models", nargs="*", default=[], metavar="NAME", help="some of the models only")
     options.add_argument("--quick", action="store_true", help="three small models, fewer budgets")
+    options.add_argument(
+        "--update", action="store_true", help="put the rows of --models into the stored results"
+    )
     options.add_argument("--out", type=Path, help="file for the results (default: results/<figure>.json)")
     return options
 
@@ -52,16 +55,17 @@ def figure(
 
     Something that fails is a row with ``error``. What was measured is stored after each item, so
     an interrupted run leaves the results that it has. A run on some of the models is stored only
-    where ``--out`` says.
+    where ``--out`` says, or with ``--update`` in place of what the stored results say of those.
     """
     chosen = (
         items
         if items is not None
         else models.chosen(options.models or (["unet", "mixer", "mamba"] * options.quick))
     )
-    partial = bool(options.models or options.quick)
+    partial = bool(options.models or options.quick) and not options.update
     out = options.out or (None if partial else RESULTS / f"{name}.json")
     start, found = time.time(), []
+    stored = json.loads(out.read_text()) if options.update and out is not None and out.exists() else None
     for item in chosen:
         say(f"{name}: {item}")
         began = time.time()
@@ -84,9 +88,30 @@ def figure(
             "figure": name, **environment(), "seconds": round(time.time() - start, 1),
             "summary": summary(found), "rows": found,
         }  # fmt: skip
+        if stored is not None:
+            record = updated(stored, record, summary)
         if out is not None:
             write_atomically(out, json.dumps(record, indent=1) + "\n")
     print(json.dumps(record["summary"], indent=1))
+
+
+def updated(
+    stored: dict[str, Any],
+    record: dict[str, Any],
+    summary: Callable[[Sequence[dict[str, Any]]], dict[str, Any]],
+) -> dict[str, Any]:
+    """``stored`` with the rows of ``record`` in place of its own of the same models, and its account
+    of the run beside the first one's."""
+    own = list(dict.fromkeys(row["model"] for row in record["rows"]))
+    rows = {name: [r for r in stored["rows"] if r["model"] == name] for name in models.MODELS}
+    rows |= {name: [r for r in record["rows"] if r["model"] == name] for name in own}
+    together = [row for name in rows for row in rows[name]]
+    account = {key: value for key, value in record.items() if key not in ("figure", "summary", "rows")}
+    updates = [u for u in stored.get("updates", ()) if u["command"] != account["command"]]
+    return {
+        **stored, "updates": [*updates, {"models": own, **account}], "summary": summary(together),
+        "rows": together,
+    }  # fmt: skip
 
 
 def environment() -> dict[str, Any]:

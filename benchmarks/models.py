@@ -119,6 +119,13 @@ def whisper() -> Built:
     }  # fmt: skip
 
 
+def whisper_layerdrop() -> Built:
+    """As configured by default: every layer is a program of its own, called several times a step, and
+    the stacks around them run as they did. The rate is 0, so that every step runs every layer."""
+    model, inputs = whisper()
+    return model.train(), inputs
+
+
 def mamba() -> Built:
     from transformers import MambaConfig, MambaForCausalLM
 
@@ -216,7 +223,8 @@ def mixer() -> Built:
 
 MODELS: dict[str, Callable[[], Built]] = {
     "llama": llama, "gpt2": gpt2, "bert": bert, "t5": t5, "vit": vit, "convnext": convnext, "resnet": resnet,
-    "whisper": whisper, "mamba": mamba, "qwen3-moe": qwen3_moe, "unet": unet, "mixer": mixer,
+    "whisper": whisper, "whisper-layerdrop": whisper_layerdrop, "mamba": mamba, "qwen3-moe": qwen3_moe,
+    "unet": unet, "mixer": mixer,
 }  # fmt: skip
 
 
