@@ -56,8 +56,12 @@ def optimize(
     ``verify``: ``"off"``, ``"structure"`` or ``"numeric"`` (outputs and gradients against the
     model, needs ``inputs``). ``device`` names the device to plan for, by default the model's.
     ``loss_fn(output)`` gives the scalar to differentiate where the model returns no loss.
-    ``dynamic_shapes``: as ``torch.compile``'s ``dynamic``. ``on_error``: ``"rollback"`` records
-    what failed and goes on, ``"raise"`` raises. ``plan`` replays a stored plan.
+    ``dynamic_shapes``: a call of other input shapes is captured and planned again, under the same
+    budget; ``None`` keeps the sizes that changed symbolic from then on, ``True`` keeps all symbolic from
+    the start, ``False`` makes a program for each shape (as ``torch.compile``'s ``dynamic``). A plan with
+    symbolic sizes is made for those it was captured with: larger ones may take more.
+    ``on_error``: ``"rollback"`` records what failed and goes on, ``"raise"`` raises. ``plan`` replays a
+    stored plan.
 
     Gradients that the parameters carry when ``optimize`` is called count as held throughout (as in
     gradient accumulation); without them a step is taken to begin with none.

@@ -61,7 +61,7 @@ class Optimized(torch.nn.Module):
         object.__setattr__(self, "_again", again)
         object.__setattr__(self, "forward", _forward_like(model, driver))
         self.training = model.training
-        self._measured: Cost | None = None
+        self._measured: tuple[Plan | None, Cost] | None = None
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -105,7 +105,9 @@ class Optimized(torch.nn.Module):
         Raises ``CaptureError`` before anything was captured (no inputs given, not yet called).
         """
         report = self._driver.report()
-        return report.with_measured(self._measured) if self._measured is not None else report
+        if self._measured is None or self._measured[0] is not report.plan:
+            return report
+        return report.with_measured(self._measured[1])
 
     @property
     def plan(self) -> Plan:
@@ -170,7 +172,8 @@ class Optimized(torch.nn.Module):
             # Held before the step like the weights, so the allocator's growth does not show them.
             static += self._driver.held_bytes()
             taken = measure(step, device=device, static_bytes=static, repeats=repeats, before=reset)
-        self._measured = Cost(taken.peak_bytes, self._driver.weight_bytes(), taken.seconds)
+        cost = Cost(taken.peak_bytes, self._driver.weight_bytes(), taken.seconds)
+        self._measured = self._driver.report().plan, cost
         return taken
 
     def _loss(self, output: Any) -> torch.Tensor:

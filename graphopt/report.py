@@ -34,7 +34,8 @@ class Environment:
 class ProgramSummary:
     """One program of the model: ``mode`` is ``"train"`` or ``"infer"``, sizes are in nodes.
 
-    A level that the program did not pass through has no nodes.
+    A level that the program did not pass through has no nodes. ``inputs`` are the types that it was
+    captured for, ``f32[s77=64,16]``: a size with a name may be another when it is called.
     """
 
     name: str
@@ -43,6 +44,7 @@ class ProgramSummary:
     nodes_joint: int = 0
     nodes_forward: int = 0
     nodes_backward: int = 0
+    inputs: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Report:
     ``baseline`` is the step without rewrites, ``predicted`` with them (both ``None`` for a model that
     could not be captured: it runs as it did, ``diagnostics`` say why), ``measured`` what running it
     showed (``None`` before it was measured). ``budget`` is the bound on the peak in bytes.
+    ``programs`` are those of the step that was captured last, which costs and plan are of; ``earlier``
+    those captured for other inputs or another mode, each with a plan of its own.
     ``declined`` are rewrites that were offered and not chosen, ``near_misses`` places where a rule
     matched and its guard said no; ``str()`` shows a few of each.
     ``print(report)`` shows a table; ``to_json`` and ``from_json`` keep all of it.
@@ -84,6 +88,7 @@ class Report:
     diagnostics: tuple[str, ...] = ()
     declined: tuple[Declined, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
+    earlier: tuple[ProgramSummary, ...] = ()
     schema_version: str = field(default=REPORT_VERSION, init=False)
 
     def with_measured(self, measured: Cost) -> Report:

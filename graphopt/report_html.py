@@ -9,7 +9,7 @@ from graphopt.budget import format_bytes
 from graphopt.duration import format_seconds
 from graphopt.price import price_groups
 from graphopt.report import Report
-from graphopt.report_table import headline, peak_rows, plan_lines, undone_lines
+from graphopt.report_table import headline, peak_rows, plan_lines, program_lines, undone_lines
 
 __all__ = ["report_html"]
 
@@ -51,6 +51,10 @@ def report_html(report: Report) -> str:
         ]
         heads = ("pass", "plugin", "options", "status", "reason", "time")
         parts.append(_folded("passes", _table(heads, steps, left=5)))
+    programs = program_lines(report)
+    if programs:
+        items = "".join(f"<li>{escape(line)}</li>" for line in programs)
+        parts.append(_folded("programs", f"<ul>{items}</ul>"))
     undone = undone_lines(report, None)
     if undone:
         items = "".join(f"<li>{escape(line)}</li>" for line in undone)

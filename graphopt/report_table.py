@@ -23,6 +23,7 @@ __all__ = [
     "headline",
     "peak_rows",
     "plan_lines",
+    "program_lines",
     "report_renderable",
     "report_text",
     "undone_lines",
@@ -54,6 +55,10 @@ def report_renderable(report: Report) -> RenderableType:
             parts.append(_prices(groups))
     if report.steps:
         parts += [Text("passes", style="bold"), _passes(report)]
+    programs = program_lines(report)
+    if programs:
+        parts.append(Text("programs", style="bold"))
+        parts += [Padding(Text(line), (0, 0, 0, 2)) for line in programs]
     undone = undone_lines(report)
     if undone:
         parts.append(Text("not done", style="bold"))
@@ -115,6 +120,28 @@ def plan_lines(plan: Plan) -> list[str]:
         return [*lines, "recomputed: nothing"]
     size = format_bytes(sum(item.bytes for item in again))
     return [*lines, f"recomputed: {count_text(len(again), 'node')}, {size}, adds {format_seconds(added)}"]
+
+
+def program_lines(report: Report) -> list[str]:
+    """What was captured for which inputs, where there is more than one answer: ``g1 train f32[s77=48,16]:
+    the step above``. Programs of one call are told by the first of them."""
+    lines = []
+    for programs, told in (
+        (report.earlier, "captured earlier, has its own plan"),
+        (report.programs, "the step above"),
+    ):
+        seen: dict[tuple[str, str, str], None] = {}
+        for program in programs:
+            if program.inputs:
+                seen.setdefault((program.name.partition(".")[0], program.mode, program.inputs))
+        if programs is report.programs and report.budget is not None and _symbolic(report):
+            told += "; sizes with names may differ, of larger ones a step may take more than the budget"
+        lines += [f"{name} {mode} {inputs}: {told}" for name, mode, inputs in seen]
+    return lines if report.earlier or _symbolic(report) else []
+
+
+def _symbolic(report: Report) -> bool:
+    return any("=" in program.inputs for program in report.programs)
 
 
 def undone_lines(report: Report, shown: int | None = GROUPS_SHOWN) -> list[str]:

@@ -14,6 +14,7 @@ import graphopt
 from graphopt import _torch
 from graphopt.capture.inputs import bind_inputs
 from graphopt.capture.observe import Observer
+from graphopt.capture.shapes import input_shapes
 from graphopt.cost import MemoryProfile
 from graphopt.errors import CaptureError, GraphoptError, InputsError, UnknownNameError
 from graphopt.loss import loss_of
@@ -22,7 +23,7 @@ from graphopt.plans import Plan
 from graphopt.program import Level, Program, Signature
 from graphopt.report import Environment, ProgramSummary, Report
 from graphopt.restored import restored
-from graphopt.session import NotPlanned, Session
+from graphopt.session import Captured, NotPlanned, Session
 
 __all__ = ["Driver"]
 
@@ -249,17 +250,8 @@ class Driver:
         environment = Environment(
             torch.__version__, platform.python_version(), graphopt.__version__, session.cost.device.name
         )
-        programs = tuple(
-            ProgramSummary(
-                c.name,
-                c.mode,
-                len(c.semantic.graph.nodes),
-                len(c.joint.graph.nodes) if c.joint else 0,
-                len(c.lowered[0].graph.nodes) if c.lowered else 0,
-                len(c.lowered[1].graph.nodes) if len(c.lowered) > 1 else 0,
-            )
-            for c in (session.current if plan else ())
-        )
+        current = session.current if plan else []
+        earlier = [c for c in session.captured if not any(c is now for now in current)]
         return Report(
             environment,
             plan.baseline if plan else None,
@@ -271,7 +263,8 @@ class Driver:
             else None,
             plan=plan,
             plugins=session.host.records(),
-            programs=programs,
+            programs=tuple(map(_summary, current)),
+            earlier=tuple(map(_summary, earlier)),
             steps=tuple(session.records),
             declined=tuple(session.declined),
             near_misses=tuple(session.near_misses),
@@ -316,6 +309,19 @@ class Driver:
             if program.level is level:
                 formats[form].write(program, out)
         return out.getvalue()
+
+
+def _summary(captured: Captured) -> ProgramSummary:
+    lowered = captured.lowered
+    return ProgramSummary(
+        captured.name,
+        captured.mode,
+        len(captured.semantic.graph.nodes),
+        len(captured.joint.graph.nodes) if captured.joint else 0,
+        len(lowered[0].graph.nodes) if lowered else 0,
+        len(lowered[1].graph.nodes) if len(lowered) > 1 else 0,
+        input_shapes(captured.semantic),
+    )
 
 
 def _lowered_program(joint: Program | None, half: torch.fx.GraphModule, name: str) -> Program:
