@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import random
+from collections import Counter
 
 import pytest
 import torch
@@ -58,6 +60,65 @@ def test_the_search_and_the_simulator_agree_to_the_byte(small: tuple[Program, Co
             profile.phase_peak("backward"),
         )
         assert item.retained == profile.retained_bytes
+
+
+class Skipping(nn.Module):
+    """Residual sums between normalised layers: what runs again reaches far back."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        start = x
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            x = torch.relu(norm(layer(x)) + x)
+        return (x * start).square().mean()
+
+
+def test_what_is_released_after_a_slot_counts_as_the_simulator_counts_it() -> None:
+    torch.manual_seed(0)
+    program, cost = captured(Skipping(16, 4), torch.randn(64, 16))
+    model = build_model(program, cost, "eager")
+    evaluate = Evaluator(model)
+    everything = saved_storages(model, model.baseline.saved)
+    draw = random.Random(0)
+    released = 0
+    for _ in range(40):
+        item = evaluate({b for b in everything if draw.random() < 0.3})
+        for _ in range(4):
+            waits = item.waits()
+            chosen = draw.sample(waits, min(len(waits), 3))
+            base = item
+            item = evaluate(item.saved, item.released | {(b, slot) for b, slot, _, _ in chosen}, base)
+            alone = evaluate(item.saved, item.released)
+            assert (item.peak, item.retained, item.recomputed) == (
+                alone.peak,
+                alone.retained,
+                alone.recomputed,
+            )
+        schedule = to_schedule(model, item.saved, item.released)
+        profile = cost.memory([(program, schedule)])
+        assert item.forward_peak == profile.phase_peak("forward")
+        assert item.backward_peak == profile.phase_peak("backward")
+        makers = {model.operators[i] for i in item.recomputed}
+        ran = [name for name in schedule.recomputed if name in makers]
+        assert ran == [model.operators[i] for i in item.recomputed]
+        released += len(item.released)
+    assert released > 40
+
+
+def test_a_chain_made_again_holds_one_layer_at_a_time() -> None:
+    """Sums of a residual stream run again in the order of the forward; none of them waits for its own
+    gradient where the peak is at stake, though no product runs again."""
+    torch.manual_seed(0)
+    program, cost = captured(Skipping(16, 6), torch.randn(1024, 16))
+    (frontier,) = InsertCheckpoints(objective="flops").propose(program, PassContext(cost, "train"))
+    assert isinstance(frontier, Frontier)
+    free = [point for point in frontier.points if not point.flops]
+    often = [Counter(point.schedule.recomputed).most_common(1) for point in free]
+    assert any(count > 1 for counted in often for _, count in counted)
 
 
 def test_nothing_beats_the_frontier_on_a_small_network(small: tuple[Program, CostModel]) -> None:

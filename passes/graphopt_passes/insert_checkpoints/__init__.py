@@ -103,7 +103,7 @@ class InsertCheckpoints(Pass):
 
 
 def _point(model: StepModel, realise: Realiser, item: Evaluation) -> FrontierPoint:
-    schedule = realise(item.saved, item.fleeting)
+    schedule = realise(item.saved, item.released)
     again = len(item.recomputed)
     return FrontierPoint(
         schedule,

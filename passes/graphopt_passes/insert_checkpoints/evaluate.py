@@ -1,9 +1,10 @@
 """What a set of saved storages costs: peak of both halves, added time, order of the backward.
 
 A storage that is not saved is made again right before the first slot that needs it, along with
-whatever it needs itself, and then held until its last use. A *fleeting* storage is held from the
-first slot on that reads it; made earlier, as a step towards another one, it goes right away and is
-made once more later (recursive checkpointing: Griewank and Walther 2000).
+whatever it needs itself, in the order of the forward, and then held until its last use. A *release*
+lets it go after a slot that made or read it, to be made once more for the next one that needs it: in
+between it takes no memory (recursive checkpointing: Griewank and Walther 2000; several intervals for
+each value: Bartan et al. 2023).
 
 Evaluations are incremental: what happens before the first slot that a change touches is taken over
 from the evaluation that was changed.
@@ -11,7 +12,8 @@ from the evaluation that was changed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import chain
 
@@ -30,15 +32,15 @@ class _Trace:
     """The backward as it was simulated, so that another evaluation can go on from any slot of it.
 
     ``reads[p]``: storages read at point p. ``births``: storages made and the points where;
-    ``drops``: (storage, birth, end) of fleeting ones; ``kept``: storages handed over, in the order in
-    which they are needed. ``marks[k]``: lengths of these and of ``recomputed`` as slot k begins, and
+    ``drops``: (storage, birth, end, slot) of released ones; ``kept``: storages handed over, in the order
+    in which they are needed. ``marks[k]``: lengths of these and of ``recomputed`` as slot k begins, and
     its first point. ``touched``: the first slot that has to do with a storage.
     """
 
     reads: list[tuple[int, ...]]
     births: list[int]
     birth_points: list[int]
-    drops: list[tuple[int, int, int]]
+    drops: list[tuple[int, int, int, int]]
     kept: list[int]
     recomputed: list[int]
     level: list[int]
@@ -49,13 +51,13 @@ class _Trace:
 @dataclass
 class Evaluation:
     """``saved``: every storage handed over, those forced by operators that cannot run again
-    included. ``fleeting``: those that are not held before a slot reads them. ``live`` holds bytes at
+    included. ``released``: (storage, slot) for each that is let go after a slot. ``live`` holds bytes at
     each point of the backward, ``forward_live`` at each operator of the forward. ``first_use[b]`` is
-    the point of the backward at which a storage is first read, -1 for never; ``recomputed`` the
-    operators that run again, in order."""
+    the point of the backward at which a storage is first read, -1 for never, ``last_use[b]`` that at which
+    it is last read, 0 for never; ``recomputed`` the operators that run again, in order."""
 
     saved: frozenset[int]
-    fleeting: frozenset[int]
+    released: frozenset[tuple[int, int]]
     forward_peak: int
     backward_peak: int
     retained: int
@@ -64,6 +66,7 @@ class Evaluation:
     live: Array
     forward_live: Array
     first_use: Array
+    last_use: Array
     recomputed: list[int]
     trace: _Trace
 
@@ -77,39 +80,40 @@ class Evaluation:
         ahead = self.forward_live - target
         return int(over[over > 0].sum()) + int(ahead[ahead > 0].sum())
 
-    def waits(self) -> list[tuple[int, int, int]]:
-        """(storage, point, point) where one that was made as a step towards another waits unread
-        between the points until a later slot."""
+    def waits(self) -> list[tuple[int, int, int, int]]:
+        """(storage, slot, point, point) where one that was made again is held unread between two points,
+        the first of them in the slot, the second in a later one."""
         trace = self.trace
-        # A storage that was dropped and made again waits, if at all, after its last birth.
-        begin = dict(zip(trace.births, trace.birth_points, strict=True))
-        for b, birth, _ in trace.drops:
-            if begin.get(b) == birth:
-                del begin[b]
-        if not begin:
+        if not trace.births:
             return []
         count = len(trace.reads) + 1
-        storages = np.fromiter(begin, np.int64, len(begin))
-        births = np.fromiter(begin.values(), np.int64, len(begin))
-        # The slot itself reads at the last point but one before the next slot begins.
-        ends = np.array([mark[4] - 2 for mark in trace.marks[1:]], dtype=np.int64)
-        slot = ends[np.searchsorted(ends, births)]
         flat, points = _flat(trace.reads)
-        keys = np.sort(flat * count + points)
-        at = np.searchsorted(keys, storages * count + slot, side="right")
-        after = keys[np.minimum(at, len(keys) - 1)]
-        before = keys[np.maximum(at - 1, 0)]
-        later = np.where((at < len(keys)) & (after // count == storages), after % count, -1)
-        earlier = np.where((at > 0) & (before // count == storages), before % count, births)
-        waiting = (later >= 0) & (earlier != slot)
+        births = np.array(trace.births, dtype=np.int64)
+        again = np.zeros(len(self.first_use), dtype=bool)
+        again[births] = True
+        flat, points = flat[again[flat]], points[again[flat]]
+        born = births * count + np.array(trace.birth_points, dtype=np.int64)
+        # A birth comes before a read at its point.
+        keys = np.concatenate((born * 2, (flat * count + points) * 2 + 1))
+        keys.sort()
+        storages, at = np.divmod(keys // 2, count)
+        begins = np.array([mark[4] for mark in trace.marks], dtype=np.int64)
+        slots = np.searchsorted(begins, at, side="right") - 1
+        waiting = (storages[1:] == storages[:-1]) & (slots[1:] > slots[:-1]) & (keys[1:] % 2 == 1)
+        where = np.flatnonzero(waiting)
         return list(
             zip(
-                storages[waiting].tolist(),
-                np.maximum(earlier, births)[waiting].tolist(),
-                later[waiting].tolist(),
+                storages[where].tolist(),
+                slots[where].tolist(),
+                at[where].tolist(),
+                at[where + 1].tolist(),
                 strict=True,
             )
         )
+
+    def slot_of(self, point: int) -> int:
+        """The slot that a point of the backward belongs to."""
+        return bisect_right(self.trace.marks, point, key=lambda mark: mark[4]) - 1
 
 
 class Evaluator:
@@ -131,26 +135,24 @@ class Evaluator:
 
     def __call__(
         self,
-        saved: frozenset[int] | set[int],
-        fleeting: frozenset[int] | set[int] = frozenset(),
+        saved: Set[int],
+        released: Set[tuple[int, int]] = frozenset(),
         base: Evaluation | None = None,
     ) -> Evaluation:
         """Evaluate; ``base`` is an evaluation on the same model that differs little."""
         self.evaluations += 1
-        trace = self._resumed(saved, fleeting, base)
-        self._simulate(trace, saved, fleeting)
-        return self._judged(trace, fleeting)
+        trace = self._resumed(saved, released, base)
+        self._simulate(trace, saved, released)
+        return self._judged(trace)
 
-    def _resumed(
-        self, saved: frozenset[int] | set[int], fleeting: frozenset[int] | set[int], base: Evaluation | None
-    ) -> _Trace:
+    def _resumed(self, saved: Set[int], released: Set[tuple[int, int]], base: Evaluation | None) -> _Trace:
         """What of ``base`` holds for the new sets as well."""
         if base is None:
             return _Trace([], [], [], [], [], [], [], [], {})
         old = base.trace
         end = len(self.model.slots)
-        changed = (saved ^ base.saved) | (fleeting ^ base.fleeting)
-        slot = min((old.touched.get(b, end) for b in changed), default=end)
+        slot = min((old.touched.get(b, end) for b in saved ^ base.saved), default=end)
+        slot = min((k for _, k in released ^ base.released), default=slot) if slot else slot
         births, drops, kept, again, point = old.marks[slot]
         return _Trace(
             old.reads[:point], old.births[:births], old.birth_points[:births], old.drops[:drops],
@@ -158,9 +160,7 @@ class Evaluator:
             {b: k for b, k in old.touched.items() if k < slot},
         )  # fmt: skip
 
-    def _simulate(
-        self, trace: _Trace, saved: frozenset[int] | set[int], fleeting: frozenset[int] | set[int]
-    ) -> None:
+    def _simulate(self, trace: _Trace, saved: Set[int], released: Set[tuple[int, int]]) -> None:
         """Run the slots that ``trace`` lacks."""
         model = self.model
         size, maker, workspace = model.size, model.maker, model.workspace_again
@@ -170,15 +170,17 @@ class Evaluator:
             trace.kept, trace.recomputed, trace.level, trace.marks, trace.touched,
         )  # fmt: skip
         start = dict(zip(births, birth_points, strict=True))
-        for b, birth, _ in drops:
+        for b, birth, _, _ in drops:
             if start.get(b) == birth:
                 del start[b]
         available = {*kept, *start}
+        leaving: dict[int, list[int]] = {}
+        for b, number in released:
+            leaving.setdefault(number, []).append(b)
         for number in range(len(marks), len(model.slots)):
             slot = model.slots[number]
             begin = len(reads)
             marks.append((len(births), len(drops), len(kept), len(recomputed), begin))
-            made: list[int] = []
             stack = [b for b in reversed(slot.reads) if b not in available]
             while stack:
                 b = stack[-1]
@@ -209,7 +211,7 @@ class Evaluator:
                             touched.setdefault(x, number)
                         continue
                     available.add(x)
-                    made.append(x)
+                    start[x] = len(reads)
                     births.append(x)
                     birth_points.append(len(reads))
                     touched.setdefault(x, number)
@@ -220,19 +222,19 @@ class Evaluator:
             reads.append(())
             level.append(slot.during)
             level.append(slot.gap)
-            passing = [x for x in made if x in fleeting and x not in slot.reads] if fleeting else ()
-            if passing:
+            if number in leaving:
                 ends: dict[int, int] = {}
-                for point in range(begin, len(reads) - 2):
+                for point in range(begin, len(reads)):
                     for x in reads[point]:
                         ends[x] = point
-                origin = dict(zip(births[-len(made) :], birth_points[-len(made) :], strict=True))
-                for x in passing:
-                    available.discard(x)
-                    drops.append((x, origin[x], max(ends.get(x, -1), origin[x])))
+                for x in sorted(leaving[number]):
+                    if x in start and (x in ends or start[x] >= begin):
+                        birth = start.pop(x)
+                        available.discard(x)
+                        drops.append((x, birth, max(ends.get(x, birth), birth), number))
         marks.append((len(births), len(drops), len(kept), len(recomputed), len(reads)))
 
-    def _judged(self, trace: _Trace, fleeting: frozenset[int] | set[int]) -> Evaluation:
+    def _judged(self, trace: _Trace) -> Evaluation:
         """Bytes, seconds and FLOPs of a complete trace."""
         model, size = self.model, self._size
         # Points: one for each operator run again, two for each slot (its operator; the gap after).
@@ -252,7 +254,7 @@ class Evaluator:
         if len(born):
             ends = np.maximum(last[born], begins)
             if trace.drops:
-                early = {(b, birth): end for b, birth, end in trace.drops}
+                early = {(b, birth): end for b, birth, end, _ in trace.drops}
                 for position, key in enumerate(zip(trace.births, trace.birth_points, strict=True)):
                     if key in early:
                         ends[position] = early[key]
@@ -265,7 +267,7 @@ class Evaluator:
         forward_live = self._forward(kept)
         return Evaluation(
             everything,
-            frozenset(fleeting),
+            frozenset((b, slot) for b, _, _, slot in trace.drops),
             int(forward_live.max()) if self._count else 0,
             max(opening, int(live.max()) if count else 0),
             entry + held,
@@ -274,6 +276,7 @@ class Evaluator:
             live,
             forward_live,
             first,
+            last,
             trace.recomputed,
             trace,
         )

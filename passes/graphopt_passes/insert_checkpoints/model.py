@@ -49,9 +49,10 @@ class StepModel:
     """Storages are numbered in forward order; operators likewise. Bytes are allocator-rounded.
 
     ``size[b]``: bytes of storage b. ``maker[b]``: the operator that makes it. ``inputs[i]``,
-    ``outputs[i]``: forward storages that operator i reads and makes. ``seconds[i]``, ``flops[i]``:
-    its cost. ``again[i]``: whether it may run again. ``free[b]``: held in the backward anyway (a
-    graph output). ``savable[b]``: may be handed over (false inside a user's checkpoint region).
+    ``outputs[i]``: forward storages that operator i reads and makes, in forward order.
+    ``seconds[i]``, ``flops[i]``: its cost. ``again[i]``: whether it may run again. ``free[b]``: held in
+    the backward anyway (a graph output). ``savable[b]``: may be handed over (false inside a user's
+    checkpoint region).
     ``scratch[b]``: bytes that b takes when it is a transient, smaller than ``size`` where the code
     generator fuses its readers into its maker. ``last_read[b]``: position of the last operator of
     the forward that reads it. ``workspace[i]``: kernel-internal bytes of operator i,
@@ -201,7 +202,7 @@ class _Builder:
                 continue
             cost = self.cost.node(node)
             self.operators.append(name)
-            self.op_inputs.append(tuple(reads))
+            self.op_inputs.append(tuple(sorted(reads)))
             self.op_outputs.append(tuple(made))
             self.seconds.append(cost.seconds)
             self.flops.append(cost.flops)
@@ -290,7 +291,7 @@ class _Builder:
                 if not forward:
                     last[b] = position
             workspace = self.cost.node(node).workspace_bytes if node.op == "call_function" else 0
-            reads_at.append((name, tuple(b for forward, b in reads if forward), workspace))
+            reads_at.append((name, tuple(sorted(b for forward, b in reads if forward)), workspace))
             position += 1
         for spec in self.program.signature.by_role("tangent"):
             if not self.nodes[spec.node].meta["val"].dim():

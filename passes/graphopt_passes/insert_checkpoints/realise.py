@@ -13,23 +13,22 @@ from graphopt_passes.insert_checkpoints.model import StepModel
 __all__ = ["Realiser", "saved_storages", "to_schedule"]
 
 
-def to_schedule(model: StepModel, saved: Iterable[int], fleeting: Iterable[int] = ()) -> Schedule:
+def to_schedule(model: StepModel, saved: Iterable[int], released: Iterable[tuple[int, int]] = ()) -> Schedule:
     """The schedule of one choice; see ``Realiser``, which is faster for many."""
-    return Realiser(model)(saved, fleeting)
+    return Realiser(model)(saved, released)
 
 
 class Realiser:
     """Turns choices on one model into schedules.
 
-    Each recomputed node runs right before the first backward node that needs it; views come with
-    their reader. Graph outputs that the backward reads are handed over as they are. A fleeting
-    storage that the node does not read itself is made again the next time that it is needed.
+    Recomputed nodes run right before the first backward node that needs them; views come with
+    their reader. Graph outputs that the backward reads are handed over as they are. A storage released
+    after a slot is made again the next time that it is needed.
     """
 
     def __init__(self, model: StepModel) -> None:
         self._model = model
         nodes = model.program.graph.nodes
-        self._sources = {node.name: tuple(n.name for n in node.all_input_nodes) for node in nodes}
         self._inputs = {spec.node for spec in model.program.signature.inputs}
         self._gradients = [s.node for s in model.program.signature.outputs if s.role == "gradient"]
         self._held = {b for b, free in enumerate(model.free) if free}
@@ -43,16 +42,26 @@ class Realiser:
                 self._elements.setdefault(node.args[0].name, []).append(node.name)
         self._makes = dict(zip(model.operators, model.outputs, strict=True))
         self._storages = _storages(model)
+        # What runs again does so in the order of the forward: read in the order of the arguments, what
+        # the last of them needs would be made while all before it wait.
+        first = {name: min(found, default=-1) for name, found in self._storages.items()}
+        self._sources = {
+            node.name: tuple(sorted((n.name for n in node.all_input_nodes), key=lambda n: first.get(n, -1)))
+            for node in nodes
+        }
         self._holders: dict[int, list[str]] = {}
         for name, found in self._storages.items():
             for b in found:
                 self._holders.setdefault(b, []).append(name)
 
-    def __call__(self, saved: Iterable[int], fleeting: Iterable[int] = ()) -> Schedule:
+    def __call__(self, saved: Iterable[int], released: Iterable[tuple[int, int]] = ()) -> Schedule:
         model, sources, elements = self._model, self._sources, self._elements
         wanted = set(saved) | self._held
         handed = {model.representative[b] for b in wanted if model.representative[b]}
-        passing = set(fleeting) - wanted
+        leaving: dict[str, set[int]] = {}
+        for b, slot in released:
+            if b not in wanted:
+                leaving.setdefault(model.slots[slot].node, set()).add(b)
         ready = set(self._inputs)
         used: set[str] = set()
         backward: list[str] = []
@@ -89,13 +98,16 @@ class Realiser:
             for source in sources[name]:
                 if source not in ready:
                     ensure(source)
-            if passing and len(backward) > begin:
-                read = {b for source in sources[name] for b in self._storages.get(source, ())}
-                made = {b for step in backward[begin:] for b in self._makes.get(step, ())}
-                for b in (made & passing) - read:
-                    ready.difference_update(self._holders[b])
             if name not in ready:
                 run(name)
+            if name in leaving:
+                steps = backward[begin:]
+                met = {b for step in steps for b in self._makes.get(step, ())}
+                met.update(
+                    b for step in steps for source in sources[step] for b in self._storages.get(source, ())
+                )
+                for b in leaving[name] & met:
+                    ready.difference_update(self._holders[b])
         for name in self._gradients:
             ensure(name)
         order = tuple(name for name in model.baseline.forward if name in used)

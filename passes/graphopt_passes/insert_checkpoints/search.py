@@ -12,8 +12,9 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
+from enum import IntEnum
 
 import numpy as np
 
@@ -90,13 +91,28 @@ def _nearest_above(front: Front, target: int) -> Evaluation:
     return above[0] if above else front.items[-1]
 
 
+class _Kind(IntEnum):
+    """GIVE_UP: make a storage again; what its chain makes ahead of time waits. APART: likewise, and
+    make the chain for it alone. RELEASE: let go of one that waits for its next reader."""
+
+    GIVE_UP = 0
+    APART = 1
+    RELEASE = 2
+
+
 @dataclass(frozen=True)
 class _Move:
-    """Give ``storage`` up (make it again, once or, ``repeatedly``, whenever a step needs it)."""
+    """``gain``: bytes above the target that it removes; ``released``: what goes after which slot."""
 
     storage: int
-    repeatedly: bool
+    kind: _Kind
+    slot: int
     gain: int
+    released: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def key(self) -> tuple[int, _Kind, int]:
+        return self.storage, self.kind, self.slot
 
 
 class _Descent:
@@ -112,7 +128,7 @@ class _Descent:
     def run(
         self, item: Evaluation, target: int, effort: int, keep: frozenset[int] = frozenset()
     ) -> Evaluation:
-        refused = {(b, False) for b in keep}
+        refused = {(b, kind, 0) for b in keep for kind in (_Kind.GIVE_UP, _Kind.APART)}
         spent = 0
         while item.peak > target and spent < effort:
             aim = target if target else item.peak - max(1, item.peak // 50)
@@ -128,18 +144,18 @@ class _Descent:
                     trial = self._moved(item, batch)
                     spent += 1
                 if trial.excess(aim) >= excess:
-                    refused.add((batch[0].storage, batch[0].repeatedly))
+                    refused.add(batch[0].key)
                     continue
             item = trial
             self.front.add(item)
         return item
 
     def _moved(self, item: Evaluation, moves: Sequence[_Move]) -> Evaluation:
-        given = {move.storage for move in moves if not move.repeatedly}
-        fleeting = item.fleeting | {move.storage for move in moves if move.repeatedly}
-        return self.evaluate(item.saved - given, fleeting, item)
+        given = {move.storage for move in moves if move.kind is not _Kind.RELEASE}
+        released = item.released.union(*(move.released for move in moves))
+        return self.evaluate(item.saved - given, released, item)
 
-    def _batch(self, item: Evaluation, target: int, refused: set[tuple[int, bool]]) -> list[_Move]:
+    def _batch(self, item: Evaluation, target: int, refused: set[tuple[int, _Kind, int]]) -> list[_Move]:
         """The best few moves that together remove about a tenth of the excess."""
         excess = item.excess(target)
         batch: list[_Move] = []
@@ -151,7 +167,7 @@ class _Descent:
                 break
         return batch
 
-    def _moves(self, item: Evaluation, target: int, refused: set[tuple[int, bool]]) -> Iterator[_Move]:
+    def _moves(self, item: Evaluation, target: int, refused: set[tuple[int, _Kind, int]]) -> Iterator[_Move]:
         """What may be given up, by bytes above the target removed per second added.
 
         The seconds of the operator alone bound those of all that has to run again with it, so only
@@ -165,63 +181,111 @@ class _Descent:
         # Above the target until it is first read, and in the forward after its last use there.
         points = over[np.maximum(item.first_use[saved], 0)] + ahead[-1] - ahead[self._last_read[saved] + 1]
         gains = self._size[saved] * points
-        heap: list[tuple[float, int, bool, int, bool]] = []
+        # Entries: rate, storage, kind, slot, gain, and once priced what is released.
+        heap: list[tuple[float, int, _Kind, int, int, tuple[tuple[int, int], ...] | None]] = []
         for b, gain in zip(saved[gains > 0].tolist(), gains[gains > 0].tolist(), strict=True):
-            if (b, False) not in refused:
-                heap.append((-gain / (model.seconds[model.maker[b]] + _NEGLIGIBLE), b, False, gain, False))
-        if self.repeat:
-            waiting: dict[int, int] = {}
-            for b, begin, end in item.waits():
-                if (above := int(over[end] - over[begin + 1])) > 0 and (b, True) not in refused:
-                    waiting[b] = waiting.get(b, 0) + model.size[b] * above
-            for b, gain in waiting.items():
-                heap.append((-gain / (model.seconds[model.maker[b]] + _NEGLIGIBLE), b, True, gain, False))
+            rate = -gain / (model.seconds[model.maker[b]] + _NEGLIGIBLE)
+            heap.append((rate, b, _Kind.GIVE_UP, 0, gain, None))
+        ends: dict[tuple[int, int], int] = {}
+        for b, slot, begin, end in item.waits() if self.repeat else ():
+            above = int(over[end] - over[begin + 1])
+            if above > 0 and (b, _Kind.RELEASE, slot) not in refused:
+                ends[b, slot] = end
+                gain = model.size[b] * above
+                rate = -gain / (model.seconds[model.maker[b]] + _NEGLIGIBLE)
+                heap.append((rate, b, _Kind.RELEASE, slot, gain, None))
         heapq.heapify(heap)
+        loose = {b for b, _ in item.released}
         while heap:
-            rate, b, repeatedly, gain, priced = heapq.heappop(heap)
-            if priced:
-                yield _Move(b, repeatedly, gain)
+            rate, b, kind, slot, gain, released = heapq.heappop(heap)
+            if released is not None:
+                yield _Move(b, kind, slot, gain, released)
+            elif kind is _Kind.RELEASE:
+                chain = _chain(model, item, b, ends[b, slot], loose)
+                rate = -gain / (chain.alone + _NEGLIGIBLE)
+                heapq.heappush(heap, (rate, b, kind, slot, gain, ((b, slot), *chain.released)))
             else:
-                rate = -gain / (_chain(model, item, b) + _NEGLIGIBLE)
-                heapq.heappush(heap, (rate, b, repeatedly, gain, True))
+                use = int(item.first_use[b])
+                chain = _chain(model, item, b, use, loose)
+                waits = sum(model.size[x] * int(over[end] - over[begin]) for x, begin, end in chain.waits)
+                if gain > waits and (b, kind, 0) not in refused:
+                    rate = -(gain - waits) / (chain.shared + _NEGLIGIBLE)
+                    heapq.heappush(heap, (rate, b, kind, 0, gain - waits, ()))
+                if waits and self.repeat and (b, _Kind.APART, 0) not in refused:
+                    rate = -gain / (chain.alone + _NEGLIGIBLE)
+                    heapq.heappush(heap, (rate, b, _Kind.APART, 0, gain, chain.released))
 
 
-def _chain(model: StepModel, item: Evaluation, b: int) -> float:
-    """Seconds to make ``b`` again from what the backward holds."""
-    seconds = 0.0
-    stack, seen = [model.maker[b]], set()
+@dataclass(frozen=True)
+class _Chain:
+    """What has to run so that a storage is there again at some point.
+
+    Some of what it takes the backward makes anyway, but later, or has made before. ``shared``: seconds
+    added if that waits; ``waits``: (storage, point, point) for each that does. ``alone``: seconds if it is
+    made once more instead; ``released``: (storage, slot) for each that goes in between.
+    """
+
+    shared: float
+    alone: float
+    waits: tuple[tuple[int, int, int], ...]
+    released: tuple[tuple[int, int], ...]
+
+
+def _chain(model: StepModel, item: Evaluation, b: int, use: int, loose: Set[int]) -> _Chain:
+    """How ``b`` is made again at point ``use`` from what the backward holds there, ``loose`` left out."""
+    alone = shared = 0.0
+    # Each operator with whether it has to run even where what there was waits.
+    stack, seen = [(model.maker[b], True)], {model.maker[b]}
+    waits, released = [], []
     while stack:
-        i = stack.pop()
-        if i in seen:
-            continue
-        seen.add(i)
-        seconds += model.seconds[i]
-        for x in model.inputs[i]:
-            if x in item.saved or model.free[x] or (item.first_use[x] >= 0 and x not in item.fleeting):
+        i, needed = stack.pop()
+        early = past = False
+        for x in model.outputs[i]:
+            first, last = int(item.first_use[x]), int(item.last_use[x])
+            if x == b or first < 0 or x in item.saved or model.free[x] or x in loose:
                 continue
-            stack.append(model.maker[x])
-    return seconds
+            if first > use:
+                early = True
+                released.append((x, item.slot_of(use)))
+                if needed:
+                    waits.append((x, use, first))
+            elif last < use:
+                past = True
+                released.append((x, item.slot_of(last)))
+                if needed:
+                    waits.append((x, last + 1, use))
+        alone += model.seconds[i]
+        needed = needed and not past
+        shared += model.seconds[i] if needed and not early else 0.0
+        for x in model.inputs[i]:
+            if x in item.saved or model.free[x] or model.maker[x] in seen:
+                continue
+            if 0 <= item.first_use[x] <= use <= item.last_use[x] and x not in loose:
+                continue
+            seen.add(model.maker[x])
+            stack.append((model.maker[x], needed))
+    return _Chain(shared, alone, tuple(waits), tuple(released))
 
 
 def _take_back(descent: _Descent, item: Evaluation, target: int, effort: int) -> Evaluation:
     """Save again, or hold again, what fits, dearest per byte first."""
     model = descent.model
     runs = Counter(item.recomputed)
-    options = [
-        (-model.seconds[i] * count / max(model.size[b], 1), b, False)
+    options: list[tuple[float, int, int]] = [
+        (-model.seconds[i] * count / max(model.size[b], 1), b, -1)
         for i, count in runs.items()
         for b in model.outputs[i]
         if b not in item.saved and model.savable[b]
     ]
     options += [
-        (-model.seconds[model.maker[b]] * (runs[model.maker[b]] - 1) / max(model.size[b], 1), b, True)
-        for b in item.fleeting
+        (-model.seconds[model.maker[b]] / max(model.size[b], 1), b, slot) for b, slot in item.released
     ]
     options.sort()
-    for _, b, held in options[:effort]:
+    for _, b, slot in options[:effort]:
         if model.size[b] > target - item.peak and model.size[b] > target:
             continue
-        trial = descent.evaluate(item.saved if held else item.saved | {b}, item.fleeting - {b}, item)
+        saved = item.saved if slot >= 0 else item.saved | {b}
+        trial = descent.evaluate(saved, item.released - {(b, slot)}, item)
         if trial.peak <= target and trial.seconds < item.seconds:
             item = trial
             descent.front.add(item)
@@ -242,7 +306,7 @@ def _exchange(descent: _Descent, item: Evaluation, target: int, effort: int) -> 
         if not dear:
             break
         tried.add(dear[0])
-        trial = evaluate(item.saved | {dear[0]}, item.fleeting - {dear[0]}, item)
+        trial = evaluate(item.saved | {dear[0]}, item.released, item)
         if trial.peak > target:
             trial = descent.run(trial, target, 8, frozenset({dear[0]}))
         if trial.peak <= target and trial.seconds < item.seconds:
@@ -277,7 +341,7 @@ def _shift(descent: _Descent, item: Evaluation, effort: int) -> Evaluation:
             if evaluate.evaluations >= limit:
                 return item
             tried.add(saved)
-            trial = evaluate(saved, item.fleeting, item)
+            trial = evaluate(saved, item.released, item)
             if descent.front.add(trial) and trial.peak <= item.peak and trial.seconds <= item.seconds:
                 item, improved = trial, True
                 break
