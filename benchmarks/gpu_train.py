@@ -303,6 +303,7 @@ def save(shape: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         "date": datetime.now(UTC).date().isoformat(),
         "command": "python benchmarks/gpu_train.py",
         "shape": {k: getattr(shape, k) for k in ("hidden", "layers", "batch", "seq", "vocab", "steps")},
+        "missing": [peer for peer in shape.peers.split(",") if peer not in {row["mode"] for row in rows}],
         "rows": rows,
     }
     path = Path(shape.out)

@@ -116,9 +116,14 @@ def planning_time(record: dict[str, Any]) -> str:
 
 
 def gpu_train(record: dict[str, Any]) -> str:
-    shape = record["shape"]
+    shape, missing = record["shape"], record.get("missing", [])
     cells = []
-    for row in record["rows"]:
+    budgeted = [row for row in record["rows"] if row.get("budget_bytes")]
+    obeyed = sum(row["obeyed"] for row in budgeted)
+    worst = max((abs(row["prediction_error"]) for row in budgeted), default=0.0)
+    peers = [row for row in record["rows"] if _is_peer(row)]
+    beaten = [f"{row['mode']} ({verdict(_beaten(row, record['rows']))})" for row in peers]
+    for row in sorted(record["rows"], key=lambda row: row.get("act_mib", 0.0)):
         if "ms" not in row:
             cells.append((f"graphopt, {row['budget_mib']:.0f} MiB", "no plan found", "", "", ""))
             continue
@@ -134,9 +139,21 @@ def gpu_train(record: dict[str, Any]) -> str:
         f"{shape['vocab']}, bf16, {shape['batch']} x {shape['seq']} tokens), forward + backward, "
         "gradients held; activations are "
         "`max_memory_allocated` minus parameters and gradients, budgets are of everything.\n\n"
-        + (f"Not complete: {record['note']}\n\n" if not record.get("complete", True) else "")
+        f"Budgets kept: {obeyed} of {len(budgeted)}. Prediction off by {100 * worst:.2f} % at most "
+        f"(target 2 %): {verdict(worst <= 0.02)}. Faster than a peer in no more memory: {', '.join(beaten)}.\n\n"
+        + (f"Not measured in this run, for want of time: {', '.join(missing)}.\n\n" if missing else "")
         + table(("mode", "activations, MiB", "ms", "peak predicted / measured", "budget kept"), cells)
     )
+
+
+def _is_peer(row: dict[str, Any]) -> bool:
+    return "ms" in row and not row["mode"].startswith("graphopt")
+
+
+def _beaten(peer: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
+    """Whether some row of graphopt's is faster than a peer and takes no more memory."""
+    ours = [row for row in rows if "ms" in row and row["mode"].startswith("graphopt")]
+    return any(row["ms"] < peer["ms"] and row["act_mib"] <= peer["act_mib"] for row in ours)
 
 
 def good(record: dict[str, Any]) -> list[dict[str, Any]]:
