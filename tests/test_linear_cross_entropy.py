@@ -184,7 +184,7 @@ def test_a_tied_weight_gets_the_sum_of_its_gradients(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_layouts_do_not_matter(mode: str) -> None:
-    target = operands()[3]
+    target = torch.stack([operands()[3]] * 2, 1)[:, 0]
     spread = torch.randn(ROWS, 2 * WIDTH, dtype=torch.float64)[:, ::2].requires_grad_()
     turned = torch.randn(WIDTH, COLUMNS, dtype=torch.float64).t().requires_grad_()
     compare(mode, (spread, turned, None, target))

@@ -155,11 +155,13 @@ def _launch(
     if not rows or not columns:
         return
     block = min(_BLOCK_BYTES // logits.element_size(), 1 << (columns - 1).bit_length())
+    if losses is None:
+        log_sum_exp = log_sum_exp.contiguous()
     unused = log_sum_exp
     with torch.cuda.device(logits.device):
         kernel[(rows,)](
             logits,
-            target,
+            target.contiguous(),
             unused if losses is None else losses,
             log_sum_exp,
             unused if scale is None else scale,
