@@ -36,7 +36,7 @@ def advice_on_disallowed(
             f"{format_bytes(saved)}, which would do: allow=({name!r},)"
             for name, saved in alone.items()
         ]
-    if sum(helping.values()) < missing_bytes:
+    if not helping or sum(helping.values()) < missing_bytes:
         return []
     names = ", ".join(map(repr, helping))
     return [

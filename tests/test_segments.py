@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable
@@ -12,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import graphopt
 from graphopt import _torch
 from graphopt.capture.ambient import ambient_map
 from graphopt.capture.blocks import Blocks, Run, find_blocks
@@ -21,6 +23,7 @@ from graphopt.capture.segments import split
 from graphopt.capture.structure import fingerprint_graph, line_of
 from graphopt.errors import CaptureError, InputsError
 from tests.semantic import Captured, capture
+from tests.steps import assert_close, run_step
 
 IDS = torch.arange(24).reshape(2, 12) % 64
 
@@ -403,3 +406,41 @@ def test_stacks_of_any_depth_need_two_segments(layers: int) -> None:
     segmented = cut(captured)
     assert (len(segmented.segments), len(segmented.calls)) == (2, layers + 1)
     assert_same(captured, segmented)
+
+
+def test_gradients_do_not_flow_to_statistics() -> None:
+    segmented, found = cut(one(Stack(), torch.randn(6, 8))), 0
+    for segment in segmented.segments:
+        places = [node for node in segment.gm.graph.nodes if node.op == "placeholder"]
+        read = {
+            node.args[index]
+            for node in segment.gm.graph.nodes
+            if node.target is torch.ops.aten.batch_norm.default
+            for index in (3, 4)
+        }
+        statistics = [place in read for place in places]
+        found += sum(statistics)
+        assert not any(s and t for s, t in zip(statistics, segment.trained, strict=True))
+    assert found == 2
+
+
+class Norms(nn.Module):
+    """A chain of convolutions whose norms keep running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parts = [(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(3)]
+        self.body = nn.Sequential(*[layer for part in parts for layer in part])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(x).square().mean()
+
+
+@pytest.mark.slow
+def test_norms_with_statistics_compile_by_segments() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    plain, inputs = Norms(), (torch.randn(4, 4, 16, 16),)
+    fast = graphopt.optimize(copy.deepcopy(plain), inputs, emit="inductor", on_error="raise")
+    assert_close(run_step(fast, inputs), run_step(plain, inputs))
+    assert fast.report.diagnostics == ()

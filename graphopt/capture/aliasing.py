@@ -30,15 +30,16 @@ class Aliases:
     written: frozenset[fx.Node]
 
 
-def written_inputs(node: fx.Node) -> tuple[fx.Node, ...]:
-    """The arguments that a call writes in place."""
+def written_inputs(node: fx.Node, *, statistics: bool = True) -> tuple[fx.Node, ...]:
+    """The arguments that a call writes in place; without ``statistics`` those alone that what is written
+    may carry a gradient into."""
     schema = _torch.schema_of(node.target) if node.op == "call_function" else None
     if schema is None:
         return ()
     nodes = []
     for index, argument in enumerate(schema.arguments):
         annotated = argument.alias_info is not None and argument.alias_info.is_write
-        if annotated or argument.name in STATISTICS:
+        if annotated or (statistics and argument.name in STATISTICS):
             nodes += _nodes_in(_argument(node, index, argument.name))
     return tuple(nodes)
 

@@ -20,7 +20,7 @@ def trained_values(line: Line) -> frozenset[fx.Node]:
     """Values that may require a gradient when the program runs; never too few.
 
     A value does if it can be differentiated and is made, outside no-grad regions, from one that does.
-    A write passes the property on to every view of the memory written.
+    A write passes the property on to every view of the memory written; statistics are written without.
     """
     trained: set[fx.Node] = set()
     written: set[fx.Node] = set()
@@ -37,7 +37,7 @@ def trained_values(line: Line) -> frozenset[fx.Node]:
             continue
         if _differentiable(node):
             trained.add(node)
-        written.update(root for ref in written_inputs(node) for root in roots[ref])
+        written.update(root for ref in written_inputs(node, statistics=False) for root in roots[ref])
     return frozenset(v for v in roots if v in trained or (roots[v] & written and _differentiable(v)))
 
 
