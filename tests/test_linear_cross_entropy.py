@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import graphopt_kernels.linear_cross_entropy as module
+from graphopt.emit.scratch import scratch_bytes
 from graphopt.measure import allocator_peak
 
 ops = torch.ops.graphopt
@@ -343,6 +344,66 @@ def test_gradients_in_the_forward_need_one_loss() -> None:
     given = (x, weight, None, target, 2, "none")
     reason = "gradients that are computed in the forward need a loss that is one number"
     assert str(module.with_gradients_supports(*given)) == reason
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("mode", MODES)
+def test_on_cuda_they_compute_what_whole_logits_give(mode: str, dtype: torch.dtype) -> None:
+    """Errors against float64 beside those of separate operators; every option, rows that are no multiple."""
+    torch.manual_seed(0)
+    for bias, smoothing, softcap, columns in itertools.product(
+        (False, True), (0.0, 0.1), (0.0, 5.0), (37, 20011)
+    ):
+        x, weight = torch.randn(301, 64), torch.randn(columns, 64) / 8
+        vector = torch.randn(columns) if bias else None
+        target = torch.randint(0, columns, (301,))
+        target[3::7] = -100
+        given = [None if t is None else t.to("cuda", dtype) for t in (x, weight, vector)]
+        settings = {"smoothing": smoothing, "softcap": softcap}
+
+        def run(
+            loss: Callable[..., torch.Tensor],
+            dtype: torch.dtype,
+            given: list[Any] = given,
+            target: Any = target,
+        ) -> list[torch.Tensor]:
+            leaves = [None if t is None else t.to(dtype, copy=True).requires_grad_() for t in given]
+            value = loss(*leaves, target.cuda())
+            return [value, *torch.autograd.grad(value, [t for t in leaves if t is not None])]
+
+        exact = run(lambda *args, s=settings: whole(*args, **s), torch.float64)
+        eager = run(lambda *args, s=settings: whole(*args, **s), dtype)
+        ours = run(lambda *args, s=settings: chunked(mode, *args, dtype=torch.float32, **s), dtype)
+        again = run(lambda *args, s=settings: chunked(mode, *args, dtype=torch.float32, **s), dtype)
+        assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+        for value, reference, truth in zip(ours, eager, exact, strict=True):
+            # Four chunks: the weight's gradient is rounded four times.
+            limit = 1.2 * 2.5**0.5 * relative(reference, truth) + 64 * 2**-24
+            assert relative(value, truth) <= limit, (bias, settings, columns)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("mode", MODES)
+def test_on_cuda_they_take_the_scratch_that_is_stated(mode: str) -> None:
+    rows, width, columns = 4000, 64, 20011
+    x, weight = (torch.randn(n, width, device="cuda").bfloat16() for n in (rows, columns))
+    target = torch.randint(0, columns, (rows,), device="cuda")
+    args = (x, weight, None, target, 4, "mean", -100, 0.0, 1.0, 0.0, torch.float32)
+    operator = ops.linear_cross_entropy.default
+    if mode == "forward":
+        operator, args = ops.linear_cross_entropy_with_gradients.default, (*args, [True, True, False])
+    operator(*args)  # libraries take their workspace, and the kernel is compiled
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    results = operator(*args)
+    peak = torch.cuda.max_memory_allocated() - before
+    outputs = sum(t.nbytes for t in results)
+    # The allocator rounds up to 512 bytes, and gives a cached block whole rather than leave less than 1 MiB.
+    assert 0 <= peak - outputs - scratch_bytes(operator, args) <= 3 * 2**20
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")

@@ -80,9 +80,7 @@ def linear_cross_entropy(
     losses, log_sum_exp = (input.new_empty(input.shape[0], dtype=exact) for _ in range(2))
 
     def visit(part: slice, logits: torch.Tensor) -> None:
-        cross_entropy_rows(
-            logits, target[part], settings, log_sum_exp=log_sum_exp[part], losses=losses[part]
-        )
+        cross_entropy_rows(logits, target[part], settings, log_sum_exp=log_sum_exp[part], losses=losses[part])
 
     _each_chunk(input, weight, bias, chunks, visit)
     return _reduced(losses, target, reduction, ignore_index, dtype), log_sum_exp
