@@ -11,6 +11,7 @@ from graphopt.duration import format_seconds
 from graphopt.edit import Edit
 from graphopt.errors import GraphoptError, PassError, VerificationError, brief
 from graphopt.passes import Pass, PassContext, pass_text
+from graphopt.plans import count_text
 from graphopt.plugins.host import PluginHost
 from graphopt.program import Level, Program
 from graphopt.proposals import Proposals, read_proposals
@@ -194,7 +195,14 @@ def _outcome(
             nothing += f", nothing to choose in {ctx.mode} mode"
         misses = "1 near miss" if missed == 1 else f"{missed} near misses"
         return idle, f"{nothing}; {misses}" if missed else nothing
-    share = f"{chosen} of {len(proposals.candidates)} candidates"
+    alternatives = sum(candidate.alternative for candidate in proposals.candidates)
+    offer = f"{count_text(alternatives, 'alternative')} "
+    offer += "not weighed: programs run op by op" if ctx.emit == "eager" else "for the planner"
+    if alternatives == len(proposals.candidates):
+        return idle, offer
+    share = f"{chosen} of {len(proposals.candidates) - alternatives} candidates"
+    if alternatives:
+        share = f"{offer}; {share}"
     if not chosen:
         return idle, f"{share} chosen"
     if not edit.committed:

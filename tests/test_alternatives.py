@@ -253,3 +253,18 @@ def test_a_plan_with_an_alternative_is_replayed_and_refused_without_its_pass(
         graphopt.optimize(
             Wide(), (torch.randn(512, 32),), emit="inductor", on_error="raise", plan=tight.plan
         )
+
+
+def test_the_report_says_what_was_offered_and_taken(tight: graphopt.Optimized) -> None:
+    text = str(tight.report)
+    (taken,) = {choice.alternative for choice in tight.plan.choices} - {""}
+    where = [choice.program for choice in tight.plan.choices if choice.alternative]
+    assert f"rewritten: {taken} in {', '.join(where)}" in text
+    assert "1 alternative for the planner" in text
+
+
+def test_op_by_op_alternatives_are_said_not_to_be_weighed() -> None:
+    eager = graphopt.optimize(
+        Wide(), (torch.randn(64, 32),), emit="eager", plugins=(Plugin(),), pipeline="halve-product"
+    )
+    assert "1 alternative not weighed: programs run op by op" in str(eager.report)
