@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from graphopt.schedule import Schedule
+from graphopt.schedule import DeferredSchedule, Schedule
 
 if TYPE_CHECKING:
     from graphopt.edit import Edit
@@ -60,14 +60,15 @@ class Candidate:
 class FrontierPoint:
     """One schedule of a joint program and what it costs.
 
-    Bytes are above the static base (parameters, buffers, inputs), gradients included.
-    ``forward_peak`` and ``backward_peak`` are the peaks of the two halves, ``retained`` what stays
-    alive between them, ``gradients`` what the backward leaves. ``seconds`` is the time added by
-    recomputation, predicted. ``alternative`` is the id of the candidate whose program the schedule is
-    of, ``""`` for the program itself.
+    Bytes are above the static base (parameters, buffers, inputs), gradients included. ``source`` is
+    the schedule, or one that is worked out when ``schedule`` is first read. ``forward_peak`` and
+    ``backward_peak`` are the peaks of the two halves, ``retained`` what stays alive between them,
+    ``gradients`` what the backward leaves. ``seconds`` is the time added by recomputation, predicted.
+    ``alternative`` is the id of the candidate whose program the schedule is of, ``""`` for the program
+    itself.
     """
 
-    schedule: Schedule
+    source: Schedule | DeferredSchedule
     forward_peak: int
     backward_peak: int
     retained: int
@@ -76,6 +77,10 @@ class FrontierPoint:
     flops: int = 0
     label: str = ""
     alternative: str = ""
+
+    @property
+    def schedule(self) -> Schedule:
+        return self.source if isinstance(self.source, Schedule) else self.source.schedule
 
     @property
     def peak_bytes(self) -> int:

@@ -10,6 +10,7 @@ from graphopt.candidate import Candidate, CostDelta, Declined, Frontier, NearMis
 from graphopt.errors import PassError, brief, nearest
 from graphopt.passes import Pass, PassContext
 from graphopt.program import Level, Program
+from graphopt.schedule import Schedule
 
 __all__ = ["Proposals", "read_proposals"]
 
@@ -63,7 +64,10 @@ def _check_frontier(step: Pass, program: Program, frontier: Frontier) -> None:
         raise PassError(f"{step.name}: propose() yielded a Frontier without points")
     names = {node.name for node in program.graph.nodes}
     for point in frontier.points:
-        schedule = point.schedule
+        if not isinstance(point.source, Schedule):
+            # To ask for every schedule would undo that it is deferred.
+            continue
+        schedule = point.source
         for name in {*schedule.forward, *schedule.saved, *schedule.backward} - names:
             raise PassError(
                 f"{step.name}: schedule {point.label!r}: program {program.name} has no node {name!r}"

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Schedule"]
+__all__ = ["DeferredSchedule", "Schedule"]
 
 
 @dataclass(frozen=True)
@@ -39,3 +39,25 @@ class Schedule:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Schedule:
         return cls(tuple(data["forward"]), tuple(data["saved"]), tuple(data["backward"]))
+
+
+class DeferredSchedule:
+    """A schedule that is worked out when it is first asked for: of a frontier few are.
+
+    Pickles and copies as the schedule itself.
+    """
+
+    __slots__ = ("_made",)
+
+    def __init__(self, make: Callable[[], Schedule]) -> None:
+        self._made: Schedule | Callable[[], Schedule] = make
+
+    @property
+    def schedule(self) -> Schedule:
+        if not isinstance(self._made, Schedule):
+            self._made = self._made()
+        return self._made
+
+    def __reduce__(self) -> tuple[type[Schedule], tuple[tuple[str, ...], ...]]:
+        made = self.schedule
+        return Schedule, (made.forward, made.saved, made.backward)

@@ -461,6 +461,7 @@ class Session:
             closed=_COMPILED_BY_SEGMENTS if self.whole and self.emitter.by_segments else "",
         )
         self._note(done)
+        start = time.perf_counter()
         if done.changed:
             again = save_everything if captured.mode == "train" else _unchanged
             captured.baseline = again(captured.joint)
@@ -471,6 +472,7 @@ class Session:
         if self.held_gradient_bytes:
             # Each program's gradients are added to those held and go before the next one runs.
             best = replace(best, points=tuple(replace(point, gradients=0) for point in best.points))
+        self.planning_seconds += time.perf_counter() - start
         return best
 
     def _seconds(self, program: Program, schedule: Schedule) -> float:
@@ -557,6 +559,7 @@ class Session:
 
     def _record_plan(self, group: Sequence[Captured]) -> None:
         """Write down the present choice as ``plan``."""
+        start = time.perf_counter()
         base = self.static_bytes or 0
         frontiers = [c.frontier for c in group if c.frontier is not None]
         baseline = self._baseline(group)
@@ -566,6 +569,8 @@ class Session:
         if self._observed(group) is None:
             bound += seconds_bound(frontiers, budget, base)
         searched = sum(record.seconds for record in self.records)
+        choices = tuple(_choice(self.cost, c) for c in group)
+        self.planning_seconds += time.perf_counter() - start
         self.plan = Plan(
             budget,
             self.cost.device.name,
@@ -574,7 +579,7 @@ class Session:
             predicted,
             bound,
             self.planning_seconds + searched,
-            tuple(_choice(self.cost, c) for c in group),
+            choices,
         )
 
     def _unavoidable(self, group: Sequence[Captured]) -> float:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import pickle
 import random
 from collections import Counter
 
@@ -15,6 +17,7 @@ from graphopt.candidate import Frontier
 from graphopt.cost import CostModel
 from graphopt.passes import PassContext
 from graphopt.program import Level, Program
+from graphopt.schedule import DeferredSchedule
 from graphopt_passes.insert_checkpoints import InsertCheckpoints
 from graphopt_passes.insert_checkpoints.bound import peak_floor, seconds_bound
 from graphopt_passes.insert_checkpoints.evaluate import Evaluator
@@ -119,6 +122,18 @@ def test_a_chain_made_again_holds_one_layer_at_a_time() -> None:
     free = [point for point in frontier.points if not point.flops]
     often = [Counter(point.schedule.recomputed).most_common(1) for point in free]
     assert any(count > 1 for counted in often for _, count in counted)
+
+
+def test_schedules_are_worked_out_when_they_are_read(small: tuple[Program, CostModel]) -> None:
+    program, cost = small
+    (frontier,) = InsertCheckpoints().propose(program, PassContext(cost, "train"))
+    assert isinstance(frontier, Frontier)
+    point = frontier.points[0]
+    assert isinstance(point.source, DeferredSchedule)
+    moved = dataclasses.replace(point, seconds=1.0)
+    assert moved.schedule is point.schedule
+    assert moved.schedule.recomputed
+    assert pickle.loads(pickle.dumps(point)).source == point.schedule
 
 
 def test_nothing_beats_the_frontier_on_a_small_network(small: tuple[Program, CostModel]) -> None:

@@ -27,6 +27,7 @@ from graphopt.emit.fused_point import fused_point
 from graphopt.errors import PassError
 from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.program import Level, Program
+from graphopt.schedule import DeferredSchedule
 from graphopt_passes.insert_checkpoints.bound import peak_floor, seconds_bound
 from graphopt_passes.insert_checkpoints.evaluate import Evaluation, Evaluator
 from graphopt_passes.insert_checkpoints.model import StepModel, build_model
@@ -103,7 +104,8 @@ class InsertCheckpoints(Pass):
 
 
 def _point(model: StepModel, realise: Realiser, item: Evaluation) -> FrontierPoint:
-    schedule = realise(item.saved, item.released)
+    saved, released = item.saved, item.released
+    schedule = DeferredSchedule(lambda: realise(saved, released))
     again = len(item.recomputed)
     return FrontierPoint(
         schedule,
