@@ -198,17 +198,19 @@ def fake_mode_of(tensors: Sequence[torch.Tensor]) -> FakeTensorMode:
     return next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None) or fake_mode()
 
 
-def ignore_version(node: fx.Node) -> bool:
-    """Have a graph input handed to the backward whatever is written to it in between.
+def can_ignore_versions() -> bool:
+    """Whether this torch hands inputs to the backward that are written to in between (``ignore_version``).
 
-    False where this torch cannot: the backward would refuse an input that was written to.
+    Where it cannot, the backward refuses an input that was written to.
     """
     from torch._functorch._aot_autograd.schemas import ViewAndMutationMeta
 
-    if "num_tensors_saved_with_no_vc_check" not in ViewAndMutationMeta.__dataclass_fields__:
-        return False
+    return "num_tensors_saved_with_no_vc_check" in ViewAndMutationMeta.__dataclass_fields__
+
+
+def ignore_version(node: fx.Node) -> None:
+    """Have a graph input handed to the backward whatever is written to it in between."""
     node.meta["saved_tensor_with_no_vc_check"] = True
-    return True
 
 
 def extract_halves(

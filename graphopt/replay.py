@@ -113,8 +113,11 @@ def make_random_states_explicit(gm: fx.GraphModule) -> None:
 
 def statistics_of(node: fx.Node) -> tuple[fx.Node, ...]:
     """Running statistics that a call reads only to yield new ones: its other results do not depend
-    on them."""
+    on them. None where this torch could not hand them to a backward that runs the call again: such
+    calls run once."""
     if node.target is not _FUNCTIONAL_NORM or not _argument(node, "training", False):
+        return ()
+    if not _torch.can_ignore_versions():
         return ()
     found = (_argument(node, "running_mean", None), _argument(node, "running_var", None))
     return tuple(value for value in found if isinstance(value, fx.Node))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from graphopt import _torch
 from graphopt.edit import Edit
 from graphopt_passes.linear_cross_entropy.match import Match, argument
 
@@ -35,7 +36,8 @@ def rewrite(edit: Edit, match: Match, mode: str, chunks: int, output_mask: Seque
     rank = match.input.meta["val"].dim()
     for step in match.row_steps:
         # Rows of the logits are rows of the input.
-        arguments = [argument(step, parameter.name) for parameter in step.target._schema.arguments[1:]]  # type: ignore[union-attr]
+        others = _torch.schema_of(step.target).arguments[1:]
+        arguments = [argument(step, parameter.name) for parameter in others]
         rows = call(step.target, rows, *arguments)
         rank -= step.target is _aten.select.int
     if rank == 1:
