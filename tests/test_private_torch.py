@@ -112,7 +112,10 @@ def test_a_random_operator_runs_again_under_its_state() -> None:
 def test_inputs_can_be_handed_over_whatever_is_written_to_them() -> None:
     graph = fx.Graph()
     node = graph.placeholder("x")
-    assert _torch.ignore_version(node) is ("saved_tensor_with_no_vc_check" in node.meta)
+    _torch.ignore_version(node)
+    assert node.meta == {"saved_tensor_with_no_vc_check": True}
+    minor = int(torch.__version__.split(".")[1])
+    assert _torch.can_ignore_versions() or minor < 13
 
 
 def test_the_fake_mode_of_values_is_theirs() -> None:
