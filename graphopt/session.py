@@ -284,7 +284,7 @@ class Session:
         if not waiting:
             return
         if self._observed(self.current) is None:
-            _settle(self.current)
+            _settle(self.current, self.cost.device.allocation_granularity)
         self._plan(self.current)
         for captured in waiting:
             captured.provisional = False
@@ -636,21 +636,28 @@ def _unchanged(program: Program) -> Schedule:
     return Schedule(tuple(n.name for n in program.graph.nodes if n.op in ("call_function", "get_attr")))
 
 
-def _settle(group: Sequence[Captured]) -> None:
+def _settle(group: Sequence[Captured], granularity: int) -> None:
     """Count what programs leave behind as the step's: gradients of activations become tangents of the
-    program before, not held beside those; what the last program returns is held to the end."""
+    program before, not held beside those; what the last program returns, and the gradient of a loss that
+    its backward starts from, are held to the end."""
     pairs = [(None, group[0]), *itertools.pairwise(group)]
     for earlier, later in pairs:
         if later.settled or later.joint is None:
             continue
         later.settled = True
         if earlier is not None and earlier.joint is not None:
-            handed = _value_bytes(later.joint, later.joint.signature.gradients_of("activation"))
-            tangents = [spec.node for spec in earlier.joint.signature.by_role("tangent")]
-            _add_gradients(later, -min(handed, _value_bytes(earlier.joint, tangents)))
+            handed = later.joint.signature.gradients_of("activation")
+            arriving = [spec.node for spec in earlier.joint.signature.by_role("tangent")]
+            known = (
+                _value_bytes(later.joint, handed, granularity),
+                _value_bytes(earlier.joint, arriving, granularity),
+            )
+            _add_gradients(later, -min(known))
         if later is group[-1] and later.mode == "train":
             names = [spec.node for spec in later.joint.signature.outputs if spec.role == "output"]
-            _add_gradients(later, _value_bytes(later.joint, names))
+            tangents = later.joint.find([spec.node for spec in later.joint.signature.by_role("tangent")])
+            names += [node.name for node in tangents if not node.meta["val"].dim()]
+            _add_gradients(later, _value_bytes(later.joint, names, granularity))
 
 
 def _add_gradients(captured: Captured, size: int) -> None:
@@ -659,8 +666,11 @@ def _add_gradients(captured: Captured, size: int) -> None:
         captured.frontier = replace(captured.frontier, points=points)
 
 
-def _value_bytes(program: Program, names: Sequence[str]) -> int:
-    return _torch.storage_bytes([node.meta.get("val") for node in program.find(names)])
+def _value_bytes(program: Program, names: Sequence[str], granularity: int) -> int:
+    """Bytes of the storages of some values, each as the allocator rounds it."""
+    nodes = [node for node in program.find(names) if isinstance(node.meta.get("val"), torch.Tensor)]
+    sizes = {node.meta["val"].untyped_storage()._cdata: _bytes(node) for node in nodes}
+    return sum(-(-size // granularity) * granularity for size in sizes.values())
 
 
 def step_seconds(cost: CostModel, program: Program, schedule: Schedule) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 import graphopt
+from graphopt.planner import step_peak
 from tests.steps import assert_close, assert_same, deterministic, run_step
 
 
@@ -148,6 +150,27 @@ def test_programs_that_run_several_times_count_each_time() -> None:
     once = fast._driver.session.current[seen.calls.index(3)]
     assert fast.plan.baseline.seconds is not None
     assert fast.plan.baseline.seconds >= 3 * once.reference_seconds
+
+
+def test_without_a_step_seen_the_planner_counts_as_the_simulation_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("graphopt.capture.driver._on_host", lambda *args: False)
+    model, x = _broken()
+    fast = graphopt.optimize(model, (x,), emit="eager", on_error="raise")
+    session = fast._driver.session
+    assert session._observed(session.current) is None
+    frontiers = [c.frontier.points for c in session.current if c.frontier is not None]
+    programs = [c.joint for c in session.current if c.joint is not None]
+    for points in itertools.product(*frontiers):
+        simulated = session.cost.memory([(p, q.schedule) for p, q in zip(programs, points, strict=True)])
+        assert step_peak(points) == simulated.peak_bytes
+    before = fast.plan.predicted.peak_bytes
+    for captured in session.current:
+        captured.provisional = True
+    session.finish()
+    assert fast.plan.predicted.peak_bytes == before
+    assert fast.measure((x,), repeats=1).peak_bytes <= before
 
 
 class Aside(nn.Module):
