@@ -32,21 +32,24 @@ class Front:
 
     def __init__(self) -> None:
         self.items: list[Evaluation] = []
+        self._peaks: list[int] = []
 
     def add(self, item: Evaluation) -> bool:
-        at = bisect.bisect_right([e.peak for e in self.items], item.peak)
+        peak = item.peak
+        at = bisect.bisect_right(self._peaks, peak)
         if at and self.items[at - 1].seconds <= item.seconds:
             return False
-        start = bisect.bisect_left([e.peak for e in self.items], item.peak)
+        start = bisect.bisect_left(self._peaks, peak)
         end = start
         while end < len(self.items) and self.items[end].seconds >= item.seconds:
             end += 1
         self.items[start:end] = [item]
+        self._peaks[start:end] = [peak]
         return True
 
     def best_within(self, target: int) -> Evaluation | None:
-        fitting = [item for item in self.items if item.peak <= target]
-        return fitting[-1] if fitting else None
+        count = bisect.bisect_right(self._peaks, target)
+        return self.items[count - 1] if count else None
 
 
 def search(
@@ -65,7 +68,10 @@ def search(
     descent of their own. ``repeat``: whether a storage may be made again more than once.
     """
     front = Front()
-    start = [evaluate(seed) for seed in seeds]
+    start: list[Evaluation] = []
+    for seed in seeds:
+        # Neighbours in the family share much of the backward.
+        start.append(evaluate(seed, frozenset(), start[-1] if start else None))
     for item in start:
         front.add(item)
     top = max(item.peak for item in start)
