@@ -24,7 +24,7 @@ from graphopt.emit.inductor import JointSeen
 from graphopt.emit.lowered import LoweredMemory, step_memory
 from graphopt.errors import CaptureError, LoweringError
 from graphopt.partition import partition
-from graphopt.planner import step_peak
+from graphopt.planner import choose, step_peak
 from graphopt.program import InputSpec, Program
 from graphopt.schedule import Schedule
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SegmentedStep"]
 
-_ROUNDS = 4
+_ROUNDS = 6
 """How often a plan may be corrected by what its code turned out to hold."""
 
 _KINDS_OF_BLOCK = 16
@@ -87,13 +87,13 @@ class SegmentedStep:
             if budget is None or step_peak(exact, base) <= budget:
                 break
         else:
-            session._plan(self.captured)
-            self._compile_chosen()
-            exact = [c.point for c in self.captured if c.point is not None]
-            if step_peak(exact, base) > (budget or 0):
-                raise session._infeasible(
-                    [c.frontier for c in self.captured if c.frontier is not None], budget or 0
-                )
+            # What remains are estimates that did not come true: only what is compiled counts now.
+            known = self._compiled()
+            chosen = choose(known, budget, base)
+            if chosen is None:
+                raise session._infeasible(known, budget or 0)
+            for captured, point in zip(self.captured, chosen, strict=True):
+                captured.run_at(point)
         session._record_plan(self.captured)
         functions = [
             self._code[_key(call.segment, captured)][0]
@@ -106,6 +106,15 @@ class SegmentedStep:
         )
         driver = per_call.bind(functions)
         return lambda *args: driver(list(args))
+
+    def _compiled(self) -> list[Frontier]:
+        """The frontier of each call, its points those whose code is there; one for calls of one kind."""
+        frontiers = []
+        for number, kind in enumerate(self.kinds):
+            assert kind.frontier is not None
+            points = tuple(point for (segment, *_), (_, point) in self._code.items() if segment == number)
+            frontiers.append(replace(kind.frontier, points=points))
+        return [frontiers[call.segment] for call in self.chain.calls]
 
     def _see(self, kind: Captured, segment: Segment) -> None:
         """The joint (or inference) program of one segment, and the schedules that it could run."""

@@ -114,3 +114,30 @@ def test_what_cannot_fit_is_refused_with_the_least(inputs: tuple[torch.Tensor]) 
     with pytest.raises(graphopt.BudgetError, match="the least that fits is") as refused:
         graphopt.optimize(Stack(), inputs, budget="64KiB", emit="inductor", on_error="raise")
     assert refused.value.least_bytes > 64 * 1024
+
+
+class Convolutions(nn.Module):
+    """Estimates of its kernels are often off: convolutions choose their layouts late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inner, outer in ((3, 16), (16, 16), (16, 32)):
+            layers += [nn.Conv2d(inner, outer, 3, padding=1), nn.BatchNorm2d(outer), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x).square().mean()
+
+
+@pytest.mark.parametrize("share", [0.97, 0.8])
+def test_what_is_refused_is_less_than_the_least_that_was_reached(share: float) -> None:
+    images = (torch.randn(8, 3, 32, 32),)
+    whole = graphopt.plan(Convolutions(), images, emit="inductor")
+    budget = int(share * whole.baseline.peak_bytes)
+    try:
+        fast = graphopt.optimize(Convolutions(), images, emit="inductor", budget=budget, on_error="raise")
+    except graphopt.BudgetError as error:
+        assert error.least_bytes > budget
+    else:
+        assert fast.report.predicted.peak_bytes <= budget
