@@ -106,7 +106,10 @@ def exactness(record: dict[str, Any]) -> str:
         "that dynamo makes of the model, run as they are, and from plain eager. Models look at whether they "
         "are being captured: then transformers repeats the keys and values of grouped-query attention "
         "(Llama, Qwen3), where eagerly it leaves that to the attention kernel, and Mamba's scan takes "
-        "another form. Rounding differs already between those two, without graphopt."
+        "another form. Rounding differs already between those two, without graphopt. Where several programs "
+        "read one value (Whisper's decoder layers the encoder's output, with LayerDrop), each sums its own "
+        "gradients of it first, as with `torch.compile(backend=\"aot_eager\")`, of which no tensor differs; "
+        "autograd alone adds them one after another."
     )
 
 
