@@ -309,8 +309,10 @@ class Session:
         backwards = {run.forward for run in step.runs if run is not None and run.backward}
         complete = all(
             run is None
-            or (run.program in numbers
-            and (run.backward or position in backwards or self.captured[run.program].mode != "train"))
+            or (
+                run.program in numbers
+                and (run.backward or position in backwards or self.captured[run.program].mode != "train")
+            )
             for position, run in enumerate(step.runs)
         )
         if not complete or len(programs) < len(group) or len(frontiers) < len(group):

@@ -72,10 +72,20 @@ def test_a_faithful_model_passes_and_all_state_is_put_back() -> None:
     assert inputs[0].grad is None
 
 
-def test_optimize_verifies_on_request() -> None:
+def test_optimize_verifies_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    model = Net()
-    graphopt.optimize(model, (torch.randn(4, 8),), emit="eager", loss_fn=loss_of, verify="numeric")
+    model, inputs = Net(), (torch.randn(4, 8),)
+    compared: list[tuple[object, object]] = []
+
+    def comparing(model: object, optimized: object, inputs: object) -> None:
+        verify_numerically(model, optimized, inputs)
+        compared.append((model, inputs))
+
+    monkeypatch.setattr("graphopt.verify.verify_numerically", comparing)
+    graphopt.optimize(model, inputs, emit="eager", loss_fn=loss_of)
+    assert not compared
+    graphopt.optimize(model, inputs, emit="eager", loss_fn=loss_of, verify="numeric")
+    assert compared == [(model, inputs)]
 
 
 def _detaches_the_last_bias(model: Net, x: torch.Tensor) -> dict[str, torch.Tensor]:
