@@ -68,7 +68,6 @@ def run_joint_passes(
     *,
     on_error: str = "rollback",
     budgeted: bool = False,
-    closed: str = "",
 ) -> Rewriting:
     """Run the passes of a joint program, each as ``run_pass`` does; ``frontiers`` is then one at most.
 
@@ -82,7 +81,7 @@ def run_joint_passes(
     for step in passes:
         if step.level is not program.level:
             continue
-        done = run_pass(program, step, ctx, host, on_error=on_error, budgeted=budgeted, closed=closed)
+        done = run_pass(program, step, ctx, host, on_error=on_error, budgeted=budgeted)
         total += replace(done, frontiers=(), declined=(*done.declined, *_passed_over(done, source)))
         if done.frontiers:
             source, found, stale = step, done.frontiers[-1], False

@@ -123,12 +123,14 @@ class SegmentedStep:
             kind.mode = "train"
             _torch.eliminate_common_subexpressions(joint)
             kind.joint = joint_program(kind.name, joint, kind.specs, num_outputs)
+            kind.traced = kind.joint.fingerprint
             kind.baseline = save_everything(kind.joint)
             raise JointSeen
 
         def look_inference(graph: fx.GraphModule) -> Any:
             kind.mode = "infer"
             kind.joint = inference_program(kind.name, _copy(graph), kind.specs)
+            kind.traced = kind.joint.fingerprint
             kind.baseline = Schedule(tuple(n.name for n in graph.graph.nodes if n.op == "call_function"))
             raise JointSeen
 
@@ -229,13 +231,14 @@ class SegmentedStep:
         def realise(joint: fx.GraphModule, num_outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
             _torch.eliminate_common_subexpressions(joint)
             program = joint_program(kind.name, joint, kind.specs, num_outputs)
-            halves = partition(program, point.schedule)
+            halves = partition(_rewritten(captured, program), point.schedule)
             captured.lowered = tuple(_copy(half) for half in halves)
             return halves
 
         def as_is(graph: fx.GraphModule) -> fx.GraphModule:
-            captured.lowered = (_copy(graph),)
-            return graph
+            chosen = _rewritten(captured, inference_program(kind.name, graph, kind.specs)).gm
+            captured.lowered = (_copy(chosen),)
+            return graph if chosen is graph else _copy(chosen)
 
         run = emitter.compile(_copy(captured.semantic.gm), segment.example_inputs(), realise, as_is)
         return run, _exact(kind, point, list(emitter.records))
@@ -243,6 +246,22 @@ class SegmentedStep:
 
 def _never(*args: Any) -> Any:
     raise CaptureError("this program was planned, not compiled")
+
+
+def _rewritten(captured: Captured, traced: Program) -> Program:
+    """``traced`` as the passes rewrote it where it was first seen.
+
+    Raises ``LoweringError`` if it is not what was rewritten then.
+    """
+    planned = captured.joint
+    if planned is None or planned.fingerprint == captured.traced:
+        return traced
+    if traced.fingerprint != captured.traced:
+        raise LoweringError(
+            f"{captured.name}: traced again it is another program than the one that passes rewrote",
+            hint="drop the passes of the joint level from the pipeline, and report this program",
+        )
+    return planned
 
 
 def _key(segment: int, captured: Captured) -> tuple[int, str, Schedule]:

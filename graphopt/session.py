@@ -52,12 +52,6 @@ _RESOLUTION = 0.01
 """Predicted times of fused code that differ by less than this share are taken as equal."""
 
 
-_COMPILED_BY_SEGMENTS = (
-    "joint programs that are compiled segment by segment are not rewritten: propose it at the semantic "
-    'level, or use emit="eager"'
-)
-
-
 class NotPlanned(BaseException):
     """Raised in place of running a program whose capture alone was asked for.
 
@@ -116,9 +110,10 @@ class Captured:
                 )
             return
         form = self.forms[alternative]
-        self.semantic, self.joint, self.baseline, self.flops = (
+        self.semantic, self.joint, self.traced, self.baseline, self.flops = (
             form.semantic,
             form.joint,
+            form.traced,
             form.baseline,
             form.flops,
         )
@@ -460,7 +455,6 @@ class Session:
             self.host,
             on_error=self.on_error,
             budgeted=self.budget.memory is not None,
-            closed=_COMPILED_BY_SEGMENTS if self.whole and self.emitter.by_segments else "",
         )
         self._note(done)
         start = time.perf_counter()

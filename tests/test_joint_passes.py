@@ -20,7 +20,7 @@ from graphopt.program import Level, Program
 from graphopt.schedule import Schedule
 from graphopt.testing import check_pass
 from tests.programs import proposing
-from tests.steps import assert_same, loss_of, run_step
+from tests.steps import assert_close, assert_same, loss_of, run_step
 
 aten = torch.ops.aten
 X = (torch.randn(16, 8),)
@@ -144,17 +144,19 @@ def test_a_lossy_pass_that_is_not_allowed_is_skipped() -> None:
     assert _calls(fast, Level.JOINT, aten.relu) == 4
 
 
-def test_where_segments_are_compiled_rewrites_are_declined() -> None:
+def test_where_segments_are_compiled_rewrites_are_applied_to_each_kind() -> None:
     torch._dynamo.reset()
-    plan = optimized(joint(_relus), emit="inductor")[0].report
-    assert [(d.candidate, d.why) for d in plan.declined][:1] == [
-        (
-            "relu",
-            "joint programs that are compiled segment by segment are not rewritten: propose it at the "
-            'semantic level, or use emit="eager"',
-        )
-    ]
-    assert plan.steps[0].reason.startswith("0 of ")
+    fast, plain = optimized(joint(_relus), "insert-checkpoints", emit="inductor", on_error="raise")
+    assert not [d for d in fast.report.declined if d.candidate == "relu"]
+    assert (_calls(fast, Level.JOINT, aten.relu), _calls(fast, Level.JOINT, aten.clamp_min)) == (0, 4)
+    assert_close(run_step(fast, X, loss_of), run_step(plain, X, loss_of))
+    again, _ = optimized(joint(_relus), "insert-checkpoints", emit="inductor", plan=fast.plan)
+    assert again.plan.choices == fast.plan.choices
+    torch._dynamo.reset()
+    with torch.no_grad():
+        fast, plain = optimized(joint(_relus), emit="inductor", on_error="raise")
+        assert torch.allclose(fast(*X), plain(*X))
+    assert _calls(fast, Level.LOWERED, aten.relu) == 0 < _calls(fast, Level.LOWERED, aten.clamp_min)
 
 
 def test_of_two_curves_the_last_is_used_and_the_other_reported() -> None:
