@@ -11,13 +11,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
+import torch.fx as fx
+
 from graphopt.candidate import Candidate, Frontier, FrontierPoint
 from graphopt.errors import GraphoptError, PassError, brief
 from graphopt.passes import Pass, PassContext
 from graphopt.program import Program
 from graphopt.proposals import read_proposals
 
-__all__ = ["alternatives", "united"]
+__all__ = ["alternatives", "compatible", "joined", "joint_alternatives", "united"]
 
 
 def alternatives(
@@ -52,21 +54,76 @@ def alternatives(
                 yield candidate, changed
 
 
-def _apply(candidate: Candidate, program: Program) -> None:
-    with program.edit(candidate.pass_id) as edit:
+def joint_alternatives(
+    program: Program,
+    passes: Sequence[Pass],
+    ctx: PassContext,
+    failed: Callable[[str, GraphoptError], None],
+) -> Iterator[tuple[str, Program]]:
+    """Copies of a joint program with alternatives applied, named by the passes that offered them.
+
+    A joint program has many values and each may have alternatives of its own, so they are not tried one
+    by one: the first copy has all of the first pass that offers any (of two that conflict, the earlier),
+    the next those of the second pass as well, and so on. What fails is reported to ``failed`` and left out.
+    """
+    taken: list[str] = []
+    for step in passes:
+        if step.level is not program.level or not (step.exact or step.name in ctx.allow):
+            continue
+        changed = _copy(program)
         try:
-            candidate.apply(edit)
-        except GraphoptError:
-            raise
-        except Exception as error:
-            raise PassError(f"{candidate.id}: apply() raised {brief(error)}") from error
+            offered = compatible(read_proposals(step, changed, ctx).candidates)
+            _apply_all(offered, changed, step.name)
+        except GraphoptError as error:
+            failed(f"{program.name}: alternatives of {step.name} were left out: {error.message}", error)
+            continue
+        if offered:
+            program = changed
+            taken.append(step.name)
+            yield "+".join(taken), changed
+
+
+def compatible(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """The alternatives among ``candidates`` that go together; of two that conflict, the earlier one."""
+    chosen: list[Candidate] = []
+    refused: set[str] = set()
+    for candidate in candidates:
+        rival = candidate.id in refused or any(c.id in candidate.conflicts for c in chosen)
+        if candidate.alternative and not rival:
+            chosen.append(candidate)
+            refused.update(candidate.conflicts)
+    return chosen
+
+
+def _copy(program: Program) -> Program:
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in program.graph.nodes:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    return replace(program, gm=fx.GraphModule(program.gm, graph))
+
+
+def _apply(candidate: Candidate, program: Program) -> None:
+    _apply_all([candidate], program, candidate.pass_id)
+
+
+def _apply_all(candidates: Sequence[Candidate], program: Program, pass_id: str) -> None:
+    with program.edit(pass_id) as edit:
+        for candidate in candidates:
+            try:
+                candidate.apply(edit)
+            except GraphoptError:
+                raise
+            except Exception as error:
+                raise PassError(f"{candidate.id}: apply() raised {brief(error)}") from error
 
 
 def united(frontiers: Mapping[str, tuple[Frontier, float]]) -> Frontier:
     """The frontiers of a program (under ``""``) and of its alternatives (under their ids) as one.
 
     Each comes with the seconds of its own program without recomputation; times of the result count
-    from those of the program itself. A point that another beats in every respect is left out.
+    from those of the program itself. A point that another beats in every respect is left out. Points that
+    are of an alternative already are named by both, outer first.
     """
     own, start = frontiers[""]
     points: list[FrontierPoint] = []
@@ -74,13 +131,21 @@ def united(frontiers: Mapping[str, tuple[Frontier, float]]) -> Frontier:
     for name, (frontier, seconds) in frontiers.items():
         shift = seconds - start
         shifts.append((frontier, shift))
-        points += [replace(p, seconds=p.seconds + shift, alternative=name) for p in frontier.points]
+        points += [
+            replace(p, seconds=p.seconds + shift, alternative=joined(name, p.alternative))
+            for p in frontier.points
+        ]
     return Frontier(
         own.pass_id,
         _undominated(points),
         min(frontier.floor_bytes for frontier in (f for f, _ in shifts)),
         lambda budget: min(f.seconds_bound(budget) + shift for f, shift in shifts),
     )
+
+
+def joined(outer: str, inner: str) -> str:
+    """The name of an alternative of an alternative."""
+    return "+".join(name for name in (outer, inner) if name)
 
 
 def _undominated(points: Sequence[FrontierPoint]) -> tuple[FrontierPoint, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from graphopt.alternatives import compatible
 from graphopt.budget import format_bytes
 from graphopt.errors import PassError
 from graphopt.passes import Pass, PassContext
@@ -56,6 +57,6 @@ def _predicted(programs: Sequence[Program], step: Pass, ctx: PassContext) -> int
             offered = read_proposals(step, program, allowed).candidates
         except PassError:
             return 0
-        chosen, _ = choose(step, offered, allowed, budgeted=True)
+        chosen = [*choose(step, offered, allowed, budgeted=True)[0], *compatible(offered)]
         saved -= sum(candidate.delta.peak_bytes + candidate.delta.static_bytes for candidate in chosen)
     return saved

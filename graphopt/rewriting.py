@@ -196,7 +196,8 @@ def _outcome(
         return idle, f"{nothing}; {misses}" if missed else nothing
     alternatives = sum(candidate.alternative for candidate in proposals.candidates)
     offer = f"{count_text(alternatives, 'alternative')} "
-    offer += "not weighed: programs run op by op" if ctx.emit == "eager" else "for the planner"
+    weighed = ctx.emit != "eager" or edit.program.level is Level.JOINT
+    offer += "for the planner" if weighed else "not weighed: programs run op by op"
     if alternatives == len(proposals.candidates):
         return idle, offer
     share = f"{chosen} of {len(proposals.candidates) - alternatives} candidates"

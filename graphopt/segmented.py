@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch.fx as fx
 
 from graphopt import _torch
-from graphopt.alternatives import united
+from graphopt.alternatives import joined, united
 from graphopt.candidate import Frontier, FrontierPoint
 from graphopt.capture.blocks import find_blocks
 from graphopt.capture.chain import Segment, Segmented
@@ -157,19 +157,19 @@ class SegmentedStep:
 
         from graphopt.session import Captured
 
-        forms = {"": replace(kind)}
+        # The joint program of each form may have alternatives of its own.
+        forms = {**(kind.forms or {"": replace(kind)})}
+        frontiers = {"": (kind.frontier, kind.reference_seconds)}
         for candidate, program in self.session.alternatives(make, kind.mode):
             form = Captured(kind.name, program, kind.specs)
             self._see(form, segment)
             if form.frontier is not None:
-                forms[candidate.id] = form
-        if len(forms) > 1:
+                own = form.forms or {"": form}
+                forms |= {joined(candidate.id, name): known for name, known in own.items()}
+                frontiers[candidate.id] = form.frontier, form.reference_seconds
+        if len(frontiers) > 1:
             kind.forms = forms
-            kind.frontier = united({
-                name: (form.frontier, form.reference_seconds)
-                for name, form in forms.items()
-                if form.frontier is not None
-            })
+            kind.frontier = united(frontiers)
 
     def _settle_gradients(self, kind: Captured, number: int) -> None:
         """What a segment's backward leaves behind: gradients of activations go to the segment

@@ -13,7 +13,7 @@ import torch
 import torch.fx as fx
 
 from graphopt import _torch
-from graphopt.alternatives import alternatives
+from graphopt.alternatives import alternatives, joint_alternatives, united
 from graphopt.budget import Budget, format_bytes
 from graphopt.candidate import Candidate, Declined, Frontier, FrontierPoint, NearMiss
 from graphopt.capture.auxiliary import reattach
@@ -92,6 +92,11 @@ class Captured:
     def schedule(self) -> Schedule:
         assert self.point is not None
         return self.point.schedule
+
+    def program_at(self, point: FrontierPoint) -> Program | None:
+        """The joint program that the schedule of ``point`` is of."""
+        form = self.forms.get(point.alternative)
+        return self.joint if form is None else form.joint
 
     def run_at(self, point: FrontierPoint) -> None:
         """Decide for ``point``, and for the form that its schedule is of."""
@@ -336,8 +341,8 @@ class Session:
         taken = [point for point in points if point is not None]
         if observed := self._observed(self.current):
             return observed.profile(taken, self._base)
-        programs = [c.joint for c in self.current if c.joint is not None]
-        step = [(p, point.schedule) for p, point in zip(programs, taken, strict=True)]
+        programs = [c.program_at(p) for c, p in zip(self.current, points, strict=True) if p is not None]
+        step = [(p, point.schedule) for p, point in zip(programs, taken, strict=True) if p is not None]
         return self.cost.memory(step, base_bytes=self.static_bytes or 0)
 
     def curve(self, base_bytes: int) -> list[tuple[int, float, int, str]]:
@@ -465,11 +470,42 @@ class Session:
         captured.reference_seconds = self._seconds(captured.joint, captured.baseline)
         captured.flops = {node.name: self.cost.node(node).flops for node in captured.joint.nodes()}
         best = done.frontiers[-1] if done.frontiers else Frontier("none", (baseline,))
+        if captured.mode == "train" and self.whole:
+            best = self._with_forms(captured, best, ctx)
         if self.held_gradient_bytes:
             # Each program's gradients are added to those held and go before the next one runs.
             best = replace(best, points=tuple(replace(point, gradients=0) for point in best.points))
         self.planning_seconds += time.perf_counter() - start
         return best
+
+    def _with_forms(self, captured: Captured, own: Frontier, ctx: PassContext) -> Frontier:
+        """The frontier of a program together with those of what joint-level passes offer instead of it."""
+        source = [step for step in self.passes if step.name == own.pass_id]
+        if not source:
+            return own
+        assert captured.joint is not None
+        forms, frontiers = {"": replace(captured)}, {"": (own, captured.reference_seconds)}
+        others = [step for step in self.passes if step not in source]
+        for name, program in joint_alternatives(captured.joint, others, ctx, self._fail):
+            done = run_joint_passes(program, source, ctx, self.host, on_error=self.on_error)
+            if not done.frontiers:
+                self.diagnostics.extend(
+                    f"{captured.name} with {name}: {record.id}: {record.reason}" for record in done.records
+                )
+                continue
+            baseline = save_everything(program)
+            forms[name] = replace(
+                captured,
+                joint=program,
+                baseline=baseline,
+                reference_seconds=self._seconds(program, baseline),
+                flops={node.name: self.cost.node(node).flops for node in program.nodes()},
+            )
+            frontiers[name] = done.frontiers[-1], forms[name].reference_seconds
+        if len(forms) == 1:
+            return own
+        captured.forms = forms
+        return united(frontiers)
 
     def _seconds(self, program: Program, schedule: Schedule) -> float:
         if self.emitter.fuses:
@@ -513,13 +549,15 @@ class Session:
         elif self.emitter.fuses:
             peak = step_peak(points, base)
         else:
-            step = [(c.joint, p.schedule) for c, p in zip(group, points, strict=True) if c.joint is not None]
+            programs = [(c.program_at(p), p.schedule) for c, p in zip(group, points, strict=True)]
+            step = [(program, schedule) for program, schedule in programs if program is not None]
             peak = self.cost.memory(step, base_bytes=base).peak_bytes
         seconds, flops = 0.0, 0
         for count, c, p in zip(calls, group, points, strict=True):
             runs = (*p.schedule.forward, *p.schedule.backward)
             seconds += count * (c.reference_seconds + p.seconds)
-            flops += count * sum(c.flops.get(name, 0) for name in runs)
+            known = c.forms.get(p.alternative, c).flops
+            flops += count * sum(known.get(name, 0) for name in runs)
         return Cost(peak, self.weight_bytes or 0, seconds, flops)
 
     def _plan(self, group: Sequence[Captured], *, tentative: bool = False) -> None:
@@ -584,7 +622,8 @@ class Session:
         if not self.emitter.fuses:
             observed = self._observed(group)
             calls = observed.calls if observed else [1] * len(group)
-            return sum(count * c.reference_seconds for count, c in zip(calls, group, strict=True))
+            least = [min(form.reference_seconds for form in (c.forms.values() or (c,))) for c in group]
+            return sum(count * seconds for count, seconds in zip(calls, least, strict=True))
         return sum(
             min(self._library_seconds(form) for form in (c.forms.values() or (c,)))
             for c in group

@@ -13,7 +13,12 @@ from graphopt.program import InputSpec, Level, OutputSpec, Program, Signature
 from graphopt.replay import is_random_state, random_state_of
 from graphopt.schedule import Schedule
 
-__all__ = ["drop_unread_statistics", "inference_program", "joint_program", "save_everything"]
+__all__ = ["FORWARD_TAG", "drop_unread_statistics", "inference_program", "joint_program", "save_everything"]
+
+
+FORWARD_TAG = "must_be_in_forward"
+"""``meta["partitioner_tag"]`` of a node that the forward computes though no output of it needs it: what a
+pass makes of a value for the backward to read. Torch's partitioners go by the same tag."""
 
 
 def drop_unread_statistics(gm: fx.GraphModule) -> None:
@@ -80,7 +85,8 @@ def inference_program(name: str, gm: fx.GraphModule, specs: Sequence[InputSpec])
 def save_everything(program: Program, *, random_states: bool = False) -> Schedule:
     """The schedule without recomputation: what eager autograd would keep is kept.
 
-    The forward computes what its outputs need, in the graph's order; the backward all the rest.
+    The forward computes what its outputs need, and what is tagged for it (``FORWARD_TAG``), in the
+    graph's order; the backward all the rest.
     Nothing is replayed, so states of random generators are not made unless ``random_states``.
     """
     nodes = [node for node in program.graph.nodes if node.op in ("call_function", "get_attr")]
@@ -92,6 +98,9 @@ def save_everything(program: Program, *, random_states: bool = False) -> Schedul
     tangents = {spec.node for spec in program.signature.by_role("tangent")}
     backward_only = _descendants(program.graph, tangents)
     for node in nodes:
+        if node.meta.get("partitioner_tag") == FORWARD_TAG and node not in backward_only:
+            _add_with_sources(node, forward)
+    for node in nodes:
         # An effect that no output carries happens where eager would have it: in the forward. That a
         # random generator moves on is an effect too.
         if (
@@ -99,13 +108,7 @@ def save_everything(program: Program, *, random_states: bool = False) -> Schedul
             and node not in backward_only
             and node.op == "call_function"
         ):
-            forward.add(node)
-            stack = [node]
-            while stack:
-                for source in stack.pop().all_input_nodes:
-                    if source not in forward:
-                        forward.add(source)
-                        stack.append(source)
+            _add_with_sources(node, forward)
     for node in nodes:
         # The elements of a multi-output value belong to the half that computes it: only tensors
         # can be handed over.
@@ -120,6 +123,17 @@ def save_everything(program: Program, *, random_states: bool = False) -> Schedul
         node.name for node in first if node.op == "call_function" and (node in read or node.name in gradients)
     )
     return Schedule(tuple(n.name for n in first), saved, tuple(n.name for n in second))
+
+
+def _add_with_sources(node: fx.Node, found: set[fx.Node]) -> None:
+    """Add ``node`` and all that it is computed from to ``found``, which holds both for its members."""
+    found.add(node)
+    stack = [node]
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in found:
+                found.add(source)
+                stack.append(source)
 
 
 def _descendants(graph: fx.Graph, roots: set[str]) -> set[fx.Node]:
