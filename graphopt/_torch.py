@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -196,6 +196,20 @@ def random_state_bytes(device: torch.device) -> int:
 def fake_mode_of(tensors: Sequence[torch.Tensor]) -> FakeTensorMode:
     """The mode that makes fake tensors to go with the given ones."""
     return next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None) or fake_mode()
+
+
+def traced_like(function: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> fx.Graph:
+    """The operators of ATen that ``function`` comes to on tensors like the given fake ones."""
+    with fake_mode_of(tensors), torch.no_grad():
+        graph: fx.Graph = make_fx(function, tracing_mode="real")(*tensors).graph
+    return graph
+
+
+def call_on_fakes(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """What a call gives on fake tensors, as a fake tensor of the same mode."""
+    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if is_fake(leaf)]
+    with fake_mode_of(tensors), torch.no_grad():
+        return target(*args, **kwargs)
 
 
 def can_ignore_versions() -> bool:
@@ -763,6 +777,11 @@ def compile_with_inductor(
         compiled: Any = compile_fx(gm, list(inputs), inner_compile=inner, decompositions=table)
     function: Callable[..., Any] = compiled
     return function
+
+
+def keeps_graph() -> bool:
+    """Whether the backward that runs now was asked to keep the graph for another one."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def fake_attribute(node: fx.Node, mode: FakeTensorMode) -> Any:

@@ -65,7 +65,7 @@ class FrontierPoint:
     ``backward_peak`` are the peaks of the two halves, ``retained`` what stays alive between them,
     ``gradients`` what the backward leaves. ``seconds`` is the time added by recomputation, predicted.
     ``alternative`` is the id of the candidate whose program the schedule is of, ``""`` for the program
-    itself.
+    itself. ``forward_seconds`` is the predicted time of the whole forward half.
     """
 
     source: Schedule | DeferredSchedule
@@ -77,6 +77,7 @@ class FrontierPoint:
     flops: int = 0
     label: str = ""
     alternative: str = ""
+    forward_seconds: float = 0.0
 
     @property
     def schedule(self) -> Schedule:

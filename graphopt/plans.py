@@ -12,6 +12,7 @@ from typing import Any
 
 from graphopt.atomic import write_atomically
 from graphopt.budget import format_bytes
+from graphopt.chain_plan import Rerun
 from graphopt.cost import Cost
 from graphopt.duration import format_seconds
 from graphopt.errors import StalePlanError, nearest
@@ -83,7 +84,8 @@ class Plan:
 
     ``budget_bytes`` bounds the peak of the whole step (``None``: no bound). ``lower_bound`` is a
     proven lower bound, in seconds, on the predicted time of any plan within the budget;
-    ``seconds_to_plan`` is how long choosing took.
+    ``seconds_to_plan`` is how long choosing took. ``reruns`` are rows of the programs, counted as in
+    ``choices``, that keep nothing of their forward but what enters them and run again.
     """
 
     budget_bytes: int | None
@@ -94,6 +96,7 @@ class Plan:
     lower_bound: float
     seconds_to_plan: float
     choices: tuple[Choice, ...] = ()
+    reruns: tuple[Rerun, ...] = ()
 
     @property
     def budget(self) -> int | None:
@@ -165,6 +168,7 @@ class Plan:
         bound = f"no plan within the budget takes less than {format_seconds(self.lower_bound)}"
         lines.append(f"  {bound} ({gap_text(self.gap)})")
         lines += [f"  {choice}" for choice in self.choices]
+        lines += [f"  {row}" for row in self.reruns]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.fx as fx
 
 from graphopt import _torch
@@ -20,11 +21,13 @@ from graphopt.capture.chain import Segment, Segmented
 from graphopt.capture.joint import inference_program, joint_program, save_everything
 from graphopt.capture.segments import split
 from graphopt.capture.semantic import semantic_program
+from graphopt.chain_plan import Link, chain_peak, plan_chain
+from graphopt.chain_run import ChainRunner
+from graphopt.chain_rows import draws_random, pinned, written_inputs
 from graphopt.emit.inductor import JointSeen
 from graphopt.emit.lowered import LoweredMemory, step_memory
 from graphopt.errors import CaptureError, LoweringError
 from graphopt.partition import partition
-from graphopt.planner import choose, step_peak
 from graphopt.program import InputSpec, Program
 from graphopt.schedule import Schedule
 
@@ -36,8 +39,8 @@ __all__ = ["SegmentedStep"]
 _ROUNDS = 6
 """How often a plan may be corrected by what its code turned out to hold."""
 
-_KINDS_OF_BLOCK = 16
-"""Points kept of a frontier that many segments share: every pair of them is tried."""
+_POINTS = 24
+"""Points kept of a frontier that many segments share."""
 
 
 class SegmentedStep:
@@ -62,13 +65,16 @@ class SegmentedStep:
             self._add_alternatives(kind, segment)
             self._settle_gradients(kind, number)
             if kind.frontier is not None and calls[number] > 1:
-                kind.frontier = replace(kind.frontier, points=_thinned(kind.frontier.points, _KINDS_OF_BLOCK))
+                kind.frontier = replace(kind.frontier, points=_thinned(kind.frontier.points, _POINTS))
             kinds.append(kind)
         self.kinds = kinds
         self.captured = [
             replace(kinds[call.segment], name=f"{name}.{index}.{self.chain.segments[call.segment].name}")
             for index, call in enumerate(self.chain.calls)
         ]
+        self._made = self._values()
+        self._pinned = [pinned(kind) for kind in kinds]
+        session.chain = self.links
         self._code: dict[tuple[int, str, Schedule], tuple[Callable[..., Any], FrontierPoint]] = {}
 
     def compile(self) -> Callable[..., Any]:
@@ -84,37 +90,65 @@ class SegmentedStep:
             self._compile_chosen()
             budget = session.plan.budget if session.plan is not None else None
             exact = [c.point for c in self.captured if c.point is not None]
-            if budget is None or step_peak(exact, base) <= budget:
+            if budget is None or base + chain_peak(exact, self.links(), session.reruns) <= budget:
                 break
         else:
             # What remains are estimates that did not come true: only what is compiled counts now.
-            known = self._compiled()
-            chosen = choose(known, budget, base)
+            self._keep_compiled()
+            assert budget is not None
+            chosen = plan_chain(self.links(), budget - base)
             if chosen is None:
-                raise session._infeasible(known, budget or 0)
-            for captured, point in zip(self.captured, chosen, strict=True):
+                raise session._infeasible(self.captured, budget)
+            session.reruns = chosen.reruns
+            for captured, point in zip(self.captured, chosen.points, strict=True):
                 captured.run_at(point)
         session._record_plan(self.captured)
         functions = [
             self._code[_key(call.segment, captured)][0]
             for call, captured in zip(self.chain.calls, self.captured, strict=True)
         ]
-        per_call = replace(
+        driver = ChainRunner(
             self.chain,
-            segments=tuple(self.chain.segments[call.segment] for call in self.chain.calls),
-            calls=tuple(replace(call, segment=index) for index, call in enumerate(self.chain.calls)),
+            functions,
+            session.reruns,
+            [written_inputs(self.kinds[call.segment]) for call in self.chain.calls],
+            [draws_random(self.kinds[call.segment]) for call in self.chain.calls],
         )
-        driver = per_call.bind(functions)
         return lambda *args: driver(list(args))
 
-    def _compiled(self) -> list[Frontier]:
-        """The frontier of each call, its points those whose code is there; one for calls of one kind."""
-        frontiers = []
+    def links(self) -> list[Link]:
+        """The calls for the planner of chains."""
+        found = []
+        for call, captured, made in zip(self.chain.calls, self.captured, self._made, strict=True):
+            assert captured.frontier is not None
+            kind = self.kinds[call.segment]
+            ahead = kind.reference.forward_seconds if kind.reference is not None else 0.0
+            found.append(Link(call.segment, captured.frontier, made, ahead, self._pinned[call.segment]))
+        return found
+
+    def _values(self) -> list[tuple[tuple[int, int], ...]]:
+        """(bytes, position of the last call that reads it) of each value that each call hands on."""
+        step = self.session.cost.device.allocation_granularity
+        last = {arg: k for k, call in enumerate(self.chain.calls) for arg in call.args}
+        last |= dict.fromkeys(self.chain.returned(), len(self.chain.calls))
+        made = []
+        for k, call in enumerate(self.chain.calls):
+            sizes = {}
+            for name, value in zip(call.outs, self.chain.segments[call.segment].results(), strict=True):
+                if isinstance(value, torch.Tensor):
+                    size = _torch.hint(value.untyped_storage().nbytes())
+                    sizes[name] = (-(-size // step) * step, last.get(name, k))
+            made.append(tuple(sizes.values()))
+        return made
+
+    def _keep_compiled(self) -> None:
+        """Take away all points whose code is not there."""
         for number, kind in enumerate(self.kinds):
             assert kind.frontier is not None
             points = tuple(point for (segment, *_), (_, point) in self._code.items() if segment == number)
-            frontiers.append(replace(kind.frontier, points=points))
-        return [frontiers[call.segment] for call in self.chain.calls]
+            kind.frontier = replace(kind.frontier, points=points)
+        for call, captured in zip(self.chain.calls, self.captured, strict=True):
+            captured.frontier = self.kinds[call.segment].frontier
 
     def _see(self, kind: Captured, segment: Segment) -> None:
         """The joint (or inference) program of one segment, and the schedules that it could run."""

@@ -26,6 +26,7 @@ from graphopt.capture.semantic import (
     semantic_graph,
     semantic_program,
 )
+from graphopt.chain_plan import Link, Rerun, chain_peak, least_chain, plan_chain, rerun_calls
 from graphopt.cost import Cost, CostModel, MemoryProfile
 from graphopt.disallowed import advice_on_disallowed
 from graphopt.emit.eager import EagerEmitter
@@ -36,7 +37,7 @@ from graphopt.observed import ObservedStep
 from graphopt.observed_plan import ObservedPlan
 from graphopt.partition import ordered, partition
 from graphopt.passes import Pass, PassContext
-from graphopt.planner import choose, least, least_peak, seconds_bound, step_peak
+from graphopt.planner import seconds_bound
 from graphopt.plans import Choice, Plan, Recomputed, SavedValue
 from graphopt.plugins.host import PluginHost
 from graphopt.program import InputSpec, Program, layer_of
@@ -136,6 +137,8 @@ class Session:
     what graphs hand on counts as held. ``arguments`` are the call's inputs while it lasts.
     ``held_gradient_bytes`` is what gradients took when the model was handed over: they are there
     throughout, and a step's own are added to them and go. ``dry_run``: plan, compile no code.
+    ``chain``: the present programs as calls that hand values to each other, where they are;
+    ``reruns``: rows of them that the plan runs again.
     """
 
     budget: Budget
@@ -168,6 +171,8 @@ class Session:
     planning_seconds: float = 0.0
     replay_bytes: int = 0
     observer: Observer | None = None
+    chain: Callable[[], list[Link]] | None = None
+    reruns: tuple[Rerun, ...] = ()
     _seen: tuple[tuple[Captured, ...], ObservedPlan] | None = None
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -332,6 +337,13 @@ class Session:
         """Bytes held throughout. Random states that outputs hold were seen, where a step was."""
         return (self.static_bytes or 0) - (self.replay_bytes if self._observed(self.current) else 0)
 
+    def links(self, group: Sequence[Captured]) -> list[Link]:
+        """The programs of a step for the planner of chains."""
+        if self.chain is not None and len(group) > 1:
+            return self.chain()
+        alone = "it is a graph of its own: autograd runs it, and nothing here could run it again"
+        return [Link(id(c.frontier), c.frontier, pinned=alone) for c in group if c.frontier is not None]
+
     def step(self) -> list[tuple[Program, Schedule]]:
         """Programs of the present step with the schedules that they run, in call order."""
         return [(c.joint, c.schedule) for c in self.current if c.joint is not None]
@@ -360,23 +372,23 @@ class Session:
                 )
                 for found in observed.front
             ]
-        frontiers = [c.frontier for c in self.current if c.frontier is not None]
-        lowest = least_peak(frontiers, base_bytes)
-        most = step_peak([min(f.points, key=lambda p: p.seconds) for f in frontiers], base_bytes)
-        if len(frontiers) == 1:
-            budgets = [base_bytes + point.peak_bytes for point in frontiers[0].points]
+        links = self.links(self.current)
+        if len(links) == 1:
+            rooms = [point.peak_bytes for point in links[0].frontier.points]
         else:
-            budgets = [lowest + (most - lowest) * k // 24 for k in range(25)]
+            lowest = least_chain(links).peak_bytes
+            most = chain_peak([min(link.frontier.points, key=lambda p: p.seconds) for link in links])
+            rooms = [lowest + (most - lowest) * k // 24 for k in range(25)]
         rows: list[tuple[int, float, int, str]] = []
-        for budget in budgets:
-            chosen = choose(frontiers, budget, base_bytes)
+        for room in rooms:
+            chosen = plan_chain(links, room)
             if chosen is None:
                 continue
             row = (
-                step_peak(chosen, base_bytes),
-                sum(p.seconds for p in chosen),
-                sum(p.flops for p in chosen),
-                ", ".join(p.label for p in chosen),
+                base_bytes + chosen.peak_bytes,
+                chosen.seconds,
+                sum(p.flops for p in chosen.points),
+                ", ".join([p.label for p in chosen.points] + [str(row) for row in chosen.reruns]),
             )
             if not rows or row[1] < rows[-1][1]:
                 rows.append(row)
@@ -538,7 +550,9 @@ class Session:
     def _baseline(self, group: Sequence[Captured]) -> Cost:
         return self._cost_of(group, [c.reference for c in group if c.reference is not None])
 
-    def _cost_of(self, group: Sequence[Captured], points: Sequence[FrontierPoint]) -> Cost:
+    def _cost_of(
+        self, group: Sequence[Captured], points: Sequence[FrontierPoint], reruns: Sequence[Rerun] = ()
+    ) -> Cost:
         """Cost of a step that runs the given points: exact liveness where programs run op by op,
         the points' own arithmetic where kernels are fused."""
         base = self.static_bytes or 0
@@ -547,7 +561,7 @@ class Session:
         if observed:
             peak = self._base + observed.peak(points)
         elif self.emitter.fuses:
-            peak = step_peak(points, base)
+            peak = base + chain_peak(points, self.links(group) if reruns else (), reruns)
         else:
             programs = [(c.program_at(p), p.schedule) for c, p in zip(group, points, strict=True)]
             step = [(program, schedule) for program, schedule in programs if program is not None]
@@ -575,17 +589,20 @@ class Session:
             for captured in group:
                 choice = self.replay.choice(captured.name)
                 captured.point = _replayed(self, captured, choice)
+            self.reruns = self.replay.reruns
         else:
             resolution = [_RESOLUTION * c.reference_seconds for c in group] if self.emitter.fuses else ()
             if observed := self._observed(group):
                 chosen = observed.choose(None if budget is None else budget - self._base)
             else:
-                chosen = choose(frontiers, budget, base, resolution=resolution)
+                links = self.links(group)
+                plan = plan_chain(links, None if budget is None else budget - base, resolution)
+                if plan is None and tentative:
+                    plan = least_chain(links)
+                chosen, self.reruns = (list(plan.points), plan.reruns) if plan is not None else (None, ())
             if chosen is None:
                 assert budget is not None
-                if not tentative:
-                    raise self._infeasible(frontiers, budget)
-                chosen = least(frontiers)
+                raise self._infeasible(group, budget)
             for captured, point in zip(group, chosen, strict=True):
                 captured.run_at(point)
         self.planning_seconds += time.perf_counter() - start
@@ -598,7 +615,7 @@ class Session:
         frontiers = [c.frontier for c in group if c.frontier is not None]
         baseline = self._baseline(group)
         budget = self.budget.resolve(baseline.peak_bytes)
-        predicted = self._cost_of(group, [c.point for c in group if c.point is not None])
+        predicted = self._cost_of(group, [c.point for c in group if c.point is not None], self.reruns)
         bound = self._unavoidable(group)
         if self._observed(group) is None:
             bound += seconds_bound(frontiers, budget, base)
@@ -614,6 +631,7 @@ class Session:
             bound,
             self.planning_seconds + searched,
             choices,
+            self.reruns,
         )
 
     def _unavoidable(self, group: Sequence[Captured]) -> float:
@@ -636,11 +654,11 @@ class Session:
         prices = [self.cost.node(node) for node in captured.joint.nodes()]
         return sum(price.seconds for price in prices if price.flops)
 
-    def _infeasible(self, frontiers: Sequence[Frontier], budget: int) -> BudgetError:
+    def _infeasible(self, group: Sequence[Captured], budget: int) -> BudgetError:
         if observed := self._observed(self.current):
             lowest = self._base + observed.front[0].peak_bytes
         else:
-            lowest = least_peak(frontiers, self.static_bytes or 0)
+            lowest = (self.static_bytes or 0) + least_chain(self.links(group)).peak_bytes
         failed = {r.id: r.reason for r in self.records if r.status in ("rolled-back", "failed")}
         advice = [f"ask for budget={lowest} or more", *self._disallowed(lowest - budget)]
         advice += [f"pass {name} failed: {reason}" for name, reason in failed.items()]

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphopt.candidate import Frontier, FrontierPoint
-from graphopt.planner import choose, combinations, least_peak, seconds_bound, step_peak
+from graphopt.chain_plan import Link, chain_peak, least_chain, plan_chain
+from graphopt.planner import combinations, seconds_bound
 from graphopt.schedule import Schedule
 
 
@@ -20,7 +21,7 @@ def point(forward: int, backward: int, retained: int, gradients: int, seconds: f
 
 
 def simulated_peak(points: list[FrontierPoint]) -> int:
-    """The step played out in order, as the docstring of ``step_peak`` tells it."""
+    """The step played out in order, as the docstring of ``chain_peak`` tells it."""
     held, peak = [], 0
     for p in points:
         peak = max(peak, sum(held) + p.forward_peak)
@@ -33,6 +34,10 @@ def simulated_peak(points: list[FrontierPoint]) -> int:
     return peak
 
 
+def links(*frontiers: Frontier) -> list[Link]:
+    return [Link(id(frontier), frontier, pinned="alone") for frontier in frontiers]
+
+
 numbers = st.integers(0, 20)
 points = st.builds(point, numbers, numbers, numbers, st.integers(0, 5), st.integers(0, 9).map(float))
 frontiers = st.lists(st.lists(points, min_size=1, max_size=4), min_size=1, max_size=3)
@@ -40,22 +45,22 @@ frontiers = st.lists(st.lists(points, min_size=1, max_size=4), min_size=1, max_s
 
 @given(st.lists(points, min_size=1, max_size=5))
 def test_the_peak_of_a_step_is_that_of_playing_it_out(chosen: list[FrontierPoint]) -> None:
-    assert step_peak(chosen, 7) == 7 + simulated_peak(chosen)
+    assert chain_peak(chosen) == simulated_peak(chosen)
 
 
 @given(frontiers, st.integers(0, 80))
 @settings(max_examples=200)
 def test_what_is_chosen_fits_and_refusal_is_rare(choices: list[list[FrontierPoint]], budget: int) -> None:
     group = [Frontier("test", tuple(sorted(c, key=lambda p: p.peak_bytes))) for c in choices]
-    found = choose(group, budget)
+    found = plan_chain(links(*group), budget)
     fitting = [c for c in itertools.product(*choices) if simulated_peak(list(c)) <= budget]
     if found is not None:
-        assert simulated_peak(found) <= budget
+        assert simulated_peak(list(found.points)) == found.peak_bytes <= budget
         assert fitting
     if len(group) == 1:
         assert (found is None) == (not fitting)
         if found is not None:
-            assert found[0].seconds == min(c[0].seconds for c in fitting)
+            assert found.seconds == min(c[0].seconds for c in fitting)
 
 
 @given(frontiers, st.lists(st.integers(1, 3), min_size=3, max_size=3))
@@ -83,26 +88,26 @@ def test_combinations_are_judged_whole_and_none_beats_another(
 
 def test_without_a_budget_the_fastest_is_taken_and_near_ties_go_to_less_memory() -> None:
     near, fast = point(5, 5, 1, 0, 1.05), point(50, 50, 40, 0, 1.0)
-    frontier = Frontier("test", (near, fast))
-    assert choose([frontier], None) == [fast]
-    assert choose([frontier], None, resolution=[0.1]) == [near]
+    (link,) = links(Frontier("test", (near, fast)))
+    assert plan_chain([link], None).points == (fast,)
+    assert plan_chain([link], None, resolution=[0.1]).points == (near,)
 
 
 def test_programs_that_share_a_frontier_are_split_where_that_pays() -> None:
     small, large = point(4, 8, 1, 0, 10.0), point(8, 8, 8, 0, 0.0)
     shared = Frontier("test", (small, large))
-    found = choose([shared, shared, shared], 18)
+    found = plan_chain(links(shared, shared, shared), 18)
     assert found is not None
-    assert step_peak(found) <= 18
-    assert sorted(p.seconds for p in found) == [0.0, 0.0, 10.0]
+    assert found.peak_bytes <= 18
+    assert sorted(p.seconds for p in found.points) == [0.0, 0.0, 10.0]
 
 
-def test_the_budget_counts_what_is_held_throughout() -> None:
+def test_one_program_is_chosen_to_the_byte() -> None:
     frontier = Frontier("test", (point(4, 4, 1, 0, 1.0), point(8, 8, 8, 0, 0.0)))
-    assert choose([frontier], 108, 100) == [frontier.points[1]]
-    assert choose([frontier], 107, 100) == [frontier.points[0]]
-    assert choose([frontier], 103, 100) is None
-    assert least_peak([frontier], 100) == 104
+    assert plan_chain(links(frontier), 8).points == (frontier.points[1],)
+    assert plan_chain(links(frontier), 7).points == (frontier.points[0],)
+    assert plan_chain(links(frontier), 3) is None
+    assert least_chain(links(frontier)).peak_bytes == 4
 
 
 def test_bounds_of_programs_add_up() -> None:

@@ -170,3 +170,17 @@ def test_a_weak_storage_tells_when_the_memory_is_gone() -> None:
     assert not weak.expired()
     del view
     assert weak.expired()
+
+
+def test_a_backward_knows_whether_its_graph_is_kept() -> None:
+    seen: list[bool] = []
+
+    def unpack(packed: torch.Tensor) -> torch.Tensor:
+        seen.append(_torch.keeps_graph())
+        return packed
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda value: value, unpack):
+        y = torch.ones(2, requires_grad=True).exp().sum()
+    y.backward(retain_graph=True)
+    y.backward()
+    assert seen == [True, False]

@@ -21,6 +21,7 @@ from graphopt.capture.chain import Segmented
 from graphopt.capture.cuts import cut_map
 from graphopt.capture.segments import split
 from graphopt.capture.structure import fingerprint_graph, line_of
+from graphopt.chain_run import ChainRunner
 from graphopt.errors import CaptureError, InputsError
 from tests.semantic import Captured, capture
 from tests.steps import assert_close, run_step
@@ -79,9 +80,15 @@ def outcome(run: Callable[[list[Any]], Any], inputs: list[Any]) -> list[torch.Te
     return [*outputs, *tensors, *[missing if x.grad is None else x.grad for x in tensors]]
 
 
+def runner(segmented: Segmented, functions: list[Callable[..., Any]] | None = None) -> ChainRunner:
+    """A driver over one function per segment, by default the segments' own modules."""
+    chosen = functions or [segment.gm for segment in segmented.segments]
+    return ChainRunner(segmented, [chosen[call.segment] for call in segmented.calls])
+
+
 def assert_same(captured: Captured, segmented: Segmented) -> None:
     whole = outcome(lambda xs: captured.gm(*xs), captured.inputs)
-    chain = outcome(segmented.bind(), captured.inputs)
+    chain = outcome(runner(segmented), captured.inputs)
     assert len(whole) == len(chain)
     for expected, got in zip(whole, chain, strict=True):
         assert expected.dtype == got.dtype
@@ -174,7 +181,7 @@ def test_autocast_regions_are_established_again_in_each_segment() -> None:
         targets = [node.target for node in segment.gm.graph.nodes]
         assert targets.count(_torch.enter_autocast()) == targets.count(_torch.exit_autocast()) == 1
     assert_same(captured, segmented)
-    assert outcome(segmented.bind(), captured.inputs)[0].dtype == torch.bfloat16
+    assert outcome(runner(segmented), captured.inputs)[0].dtype == torch.bfloat16
     assert not torch.is_autocast_enabled("cpu")
 
 
@@ -212,7 +219,7 @@ def test_compiled_segments_give_the_same_gradients(training: bool) -> None:
     segmented = cut(captured)
     compiled = [torch.compile(segment.gm, backend="aot_eager") for segment in segmented.segments]
     whole = outcome(lambda xs: captured.gm(*xs), captured.inputs)
-    for expected, got in zip(whole, outcome(segmented.bind(compiled), captured.inputs), strict=True):
+    for expected, got in zip(whole, outcome(runner(segmented, compiled), captured.inputs), strict=True):
         torch.testing.assert_close(got, expected)
 
 
@@ -339,11 +346,9 @@ def test_values_are_let_go_after_their_last_use() -> None:
     streams: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []
 
-    def watch(gm: torch.fx.GraphModule) -> Callable[[list[Any]], Any]:
-        def call(arguments: list[Any]) -> Any:
-            taken = [arguments.pop(0) for _ in range(len(arguments))]
-            outputs = gm(*taken)
-            del taken
+    def watch(gm: torch.fx.GraphModule) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            outputs = gm(*arguments)
             gc.collect()
             alive.append(sum(ref() is not None for ref in streams))
             streams.extend(weakref.ref(value) for value in outputs)
@@ -351,20 +356,21 @@ def test_values_are_let_go_after_their_last_use() -> None:
 
         return call
 
-    run = segmented.bind([watch(segment.gm) for segment in segmented.segments], boxed=True)
+    run = runner(segmented, [watch(segment.gm) for segment in segmented.segments])
     given = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in captured.inputs]
     run(given)
     assert given == []
-    assert alive == [0] * len(segmented.calls)
+    # What a call is given by the one before it, and nothing else.
+    assert alive == [0] + [1] * (len(segmented.calls) - 1)
 
 
 def test_wrong_numbers_and_foreign_blocks_are_named() -> None:
     captured = one(Stack(), torch.randn(6, 8))
     segmented = cut(captured)
-    with pytest.raises(InputsError, match="2 segments need as many functions, not 1"):
-        segmented.bind([segmented.segments[0].gm])
+    with pytest.raises(InputsError, match=f"{len(segmented.calls)} calls need as many functions, not 1"):
+        ChainRunner(segmented, [segmented.segments[0].gm])
     with pytest.raises(InputsError, match=f"takes {len(captured.inputs)} inputs, not 1"):
-        segmented.bind()([torch.zeros(6, 8)])
+        runner(segmented)([torch.zeros(6, 8)])
     foreign = Blocks((Run((("linearr",), ("linear_1",)), 1),), ())
     with pytest.raises(CaptureError, match=r"no call 'linearr' that its blocks name\n.*mean 'linear"):
         split(captured.gm, foreign)

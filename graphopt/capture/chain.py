@@ -1,16 +1,15 @@
-"""A program as a chain of calls of segments, and the driver that runs it.
+"""A program as a chain of calls of segments.
 
     prologue(ids, table)        -> x0, mask
     block(x0, mask, w1, w2)     -> x1        the same compiled function
     block(x1, mask, w3, w4)     -> x2        with other arguments
     epilogue(x2, head)          -> loss
 
-Values are let go at their last use: before the call, where the callee takes over its argument list.
+Values are let go at their last use. ``graphopt.chain_run`` runs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +36,11 @@ class Segment:
     fingerprint: str
     trained: tuple[bool, ...]
     nodes: tuple[str, ...]
+
+    def results(self) -> list[Any]:
+        """The example values of what a call returns, in order."""
+        output = next(node for node in reversed(self.gm.graph.nodes) if node.op == "output")
+        return [x.meta.get("val") if isinstance(x, fx.Node) else x for x in output.args[0]]
 
     def example_inputs(self) -> list[Any]:
         """The example values of the placeholders, each requiring a gradient as ``trained`` says."""
@@ -74,44 +78,27 @@ class Segmented:
     results: Any
     declined: tuple[Reason, ...]
 
-    def bind(
-        self, functions: Sequence[Callable[..., Any]] | None = None, *, boxed: bool = False
-    ) -> Callable[[list[Any]], Any]:
-        """A driver over one function per segment, by default the segments' own modules.
+    def returned(self) -> set[str]:
+        """Values that the program returns."""
+        return _names(self.results)
 
-        The driver takes a list of the program's inputs and empties it. With ``boxed`` every function
-        takes one list, free to empty it too; without, it takes positional arguments. Raises
-        ``InputsError`` where the numbers of functions or inputs do not agree.
+    def begin(self, arguments: list[Any]) -> dict[str, Any]:
+        """Values by name as the first call finds them; empties the list of the program's inputs.
+
+        Raises ``InputsError`` where their number is not the program's.
         """
-        chosen = [segment.gm for segment in self.segments] if functions is None else list(functions)
-        if len(chosen) != len(self.segments):
-            raise InputsError(f"{len(self.segments)} segments need as many functions, not {len(chosen)}")
-        unread = set(self.inputs) - _names(self.results) - {arg for call in self.calls for arg in call.args}
+        if len(arguments) != len(self.inputs):
+            expected = f"the program takes {len(self.inputs)} inputs, not {len(arguments)}"
+            raise InputsError(expected, hint=f"inputs: {', '.join(self.inputs)}")
+        values = dict(zip(self.inputs, arguments, strict=True))
+        arguments.clear()
+        values.update(self.constants)
+        read = self.returned() | {arg for call in self.calls for arg in call.args}
+        return {name: value for name, value in values.items() if name in read}
 
-        def run(arguments: list[Any]) -> Any:
-            if len(arguments) != len(self.inputs):
-                expected = f"the program takes {len(self.inputs)} inputs, not {len(arguments)}"
-                raise InputsError(expected, hint=f"inputs: {', '.join(self.inputs)}")
-            values = dict(zip(self.inputs, arguments, strict=True))
-            arguments.clear()
-            for name in unread:
-                del values[name]
-            values.update(self.constants)
-            for call in self.calls:
-                passed = [values[name] for name in call.args]
-                for name in call.drops:
-                    del values[name]
-                function = chosen[call.segment]
-                if boxed:
-                    returned = function(passed)
-                else:
-                    returned = function(*passed)
-                    passed.clear()
-                values.update(zip(call.outs, returned, strict=True))
-                del returned
-            return _fill(self.results, values)
-
-        return run
+    def finish(self, values: dict[str, Any]) -> Any:
+        """What the program returns, of the values that the last call leaves."""
+        return _fill(self.results, values)
 
 
 @dataclass(frozen=True)

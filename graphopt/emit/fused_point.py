@@ -39,16 +39,17 @@ def fused_point(
     behind = [live for _, live in fused_live(backward, gradients, owned, **options)]  # type: ignore[arg-type]
     entry = retained + arriving
     left = _bytes(nodes, sorted(gradients), inputs - tangents, step)
+    forward_seconds = fused_seconds(forward, set(handed), cost, device_type=kind)
     return FrontierPoint(
         schedule,
         max([retained, *ahead]),
         max([entry, given + left, *(entry + live for live in behind)]),
         retained,
         left,
-        fused_seconds(forward, set(handed), cost, device_type=kind)
-        + fused_seconds(backward, gradients, cost, device_type=kind),
+        forward_seconds + fused_seconds(backward, gradients, cost, device_type=kind),
         flops,
         label,
+        forward_seconds=forward_seconds,
     )
 
 
