@@ -205,10 +205,11 @@ def traced_like(function: Callable[..., Any], tensors: Sequence[torch.Tensor]) -
     return graph
 
 
-def call_on_fakes(target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What a call gives on fake tensors, as a fake tensor of the same mode."""
-    tensors = [leaf for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if is_fake(leaf)]
-    with fake_mode_of(tensors), torch.no_grad():
+def call_on_fakes(
+    like: torch.Tensor, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """What a call gives under the mode of the fake tensor ``like``."""
+    with fake_mode_of([like]), torch.no_grad():
         return target(*args, **kwargs)
 
 

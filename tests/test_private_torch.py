@@ -184,3 +184,23 @@ def test_a_backward_knows_whether_its_graph_is_kept() -> None:
     y.backward(retain_graph=True)
     y.backward()
     assert seen == [True, False]
+
+
+def test_a_function_is_traced_on_fakes_of_their_own_mode() -> None:
+    mode = _torch.fake_mode()
+    x = mode.from_tensor(torch.randn(3, 4))
+    graph = _torch.traced_like(lambda t: (t > torch.arange(4, device=t.device)).sum(1), [x])
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    assert [str(node.target) for node in calls] == [
+        "aten.arange.default",
+        "aten.gt.Tensor",
+        "aten.sum.dim_IntList",
+    ]
+    assert all(node.meta["val"].fake_mode is mode for node in calls)
+
+
+def test_a_call_gives_a_fake_of_the_mode_that_is_named() -> None:
+    mode = _torch.fake_mode()
+    x = mode.from_tensor(torch.randn(3))
+    made = _torch.call_on_fakes(x, torch.ops.aten.full.default, ([2, 2], 1), {"dtype": torch.int64})
+    assert made.fake_mode is mode and tuple(made.shape) == (2, 2) and made.dtype is torch.int64

@@ -16,9 +16,9 @@ from graphopt.schedule import Schedule
 __all__ = ["FORWARD_TAG", "drop_unread_statistics", "inference_program", "joint_program", "save_everything"]
 
 
-FORWARD_TAG = "must_be_in_forward"
+FORWARD_TAG = "forward_for_backward"
 """``meta["partitioner_tag"]`` of a node that the forward computes though no output of it needs it: what a
-pass makes of a value for the backward to read. Torch's partitioners go by the same tag."""
+pass makes of a value for the backward to read. Unlike torch's ``must_be_in_forward`` it may run again."""
 
 
 def drop_unread_statistics(gm: fx.GraphModule) -> None:

@@ -16,6 +16,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
     """The bandwidth probes that ``graphopt calibrate`` uses, and linear + cross entropy in chunks."""
     # Imported when asked: they need torch, and `graphopt --help` loads this module.
     from graphopt_kernels import bandwidth, linear_cross_entropy
+    from graphopt_kernels.saved_codecs import codes
 
     return (
         KernelSpec(
@@ -45,5 +46,19 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=linear_cross_entropy.with_gradients_reference,
             supports=linear_cross_entropy.with_gradients_supports,
             summary="linear layer and cross entropy in chunks of rows, gradients computed in the forward",
+        ),
+        KernelSpec(
+            name="pack-bits",
+            op="graphopt::pack_bits",
+            reference=codes.pack_bits_reference,
+            supports=codes.pack_bits_supports,
+            summary="booleans as bits",
+        ),
+        KernelSpec(
+            name="unpack-bits",
+            op="graphopt::unpack_bits",
+            reference=codes.unpack_bits_reference,
+            supports=codes.unpack_bits_supports,
+            summary="booleans out of bits",
         ),
     )

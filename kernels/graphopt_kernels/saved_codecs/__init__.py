@@ -1,0 +1,1 @@
+"""Operators that hold tensors in fewer bytes between forward and backward, and the codecs made of them."""

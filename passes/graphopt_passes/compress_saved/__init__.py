@@ -1,0 +1,104 @@
+"""compress-saved: hold what the backward needs of a value, in as few bytes as that takes, to the bit.
+
+Before::
+
+    forward:   %r = aten.relu(%x) : f32[N]                                   saves %r, 4 N bytes
+    backward:  %d = aten.threshold_backward(%g, %r, 0)
+
+After::
+
+    forward:   %r = aten.relu(%x)
+               %m = aten.le(%r, 0) : b8[N]
+               %p = graphopt.pack_bits(%m) : u8[N / 8]                       saves %p, N / 8 bytes
+    backward:  %u = graphopt.unpack_bits(%p, ...) : b8[N]
+               %d = aten.masked_fill(%g, %u, 0)
+
+===========  =====================================================  ==========================
+rule         holds                                                  instead of
+===========  =====================================================  ==========================
+bits         bits                                                   booleans
+narrow       the smallest integers that hold the proven range       int64, int32
+condition    bits of a condition, or nothing where only the shape   a value that nobody reads
+             is asked for                                           otherwise
+===========  =====================================================  ==========================
+
+The other half of the choice is ``insert-checkpoints``'s: it sees packing and unpacking as operators and
+weighs them against keeping and computing again. The candidates of a program are an alternative to it, so
+a plan never has to pack. (Jain et al. 2018, "Gist", hold ReLU's masks and pooling's positions so.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from graphopt.candidate import Candidate, CostDelta, NearMiss, Reason
+from graphopt.edit import Edit
+from graphopt.errors import PassError
+from graphopt.passes import Pass, PassContext, Proposal
+from graphopt.program import Level, Program
+from graphopt_passes.compress_saved.packing import Packing, packing_of
+from graphopt_passes.compress_saved.saved import SavedValues
+
+__all__ = ["CompressSaved"]
+
+
+@dataclass(frozen=True)
+class CompressSaved(Pass):
+    """``least_bytes``: values smaller than that are left as they are; packing one takes about twenty
+    launches of kernels."""
+
+    name: ClassVar[str] = "compress-saved"
+    level: ClassVar[Level] = Level.JOINT
+    summary: ClassVar[str] = "hold masks as bits and indices in few bytes for the backward, without loss"
+    before: ClassVar[dict[str, str]] = {
+        "insert-checkpoints": "schedules are chosen for what is there to be saved",
+        "quantize-saved": "what can be held without loss is not to be rounded",
+    }
+
+    least_bytes: int = 16384
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.least_bytes, int) or self.least_bytes < 0:
+            raise PassError(
+                f"compress-saved: least_bytes={self.least_bytes!r}: expected a whole number, 0 or more"
+            )
+
+    def propose(self, program: Program, ctx: PassContext) -> Iterable[Proposal]:
+        if ctx.mode != "train":
+            return
+        values = SavedValues(program)
+        packings: list[Packing] = []
+        for value in values:
+            if value.bytes < self.least_bytes:
+                continue
+            found = packing_of(value, values)
+            if isinstance(found, Reason):
+                yield NearMiss(self.name, value.node.name, 1, 2, found)
+            elif found is not None:
+                packings.append(found)
+        device = ctx.cost.device
+        for packing in packings:
+            moved = packing.traffic / device.copy_bytes_per_second + packing.launches * device.launch_seconds
+            yield Candidate(
+                f"{self.name}@{packing.value.node.name}/{packing.rule}",
+                self.name,
+                (packing.value.node.name,),
+                CostDelta(peak_bytes=packing.packed_bytes - packing.value.bytes, seconds=moved),
+                _Packed(packing, values, opaque=ctx.emit == "eager"),
+                alternative=True,
+            )
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """Applies one packing."""
+
+    packing: Packing
+    values: SavedValues
+    opaque: bool
+
+    def __call__(self, edit: Edit) -> None:
+        edit.rule = self.packing.rule
+        self.packing.apply(edit, self.values, opaque=self.opaque)
