@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch.fx as fx
 
+from graphopt.capture.aliasing import written_inputs as arguments_written
 from graphopt.program import InputSpec, Program
 from graphopt.replay import is_random, statistics_of
 
@@ -57,11 +58,14 @@ def _given(program: Program) -> list[InputSpec]:
 
 
 def _written(program: Program) -> set[str]:
-    """Inputs that are written, by name."""
+    """Inputs that are written, by name: by the caller from an output, or by an operator of the graph."""
     by_name = {spec.fqn: spec.node for spec in program.signature.inputs if spec.fqn}
-    return {
+    found = {
         by_name.get(spec.target, spec.target) for spec in program.signature.outputs if spec.role == "mutation"
     }
+    for node in program.graph.nodes:
+        found |= {source.name for source in arguments_written(node) if source.op == "placeholder"}
+    return found
 
 
 def _result_that_depends_on(program: Program, name: str) -> str:
