@@ -91,7 +91,8 @@ def test_the_peak_is_that_of_playing_the_step_out(choices: list[FrontierPoint], 
 
 def cost(points: Sequence[FrontierPoint], links: Sequence[Link], rows: Sequence[Rerun]) -> float:
     def again(rows: Sequence[Rerun]) -> float:
-        return sum(sum(links[k].forward_seconds for k in range(r.start, r.stop)) + again(r.inner) for r in rows)
+        own = sum(links[k].forward_seconds for r in rows for k in range(r.start, r.stop))
+        return own + sum(again(r.inner) for r in rows)
 
     return sum(p.seconds for p in points) + again(rows)
 
