@@ -5,6 +5,7 @@ from __future__ import annotations
 from graphopt.plugins.hookspecs import API_VERSION, GROUP, hookimpl
 from graphopt.plugins.host import PluginHost, default_host
 from graphopt.plugins.records import (
+    CodecSpec,
     Command,
     CostModelFactory,
     DumpFormat,
@@ -16,6 +17,7 @@ from graphopt.plugins.records import (
 __all__ = [
     "API_VERSION",
     "GROUP",
+    "CodecSpec",
     "Command",
     "CostModelFactory",
     "DumpFormat",

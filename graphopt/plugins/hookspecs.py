@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import pluggy
 
-from graphopt.plugins.records import Command, CostModelFactory, DumpFormat, KernelSpec
+from graphopt.plugins.records import CodecSpec, Command, CostModelFactory, DumpFormat, KernelSpec
 
 if TYPE_CHECKING:
     from graphopt.device import DeviceSpec
@@ -53,6 +53,10 @@ class HookSpecs:
     @_hookspec
     def graphopt_kernels(self) -> Iterable[KernelSpec]:  # type: ignore[empty-body]
         """Kernels, each with its reference and the reasons why it would not apply."""
+
+    @_hookspec
+    def graphopt_codecs(self) -> Iterable[CodecSpec]:  # type: ignore[empty-body]
+        """Codecs for saved values, each with the error that it makes."""
 
     @_hookspec
     def graphopt_pipelines(self) -> Mapping[str, Traversable]:  # type: ignore[empty-body]

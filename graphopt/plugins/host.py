@@ -15,6 +15,7 @@ from graphopt.errors import PluginError, UnknownNameError
 from graphopt.plugins.hookspecs import GROUP
 from graphopt.plugins.loading import GUARDED, LoadedPlugin, describe_error, load_plugins
 from graphopt.plugins.records import (
+    CodecSpec,
     Command,
     CostModelFactory,
     DumpFormat,
@@ -36,6 +37,7 @@ T = TypeVar("T")
 _FACADE = {
     "graphopt_passes": "passes",
     "graphopt_kernels": "kernels",
+    "graphopt_codecs": "codecs",
     "graphopt_pipelines": "pipelines",
     "graphopt_cost_models": "cost_models",
     "graphopt_devices": "devices",
@@ -82,6 +84,10 @@ class PluginHost:
         """Kernels by name."""
         return self._values("graphopt_kernels", read_records(KernelSpec), "kernel")
 
+    def codecs(self) -> Mapping[str, CodecSpec]:
+        """Codecs for saved values by name."""
+        return self._values("graphopt_codecs", read_records(CodecSpec), "codec")
+
     def pipelines(self) -> Mapping[str, Traversable]:
         """Files of named pipelines."""
         return self._values("graphopt_pipelines", read_pipelines, "pipeline")
@@ -121,6 +127,13 @@ class PluginHost:
             if wanted in (spec.name.lower(), *(alias.lower() for alias in spec.aliases)):
                 return spec
         raise self._unknown("device", name, self.devices())
+
+    def codec(self, name: str) -> CodecSpec:
+        """The codec of that name; raises ``UnknownNameError``."""
+        try:
+            return self.codecs()[name]
+        except KeyError:
+            raise self._unknown("codec", name, self.codecs()) from None
 
     def cost_model(self, name: str) -> CostModelFactory:
         """The cost model of that name; raises ``UnknownNameError``."""

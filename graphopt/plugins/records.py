@@ -17,7 +17,16 @@ if TYPE_CHECKING:
     from graphopt.device import DeviceSpec
     from graphopt.program import Program
 
-__all__ = ["Command", "CostModelFactory", "DumpFormat", "KernelSpec", "PluginRecord", "Registered", "Status"]
+__all__ = [
+    "CodecSpec",
+    "Command",
+    "CostModelFactory",
+    "DumpFormat",
+    "KernelSpec",
+    "PluginRecord",
+    "Registered",
+    "Status",
+]
 
 Status = Literal["active", "disabled", "failed", "incompatible"]
 T = TypeVar("T")
@@ -65,6 +74,30 @@ class KernelSpec:
     op: str
     reference: Callable[..., Any]
     supports: Callable[..., Reason | None]
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class CodecSpec:
+    """A way to hold a floating-point tensor in fewer bytes between forward and backward.
+
+    ``pack`` and ``unpack`` name kernels (``KernelSpec.name``). The first is called as
+    ``(x, stream, *constants)`` and gives one tensor or several; ``stream`` tells the values of a program
+    apart, for codecs that round at random. The second is called as ``(*packed, size, stride, dtype,
+    *constants)`` and gives a tensor of that layout.
+
+    ``bits``: what an element takes, shared parts counted; ``error``: the most that an element may be off,
+    in the unit that ``metric`` names; ``unbiased``: whether the mean over streams is the value itself.
+    """
+
+    name: str
+    pack: str
+    unpack: str
+    bits: float
+    error: float
+    metric: str
+    unbiased: bool
+    constants: tuple[Any, ...] = ()
     summary: str = ""
 
 

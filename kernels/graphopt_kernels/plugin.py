@@ -1,12 +1,12 @@
-"""What this package registers: its kernels."""
+"""What this package registers: its kernels, and codecs for saved values."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-from graphopt.plugins import KernelSpec, hookimpl
+from graphopt.plugins import CodecSpec, KernelSpec, hookimpl
 
-__all__ = ["graphopt_api", "graphopt_kernels"]
+__all__ = ["graphopt_api", "graphopt_codecs", "graphopt_kernels"]
 
 graphopt_api = 1
 
@@ -16,7 +16,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
     """The bandwidth probes that ``graphopt calibrate`` uses, and linear + cross entropy in chunks."""
     # Imported when asked: they need torch, and `graphopt --help` loads this module.
     from graphopt_kernels import bandwidth, linear_cross_entropy
-    from graphopt_kernels.saved_codecs import codes
+    from graphopt_kernels.saved_codecs import codes, groups, levels
 
     return (
         KernelSpec(
@@ -61,4 +61,53 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             supports=codes.unpack_bits_supports,
             summary="booleans out of bits",
         ),
+        KernelSpec(
+            name="quantize-groups",
+            op="graphopt::quantize_groups",
+            reference=groups.quantize_groups_reference,
+            supports=groups.quantize_groups_supports,
+            summary="floating-point values in a few bits, rounded at random, a range for each group",
+        ),
+        KernelSpec(
+            name="dequantize-groups",
+            op="graphopt::dequantize_groups",
+            reference=groups.dequantize_groups_reference,
+            supports=groups.dequantize_groups_supports,
+            summary="floating-point values out of a few bits",
+        ),
+        KernelSpec(
+            name="pack-levels",
+            op="graphopt::pack_levels",
+            reference=levels.pack_levels_reference,
+            supports=levels.pack_levels_supports,
+            summary="which of a few intervals each element lies in, in a few bits",
+        ),
+        KernelSpec(
+            name="unpack-levels",
+            op="graphopt::unpack_levels",
+            reference=levels.unpack_levels_reference,
+            supports=levels.unpack_levels_supports,
+            summary="a number for each interval that elements lie in",
+        ),
+    )
+
+
+@hookimpl
+def graphopt_codecs() -> Iterable[CodecSpec]:
+    """Groups of neighbours in 8, 4 and 2 bits."""
+    from graphopt_kernels.saved_codecs import groups
+
+    return tuple(
+        CodecSpec(
+            name=f"groups-{bits}",
+            pack="quantize-groups",
+            unpack="dequantize-groups",
+            bits=groups.bits_per_element(bits),
+            error=1 / (2**bits - 1),
+            metric=f"share of the range of {groups.GROUP} neighbours",
+            unbiased=True,
+            constants=(bits,),
+            summary=f"{bits} bits an element, rounded at random",
+        )
+        for bits in groups.BITS
     )

@@ -18,6 +18,7 @@ def graphopt_passes() -> Iterable[str]:
     return [
         "graphopt_passes.causal_attention:CausalAttention",
         "graphopt_passes.compress_saved:CompressSaved",
+        "graphopt_passes.compress_saved.lossy:QuantizeSaved",
         "graphopt_passes.insert_checkpoints:InsertCheckpoints",
         "graphopt_passes.linear_cross_entropy:LinearCrossEntropy",
         "graphopt_passes.normalize:Normalize",

@@ -33,12 +33,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from graphopt.candidate import Candidate, CostDelta, NearMiss, Reason
-from graphopt.edit import Edit
+from graphopt.candidate import NearMiss, Reason
 from graphopt.errors import PassError
 from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.program import Level, Program
 from graphopt_passes.compress_saved.packing import Packing, packing_of
+from graphopt_passes.compress_saved.price import candidate_of
 from graphopt_passes.compress_saved.saved import SavedValues
 
 __all__ = ["CompressSaved"]
@@ -78,27 +78,5 @@ class CompressSaved(Pass):
                 yield NearMiss(self.name, value.node.name, 1, 2, found)
             elif found is not None:
                 packings.append(found)
-        device = ctx.cost.device
         for packing in packings:
-            moved = packing.traffic / device.copy_bytes_per_second + packing.launches * device.launch_seconds
-            yield Candidate(
-                f"{self.name}@{packing.value.node.name}/{packing.rule}",
-                self.name,
-                (packing.value.node.name,),
-                CostDelta(peak_bytes=packing.packed_bytes - packing.value.bytes, seconds=moved),
-                _Packed(packing, values, opaque=ctx.emit == "eager"),
-                alternative=True,
-            )
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """Applies one packing."""
-
-    packing: Packing
-    values: SavedValues
-    opaque: bool
-
-    def __call__(self, edit: Edit) -> None:
-        edit.rule = self.packing.rule
-        self.packing.apply(edit, self.values, opaque=self.opaque)
+            yield candidate_of(self.name, packing, values, ctx)

@@ -18,7 +18,7 @@ from graphopt_passes.compress_saved.ranges import interval_of, narrowest
 from graphopt_passes.compress_saved.rewrite import Rewriter, held_by_forward
 from graphopt_passes.compress_saved.saved import Read, SavedValue, SavedValues
 
-__all__ = ["Packing", "packing_of"]
+__all__ = ["Packing", "operator_of", "packing_of"]
 
 _aten = torch.ops.aten
 
@@ -26,7 +26,7 @@ _aten = torch.ops.aten
 @dataclass(frozen=True)
 class Packing:
     """``packed_bytes``: what is held instead of ``value.bytes``; ``traffic``: bytes read and written to
-    pack and unpack, by ``launches`` kernels."""
+    pack and unpack, by ``launches`` kernels. ``error``: the most that is lost, in the unit of ``metric``."""
 
     rule: str
     value: SavedValue
@@ -34,6 +34,8 @@ class Packing:
     traffic: int
     launches: int
     edit: Callable[[Rewriter, SavedValue], None]
+    error: float = 0.0
+    metric: str = ""
 
     def apply(self, edit: Edit, values: SavedValues, *, opaque: bool) -> None:
         """Rewrite the program that ``values`` is of."""

@@ -51,6 +51,10 @@ class Rewriter:
             )
         return [held_by_forward(result) for result in results]
 
+    def hold(self, node: fx.Node, anchor: fx.Node, op: Any, *rest: Any) -> fx.Node:
+        """``op(node, *rest)``, one tensor, computed right after ``anchor`` by the forward."""
+        return held_by_forward(self.after(anchor, op, (node, *rest)))
+
     def hoist(self, node: fx.Node, done: dict[fx.Node, tuple[fx.Node, fx.Node]]) -> tuple[fx.Node, fx.Node]:
         """A copy of a backward node, and of what it is made of, in the forward; and the node after
         which it stands."""
