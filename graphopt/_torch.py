@@ -199,9 +199,11 @@ def fake_mode_of(tensors: Sequence[torch.Tensor]) -> FakeTensorMode:
 
 
 def traced_like(function: Callable[..., Any], tensors: Sequence[torch.Tensor]) -> fx.Graph:
-    """The operators of ATen that ``function`` comes to on tensors like the given fake ones."""
+    """The operators of ATen that ``function`` comes to on tensors like the given fake ones, those that
+    Inductor takes apart taken apart."""
+    table = inductor_decompositions()
     with fake_mode_of(tensors), torch.no_grad():
-        graph: fx.Graph = make_fx(function, tracing_mode="real")(*tensors).graph
+        graph: fx.Graph = make_fx(function, decomposition_table=table, tracing_mode="real")(*tensors).graph
     return graph
 
 

@@ -22,7 +22,7 @@ from graphopt_passes.compress_saved import CompressSaved
 from graphopt_passes.compress_saved.ranges import interval_of, narrowest
 from graphopt_passes.compress_saved.saved import SavedValues
 from tests.programs import context
-from tests.steps import assert_same, deterministic, run_step
+from tests.steps import assert_close, assert_same, deterministic, run_step
 
 aten = torch.ops.aten
 SMALL = ("compress-saved{least_bytes=0}", "insert-checkpoints")
@@ -313,3 +313,22 @@ def test_what_is_packed_is_computed_by_the_forward() -> None:
     packs = [node.name for node in changed.nodes(torch.ops.graphopt.pack_bits)]
     assert len(packs) >= 8 and set(packs) <= set(schedule.forward) & set(schedule.saved)
     assert not any(value.node.meta["val"].dtype is torch.bool for value in SavedValues(changed))
+
+
+def test_generated_code_packs_as_operators_do() -> None:
+    """Custom operators are written out in ATen, so that the code generator fuses them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(32, 48), nn.ReLU(), nn.LayerNorm(48), nn.Dropout(0.2), nn.Linear(48, 8))
+    x = (torch.randn(65, 32),)
+    plain = optimized(model, x, emit="inductor")
+    torch._dynamo.reset()
+    step = Always(least_bytes=0)
+    fast = graphopt.optimize(copy.deepcopy(model), x, pipeline=[step], emit="inductor", on_error="raise")
+    joint = next(p for p in fast.programs if p.level is Level.JOINT)
+    assert not list(joint.nodes(torch.ops.graphopt.pack_bits))
+    (choice,) = fast.plan.choices
+    masks = [value for value in choice.saved if value.bytes == 65 * 48 // 8]
+    assert len(masks) == 2, choice.saved
+    assert not any(value.bytes == 65 * 48 for value in choice.saved)
+    # Fused otherwise, a product and a sum may round together.
+    assert_close(run_step(fast, x), run_step(plain, x))

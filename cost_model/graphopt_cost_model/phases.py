@@ -78,8 +78,39 @@ def _chunked(
     return tuple(phases)
 
 
+def _packed(call: Call) -> tuple[Phase, ...]:
+    """Bits and small codes: a pass for each of the eight places in a byte, over memory at that stride.
+
+    A pass touches every line of the unpacked side, whichever elements of it it needs.
+    """
+    wide = max((*call.inputs, *call.outputs), key=lambda spec: spec.stored_bytes)
+    narrow = min((*call.inputs, *call.outputs), key=lambda spec: spec.stored_bytes)
+    packs = wide in call.inputs
+    read, written = (wide, narrow) if packs else (narrow, wide)
+    again = narrow.stored_bytes if packs else 0
+    each = Phase(0, narrow.elements, read.stored_bytes + again, written.stored_bytes, "float32")
+    return (each,) * 8
+
+
+def _converted(passes: int) -> Callable[[Call], tuple[Phase, ...]]:
+    """Conversions slab by slab: ``passes`` over eight bytes an element, counted on two CPU cores."""
+
+    def phases(call: Call) -> tuple[Phase, ...]:
+        wide = max((*call.inputs, *call.outputs), key=lambda spec: spec.stored_bytes)
+        moved = 8 * wide.elements
+        return (Phase(0, wide.elements, moved, moved, "float32"),) * passes
+
+    return phases
+
+
 _FORMULAS: dict[str, Callable[[Call], tuple[Phase, ...]]] = {
     "graphopt.linear_cross_entropy": _loss,
     "graphopt.linear_cross_entropy_backward": _loss_backward,
     "graphopt.linear_cross_entropy_with_gradients": _loss_with_gradients,
+    "graphopt.pack_bits": _packed,
+    "graphopt.unpack_bits": _packed,
+    "graphopt.quantize_groups": _converted(20),
+    "graphopt.dequantize_groups": _converted(4),
+    "graphopt.pack_levels": _converted(8),
+    "graphopt.unpack_levels": _converted(4),
 }

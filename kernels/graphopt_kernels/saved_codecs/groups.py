@@ -53,7 +53,7 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SLAB = {"cpu": 2**16}
 """Elements that are converted at a time: what that takes stays in a cache, and off the peak."""
 
-_OTHER_SLAB = 2**22
+_OTHER_SLAB = 2**20
 _LOW = 0xFFFFFFFF
 
 

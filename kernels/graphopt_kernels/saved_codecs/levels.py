@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 _SLAB = {"cpu": 2**16}
-_OTHER_SLAB = 2**22
+_OTHER_SLAB = 2**20
 """Elements that are converted at a time; a multiple of eight."""
 
 
