@@ -129,6 +129,16 @@ def test_derivatives_of_activations_are_held_as_levels(act: nn.Module) -> None:
     assert 0 < distance(ours, theirs) < 0.1
 
 
+def test_the_sign_that_a_relu_needs_is_held_beside_the_codes() -> None:
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 16))
+    fast = packed(model)
+    assert calls(fast, "pack_bits") == calls(fast, "quantize_groups") == 1
+    ours, theirs = run_step(fast, (X,)), run_step(model, (X,))
+    # What flows through the sign is exact; what is a product with the value is not.
+    assert torch.equal(*(step.gradients["0.weight"] for step in (ours, theirs)))  # type: ignore[arg-type]
+    assert 0 < distance(ours, theirs) < 0.02
+
+
 def test_memory_is_a_fraction_and_the_peak_predicted() -> None:
     model = nn.Sequential(
         *[m for _ in range(6) for m in (nn.Conv2d(8, 8, 3, padding=1), nn.GELU())], nn.Flatten()

@@ -28,7 +28,7 @@ results never change: the forward reads what it computed.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -41,7 +41,7 @@ from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.plugins import CodecSpec, default_host
 from graphopt.program import Level, Program
 from graphopt_passes.compress_saved.levels import levels_of
-from graphopt_passes.compress_saved.packing import Packing, operator_of
+from graphopt_passes.compress_saved.packing import Packing, needs_less, operator_of, reduce_reads
 from graphopt_passes.compress_saved.price import candidate_of
 from graphopt_passes.compress_saved.rewrite import Rewriter
 from graphopt_passes.compress_saved.saved import Read, SavedValue, SavedValues
@@ -118,13 +118,18 @@ class QuantizeSaved(Pass):
             return obstacle
         if not self.unbiased and self.activation_bits and all(map(_is_activation, value.reads)):
             return _levels(value, self.activation_bits)
+        # ReLU's backward reads the sign of a value alone: that is held as it is, beside the codes.
+        less = tuple(read for read in value.reads if needs_less(read, values))
+        rest = tuple(read for read in value.reads if read not in less)
+        if not rest:
+            return Reason("its readers need less than the value: compress-saved packs it", (value.node.name,))
         if self.unbiased:
             if not codec.unbiased:
                 return Reason(f"codec {codec.name!r} is biased: unbiased=False takes it", (value.node.name,))
-            bent = next((read.reader for read in value.reads if not _is_linear(read, values)), None)
+            bent = next((read.reader for read in rest if not _is_linear(read, values)), None)
             if bent is not None:
                 return Reason(f"{bent.target} is not a product: unbiased=False packs it", (bent.name,))
-        return _groups(value, codec, stream)
+        return _groups(value, codec, stream, less, rest)
 
 
 def _is_linear(read: Read, values: SavedValues) -> bool:
@@ -154,7 +159,10 @@ def _is_activation(read: Read) -> bool:
     return same
 
 
-def _groups(value: SavedValue, codec: CodecSpec, stream: int) -> Packing | Reason:
+def _groups(
+    value: SavedValue, codec: CodecSpec, stream: int, less: tuple[Read, ...], rest: tuple[Read, ...]
+) -> Packing | Reason:
+    """``rest`` read what the codec gives back, ``less`` conditions that are held in bits."""
     kernels = default_host().kernels()
     missing = [name for name in (codec.pack, codec.unpack) if name not in kernels]
     if missing:
@@ -164,17 +172,18 @@ def _groups(value: SavedValue, codec: CodecSpec, stream: int) -> Packing | Reaso
     reason: Reason | None = pack.supports(tensor, stream, *codec.constants)
     if reason is not None:
         return Reason(reason.text, (value.node.name,))
-    packed = -(-int(tensor.numel() * codec.bits) // 8)
+    packed = -(-int(tensor.numel() * codec.bits) // 8) + len(less) * -(-tensor.numel() // 8)
     if packed >= value.bytes:
         return Reason(f"codec {codec.name!r} would take as many bytes", (value.node.name,))
 
     def hold(rewriter: Rewriter, value: SavedValue) -> None:
         node = value.node
+        reduce_reads(rewriter, replace(value, reads=less))
         held = rewriter.pack(node, node, operator_of(pack.op), pack.reference, stream, *codec.constants)
         layout = (list(tensor.shape), list(tensor.stride()), tensor.dtype, *codec.constants)
         rewriter.feed(
             node,
-            value.reads,
+            rest,
             lambda reader: rewriter.unpack(held, reader, operator_of(unpack.op), unpack.reference, *layout),
         )
 

@@ -18,7 +18,7 @@ from graphopt_passes.compress_saved.ranges import interval_of, narrowest
 from graphopt_passes.compress_saved.rewrite import Rewriter, held_by_forward
 from graphopt_passes.compress_saved.saved import Read, SavedValue, SavedValues
 
-__all__ = ["Packing", "operator_of", "packing_of"]
+__all__ = ["Packing", "needs_less", "operator_of", "packing_of", "reduce_reads"]
 
 _aten = torch.ops.aten
 
@@ -184,7 +184,7 @@ def _conditions(value: SavedValue, values: SavedValues) -> Packing | Reason | No
         packed,
         value.bytes + 2 * unpacked + 2 * packed,
         copies + 2 * _SLOTS * sets,
-        _reduce,
+        reduce_reads,
     )
 
 
@@ -192,7 +192,13 @@ def _count(node: fx.Node) -> int:
     return math.prod(node.meta["val"].shape)
 
 
-def _reduce(rewriter: Rewriter, value: SavedValue) -> None:
+def needs_less(read: Read, values: SavedValues) -> bool:
+    """Whether a reader needs a condition on the value, or its shape, and not the value."""
+    return only_shape(read) or condition_of(read) is not None or masks_behind(read, values) is not None
+
+
+def reduce_reads(rewriter: Rewriter, value: SavedValue) -> None:
+    """Let readers that need less of a value (``needs_less``) read that, held as bits."""
     values = rewriter.values
     hoisted: dict[fx.Node, tuple[fx.Node, fx.Node]] = {}
     for read in value.reads:
