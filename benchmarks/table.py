@@ -108,7 +108,7 @@ def exactness(record: dict[str, Any]) -> str:
         "(Llama, Qwen3), where eagerly it leaves that to the attention kernel, and Mamba's scan takes "
         "another form. Rounding differs already between those two, without graphopt. Where several programs "
         "read one value (Whisper's decoder layers the encoder's output, with LayerDrop), each sums its own "
-        "gradients of it first, as with `torch.compile(backend=\"aot_eager\")`, of which no tensor differs; "
+        'gradients of it first, as with `torch.compile(backend="aot_eager")`, of which no tensor differs; '
         "autograd alone adds them one after another."
     )
 
@@ -208,6 +208,29 @@ def chunked_loss(record: dict[str, Any]) -> str:
     )
 
 
+def compress_saved(record: dict[str, Any]) -> str:
+    part = record["summary"]["part"]
+    cells = [
+        (
+            row["model"],
+            row["setting"],
+            mib(row["saved"]),
+            mib(row["measured"]),
+            row["measured"] - row["peak"],
+            mib(row["least"]),
+            "none fits" if row["seconds"] is None else f"{1e3 * row['seconds']:.1f}",
+        )
+        for row in good(record)
+    ]
+    return (
+        "## Saved values in fewer bytes\n\n"
+        "Op by op. Saved bytes and peak where everything that can be is packed and nothing runs again; "
+        "the least peak of any plan, packing beside checkpoints; predicted time of the fastest plan within "
+        f"{part:.0%} of the first peak:\n\n"
+        + table(("model", "packed", "saved", "peak", "off, bytes", "least peak", "ms"), cells)
+    )
+
+
 def good(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in record["rows"] if "error" not in row]
 
@@ -233,6 +256,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "planning_time": planning_time,
     "gpu_train": gpu_train,
     "chunked_loss": chunked_loss,
+    "compress_saved": compress_saved,
 }
 
 
