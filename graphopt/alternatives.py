@@ -9,7 +9,7 @@ one that it stands for, and the planner picks among the schedules of all of them
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch.fx as fx
 
@@ -19,7 +19,62 @@ from graphopt.passes import Pass, PassContext
 from graphopt.program import Program
 from graphopt.proposals import read_proposals
 
-__all__ = ["alternatives", "compatible", "joined", "joint_alternatives", "united"]
+__all__ = [
+    "OFFERS",
+    "Offer",
+    "alternatives",
+    "applied",
+    "compatible",
+    "coordinate_wise",
+    "copied",
+    "joined",
+    "joint_alternatives",
+    "offers",
+    "united",
+]
+
+OFFERS = 3
+"""How many offers of one pass are looked at together with those of others."""
+
+
+@dataclass(frozen=True)
+class Offer:
+    """Alternatives of one pass that are weighed as one: a single one, or those of a family at all their
+    places. ``id`` is its name in plans."""
+
+    id: str
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def peak_bytes(self) -> int:
+        """Predicted change of the peak: that of the place which frees least, as others may then hold it."""
+        return max(candidate.delta.peak_bytes for candidate in self.candidates)
+
+    @property
+    def seconds(self) -> float:
+        return sum(candidate.delta.seconds for candidate in self.candidates)
+
+
+def offers(
+    program: Program, step: Pass, ctx: PassContext, failed: Callable[[str, GraphoptError], None]
+) -> list[Offer]:
+    """What a pass offers instead of ``program``. A pass that fails is reported to ``failed``."""
+    if step.level is not program.level or not (step.exact or step.name in ctx.allow):
+        return []
+    try:
+        found = [c for c in read_proposals(step, program, ctx).candidates if c.alternative]
+    except GraphoptError as error:
+        failed(f"{program.name}: {step.name} offered no alternatives: {error.message}", error)
+        return []
+    families: dict[str, list[Candidate]] = {}
+    for candidate in found:
+        if candidate.exactness != "lossy" or step.name in ctx.allow:
+            families.setdefault(candidate.family or candidate.id, []).append(candidate)
+    return [
+        Offer(together[0].id if len(together) == 1 else name, together)
+        for name, members in families.items()
+        if (together := tuple(compatible(members)))
+    ]
 
 
 def alternatives(
@@ -27,31 +82,79 @@ def alternatives(
     passes: Sequence[Pass],
     ctx: PassContext,
     failed: Callable[[str, GraphoptError], None],
-) -> Iterator[tuple[Candidate, Program]]:
-    """Each alternative that the ``passes`` of the program's level offer, and a program with it applied.
+) -> Iterator[tuple[Offer, Program]]:
+    """Everything that the ``passes`` of the program's level offer, and a program with it applied.
 
     ``make`` gives a new copy of the program, its nodes named alike each time. A pass or candidate
     that fails is reported to ``failed`` with a sentence and left out.
     """
     program = make()
     for step in passes:
-        if step.level is not program.level or not (step.exact or step.name in ctx.allow):
-            continue
-        try:
-            offered = [c for c in read_proposals(step, program, ctx).candidates if c.alternative]
-        except GraphoptError as error:
-            failed(f"{program.name}: {step.name} offered no alternatives: {error.message}", error)
-            continue
-        for candidate in offered:
-            if candidate.exactness == "lossy" and step.name not in ctx.allow:
-                continue
+        for offer in offers(program, step, ctx, failed):
             changed = make()
-            try:
-                _apply(candidate, changed)
-            except GraphoptError as error:
-                failed(f"{program.name}: alternative {candidate.id} was left out: {error.message}", error)
-            else:
-                yield candidate, changed
+            if applied(offer, changed, failed):
+                yield offer, changed
+
+
+def coordinate_wise(
+    make: Callable[[], Program],
+    passes: Sequence[Pass],
+    ctx: PassContext,
+    failed: Callable[[str, GraphoptError], None],
+    look: Callable[[str, Program], int | None],
+    least: int,
+) -> None:
+    """Try what passes offer together: each pass's offers on top of the best of the passes before it.
+
+    ``least`` is the least peak that the program itself reaches; ``look`` is given the name of a form and its
+    program and tells that form's, ``None`` where it cannot be had. Of the offers of one pass ``OFFERS`` are
+    looked at, those that are not worse than another in both predicted bytes and seconds. So the forms are at
+    most ``OFFERS`` times the passes that offer anything, where all combinations would be their product.
+    """
+    name = ""
+    taken: list[Offer] = []
+
+    def copy() -> Program | None:
+        program = make()
+        return program if all(applied(offer, program, failed) for offer in taken) else None
+
+    for step in passes:
+        program = copy()
+        if program is None:
+            return
+        best: Offer | None = None
+        for offer in _worth_a_look(offers(program, step, ctx, failed)):
+            changed = copy()
+            if changed is None or not applied(offer, changed, failed):
+                continue
+            peak = look(joined(name, offer.id), changed)
+            if peak is not None and peak < least:
+                least, best = peak, offer
+        if best is not None:
+            taken.append(best)
+            name = joined(name, best.id)
+
+
+def applied(offer: Offer, program: Program, failed: Callable[[str, GraphoptError], None]) -> bool:
+    """Apply an offer, one place after another; ``False``, reported to ``failed``, if that does not work."""
+    for candidate in offer.candidates:
+        try:
+            _apply_all([candidate], program, candidate.pass_id)
+        except GraphoptError as error:
+            failed(f"{program.name}: alternative {candidate.id} was left out: {error.message}", error)
+            return False
+    return True
+
+
+def _worth_a_look(found: Sequence[Offer]) -> list[Offer]:
+    """``OFFERS`` of the offers that no other beats: least bytes, least seconds, and those between."""
+    kept: list[Offer] = []
+    for offer in sorted(found, key=lambda o: (o.peak_bytes, o.seconds)):
+        if not kept or offer.seconds < kept[-1].seconds:
+            kept.append(offer)
+    if len(kept) <= OFFERS:
+        return kept
+    return [kept[k * (len(kept) - 1) // (OFFERS - 1)] for k in range(OFFERS)]
 
 
 def joint_alternatives(
@@ -70,7 +173,7 @@ def joint_alternatives(
     for step in passes:
         if step.level is not program.level or not (step.exact or step.name in ctx.allow):
             continue
-        changed = _copy(program)
+        changed = copied(program)
         try:
             offered = compatible(read_proposals(step, changed, ctx).candidates)
             _apply_all(offered, changed, step.name)
@@ -95,16 +198,13 @@ def compatible(candidates: Sequence[Candidate]) -> list[Candidate]:
     return chosen
 
 
-def _copy(program: Program) -> Program:
+def copied(program: Program) -> Program:
+    """A program over a copy of the graph, its nodes named alike, and the same weights."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
         copies[node] = graph.node_copy(node, lambda n: copies[n])
     return replace(program, gm=fx.GraphModule(program.gm, graph))
-
-
-def _apply(candidate: Candidate, program: Program) -> None:
-    _apply_all([candidate], program, candidate.pass_id)
 
 
 def _apply_all(candidates: Sequence[Candidate], program: Program, pass_id: str) -> None:
@@ -156,5 +256,13 @@ def _undominated(points: Sequence[FrontierPoint]) -> tuple[FrontierPoint, ...]:
     return tuple(sorted(kept, key=lambda p: (p.peak_bytes, p.seconds)))
 
 
-def _measures(point: FrontierPoint) -> tuple[int, int, int, int, float]:
-    return (point.forward_peak, point.backward_peak, point.retained, point.gradients, point.seconds)
+def _measures(point: FrontierPoint) -> tuple[int, int, int, int, int, float]:
+    stays = point.retained - point.moved_bytes
+    return (
+        point.forward_peak,
+        point.backward_peak,
+        point.retained,
+        stays,
+        point.gradients,
+        point.seconds,
+    )

@@ -42,7 +42,8 @@ class Candidate:
     ``exactness`` is ``"exact"``, ``"reassociated"`` (same mathematics, another order of rounding)
     or ``"lossy"``; ``metric`` says what ``delta.error`` measures. ``conflicts`` are ids of
     candidates that cannot be chosen beside this one. An ``alternative`` trades one resource for
-    another: the planner decides, together with the other levers, whether it pays under the budget.
+    another: the planner decides, together with the other levers, whether it pays under the budget. Those
+    of one ``family`` do the same in several places and are weighed together, under its name.
     """
 
     id: str
@@ -54,6 +55,7 @@ class Candidate:
     metric: str = ""
     conflicts: tuple[str, ...] = ()
     alternative: bool = False
+    family: str = ""
 
 
 @dataclass(frozen=True)

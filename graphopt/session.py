@@ -13,9 +13,9 @@ import torch
 import torch.fx as fx
 
 from graphopt import _torch
-from graphopt.alternatives import alternatives, joint_alternatives, united
+from graphopt.alternatives import Offer, alternatives, joint_alternatives, united
 from graphopt.budget import Budget, format_bytes
-from graphopt.candidate import Candidate, Declined, Frontier, FrontierPoint, NearMiss
+from graphopt.candidate import Declined, Frontier, FrontierPoint, NearMiss
 from graphopt.capture.auxiliary import reattach
 from graphopt.capture.joint import drop_unread_statistics, inference_program, joint_program, save_everything
 from graphopt.capture.observe import Observer
@@ -26,13 +26,15 @@ from graphopt.capture.semantic import (
     semantic_graph,
     semantic_program,
 )
-from graphopt.chain_plan import Link, Rerun, chain_peak, least_chain, plan_chain, rerun_calls
+from graphopt.captured import Captured
+from graphopt.chain_plan import Link, Rerun, chain_peak, least_chain, plan_chain
 from graphopt.cost import Cost, CostModel, MemoryProfile
 from graphopt.disallowed import advice_on_disallowed
 from graphopt.emit.eager import EagerEmitter
 from graphopt.emit.emitter import Emitter
 from graphopt.emit.fused_point import fused_point
-from graphopt.errors import BudgetError, GraphoptError, StalePlanError
+from graphopt.errors import BudgetError
+from graphopt.forms import weigh_forms
 from graphopt.observed import ObservedStep
 from graphopt.observed_plan import ObservedPlan
 from graphopt.partition import ordered, partition
@@ -48,7 +50,6 @@ from graphopt.schedule import Schedule
 
 __all__ = ["Captured", "NotPlanned", "Session"]
 
-
 _RESOLUTION = 0.01
 """Predicted times of fused code that differ by less than this share are taken as equal."""
 
@@ -59,70 +60,6 @@ class NotPlanned(BaseException):
     No ``Exception``: what a model's own handlers do with one would run under dynamo (those of an
     ``fx.GraphModule`` walk the traceback with a generator, which dynamo refuses).
     """
-
-
-@dataclass
-class Captured:
-    """One graph of a model on its way down: programs at each level, choices, what runs.
-
-    ``forms`` are what it may be instead: itself under ``""`` and its alternatives by candidate.
-    """
-
-    name: str
-    semantic: Program
-    specs: list[InputSpec]
-    mode: str = "infer"
-    joint: Program | None = None
-    traced: str = ""
-    """Fingerprint of the joint program as it was traced, before passes rewrote it."""
-    baseline: Schedule | None = None
-    frontier: Frontier | None = None
-    reference: FrontierPoint | None = None
-    reference_seconds: float = 0.0
-    flops: Mapping[str, int] = field(default_factory=dict)
-    point: FrontierPoint | None = None
-    lowered: tuple[fx.GraphModule, ...] = ()
-    provisional: bool = False
-    ran: bool = False
-    settled: bool = False
-    run: Callable[..., Any] | None = None
-    recompile: Callable[[], Callable[..., Any]] | None = None
-    forms: Mapping[str, Captured] = field(default_factory=dict)
-
-    @property
-    def schedule(self) -> Schedule:
-        assert self.point is not None
-        return self.point.schedule
-
-    def program_at(self, point: FrontierPoint) -> Program | None:
-        """The joint program that the schedule of ``point`` is of."""
-        form = self.forms.get(point.alternative)
-        return self.joint if form is None else form.joint
-
-    def run_at(self, point: FrontierPoint) -> None:
-        """Decide for ``point``, and for the form that its schedule is of."""
-        self.point = point
-        self.become(point.alternative)
-
-    def become(self, alternative: str) -> None:
-        """Take on the programs of a form. Raises ``StalePlanError`` for one that is not offered."""
-        if alternative not in self.forms:
-            if alternative:
-                offered = ", ".join(name for name in self.forms if name) or "none"
-                raise StalePlanError(
-                    f"the plan runs program {self.name!r} with {alternative!r}, which no pass offers here: "
-                    f"there is {offered}",
-                    hint="make the plan again with graphopt.plan(...)",
-                )
-            return
-        form = self.forms[alternative]
-        self.semantic, self.joint, self.traced, self.baseline, self.flops = (
-            form.semantic,
-            form.joint,
-            form.traced,
-            form.baseline,
-            form.flops,
-        )
 
 
 @dataclass
@@ -204,12 +141,14 @@ class Session:
         captured = Captured(name, program, specs, provisional=not self.whole)
         self._begin(captured)
         context = _torch.capture_context()
+        if self.whole:
+            weigh_forms(self, captured, inputs, "train" if _trained(inputs) else "infer")
 
         def compile_now() -> Callable[..., Any]:
             emitter = self._provisional_emitter(captured) if captured.provisional else self.emitter
             with _torch.within(context):
                 run = emitter.compile(
-                    semantic,
+                    captured.semantic.gm,
                     inputs,
                     lambda joint, outputs: self._partition(captured, joint, outputs),
                     lambda graph: self._inference(captured, graph),
@@ -238,7 +177,15 @@ class Session:
         budgeted = self.budget.memory is not None
         if not self.captured:
             self.records.extend(left_out(self.passes, self.host))
-        done = run_passes(program, self.passes, ctx, self.host, on_error=self.on_error, budgeted=budgeted)
+        done = run_passes(
+            program,
+            self.passes,
+            ctx,
+            self.host,
+            on_error=self.on_error,
+            budgeted=budgeted,
+            unweighed="" if self.whole else "of several graphs each runs as it is",
+        )
         self._note(done)
 
     def _note(self, done: Rewriting) -> None:
@@ -246,16 +193,10 @@ class Session:
         self.declined.extend(done.declined)
         self.near_misses.extend(done.near_misses)
 
-    def alternatives(
-        self, make: Callable[[], Program], mode: str
-    ) -> Iterator[tuple[Candidate, Program]]:
+    def alternatives(self, make: Callable[[], Program], mode: str) -> Iterator[tuple[Offer, Program]]:
         """What the passes offer instead of the semantic program that ``make`` copies."""
         ctx = PassContext(self.cost, mode, self.emitter.name, None, self.allow)
-
-        def failed(text: str, error: GraphoptError) -> None:
-            self._fail(text, error)
-
-        return alternatives(make, self.passes, ctx, failed)
+        return alternatives(make, self.passes, ctx, self._fail)
 
     def _segmented(
         self,
@@ -431,11 +372,9 @@ class Session:
             )
 
     def _inference(self, captured: Captured, graph: fx.GraphModule) -> fx.GraphModule:
-        captured.mode = "infer"
-        captured.joint = inference_program(captured.name, graph, captured.specs)
-        captured.baseline = _unchanged(captured.joint)
-        captured.frontier = self._frontier(captured)
-        self._decide(captured)
+        if captured.point is None or not captured.forms:
+            self.see_inference(captured, graph)
+            self._decide(captured)
         graph.graph = ordered(graph.graph, captured.schedule.forward)
         graph.recompile()
         captured.lowered = (graph,)
@@ -444,6 +383,22 @@ class Session:
     def _partition(
         self, captured: Captured, joint: fx.GraphModule, num_outputs: int
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        self.see_joint(captured, joint, num_outputs)
+        if captured.point is None:
+            self._decide(captured)
+        assert captured.joint is not None
+        captured.lowered = partition(captured.joint, captured.schedule)
+        return captured.lowered[0], captured.lowered[1]
+
+    def see_inference(self, captured: Captured, graph: fx.GraphModule) -> None:
+        """Take note of a functional inference graph, and what it could run."""
+        captured.mode = "infer"
+        captured.joint = inference_program(captured.name, graph, captured.specs)
+        captured.baseline = _unchanged(captured.joint)
+        captured.frontier = self._frontier(captured)
+
+    def see_joint(self, captured: Captured, joint: fx.GraphModule, num_outputs: int) -> None:
+        """Take note of a joint graph, changed in place, and of the schedules that it could run."""
         captured.mode = "train"
         _torch.eliminate_common_subexpressions(joint)
         drop_unread_statistics(joint)
@@ -452,14 +407,11 @@ class Session:
         program = joint_program(captured.name, joint, captured.specs, num_outputs)
         traced = program.fingerprint
         if captured.joint is None or captured.traced != traced:
-            captured.joint, captured.traced = program, traced
+            captured.joint, captured.traced, captured.point = program, traced, None
             captured.baseline = save_everything(program)
             captured.frontier = self._frontier(captured)
-            self._decide(captured)
         elif captured.joint.fingerprint == traced:
             captured.joint = program
-        captured.lowered = partition(captured.joint, captured.schedule)
-        return captured.lowered[0], captured.lowered[1]
 
     def _frontier(self, captured: Captured) -> Frontier:
         """The curve of schedules that the joint-level passes offer; the baseline is always on it."""

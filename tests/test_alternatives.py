@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
 import graphopt
-from graphopt.alternatives import alternatives, united
+from graphopt.alternatives import alternatives, coordinate_wise, united
 from graphopt.candidate import Candidate, CostDelta, Frontier, FrontierPoint
 from graphopt.edit import Edit
 from graphopt.errors import GraphoptError, StalePlanError
@@ -250,9 +250,7 @@ def test_a_plan_with_an_alternative_is_replayed_and_refused_without_its_pass(
     again = optimized(plan=tight.plan)
     assert [c.alternative for c in again.plan.choices] == [c.alternative for c in tight.plan.choices]
     with pytest.raises(StalePlanError, match="which no pass offers here: there is none"):
-        graphopt.optimize(
-            Wide(), (torch.randn(512, 32),), emit="inductor", on_error="raise", plan=tight.plan
-        )
+        graphopt.optimize(Wide(), (torch.randn(512, 32),), emit="inductor", on_error="raise", plan=tight.plan)
 
 
 def test_the_report_says_what_was_offered_and_taken(tight: graphopt.Optimized) -> None:
@@ -263,8 +261,159 @@ def test_the_report_says_what_was_offered_and_taken(tight: graphopt.Optimized) -
     assert "1 alternative for the planner" in text
 
 
-def test_op_by_op_alternatives_are_said_not_to_be_weighed() -> None:
-    eager = graphopt.optimize(
-        Wide(), (torch.randn(64, 32),), emit="eager", plugins=(Plugin(),), pipeline="halve-product"
+def op_by_op(**settings) -> graphopt.Optimized:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    chosen = {"plugins": (Plugin(),), "pipeline": "halve-product,insert-checkpoints", **settings}
+    return graphopt.optimize(Wide(), (torch.randn(512, 32),), emit="eager", on_error="raise", **chosen)
+
+
+@pytest.fixture(scope="module")
+def eager() -> graphopt.Optimized:
+    return op_by_op(budget="50%")
+
+
+def test_op_by_op_an_alternative_is_taken_where_the_budget_needs_it(eager: graphopt.Optimized) -> None:
+    assert [choice.alternative for choice in op_by_op(budget="16GiB").plan.choices] == [""]
+    (taken,) = (choice.alternative for choice in eager.plan.choices)
+    assert taken.startswith("halve:")
+    assert f"rewritten: {taken} in g0" in str(eager.report)
+    assert "1 alternative for the planner" in str(eager.report)
+
+
+def test_op_by_op_what_is_predicted_is_of_the_alternative(eager: graphopt.Optimized) -> None:
+    budget = eager.plan.budget
+    assert budget is not None and eager.plan.predicted.peak_bytes <= budget
+    assert eager.measure((torch.randn(512, 32),), repeats=1).peak_bytes <= budget
+    # The alternative's arithmetic is counted, not the program's.
+    assert eager.plan.predicted.flops >= 2 * 10**11
+
+
+def test_op_by_op_values_are_the_models(eager: graphopt.Optimized) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(512, 32)
+    torch.manual_seed(0)
+    plain = Wide()
+    results = []
+    for module in (plain, eager):
+        module.zero_grad()
+        loss = module(x)
+        loss.backward()
+        results.append((loss.detach(), [p.grad.clone() for p in module.parameters()]))
+    torch.testing.assert_close(results[1], results[0])
+
+
+def test_op_by_op_inference_is_weighed_as_well() -> None:
+    torch.manual_seed(0)
+    module, x = Wide().eval(), torch.randn(512, 32)
+    settings = {"plugins": (Plugin(),), "pipeline": "halve-product", "on_error": "raise", "emit": "eager"}
+    torch._dynamo.reset()
+    with torch.no_grad():
+        within = graphopt.optimize(module, (x,), budget="50%", **settings)
+        torch.testing.assert_close(within(x), module(x))
+    assert [choice.alternative for choice in within.plan.choices] == ["halve:mean"]
+
+
+def test_op_by_op_a_plan_with_an_alternative_is_replayed() -> None:
+    plan = op_by_op(budget="50%").plan
+    again = op_by_op(plan=plan).plan
+    assert again.choices == plan.choices
+    assert again.choices[0].alternative
+    assert again.predicted.peak_bytes == plan.predicted.peak_bytes
+    with pytest.raises(StalePlanError, match="which no pass offers here: there is none"):
+        op_by_op(plan=plan, plugins=(), pipeline="insert-checkpoints")
+
+
+def test_programs_of_several_graphs_run_as_they_are() -> None:
+    class Broken(Wide):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    torch._dynamo.reset()
+    found = graphopt.optimize(
+        Broken(), (torch.randn(64, 32),), emit="eager", plugins=(Plugin(),), pipeline="halve-product"
     )
-    assert "1 alternative not weighed: programs run op by op" in str(eager.report)
+    assert "1 alternative not weighed: of several graphs each runs as it is" in str(found.report)
+
+
+def looked_at(
+    *passes: Pass, peaks: dict[str, int | None], least: int = 100
+) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """Names of the forms that are looked at, with the calls of each, where they reach ``peaks``."""
+    seen: list[tuple[str, list[str]]] = []
+    said: list[str] = []
+
+    def look(name: str, program: Program) -> int | None:
+        seen.append((name, [str(node.target) for node in program.nodes()]))
+        return peaks.get(name, least)
+
+    coordinate_wise(_make, passes, context(), lambda text, error: said.append(text), look, least)
+    return seen, said
+
+
+def _swapping(name: str, place: str, target: object, **delta: float) -> Candidate:
+    def swap(edit: Edit) -> None:
+        old = edit.node(place)
+        edit.replace(old, edit.call_before(old, target, old.args))
+
+    return candidate(name, apply=swap, nodes=(place,), delta=CostDelta(**delta))  # type: ignore[arg-type]
+
+
+def test_each_pass_is_tried_on_top_of_the_best_of_those_before() -> None:
+    first = proposing(
+        lambda p, c: [
+            _swapping("a", "cos", aten.tan.default, peak_bytes=-5, seconds=1.0),
+            _swapping("b", "cos", aten.exp.default, peak_bytes=-9, seconds=2.0),
+        ]
+    )
+    second = proposing(lambda p, c: [_swapping("c", "sin", aten.neg.default)], name="other-pass")
+    second = replace_pass_id(second)
+    found, said = looked_at(first, second, peaks={"b": 60, "a": 50, "a+c": 40})
+    assert not said
+    assert found == [
+        ("b", ["aten.matmul.default", "aten.exp.default", "aten.sin.default"]),
+        ("a", ["aten.matmul.default", "aten.tan.default", "aten.sin.default"]),
+        ("a+c", ["aten.matmul.default", "aten.tan.default", "aten.neg.default"]),
+    ]
+
+
+def replace_pass_id(step: Pass) -> Pass:
+    """The pass with its candidates under its own name."""
+    inner = type(step).propose
+
+    def propose(self: Pass, program: Program, ctx: object) -> list[Candidate]:
+        return [replace(c, pass_id=self.name) for c in inner(self, program, ctx)]  # type: ignore[arg-type]
+
+    type(step).propose = propose  # type: ignore[assignment,method-assign]
+    return step
+
+
+def test_what_frees_nothing_is_no_ground_for_what_follows() -> None:
+    first = proposing(lambda p, c: [_swapping("a", "cos", aten.tan.default)])
+    second = replace_pass_id(
+        proposing(lambda p, c: [_swapping("c", "sin", aten.neg.default)], name="other-pass")
+    )
+    assert [name for name, _ in looked_at(first, second, peaks={"a": 100})[0]] == ["a", "c"]
+    assert [name for name, _ in looked_at(first, second, peaks={"a": None})[0]] == ["a", "c"]
+
+
+def test_of_many_offers_a_few_are_looked_at() -> None:
+    offers = [
+        _swapping(f"k{k}", "cos", aten.tan.default, peak_bytes=-100 // k, seconds=-k) for k in range(1, 10)
+    ]
+    worse = _swapping("worse", "cos", aten.exp.default, peak_bytes=-20, seconds=5.0)
+    step = proposing(lambda p, c: [worse, *offers])
+    assert [name for name, _ in looked_at(step, peaks={})[0]] == ["k1", "k5", "k9"]
+
+
+def test_a_family_is_weighed_as_one() -> None:
+    family = [
+        replace(_swapping(f"at-{place}/{k}", place, target), family=f"all/{k}")
+        for place, target in (("cos", aten.tan.default), ("sin", aten.neg.default))
+        for k in (2, 4)
+    ]
+    found, said = offered(*family)
+    calls = ["matmul", "tan_default", "neg_default"]
+    assert found == [("all/2", calls), ("all/4", calls)]
+    assert not said

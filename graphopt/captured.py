@@ -1,0 +1,80 @@
+"""One graph of a model on its way down: programs at each level, choices, what runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.fx as fx
+
+from graphopt.candidate import Frontier, FrontierPoint
+from graphopt.errors import StalePlanError
+from graphopt.program import InputSpec, Program
+from graphopt.schedule import Schedule
+
+__all__ = ["Captured"]
+
+
+@dataclass
+class Captured:
+    """One graph of a model on its way down: programs at each level, choices, what runs.
+
+    ``forms`` are what it may be instead: itself under ``""`` and its alternatives by candidate.
+    """
+
+    name: str
+    semantic: Program
+    specs: list[InputSpec]
+    mode: str = "infer"
+    joint: Program | None = None
+    traced: str = ""
+    """Fingerprint of the joint program as it was traced, before passes rewrote it."""
+    baseline: Schedule | None = None
+    frontier: Frontier | None = None
+    reference: FrontierPoint | None = None
+    reference_seconds: float = 0.0
+    flops: Mapping[str, int] = field(default_factory=dict)
+    point: FrontierPoint | None = None
+    lowered: tuple[fx.GraphModule, ...] = ()
+    provisional: bool = False
+    ran: bool = False
+    settled: bool = False
+    run: Callable[..., Any] | None = None
+    recompile: Callable[[], Callable[..., Any]] | None = None
+    forms: Mapping[str, Captured] = field(default_factory=dict)
+
+    @property
+    def schedule(self) -> Schedule:
+        assert self.point is not None
+        return self.point.schedule
+
+    def program_at(self, point: FrontierPoint) -> Program | None:
+        """The joint program that the schedule of ``point`` is of."""
+        form = self.forms.get(point.alternative)
+        return self.joint if form is None else form.joint
+
+    def run_at(self, point: FrontierPoint) -> None:
+        """Decide for ``point``, and for the form that its schedule is of."""
+        self.point = point
+        self.become(point.alternative)
+
+    def become(self, alternative: str) -> None:
+        """Take on the programs of a form. Raises ``StalePlanError`` for one that is not offered."""
+        if alternative not in self.forms:
+            if alternative:
+                offered = ", ".join(name for name in self.forms if name) or "none"
+                raise StalePlanError(
+                    f"the plan runs program {self.name!r} with {alternative!r}, which no pass offers here: "
+                    f"there is {offered}",
+                    hint="make the plan again with graphopt.plan(...)",
+                )
+            return
+        form = self.forms[alternative]
+        self.semantic, self.joint, self.traced, self.baseline, self.flops = (
+            form.semantic,
+            form.joint,
+            form.traced,
+            form.baseline,
+            form.flops,
+        )
