@@ -230,6 +230,11 @@ def ignore_version(node: fx.Node) -> None:
     node.meta["saved_tensor_with_no_vc_check"] = True
 
 
+def ignores_version(node: fx.Node) -> bool:
+    """Whether ``ignore_version`` was said of a value of a graph."""
+    return bool(node.meta.get("saved_tensor_with_no_vc_check"))
+
+
 def extract_halves(
     joint: fx.GraphModule, saved: Sequence[fx.Node], saved_symbols: Sequence[fx.Node], num_outputs: int
 ) -> tuple[fx.GraphModule, fx.GraphModule]:

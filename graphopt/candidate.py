@@ -67,7 +67,9 @@ class FrontierPoint:
     ``backward_peak`` are the peaks of the two halves, ``retained`` what stays alive between them,
     ``gradients`` what the backward leaves. ``seconds`` is the time added by recomputation, predicted.
     ``alternative`` is the id of the candidate whose program the schedule is of, ``""`` for the program
-    itself. ``forward_seconds`` is the predicted time of the whole forward half.
+    itself. ``forward_seconds`` and ``backward_seconds`` are the predicted times of the halves. The values
+    ``offloaded`` wait in the host's memory: ``moved_bytes`` of what is ``retained`` are gone once the next
+    program of the step has run, and back while its backward runs.
     """
 
     source: Schedule | DeferredSchedule
@@ -80,6 +82,9 @@ class FrontierPoint:
     label: str = ""
     alternative: str = ""
     forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
+    offloaded: tuple[str, ...] = ()
+    moved_bytes: int = 0
 
     @property
     def schedule(self) -> Schedule:
@@ -95,13 +100,17 @@ class Frontier:
     """A whole curve of choices, least peak first; each is best in peak, retained bytes or seconds.
 
     ``floor_bytes`` is a proven lower bound on the peak of any schedule of the program;
-    ``seconds_bound(budget)`` a proven lower bound on the added seconds of any that fits.
+    ``seconds_bound(budget)`` a proven lower bound on the added seconds of any that fits. A frontier that
+    ``extends`` holds every point of the one before it (``PassContext.curve``) and more. ``host_bytes``:
+    what may be moved to the host's memory, over all programs.
     """
 
     pass_id: str
     points: tuple[FrontierPoint, ...]
     floor_bytes: int = 0
     seconds_bound: Callable[[int], float] = lambda budget: 0.0
+    extends: bool = False
+    host_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from graphopt.candidate import Frontier, FrontierPoint
+from graphopt.schedule import Schedule
 
 __all__ = ["ChainPlan", "Link", "Rerun", "chain_peak", "items", "least_chain", "plan_chain", "rerun_calls"]
 
@@ -98,7 +100,8 @@ def chain_peak(
 
     Going forward, what the calls so far retain is held; a row that runs again holds what it hands on
     alone. Going back, a call finds what those before it retain and the gradients of those after it; a row
-    runs forward first, beside the gradients that have arrived for it.
+    runs forward first, beside the gradients that have arrived for it. What a call moves to the host is
+    there until the next call, or row, has run, and back before the backward of that begins.
     """
     after = [0] * (len(points) + 1)
     for k in range(len(points) - 1, -1, -1):
@@ -113,22 +116,26 @@ def chain_peak(
         return max(crossing(start, k) + points[k].forward_peak for k in range(start, stop))
 
     def peak_of(start: int, stop: int, rows: Sequence[Rerun], held: int, arrived: int) -> int:
-        peak, level = 0, held
+        peak, level, moving = 0, held, 0
         levels: list[tuple[int | Rerun, int]] = []
         for item in items(start, stop, rows):
-            levels.append((item, level))
+            # What the call before moves is on its way.
+            there = level + moving
+            levels.append((item, there))
             if isinstance(item, Rerun):
-                peak = max(peak, level + arrived + passing(item.start, item.stop))
+                peak = max(peak, there + arrived + passing(item.start, item.stop))
                 level += crossing(item.start, item.stop)
+                moving = 0
             else:
-                peak = max(peak, level + arrived + points[item].forward_peak)
-                level += points[item].retained
-        for item, level in reversed(levels):
+                peak = max(peak, there + arrived + points[item].forward_peak)
+                moving = points[item].moved_bytes
+                level += points[item].retained - moving
+        for item, there in reversed(levels):
             if isinstance(item, Rerun):
                 given = crossing(item.start, item.stop) + after[item.stop]
-                peak = max(peak, peak_of(item.start, item.stop, item.inner, level, given))
+                peak = max(peak, peak_of(item.start, item.stop, item.inner, there, given))
             else:
-                peak = max(peak, level + points[item].backward_peak + after[item + 1])
+                peak = max(peak, there + points[item].backward_peak + after[item + 1])
         return peak
 
     return peak_of(0, len(points), reruns, 0, 0) if points else 0
@@ -157,6 +164,23 @@ def plan_chain(links: Sequence[Link], room: int | None, resolution: Sequence[flo
     ``resolution``: seconds for each call below which predictions do not tell schedules apart: where the
     fastest fit, those close to them are taken for what they retain.
     """
+    limit = max((link.frontier.host_bytes for link in links), default=0)
+    found = _planned(links, room, resolution)
+    while found is not None and sum(p.moved_bytes for p in found.points) > limit:
+        # The table does not count what is moved: leave out what moves most until it is little enough.
+        largest = max(p.moved_bytes for p in found.points)
+        links = [_without_moves(link, largest) for link in links]
+        found = _planned(links, room, resolution)
+    return found
+
+
+def _without_moves(link: Link, least: int) -> Link:
+    """The link without the points that move ``least`` bytes or more."""
+    points = tuple(p for p in link.frontier.points if p.moved_bytes < least)
+    return replace(link, frontier=replace(link.frontier, points=points))
+
+
+def _planned(links: Sequence[Link], room: int | None, resolution: Sequence[float]) -> ChainPlan | None:
     fastest = [_fastest(link.frontier, resolution[k] if resolution else 0.0) for k, link in enumerate(links)]
     plain = _plan(links, fastest, ())
     if room is None or plain.peak_bytes <= room:
@@ -214,19 +238,28 @@ def _within(links: Sequence[Link], room: int) -> ChainPlan | None:
 
 def _bounded(links: Sequence[Link], plan: ChainPlan) -> Sequence[Link]:
     """The links with the schedules that the plan uses most, where it uses many for calls of one kind."""
-    used: dict[int, dict[FrontierPoint, int]] = {}
+    used: dict[int, dict[_Code, int]] = {}
     for link, point in zip(links, plan.points, strict=True):
         counts = used.setdefault(link.kind, {})
-        counts[point] = counts.get(point, 0) + 1
+        counts[_code(point)] = counts.get(_code(point), 0) + 1
     frontiers: dict[int, Frontier] = {}
     for link in links:
         counts = used[link.kind]
         if len(counts) > _VARIANTS and sum(counts.values()) > _MANY and link.kind not in frontiers:
             kept = sorted(counts, key=lambda p: -counts[p])[:_VARIANTS]
-            frontiers[link.kind] = replace(link.frontier, points=tuple(kept))
+            points = tuple(p for p in link.frontier.points if _code(p) in kept)
+            frontiers[link.kind] = replace(link.frontier, points=points)
     if not frontiers:
         return links
     return [replace(k, frontier=frontiers[k.kind]) if k.kind in frontiers else k for k in links]
+
+
+_Code: TypeAlias = tuple[str, Schedule]
+
+
+def _code(point: FrontierPoint) -> _Code:
+    """What is compiled for a point: moving values takes no code of its own."""
+    return point.alternative, point.schedule
 
 
 def _plan(links: Sequence[Link], points: Sequence[FrontierPoint], reruns: Sequence[Rerun]) -> ChainPlan:
@@ -239,8 +272,8 @@ def _fastest(frontier: Frontier, resolution: float) -> FrontierPoint:
     limit = min(point.seconds for point in frontier.points) + resolution
     close = [point for point in frontier.points if point.seconds <= limit]
     if resolution:
-        return min(close, key=lambda p: (p.retained, p.peak_bytes, p.seconds))
-    return min(close, key=lambda p: p.peak_bytes)
+        return min(close, key=lambda p: (p.moved_bytes, p.retained, p.peak_bytes, p.seconds))
+    return min(close, key=lambda p: (p.moved_bytes, p.peak_bytes))
 
 
 def _row_lengths(longest: int) -> list[int]:
@@ -305,8 +338,9 @@ class _Table:
         points = link.frontier.points
         return _Kind(
             points,
-            [self._up(p.forward_peak) for p in points],
-            [self._up(p.backward_peak) for p in points],
+            # Beside a call that moves values the one before it is taken to move as much.
+            [self._up(p.forward_peak + p.moved_bytes) for p in points],
+            [self._up(p.backward_peak + p.moved_bytes) for p in points],
             link.handed,
             max((p.gradients for p in points), default=0),
             link.forward_seconds,
@@ -323,6 +357,8 @@ class _Table:
         for n in range(1, min(longest, _LONGEST) + 1):
             best = _Least(self.slots)
             for k, point in enumerate(kind.points):
+                if point.moved_bytes:
+                    continue
                 waiting = self._up((n - 1) * kind.gradients)
                 floor = max(kind.forward[k] + arrived, kind.backward[k] + waiting)
                 best.offer(point.seconds + _shifted(padded[n - 1], self._at(point.retained, n)), floor, k)
@@ -354,7 +390,10 @@ class _Table:
                 for p, point in enumerate(kind.points):
                     floor = max(kind.forward[p], kind.backward[p] + gone)
                     best.offer(
-                        point.seconds + _shifted(padded[k + 1], self._at(point.retained, k)), floor, p
+                        point.seconds
+                        + _shifted(padded[k + 1], self._at(point.retained - point.moved_bytes, k)),
+                        floor,
+                        p,
                     )
                 if len(rows) > 1:
                     floor = min(kind.forward) + self._up(kind.handed)
@@ -381,7 +420,7 @@ class _Table:
                 pick = int(self.chosen[k][left])
                 if pick < len(kind.points):
                     points.append(kind.points[pick])
-                    left -= self._at(kind.points[pick].retained, k)
+                    left -= self._at(kind.points[pick].retained - kind.points[pick].moved_bytes, k)
                     continue
                 g = _row_lengths(stop - k)[pick - len(kind.points)]
                 inner_points, inner = self._row(kind, g, left - self._up(after[k + g]), k)

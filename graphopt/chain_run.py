@@ -11,6 +11,10 @@ Each call's backward stays a node of its own in autograd's graph, so gradients o
 over as they come, and ``torch.autograd.grad`` works as ever. As in torch's non-reentrant checkpoint, but
 on compiled calls, nested, and freed as early as the plan says.
 
+Values of single calls may be moved to the host instead (``HostMemory``): away while the next call runs,
+back while the backward of the call after runs. One call's values are on their way at a time, so that the
+device never holds more than the plan says.
+
 What runs again is the very same function. Inputs that a call writes (running statistics) are replaced by
 scratch memory the second time, which is right where its results do not depend on them
 (``writes_matter``); random numbers are drawn from the state of the first time.
@@ -18,7 +22,10 @@ scratch memory the second time, which is right where its results do not depend o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+import weakref
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,9 +35,26 @@ import torch
 from graphopt import _torch
 from graphopt.capture.chain import Segmented
 from graphopt.chain_plan import Rerun, items
-from graphopt.errors import InputsError
+from graphopt.errors import InputsError, LoweringError
+from graphopt.host_memory import HostMemory, Moved
 
-__all__ = ["ChainRunner"]
+__all__ = ["ChainRunner", "Layout"]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a value looks like."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
 
 
 @dataclass
@@ -46,11 +70,34 @@ class _Row:
 @dataclass
 class _Step:
     """One forward run and its backward. ``held``: values that the caller holds anyway. ``rows``: the row
-    that each call is in at the moment. ``kept``: what tickets stand for, once it was made again."""
+    that each call is in at the moment. ``kept``: what tickets stand for, once it was made again.
+    ``away``: what was moved, by call."""
 
     held: dict[str, Any]
     rows: dict[int, _Row] = field(default_factory=dict)
     kept: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    away: dict[int, list[weakref.ref[Moved]]] = field(default_factory=dict)
+
+
+class _Away:
+    """A saved value that was moved. Goes with autograd's graph, its host memory with it."""
+
+    __slots__ = ("call", "host", "moved", "step")
+
+    def __init__(self, host: HostMemory, moved: Moved, step: _Step, call: int) -> None:
+        self.host, self.moved, self.step, self.call = host, moved, step, call
+
+    def __del__(self) -> None:
+        self.host.forget(self.moved)
+
+
+@dataclass(frozen=True)
+class _Here:
+    """A saved value that stayed, of a call whose backward tells when to bring others back."""
+
+    step: _Step
+    call: int
+    value: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -65,6 +112,8 @@ class ChainRunner:
 
     ``functions``: one per call, positional. ``written[k]``: positions of inputs that call ``k`` writes in
     place; ``random[k]``: whether it draws random numbers. Both matter for calls in ``reruns`` alone.
+    ``moves[k]``: which of the values that call ``k`` saves, counted from 0, go to the ``host``, and what
+    they must look like; for calls outside of ``reruns``.
     Raises ``InputsError`` where the number of functions or inputs does not agree.
     """
 
@@ -75,12 +124,16 @@ class ChainRunner:
         reruns: Sequence[Rerun] = (),
         written: Sequence[Sequence[int]] = (),
         random: Sequence[bool] = (),
+        moves: Mapping[int, Mapping[int, Layout]] | None = None,
+        host: HostMemory | None = None,
     ) -> None:
         if len(functions) != len(chain.calls):
             raise InputsError(f"{len(chain.calls)} calls need as many functions, not {len(functions)}")
         self.chain, self.functions, self.reruns = chain, list(functions), tuple(reruns)
         self.written = [tuple(positions) for positions in written] or [()] * len(chain.calls)
         self.random = list(random) or [False] * len(chain.calls)
+        self.moves, self.host = dict(moves or {}), host
+        self._moving = sorted(self.moves)
         self._scratch: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def __call__(self, arguments: list[Any]) -> Any:
@@ -88,12 +141,60 @@ class ChainRunner:
         reruns = self.reruns if torch.is_grad_enabled() else ()
         # The step outlives the forward: tickets lead to it.
         step = _Step(dict(values) if reruns else {})
+        moving = bool(self.moves) and torch.is_grad_enabled()
+        leaving: list[Moved] = []
         for item in items(0, len(self.chain.calls), reruns):
             if isinstance(item, Rerun):
                 self._pass(item, values, step)
+                before, leaving = leaving, []
+            elif moving:
+                before, leaving = leaving, []
+                with self._watching(item, step, leaving):
+                    self._call(item, values)
             else:
                 self._call(item, values)
+                continue
+            self._release(before)
+        self._release(leaving)
         return self.chain.finish(values)
+
+    def _release(self, moved: Sequence[Moved]) -> None:
+        for value in moved:
+            assert self.host is not None
+            self.host.release(value)
+
+    def _watching(self, number: int, step: _Step, leaving: list[Moved]) -> AbstractContextManager[Any]:
+        """Values saved by a call go to the host where they are to; all tell when their backward begins."""
+        wanted, held = self.moves.get(number, {}), self._pointers(number, step)
+        count = -1
+
+        def pack(value: torch.Tensor) -> torch.Tensor | _Here | _Away:
+            nonlocal count
+            count += 1
+            if count not in wanted:
+                return value if value.data_ptr() in held else _Here(step, number, value)
+            found = Layout(tuple(value.shape), value.stride(), value.dtype)
+            if found != wanted[count]:
+                raise LoweringError(
+                    f"call {number} saves {found} as value {count}, the plan moves {wanted[count]}"
+                )
+            assert self.host is not None
+            moved = self.host.move(value)
+            leaving.append(moved)
+            step.away.setdefault(number, []).append(weakref.ref(moved))
+            return _Away(self.host, moved, step, number)
+
+        return torch.autograd.graph.saved_tensors_hooks(pack, self._unpack)
+
+    def _bring_back(self, number: int, step: _Step) -> None:
+        """The backward of a call begins: what the last moving call before it needs sets off."""
+        place = bisect_left(self._moving, number) - 1
+        if place < 0 or self.host is None:
+            return
+        for reference in step.away.pop(self._moving[place], ()):
+            moved = reference()
+            if moved is not None:
+                self.host.prefetch(moved)
 
     def _call(self, number: int, values: dict[str, Any], *, again: bool = False) -> None:
         call = self.chain.calls[number]
@@ -188,9 +289,14 @@ class ChainRunner:
         found = (step.held.get(name) for name in self.chain.calls[number].args)
         return {value.data_ptr() for value in found if isinstance(value, torch.Tensor)}
 
-    def _unpack(self, saved: torch.Tensor | _Ticket) -> torch.Tensor:
-        if not isinstance(saved, _Ticket):
+    def _unpack(self, saved: torch.Tensor | _Ticket | _Here | _Away) -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
             return saved
+        self._bring_back(saved.call, saved.step)
+        if isinstance(saved, _Here):
+            return saved.value
+        if isinstance(saved, _Away):
+            return saved.host.fetch(saved.moved, keep=_torch.keeps_graph())
         step, key = saved.step, (saved.call, saved.number)
         while key not in step.kept:
             # The innermost row that the call is in: a row within it takes its place when it runs.

@@ -81,6 +81,10 @@ class CaptureError(GraphoptError):
     code = "capture"
 
 
+class HostMemoryError(GraphoptError):
+    """The host has not the memory that a plan would move values to."""
+
+
 class LoweringError(GraphoptError):
     """Generated code that cannot be read, or that does not fit its graph."""
 

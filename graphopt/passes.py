@@ -22,7 +22,8 @@ class PassContext:
     """What a pass may know besides the program.
 
     ``mode`` is ``"train"`` or ``"infer"``; ``emit`` is the code generator that the program is for;
-    ``budget_bytes`` the resolved budget, ``None`` without one.
+    ``budget_bytes`` the resolved budget, ``None`` without one. ``curve``: the schedules that passes
+    before this one offer for the program, for one that adds to them (``Frontier.extends``).
     """
 
     cost: CostModel
@@ -30,6 +31,7 @@ class PassContext:
     emit: str = "eager"
     budget_bytes: int | None = None
     allow: frozenset[str] = frozenset()
+    curve: Frontier | None = None
 
 
 @dataclass(frozen=True)

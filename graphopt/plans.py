@@ -52,7 +52,8 @@ class Choice:
     ``fingerprint`` is the program's (``Program.fingerprint``), by which a stored plan knows the
     graph that it was made for. ``pass_id`` proposed the schedule, ``label`` is its own name for
     it. ``seconds`` is the predicted time that the schedule adds to the program. ``alternative`` is the id
-    of the rewrite that the program was given, ``""`` without one.
+    of the rewrite that the program was given, ``""`` without one. ``offloaded`` are values that wait in the
+    host's memory for the backward.
     """
 
     program: str
@@ -64,6 +65,7 @@ class Choice:
     recomputed: tuple[Recomputed, ...] = ()
     saved: tuple[SavedValue, ...] = ()
     alternative: str = ""
+    offloaded: tuple[SavedValue, ...] = ()
 
     def __str__(self) -> str:
         kept = sum(value.bytes for value in self.saved)
@@ -75,6 +77,9 @@ class Choice:
         text = " ".join(parts) + f": saves {count_text(len(self.saved), 'value')} ({format_bytes(kept)})"
         if self.recomputed:
             text += f", runs {count_text(len(self.recomputed), 'node')} again"
+        if self.offloaded:
+            moved = format_bytes(sum(value.bytes for value in self.offloaded))
+            text += f", moves {count_text(len(self.offloaded), 'value')} ({moved}) to the host"
         return text + f", adds {format_seconds(self.seconds)}"
 
 

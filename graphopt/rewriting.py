@@ -78,22 +78,34 @@ def run_joint_passes(
     the program was last rewritten may name nodes that are gone: its pass is asked again at the end.
     """
     total = Rewriting()
-    source: Pass | None = None
+    sources: list[Pass] = []
     found: Frontier | None = None
     stale = False
     for step in passes:
         if step.level is not program.level:
             continue
-        done = run_pass(program, step, ctx, host, on_error=on_error, budgeted=budgeted)
-        total += replace(done, frontiers=(), declined=(*done.declined, *_passed_over(done, source)))
+        seeing = replace(ctx, curve=found)
+        done = run_pass(program, step, seeing, host, on_error=on_error, budgeted=budgeted)
+        total += replace(done, frontiers=(), declined=(*done.declined, *_passed_over(done, sources)))
         if done.frontiers:
-            source, found, stale = step, done.frontiers[-1], False
+            found, stale = done.frontiers[-1], False
+            sources = [*sources, step] if found.extends else [step]
         stale = stale or done.changed
-    if source is not None and stale:
-        asked = f"{source.name} was asked for schedules alone, after the last rewrite"
-        again = run_pass(program, source, ctx, host, on_error=on_error, budgeted=budgeted, closed=asked)
-        total += replace(again, frontiers=())
-        found = again.frontiers[-1] if again.frontiers else None
+    if sources and stale:
+        found = None
+        for source in sources:
+            asked = f"{source.name} was asked for schedules alone, after the last rewrite"
+            again = run_pass(
+                program,
+                source,
+                replace(ctx, curve=found),
+                host,
+                on_error=on_error,
+                budgeted=budgeted,
+                closed=asked,
+            )
+            total += replace(again, frontiers=())
+            found = again.frontiers[-1] if again.frontiers else found
     return replace(total, frontiers=(found,) if found is not None else ())
 
 
@@ -103,13 +115,11 @@ def left_out(passes: Sequence[Pass], host: PluginHost) -> tuple[PassRecord, ...]
     return tuple(_record(step, host, "skipped", why) for step in passes if step.level is Level.LOWERED)
 
 
-def _passed_over(done: Rewriting, source: Pass | None) -> list[Declined]:
+def _passed_over(done: Rewriting, sources: Sequence[Pass]) -> list[Declined]:
     """Curves that another one takes the place of."""
-    if not done.frontiers:
+    if not done.frontiers or done.frontiers[-1].extends:
         return []
-    earlier = [frontier.pass_id for frontier in done.frontiers[:-1]]
-    if source is not None:
-        earlier.insert(0, source.name)
+    earlier = [step.name for step in sources] + [frontier.pass_id for frontier in done.frontiers[:-1]]
     why = f"a program has one curve of schedules: that of {done.frontiers[-1].pass_id}, the last, is used"
     return [Declined(f"schedules of {name}", why) for name in earlier]
 

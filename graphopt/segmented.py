@@ -21,12 +21,13 @@ from graphopt.capture.chain import Segment, Segmented
 from graphopt.capture.joint import inference_program, joint_program, save_everything
 from graphopt.capture.segments import split
 from graphopt.capture.semantic import semantic_program
-from graphopt.chain_plan import Link, chain_peak, plan_chain
-from graphopt.chain_run import ChainRunner
+from graphopt.chain_plan import Link, chain_peak, plan_chain, rerun_calls
 from graphopt.chain_rows import draws_random, pinned, written_inputs
+from graphopt.chain_run import ChainRunner, Layout
 from graphopt.emit.inductor import JointSeen
-from graphopt.emit.lowered import LoweredMemory, step_memory
-from graphopt.errors import CaptureError, LoweringError
+from graphopt.emit.lowered import LoweredMemory, saved_count, step_memory
+from graphopt.errors import CaptureError, HostMemoryError, LoweringError
+from graphopt.host_memory import HostMemory
 from graphopt.partition import partition
 from graphopt.program import InputSpec, Program
 from graphopt.schedule import Schedule
@@ -39,7 +40,7 @@ __all__ = ["SegmentedStep"]
 _ROUNDS = 6
 """How often a plan may be corrected by what its code turned out to hold."""
 
-_POINTS = 24
+_POINTS = 32
 """Points kept of a frontier that many segments share."""
 
 
@@ -58,7 +59,8 @@ class SegmentedStep:
         kinds: list[Captured] = []
         for number, segment in enumerate(self.chain.segments):
             first = next(call for call in self.chain.calls if call.segment == number)
-            inputs = [roles.get(arg, InputSpec(arg, "input")) for arg in first.args]
+            made = [InputSpec(arg, self._role(number, k)) for k, arg in enumerate(first.args)]
+            inputs = [roles.get(spec.node, spec) for spec in made]
             program = semantic_program(f"{name}.{segment.name}", _copy(segment.gm), inputs)
             kind = Captured(program.name, program, inputs)
             self._see(kind, segment)
@@ -75,7 +77,14 @@ class SegmentedStep:
         self._made = self._values()
         self._pinned = [pinned(kind) for kind in kinds]
         session.chain = self.links
+        self._host: HostMemory | None = None
+        self._saved: dict[tuple[int, str, Schedule], list[tuple[str, Layout]]] = {}
         self._code: dict[tuple[int, str, Schedule], tuple[Callable[..., Any], FrontierPoint]] = {}
+
+    def _role(self, segment: int, position: int) -> str:
+        """Of a value that another call made: an activation is one that no call but its own reads after it."""
+        calls = [call for call in self.chain.calls if call.segment == segment]
+        return "activation" if all(call.args[position] in call.drops for call in calls) else "input"
 
     def compile(self) -> Callable[..., Any]:
         """Plan, compile, check the plan against the code's own memory, correct, and bind."""
@@ -90,7 +99,8 @@ class SegmentedStep:
             self._compile_chosen()
             budget = session.plan.budget if session.plan is not None else None
             exact = [c.point for c in self.captured if c.point is not None]
-            if budget is None or base + chain_peak(exact, self.links(), session.reruns) <= budget:
+            fits = budget is None or base + chain_peak(exact, self.links(), session.reruns) <= budget
+            if fits and self._reserve():
                 break
         else:
             # What remains are estimates that did not come true: only what is compiled counts now.
@@ -113,8 +123,43 @@ class SegmentedStep:
             session.reruns,
             [written_inputs(self.kinds[call.segment]) for call in self.chain.calls],
             [draws_random(self.kinds[call.segment]) for call in self.chain.calls],
+            self._moves(),
+            self._host,
         )
         return lambda *args: driver(list(args))
+
+    def _reserve(self) -> bool:
+        """Take the host memory that the plan moves values to; without it, take moving off the curves."""
+        sizes = [layout.bytes for moved in self._moves().values() for layout in moved.values()]
+        if not sizes:
+            return True
+        self._host = HostMemory(torch.device("cuda", torch.cuda.current_device()))
+        try:
+            self._host.reserve(sizes)
+        except HostMemoryError as error:
+            self._host = None
+            self.session.diagnostics.append(f"nothing is moved to the host: {error.message}")
+            for kind in self.kinds:
+                assert kind.frontier is not None
+                kept = tuple(point for point in kind.frontier.points if not point.moved_bytes)
+                kind.frontier = replace(kind.frontier, points=kept)
+            for call, captured in zip(self.chain.calls, self.captured, strict=True):
+                captured.frontier = self.kinds[call.segment].frontier
+            return False
+        return True
+
+    def _moves(self) -> dict[int, dict[int, Layout]]:
+        """Which of the values that each call saves are moved, by their place among them."""
+        found = {}
+        rows = set(rerun_calls(self.session.reruns))
+        for k, captured in enumerate(self.captured):
+            if captured.point is None or not captured.point.offloaded or k in rows:
+                continue
+            saved = self._saved[_key(self.chain.calls[k].segment, captured)]
+            found[k] = {
+                i: layout for i, (name, layout) in enumerate(saved) if name in captured.point.offloaded
+            }
+        return found
 
     def links(self) -> list[Link]:
         """The calls for the planner of chains."""
@@ -145,8 +190,9 @@ class SegmentedStep:
         """Take away all points whose code is not there."""
         for number, kind in enumerate(self.kinds):
             assert kind.frontier is not None
-            points = tuple(point for (segment, *_), (_, point) in self._code.items() if segment == number)
-            kind.frontier = replace(kind.frontier, points=points)
+            known = {(form, schedule) for (segment, form, schedule) in self._code if segment == number}
+            points = [p for p in kind.frontier.points if (p.alternative, p.schedule) in known]
+            kind.frontier = replace(kind.frontier, points=tuple(points))
         for call, captured in zip(self.chain.calls, self.captured, strict=True):
             captured.frontier = self.kinds[call.segment].frontier
 
@@ -242,7 +288,7 @@ class SegmentedStep:
             key = _key(call.segment, captured)
             if key not in self._code:
                 self._code[key] = self._compile(
-                    self.kinds[call.segment], self.chain.segments[call.segment], captured
+                    call.segment, self.kinds[call.segment], self.chain.segments[call.segment], captured
                 )
             exact[key] = self._code[key][1]
         frontiers: dict[int, Frontier] = {}
@@ -253,10 +299,11 @@ class SegmentedStep:
             frontiers[number] = kind.frontier = replace(kind.frontier, points=points)
         for call, captured in zip(self.chain.calls, self.captured, strict=True):
             captured.frontier = frontiers[call.segment]
-            captured.point = exact[_key(call.segment, captured)]
+            assert captured.point is not None
+            captured.point = _with_bytes(captured.point, exact[_key(call.segment, captured)])
 
     def _compile(
-        self, kind: Captured, segment: Segment, captured: Captured
+        self, number: int, kind: Captured, segment: Segment, captured: Captured
     ) -> tuple[Callable[..., Any], FrontierPoint]:
         point = captured.point
         assert point is not None
@@ -275,6 +322,7 @@ class SegmentedStep:
             return graph if chosen is graph else _copy(chosen)
 
         run = emitter.compile(_copy(captured.semantic.gm), segment.example_inputs(), realise, as_is)
+        self._saved[_key(number, captured)] = _saved_values(captured, emitter.records)
         return run, _exact(kind, point, list(emitter.records))
 
 
@@ -328,7 +376,7 @@ def _moved(
     ahead = max(q.forward_peak - p.forward_peak for p, q in known)
     behind = max(q.backward_peak - p.backward_peak for p, q in known)
     return tuple(
-        exact[p.schedule]
+        _with_bytes(p, exact[p.schedule])
         if p.schedule in exact
         else replace(
             p,
@@ -337,6 +385,34 @@ def _moved(
         )
         for p in points
     )
+
+
+def _with_bytes(point: FrontierPoint, compiled: FrontierPoint) -> FrontierPoint:
+    """A point with the bytes that its code states; values that it moves stay its own."""
+    return replace(
+        point,
+        forward_peak=compiled.forward_peak,
+        backward_peak=compiled.backward_peak,
+        retained=compiled.retained,
+    )
+
+
+def _saved_values(captured: Captured, records: Sequence[LoweredMemory]) -> list[tuple[str, Layout]]:
+    """The values that a compiled call hands to autograd, in order."""
+    if captured.mode != "train" or len(records) != 2:
+        return []
+    forward = captured.lowered[0]
+    output = next(node for node in reversed(forward.graph.nodes) if node.op == "output")
+    first = len(output.args[0]) - saved_count(*records)
+    found = []
+    for node in output.args[0][first:]:
+        value = node.meta.get("val") if isinstance(node, fx.Node) else None
+        if isinstance(value, torch.Tensor) and not _torch.ignores_version(node):
+            layout = Layout(
+                tuple(map(_torch.hint, value.shape)), tuple(map(_torch.hint, value.stride())), value.dtype
+            )
+            found.append((node.name, layout))
+    return found
 
 
 def _exact(kind: Captured, point: FrontierPoint, records: Sequence[LoweredMemory]) -> FrontierPoint:
@@ -370,7 +446,7 @@ def _thinned(points: Sequence[FrontierPoint], count: int) -> tuple[FrontierPoint
     """At most ``count`` points: the ends in bytes and time, the rest spread over retained bytes."""
     if len(points) <= count:
         return tuple(points)
-    ordered = sorted(points, key=lambda p: (p.retained, p.seconds))
+    ordered = sorted(points, key=lambda p: (p.retained - p.moved_bytes, p.seconds))
     picked = {round(k * (len(ordered) - 1) / (count - 3)) for k in range(count - 2)}
     ends = [min(points, key=lambda p: p.seconds), min(points, key=lambda p: p.peak_bytes)]
     chosen = [ordered[k] for k in sorted(picked)]

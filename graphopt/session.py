@@ -27,7 +27,7 @@ from graphopt.capture.semantic import (
     semantic_program,
 )
 from graphopt.captured import Captured
-from graphopt.chain_plan import Link, Rerun, chain_peak, least_chain, plan_chain
+from graphopt.chain_plan import Link, Rerun, chain_peak, least_chain, plan_chain, rerun_calls
 from graphopt.cost import Cost, CostModel, MemoryProfile
 from graphopt.disallowed import advice_on_disallowed
 from graphopt.emit.eager import EagerEmitter
@@ -524,13 +524,17 @@ class Session:
             seconds += count * (c.reference_seconds + p.seconds)
             known = c.forms.get(p.alternative, c).flops
             flops += count * sum(known.get(name, 0) for name in runs)
+        links = self.links(group) if reruns else []
+        for k in rerun_calls(reruns):
+            seconds += links[k].forward_seconds
+            known = group[k].forms.get(points[k].alternative, group[k]).flops
+            flops += sum(known.get(name, 0) for name in points[k].schedule.forward)
         return Cost(peak, self.weight_bytes or 0, seconds, flops)
 
     def _plan(self, group: Sequence[Captured], *, tentative: bool = False) -> None:
         """Choose a point for each of ``group``. ``tentative``: the least where nothing seems to fit."""
         start = time.perf_counter()
         base = self.static_bytes or 0
-        frontiers = [c.frontier for c in group if c.frontier is not None]
         baseline = self._baseline(group)
         budget = self.budget.resolve(baseline.peak_bytes)
         if self.replay is not None:
@@ -705,6 +709,10 @@ def _choice(cost: CostModel, captured: Captured) -> Choice:
         recomputed,
         saved,
         captured.point.alternative,
+        tuple(
+            SavedValue(name, layer_of(nodes[name]), _op(nodes[name]), _bytes(nodes[name]))
+            for name in captured.point.offloaded
+        ),
     )
 
 
@@ -720,6 +728,8 @@ def _replayed(session: Session, captured: Captured, choice: Choice) -> FrontierP
         choice.seconds,
         label=choice.label,
         alternative=choice.alternative,
+        offloaded=tuple(value.node for value in choice.offloaded),
+        moved_bytes=sum(value.bytes for value in choice.offloaded),
     )
 
 

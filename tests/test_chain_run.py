@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from graphopt.capture.aliasing import alias_map
 from graphopt.capture.blocks import find_blocks
 from graphopt.capture.segments import split
 from graphopt.chain_plan import Rerun
-from graphopt.chain_run import ChainRunner
+from graphopt.chain_run import ChainRunner, Layout
+from graphopt.errors import LoweringError
+from graphopt.host_memory import HostMemory, Moved
 from tests.test_segments import one
 
 DEPTH = 7
@@ -69,10 +74,8 @@ class Run:
         # Calls are counted from the first block on.
         first = next(k for k, call in enumerate(self.chain.calls) if self._count(call.segment) > 1)
         compiled = [torch.compile(s.gm, backend="aot_eager", dynamic=False) for s in self.chain.segments]
-        written = [
-            [i for i, name in enumerate(call.args) if "running" in name or "tracked" in name]
-            for call in self.chain.calls
-        ]
+        written = [_written(self.chain.segments[call.segment].gm) for call in self.chain.calls]
+        assert any(written)
         self.run = ChainRunner(
             self.chain,
             [compiled[call.segment] for call in self.chain.calls],
@@ -93,8 +96,18 @@ class Run:
         loss = self.loss()
         loss.backward()
         found = {"loss": loss.detach(), "random": torch.get_rng_state()}
-        found |= {f"{n}.grad": p.grad.clone() for n, p in self.net.named_parameters() if p.grad is not None}
-        return found | {n: b.clone() for n, b in self.net.named_buffers()}
+        for number, value in enumerate(x for x in self.inputs if isinstance(x, torch.Tensor)):
+            # Statistics are among the inputs, and written.
+            found[f"input {number}"] = value.detach().clone()
+            if value.grad is not None:
+                found[f"gradient {number}"] = value.grad.clone()
+        return found
+
+
+def _written(gm: torch.fx.GraphModule) -> list[int]:
+    placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    written = alias_map(gm.graph).written
+    return [k for k, node in enumerate(placeholders) if node in written]
 
 
 def _moved(row: Rerun, by: int) -> Rerun:
@@ -121,7 +134,7 @@ def test_gradients_of_some_values_and_twice() -> None:
     plain, mine = Run(()), Run(ROWS["nested"])
     wanted: list[tuple[torch.Tensor, ...]] = []
     for run in (plain, mine):
-        weights = [run.net.inlet.weight, run.net.blocks[3].up.weight]
+        weights = [x for x in run.inputs if isinstance(x, torch.Tensor) and x.requires_grad][::5]
         loss = run.loss()
         first = torch.autograd.grad(loss, weights, retain_graph=True)
         second = torch.autograd.grad(loss, weights)
@@ -151,5 +164,109 @@ def test_two_steps_at_once_do_not_mix() -> None:
         losses = [run.loss(), run.loss()]
         losses[0].backward()
         losses[1].backward()
-        grads.append([p.grad for p in run.net.parameters()])
+        grads.append([x.grad for x in run.inputs if isinstance(x, torch.Tensor) and x.requires_grad])
+        assert all(gradient is not None for gradient in grads[-1])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+class Shelf(HostMemory):
+    """Stands in for pinned memory: takes values away and brings them back at once, and keeps a diary."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.diary: list[str] = []
+        self.waiting = 0
+
+    def move(self, value: torch.Tensor) -> Moved:
+        self.diary.append("move")
+        self.waiting += 1
+        host = value.detach().clone()
+        return Moved(value.detach(), tuple(value.shape), value.stride(), value.dtype, value.device, host)
+
+    def release(self, moved: Moved) -> None:
+        self.diary.append("release")
+        moved.value = None
+
+    def prefetch(self, moved: Moved) -> None:
+        if moved.value is None:
+            assert moved.host is not None
+            self.diary.append("prefetch")
+            moved.value = moved.host.clone()
+
+    def forget(self, moved: Moved) -> None:
+        self.waiting -= moved.host is not None
+        moved.host = None
+
+    def _give(self, moved: Moved) -> None:
+        self.waiting -= 1
+        moved.host = None
+
+
+def _moving(rows: tuple[Rerun, ...], calls: Sequence[int]) -> tuple[Run, Shelf]:
+    """A run that moves every value that the given calls save and that is not a parameter."""
+    run = Run(rows)
+    shelf = Shelf()
+    layouts: dict[int, dict[int, Layout]] = {}
+    held = {p.data_ptr() for p in run.inputs if isinstance(p, torch.Tensor) and p.requires_grad}
+    inner = run.run.functions
+
+    def noting(k: int) -> Any:
+        def call(*args: Any) -> Any:
+            count = iter(range(100))
+
+            def pack(value: torch.Tensor) -> torch.Tensor:
+                i = next(count)
+                if value.data_ptr() not in held:
+                    layouts.setdefault(k, {})[i] = Layout(tuple(value.shape), value.stride(), value.dtype)
+                return value
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value):
+                return inner[k](*args)
+
+        return call
+
+    reruns, run.run.reruns = run.run.reruns, ()
+    run.run.functions = [noting(k) for k in range(len(inner))]
+    torch.manual_seed(7)
+    before = [x.detach().clone() if isinstance(x, torch.Tensor) else x for x in run.inputs]
+    run.loss()
+    for value, old in zip(run.inputs, before, strict=True):
+        if isinstance(value, torch.Tensor):
+            value.data.copy_(old)
+    run.run = ChainRunner(
+        run.chain, inner, reruns, run.run.written, run.run.random, {k: layouts[k] for k in calls}, shelf
+    )
+    return run, shelf
+
+
+@pytest.mark.parametrize("rows", [(), (Rerun(2, 4),)], ids=["alone", "beside a row"])
+def test_moved_values_come_back_before_they_are_needed(rows: tuple[Rerun, ...]) -> None:
+    calls = [1, 2, 6]
+    mine, shelf = _moving(rows, calls)
+    plain = Run(())
+    for _ in range(2):
+        shelf.diary.clear()
+        same(plain.step(), mine.step())
+        values = [len(mine.run.moves[k]) for k in calls]
+        order = [(entry, len(list(group))) for entry, group in itertools.groupby(shelf.diary)]
+        # One call's values are on their way at a time: the next are moved before they are let go.
+        assert order[0] == ("move", values[0] + values[1])
+        assert [n for entry, n in order if entry == "prefetch"] == [sum(values)]
+        assert shelf.diary.count("release") == sum(values)
+        assert shelf.waiting == 0
+
+
+def test_moved_values_that_nobody_asks_for_give_their_host_memory_back() -> None:
+    run, shelf = _moving((), [1, 2])
+    loss = run.loss()
+    assert shelf.waiting > 0
+    del loss
+    gc.collect()
+    assert shelf.waiting == 0
+
+
+def test_a_value_that_is_not_what_the_plan_moves_is_an_error() -> None:
+    run, _ = _moving((), [1])
+    run.run.moves[1] = {i: Layout((1, 2), (2, 1), torch.float32) for i in run.run.moves[1]}
+    with pytest.raises(LoweringError, match=r"call 1 saves .* the plan moves float32\[1, 2\]"):
+        run.loss()

@@ -40,16 +40,18 @@ def fused_point(
     entry = retained + arriving
     left = _bytes(nodes, sorted(gradients), inputs - tangents, step)
     forward_seconds = fused_seconds(forward, set(handed), cost, device_type=kind)
+    backward_seconds = fused_seconds(backward, gradients, cost, device_type=kind)
     return FrontierPoint(
         schedule,
         max([retained, *ahead]),
         max([entry, given + left, *(entry + live for live in behind)]),
         retained,
         left,
-        forward_seconds + fused_seconds(backward, gradients, cost, device_type=kind),
+        forward_seconds + backward_seconds,
         flops,
         label,
         forward_seconds=forward_seconds,
+        backward_seconds=backward_seconds,
     )
 
 

@@ -26,6 +26,7 @@ __all__ = [
     "StepMemory",
     "compile_lowered",
     "lowered_memory",
+    "saved_count",
     "step_memory",
 ]
 
@@ -154,7 +155,7 @@ def step_memory(forward: LoweredMemory, backward: LoweredMemory) -> StepMemory:
     because autograd hands over its only reference. Raises ``LoweringError`` where the halves do not
     belong together.
     """
-    first = len(forward.output_names) - _saved_count(forward, backward)
+    first = len(forward.output_names) - saved_count(forward, backward)
     saved = forward.output_names[first:]
     owned = [
         Owned(tuple(forward.output_names[i] for i in storage.outputs), storage.bytes)
@@ -181,7 +182,7 @@ def step_memory(forward: LoweredMemory, backward: LoweredMemory) -> StepMemory:
     )
 
 
-def _saved_count(forward: LoweredMemory, backward: LoweredMemory) -> int:
+def saved_count(forward: LoweredMemory, backward: LoweredMemory) -> int:
     """How many of the forward's last outputs are saved values: those the backward takes, once each."""
     if (forward.phase, backward.phase) != ("forward", "backward"):
         raise LoweringError(

@@ -22,6 +22,7 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.insert_checkpoints:InsertCheckpoints",
         "graphopt_passes.linear_cross_entropy:LinearCrossEntropy",
         "graphopt_passes.normalize:Normalize",
+        "graphopt_passes.offload:Offload",
     ]
 
 
