@@ -332,7 +332,8 @@ class _Table:
         Sizes of a few slots that are all rounded alike are wrong by the same share; multiples of the
         golden ratio spread their remainders evenly (Weyl's sequence).
         """
-        return int(size / self.slot + position * _GOLDEN % 1.0)
+        # A call may move more than it retains: what it was given. The room that this makes is left out.
+        return int(max(size, 0) / self.slot + position * _GOLDEN % 1.0)
 
     def _kind(self, link: Link) -> _Kind:
         points = link.frontier.points

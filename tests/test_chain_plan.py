@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -171,3 +172,39 @@ def test_few_schedules_are_used_for_many_calls() -> None:
         found = plan_chain(chain(40, many, 10), room)
         assert found is not None
         assert len(set(found.points)) <= 2
+
+
+def moving(base: FrontierPoint, moved: int, seconds: float) -> FrontierPoint:
+    return replace(base, moved_bytes=moved, offloaded=("x",), seconds=base.seconds + seconds)
+
+
+def test_what_is_moved_leaves_room_and_stays_beside_the_next_call() -> None:
+    stays = point(40, 60, 30, 0.0)
+    away = moving(stays, 20, 0.01)
+    again = point(40, 80, 10, 1.0)
+    links = chain(20, Frontier("test", (stays, away, again), host_bytes=10**6), 0)
+    # Each call finds 10 of every one before it, and 20 more of the last.
+    assert chain_peak([away] * 20, links) == 19 * 10 + 20 + 90
+    assert chain_peak([away, stays], links) == 10 + 20 + 90
+    assert chain_peak([stays, away], links) == 30 + 90
+    plan = plan_chain(links, 310)
+    assert plan is not None and plan.peak_bytes <= 310
+    assert plan.seconds < 1.0
+    assert plan_chain(links, None).points == (stays,) * 20
+
+
+def test_the_host_holds_no_more_than_it_may() -> None:
+    stays, again = point(40, 60, 30, 0.0), point(40, 60, 10, 1.0)
+    offered = (stays, moving(stays, 20, 0.01), moving(stays, 10, 0.005), again)
+    for host in (0, 100, 200, 300, 10**6):
+        links = chain(20, Frontier("test", offered, host_bytes=host), 0)
+        plan = plan_chain(links, 320)
+        assert plan is not None and plan.peak_bytes <= 320
+        assert sum(p.moved_bytes for p in plan.points) <= host
+
+
+def test_a_call_may_move_more_than_it_keeps() -> None:
+    given = moving(point(40, 60, 5, 0.0), 20, 0.01)
+    links = chain(6, Frontier("test", (given,), host_bytes=10**6), 0)
+    plan = plan_chain(links, 200)
+    assert plan is not None and plan.peak_bytes == chain_peak([given] * 6, links) <= 200
