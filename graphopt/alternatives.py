@@ -256,5 +256,13 @@ def _undominated(points: Sequence[FrontierPoint]) -> tuple[FrontierPoint, ...]:
     return tuple(sorted(kept, key=lambda p: (p.peak_bytes, p.seconds)))
 
 
-def _measures(point: FrontierPoint) -> tuple[int, int, int, int, float]:
-    return (point.forward_peak, point.backward_peak, point.retained, point.gradients, point.seconds)
+def _measures(point: FrontierPoint) -> tuple[int, int, int, int, int, float]:
+    stays = point.retained - point.moved_bytes
+    return (
+        point.forward_peak,
+        point.backward_peak,
+        point.retained,
+        stays,
+        point.gradients,
+        point.seconds,
+    )
