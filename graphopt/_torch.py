@@ -430,6 +430,15 @@ def compile_errors() -> tuple[type[BaseException], ...]:
     return tuple(getattr(exc, name) for name in names)
 
 
+@contextmanager
+def outside_of_fake_mode() -> Iterator[None]:
+    """Operators run for real, whatever mode is active around."""
+    from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+    with unset_fake_temporarily():
+        yield
+
+
 def fake_mode() -> FakeTensorMode:
     """A fresh mode in which tensors have shapes, dtypes, devices and storages, but no data."""
     return FakeTensorMode(allow_non_fake_inputs=True)

@@ -192,7 +192,7 @@ def test_a_function_is_traced_on_fakes_of_their_own_mode() -> None:
     graph = _torch.traced_like(lambda t: (t > torch.arange(4, device=t.device)).sum(1), [x])
     calls = [node for node in graph.nodes if node.op == "call_function"]
     assert [str(node.target) for node in calls] == [
-        "aten.arange.default",
+        "prims.iota.default",
         "aten.gt.Tensor",
         "aten.sum.dim_IntList",
     ]
@@ -204,3 +204,10 @@ def test_a_call_gives_a_fake_of_the_mode_that_is_named() -> None:
     x = mode.from_tensor(torch.randn(3))
     made = _torch.call_on_fakes(x, torch.ops.aten.full.default, ([2, 2], 1), {"dtype": torch.int64})
     assert made.fake_mode is mode and tuple(made.shape) == (2, 2) and made.dtype is torch.int64
+
+
+def test_operators_run_for_real_outside_of_a_fake_mode() -> None:
+    with _torch.fake_mode():
+        assert _torch.is_fake(torch.empty(2))
+        with _torch.outside_of_fake_mode():
+            assert not _torch.is_fake(torch.empty(2))

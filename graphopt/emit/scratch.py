@@ -1,20 +1,25 @@
 """Memory that library calls on a GPU take from PyTorch's allocator and give back before they return.
 
 No metadata states it. What is here was read in the library's sources or measured, as said beside
-each; calls that are not listed count as taking none (convolutions do take some, which cuDNN
-chooses at run time).
+each; calls that are not listed count as taking none. What cuDNN takes for a convolution it chooses by
+shapes, layouts and device: there the call is made once, on memory of its own, and watched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from graphopt import _torch
+
 __all__ = ["scratch_bytes"]
 
 _FLOAT = 4
+
+_CONVOLUTIONS = ("convolution", "convolution_backward")
 
 _ROW_ALIGNMENT = 64
 """Elements to which rows of a chunk of logits are padded (``graphopt::linear_cross_entropy``)."""
@@ -30,9 +35,60 @@ def scratch_bytes(op: Any, args: Sequence[Any]) -> int:
     if name.startswith("linear_cross_entropy") and hasattr(op, "_schema"):
         names = [argument.name for argument in op._schema.arguments]
         return _chunked_loss(name, dict(zip(names, args, strict=False)))
+    if name in _CONVOLUTIONS:
+        return _watched(op, args)
     if name == "embedding_dense_backward":
         return _gradient_of_embedding(args[0], args[1], int(args[2]))
     return 0
+
+
+_watched_before: dict[tuple[Any, ...], int] = {}
+
+
+def _watched(op: Any, args: Sequence[Any]) -> int:
+    """What a call takes from the CUDA allocator beyond what it returns; 0 where the device has not the
+    memory to try it. Once for each operator, shapes, strides and dtypes; the second run counts, as the
+    first may try algorithms out."""
+    described = torch.utils._pytree.tree_map(_described, list(args))
+    key = (str(op), repr(described), torch.backends.cudnn.benchmark)
+    if key not in _watched_before:
+        with _torch.outside_of_fake_mode(), torch.no_grad():
+            try:
+                _watched_before[key] = _taken(op, torch.utils._pytree.tree_map(_made, described))
+            except torch.OutOfMemoryError:
+                _watched_before[key] = 0
+    return _watched_before[key]
+
+
+def _taken(op: Any, args: Sequence[Any]) -> int:
+    op(*args)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = op(*args)
+    peak, after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+    del result
+    return max(0, peak - before - (after - before))
+
+
+@dataclass(frozen=True)
+class _Described:
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _described(value: Any) -> Any:
+    if not isinstance(value, torch.Tensor):
+        return _torch.hint(value) if isinstance(value, torch.SymInt) else value
+    shape, stride = tuple(map(_torch.hint, value.shape)), tuple(map(_torch.hint, value.stride()))
+    return _Described(shape, stride, value.dtype, value.device)
+
+
+def _made(value: Any) -> Any:
+    if not isinstance(value, _Described):
+        return value
+    return torch.empty_strided(value.shape, value.stride, dtype=value.dtype, device=value.device).zero_()
 
 
 def _gradient_of_embedding(grad: torch.Tensor, indices: torch.Tensor, rows: int) -> int:

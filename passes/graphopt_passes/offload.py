@@ -101,7 +101,7 @@ def _unable(ctx: PassContext) -> str:
 def _moved(program: Program, point: FrontierPoint, rate: float, host_bytes: int) -> Iterator[FrontierPoint]:
     """The point with what the link carries beside compute moved, and with everything moved."""
     values = sorted(_movable(program, point), key=lambda item: -item[1])
-    hidden = _MARGIN * rate * min(point.forward_seconds, point.backward_seconds)
+    hidden = min(host_bytes, _MARGIN * rate * min(point.forward_seconds, point.backward_seconds))
     free: list[tuple[str, int]] = []
     for name, size in values:
         if sum(s for _, s in free) + size <= hidden:

@@ -106,7 +106,8 @@ def _(packed: torch.Tensor, size: Sequence[int], stride: Sequence[int]) -> torch
 
 def pack_bits_reference(x: torch.Tensor) -> torch.Tensor:
     """``pack_bits`` in operators of ATen."""
-    return pack_codes_reference(flat(x).view(torch.uint8), 1)
+    # Cast, not viewed: Inductor of torch 2.11 knows no width of booleans.
+    return pack_codes_reference(flat(x).to(torch.uint8), 1)
 
 
 def unpack_bits_reference(packed: torch.Tensor, size: Sequence[int], stride: Sequence[int]) -> torch.Tensor:

@@ -1,0 +1,58 @@
+"""What library calls take beside what they return."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from graphopt import _torch
+from graphopt.emit import scratch
+
+CONVOLUTION = torch.ops.aten.convolution.default
+
+
+def test_a_convolution_is_watched_once_for_what_it_looks_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[tuple[int, ...]] = []
+
+    def taken(op: object, args: list[object]) -> int:
+        (image, weight, *_) = args
+        assert isinstance(image, torch.Tensor) and not _torch.is_fake(image)
+        assert image.is_contiguous(memory_format=torch.channels_last)
+        tried.append(tuple(image.shape))
+        return 4096
+
+    monkeypatch.setattr(scratch, "_taken", taken)
+    monkeypatch.setattr(scratch, "_watched_before", {})
+    with _torch.fake_mode():
+        for size in (8, 8, 16):
+            image = torch.empty(2, 3, size, size).to(memory_format=torch.channels_last)
+            args = (image, torch.empty(4, 3, 3, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+            assert scratch.scratch_bytes(CONVOLUTION, args) == 4096
+    assert tried == [(2, 3, 8, 8), (2, 3, 16, 16)]
+
+
+def test_what_does_not_fit_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    tries: list[object] = []
+
+    def full(op: object, args: list[object]) -> int:
+        tries.append(op)
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(scratch, "_taken", full)
+    monkeypatch.setattr(scratch, "_watched_before", {})
+    args = (torch.empty(2, 3, 8, 8), torch.empty(4, 3, 3, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
+    assert [scratch.scratch_bytes(CONVOLUTION, args) for _ in range(2)] == [0, 0]
+    assert len(tries) == 1
+
+
+@pytest.mark.gpu
+def test_what_cudnn_takes_is_what_the_allocator_saw() -> None:
+    image = torch.randn(32, 256, 56, 56, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(64, 256, 3, 3, device="cuda", dtype=torch.bfloat16)
+    args = (image, weight, None, [1, 1], [1, 1], [1, 1], False, [0, 0], 1)
+    expected = scratch.scratch_bytes(CONVOLUTION, args)
+    CONVOLUTION(*args)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = CONVOLUTION(*args)
+    assert torch.cuda.max_memory_allocated() - before == result.untyped_storage().nbytes() + expected
