@@ -120,7 +120,8 @@ def budgeted(
     """Run ``steps`` steps of a model eagerly, unbudgeted and budgeted, and compare all of them.
 
     The budget lies at ``part`` of the way from the least peak that any plan reaches to the
-    baseline's. Returns the budgeted module. Asserts that something is recomputed unless told not to,
+    baseline's. Returns the budgeted module. Both give the same bits, unless the budgeted one runs an
+    alternative, which rounds in another order. Asserts that something is recomputed unless told not to,
     and that both peaks are as predicted within 0.1 % (``slack`` bytes for the smallest models).
     """
     torch.manual_seed(0)
@@ -135,14 +136,22 @@ def budgeted(
         tight = graphopt.optimize(tight_model, inputs, budget=int(least + part * (most - least)), **options)
         again = [name for choice in tight.plan.choices for name in choice.schedule.recomputed]
         assert again or not recomputes, "the least plan recomputes nothing: the test proves nothing"
+        rewritten = _forms(tight) != _forms(free)
         for number in range(steps):
             expected = run_step(plain, inputs, loss, seed=number)
             unbudgeted = run_step(free, inputs, loss, seed=number)
             within = run_step(tight, inputs, loss, seed=number)
             assert_close(unbudgeted, expected, tolerance)
-            assert_same(within, unbudgeted)
+            if rewritten:
+                assert_close(within, unbudgeted, tolerance)
+            else:
+                assert_same(within, unbudgeted)
         for module in (free, tight):
             predicted = module.plan.predicted.peak_bytes
             measured = module.measure(inputs, repeats=1).peak_bytes
             assert abs(measured - predicted) <= max(predicted // 1000, slack), (predicted, measured)
     return tight
+
+
+def _forms(module: graphopt.Optimized) -> list[str]:
+    return [choice.alternative for choice in module.plan.choices]

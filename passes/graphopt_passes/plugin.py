@@ -17,6 +17,7 @@ graphopt_api = 1
 def graphopt_passes() -> Iterable[str]:
     return [
         "graphopt_passes.causal_attention:CausalAttention",
+        "graphopt_passes.chunk:Chunk",
         "graphopt_passes.compress_saved:CompressSaved",
         "graphopt_passes.compress_saved.lossy:QuantizeSaved",
         "graphopt_passes.insert_checkpoints:InsertCheckpoints",
