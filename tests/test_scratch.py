@@ -15,7 +15,7 @@ def test_a_convolution_is_watched_once_for_what_it_looks_like(monkeypatch: pytes
     tried: list[tuple[int, ...]] = []
 
     def taken(op: object, args: list[object]) -> int:
-        (image, weight, *_) = args
+        (image, *_) = args
         assert isinstance(image, torch.Tensor) and not _torch.is_fake(image)
         assert image.is_contiguous(memory_format=torch.channels_last)
         tried.append(tuple(image.shape))
@@ -27,7 +27,8 @@ def test_a_convolution_is_watched_once_for_what_it_looks_like(monkeypatch: pytes
         for size in (8, 8, 16):
             image = torch.empty(2, 3, size, size).to(memory_format=torch.channels_last)
             args = (image, torch.empty(4, 3, 3, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
-            assert scratch.scratch_bytes(CONVOLUTION, args) == 4096
+            assert scratch.watched_bytes(CONVOLUTION, args) == 4096
+            assert scratch.scratch_bytes(CONVOLUTION, args) == 0
     assert tried == [(2, 3, 8, 8), (2, 3, 16, 16)]
 
 
@@ -41,7 +42,7 @@ def test_what_does_not_fit_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(scratch, "_taken", full)
     monkeypatch.setattr(scratch, "_watched_before", {})
     args = (torch.empty(2, 3, 8, 8), torch.empty(4, 3, 3, 3), None, [1, 1], [0, 0], [1, 1], False, [0, 0], 1)
-    assert [scratch.scratch_bytes(CONVOLUTION, args) for _ in range(2)] == [0, 0]
+    assert [scratch.watched_bytes(CONVOLUTION, args) for _ in range(2)] == [0, 0]
     assert len(tries) == 1
 
 

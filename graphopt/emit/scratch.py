@@ -15,7 +15,7 @@ import torch
 
 from graphopt import _torch
 
-__all__ = ["scratch_bytes"]
+__all__ = ["scratch_bytes", "watched_bytes"]
 
 _FLOAT = 4
 
@@ -35,8 +35,8 @@ def scratch_bytes(op: Any, args: Sequence[Any]) -> int:
     if name.startswith("linear_cross_entropy") and hasattr(op, "_schema"):
         names = [argument.name for argument in op._schema.arguments]
         return _chunked_loss(name, dict(zip(names, args, strict=False)))
-    if name in _CONVOLUTIONS:
-        return _watched(op, args)
+    if name in _CONVOLUTIONS and args[0].device.type == "cuda":
+        return watched_bytes(op, args)
     if name == "embedding_dense_backward":
         return _gradient_of_embedding(args[0], args[1], int(args[2]))
     return 0
@@ -45,7 +45,7 @@ def scratch_bytes(op: Any, args: Sequence[Any]) -> int:
 _watched_before: dict[tuple[Any, ...], int] = {}
 
 
-def _watched(op: Any, args: Sequence[Any]) -> int:
+def watched_bytes(op: Any, args: Sequence[Any]) -> int:
     """What a call takes from the CUDA allocator beyond what it returns; 0 where the device has not the
     memory to try it. Once for each operator, shapes, strides and dtypes; the second run counts, as the
     first may try algorithms out."""
