@@ -103,7 +103,8 @@ def updated(
     """``stored`` with the rows of ``record`` in place of its own of the same models, and its account
     of the run beside the first one's."""
     own = list(dict.fromkeys(row["model"] for row in record["rows"]))
-    rows = {name: [r for r in stored["rows"] if r["model"] == name] for name in models.MODELS}
+    known = dict.fromkeys([*models.MODELS, *(r["model"] for r in stored["rows"])])
+    rows = {name: [r for r in stored["rows"] if r["model"] == name] for name in known}
     rows |= {name: [r for r in record["rows"] if r["model"] == name] for name in own}
     together = [row for name in rows for row in rows[name]]
     account = {key: value for key, value in record.items() if key not in ("figure", "summary", "rows")}

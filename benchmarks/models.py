@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-__all__ = ["MODELS", "build", "chosen"]
+__all__ = ["MODELS", "Built", "build", "chosen"]
 
 Built = tuple[nn.Module, dict[str, torch.Tensor]]
 

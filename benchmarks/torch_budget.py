@@ -17,7 +17,7 @@ import copy
 import functools
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import models
@@ -67,9 +67,9 @@ class Recorder(EagerEmitter):
         return _torch.joint_compiler(run, run, run, split, None)(gm, inputs)
 
 
-def capture(name: str) -> tuple[Session, Recorder]:
+def capture(name: str, *, build: Callable[[str], models.Built] = models.build) -> tuple[Session, Recorder]:
     """The session of a captured model, and the joint graph that torch's partitioner would see."""
-    model, inputs = models.build(name)
+    model, inputs = build(name)
     optimized = graphopt.optimize(model, emit="eager", on_error="raise", pipeline=["normalize"])
     driver = optimized._driver
     driver.session.emitter = recorder = Recorder()

@@ -384,6 +384,26 @@ def test_regions_under_autocast_compute_in_its_dtype() -> None:
     assert cut.measure((x,), repeats=1).peak_bytes <= lowest
 
 
+@pytest.mark.slow
+def test_compiled_segments_are_cut_where_the_budget_needs_it() -> None:
+    torch.manual_seed(0)
+    layers = [layer for _ in range(2) for layer in (Attention(64), Mlp(64))]
+    plain, inputs = Layers(*layers), (torch.randn(4, 256, 64),)
+    torch._dynamo.reset()
+    steps = (Chunk(chunks=(4,), least_elements=1024), InsertCheckpoints())
+    cut = graphopt.optimize(
+        copy.deepcopy(plain), inputs, pipeline=steps, emit="inductor", on_error="raise", budget="30%"
+    )
+    assert any(choice.alternative.startswith("chunk@") for choice in cut.plan.choices)
+    expected, mine = run_step(plain, inputs), run_step(cut, inputs)
+    for key, gradient in expected.gradients.items():
+        if gradient is not None:
+            torch.testing.assert_close(mine.gradients[key], gradient, rtol=1e-4, atol=1e-6)
+    cut.zero_grad()
+    assert cut.plan.budget is not None
+    assert cut.measure(inputs, repeats=1).peak_bytes <= cut.plan.budget
+
+
 class Random(nn.Module):
     """A random net of row-wise steps on ``[8, 24, 16]``, drawn from a seed."""
 
