@@ -15,7 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from graphopt.api import optimize, pareto, plan
+    from graphopt.api import explain_memory, optimize, pareto, plan
     from graphopt.budget import Budget
     from graphopt.candidate import Candidate, CostDelta, Declined, Frontier, FrontierPoint, NearMiss, Reason
     from graphopt.device import DeviceSpec
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         UnknownNameError,
         VerificationError,
     )
+    from graphopt.explanation import MemoryExplanation
     from graphopt.measure import Measurement
     from graphopt.optimized import Optimized
     from graphopt.pareto_front import Pareto
@@ -62,6 +63,7 @@ __all__ = [
     "InputsError",
     "Level",
     "Measurement",
+    "MemoryExplanation",
     "NearMiss",
     "Optimized",
     "Pareto",
@@ -82,6 +84,7 @@ __all__ = [
     "UnknownNameError",
     "VerificationError",
     "__version__",
+    "explain_memory",
     "hookimpl",
     "optimize",
     "pareto",
@@ -89,7 +92,8 @@ __all__ = [
 ]
 
 _HOME = {
-    "graphopt.api": ("optimize", "pareto", "plan"),
+    "graphopt.api": ("explain_memory", "optimize", "pareto", "plan"),
+    "graphopt.explanation": ("MemoryExplanation",),
     "graphopt.budget": ("Budget",),
     "graphopt.candidate": (
         "Candidate",

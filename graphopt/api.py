@@ -16,6 +16,7 @@ from graphopt.capture.inputs import bind_inputs
 from graphopt.emit import resolve_emitter
 from graphopt.emit.eager import EagerEmitter
 from graphopt.errors import InputsError, UnknownNameError
+from graphopt.explanation import MemoryExplanation
 from graphopt.optimized import Optimized
 from graphopt.pareto_front import Pareto
 from graphopt.passes import Pass
@@ -24,7 +25,7 @@ from graphopt.plans import Plan
 from graphopt.plugins.host import PluginHost, default_host
 from graphopt.session import Session
 
-__all__ = ["make_session", "optimize", "pareto", "plan"]
+__all__ = ["explain_memory", "make_session", "optimize", "pareto", "plan"]
 
 _VERIFY = ("off", "structure", "numeric")
 _ON_ERROR = ("rollback", "raise")
@@ -104,6 +105,14 @@ def pareto(model: torch.nn.Module, inputs: Any, **options: Any) -> Pareto:
     optimized = _dry_run(model, inputs, options, "pareto")
     plan = optimized.plan
     return Pareto(optimized.frontier(), plan.device, plan.emit)
+
+
+def explain_memory(model: torch.nn.Module, inputs: Any, **options: Any) -> MemoryExplanation:
+    """What holds the peak of a step: of the model as it is, and of what ``optimize`` would make of it.
+
+    Same arguments as ``optimize``; nothing is compiled.
+    """
+    return _dry_run(model, inputs, options, "explain_memory").explain_memory()
 
 
 def _dry_run(model: torch.nn.Module, inputs: Any, options: dict[str, Any], caller: str) -> Optimized:

@@ -13,6 +13,7 @@ from graphopt import _torch
 from graphopt.capture.driver import Driver
 from graphopt.cost import Cost, MemoryProfile
 from graphopt.errors import UnknownNameError
+from graphopt.explanation import MemoryExplanation
 from graphopt.loss import loss_of
 from graphopt.measure import Measurement, measure
 from graphopt.pareto_front import ParetoPoint
@@ -122,6 +123,10 @@ class Optimized(torch.nn.Module):
     def memory(self) -> tuple[MemoryProfile, MemoryProfile]:
         """Simulated live bytes over the step: of the baseline, and of the plan."""
         return self._driver.memory()
+
+    def explain_memory(self) -> MemoryExplanation:
+        """What holds the peak of a step, before and after: as text, JSON and a picture."""
+        return self._driver.explain_memory()
 
     def frontier(self) -> tuple[ParetoPoint, ...]:
         """Plans of the present step that no other beats in peak and seconds, least peak first."""

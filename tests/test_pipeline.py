@@ -279,4 +279,4 @@ def test_words_that_look_like_something_else_are_quoted() -> None:
 def test_the_shipped_default_runs_insert_checkpoints() -> None:
     host = PluginHost(disabled=())
     names = [instance.name for instance in Pipeline.of(None, host).steps]
-    assert names[0] == "normalize" and names[-1] == "insert-checkpoints"
+    assert names[0] == "normalize" and names[-2:] == ["insert-checkpoints", "offload"]

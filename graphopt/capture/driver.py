@@ -17,10 +17,11 @@ from graphopt.capture.observe import Observer
 from graphopt.capture.shapes import input_shapes
 from graphopt.cost import MemoryProfile
 from graphopt.errors import CaptureError, GraphoptError, InputsError, UnknownNameError
+from graphopt.explanation import MemoryExplanation
 from graphopt.loss import loss_of
 from graphopt.pareto_front import ParetoPoint
 from graphopt.plans import Plan
-from graphopt.program import Level, Program, Signature
+from graphopt.program import Level, Program, Signature, layer_of
 from graphopt.report import Environment, ProgramSummary, Report
 from graphopt.restored import restored
 from graphopt.session import Captured, NotPlanned, Session
@@ -276,6 +277,19 @@ class Driver:
         current = self.session.current
         before, now = [c.reference for c in current], [c.point for c in current]
         return self.session.memory(before), self.session.memory(now)
+
+    def explain_memory(self) -> MemoryExplanation:
+        before, after = self.memory()
+        plan = self.plan()
+        layers = {
+            node.name: layer
+            for captured in self.session.current
+            if captured.joint is not None
+            for node in captured.joint.graph.nodes
+            if (layer := layer_of(node))
+        }
+        static = self.session.static_bytes or 0
+        return MemoryExplanation(before, after, static, plan.predicted.peak_bytes, plan.budget, layers)
 
     def programs(self) -> tuple[Program, ...]:
         found: list[Program] = []
