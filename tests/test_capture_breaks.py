@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt.planner import step_peak
+from graphopt.chain_plan import chain_peak
 from tests.steps import assert_close, assert_same, deterministic, run_step
 
 
@@ -164,7 +164,7 @@ def test_without_a_step_seen_the_planner_counts_as_the_simulation_does(
     programs = [c.joint for c in session.current if c.joint is not None]
     for points in itertools.product(*frontiers):
         simulated = session.cost.memory([(p, q.schedule) for p, q in zip(programs, points, strict=True)])
-        assert step_peak(points) == simulated.peak_bytes
+        assert chain_peak(points) == simulated.peak_bytes
     before = fast.plan.predicted.peak_bytes
     for captured in session.current:
         captured.provisional = True
