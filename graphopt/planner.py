@@ -5,6 +5,7 @@ Where programs run once each, one after the other, ``graphopt.chain_plan`` picks
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -19,11 +20,13 @@ _LEVELS = 32
 def seconds_bound(frontiers: Sequence[Frontier], budget_bytes: int | None, base_bytes: int = 0) -> float:
     """A proven lower bound on the seconds that recomputation adds to any plan within the budget.
 
-    Programs only add to each other's memory, so each one's own bound holds with the rest free.
+    Programs only add to each other's memory, so each one's own bound holds with the rest free. 0 where no plan
+    is within the budget, which a frontier says by an infinite bound.
     """
     if budget_bytes is None:
         return 0.0
-    return sum(frontier.seconds_bound(budget_bytes - base_bytes) for frontier in frontiers)
+    bound = sum(frontier.seconds_bound(budget_bytes - base_bytes) for frontier in frontiers)
+    return bound if math.isfinite(bound) else 0.0
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -114,3 +115,9 @@ def test_bounds_of_programs_add_up() -> None:
     frontiers_ = [Frontier("test", (point(1, 1, 1, 0, 0.0),), 0, lambda room: float(room)) for _ in range(2)]
     assert seconds_bound(frontiers_, 15, 5) == 20.0
     assert seconds_bound(frontiers_, None) == 0.0
+
+
+def test_a_budget_that_nothing_meets_has_no_bound() -> None:
+    frontiers_ = [Frontier("test", (point(1, 1, 1, 0, 0.0),), 1, lambda room: math.inf if room < 1 else 2.0)]
+    assert seconds_bound(frontiers_, 1) == 2.0
+    assert seconds_bound(frontiers_, 0) == 0.0

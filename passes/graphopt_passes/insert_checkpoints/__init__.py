@@ -12,12 +12,14 @@ After, within a smaller budget, ``%6`` runs again right before its reader::
                %9 = aten.mm(%g, %6)   ...
 
 Sources: Chen et al. 2016 (recomputation), Griewank and Walther (checkpointing), minimum cuts as
-starting points as in torch's partitioner; the search itself is on the true peak of the step.
+starting points as in torch's partitioner, Jain et al. 2020 (mixed-integer programs); the search itself is
+on the true peak of the step.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
@@ -30,6 +32,7 @@ from graphopt.program import Level, Program
 from graphopt.schedule import DeferredSchedule
 from graphopt_passes.insert_checkpoints.bound import peak_floor, seconds_bound
 from graphopt_passes.insert_checkpoints.evaluate import Evaluation, Evaluator
+from graphopt_passes.insert_checkpoints.exact import chosen_solver, plans
 from graphopt_passes.insert_checkpoints.model import StepModel, build_model
 from graphopt_passes.insert_checkpoints.portfolio import blends, seeds, steps_between
 from graphopt_passes.insert_checkpoints.realise import Realiser, saved_storages
@@ -49,7 +52,9 @@ class InsertCheckpoints(Pass):
     """``objective``: what a recomputation costs, predicted ``"seconds"`` or ``"flops"``.
 
     ``targets``: how many peaks between the least and the largest are aimed at. ``effort``: how many
-    plans may be tried for each. 0 chooses by the size of the program.
+    plans may be tried for each. 0 chooses by the size of the program. ``solver``: what finds further plans,
+    ``"milp"`` (scipy), ``"cp-sat"`` (OR-Tools, an extra), ``"auto"`` or ``"none"``, in ``solver_seconds`` at
+    most for each program of up to 400 operators.
     """
 
     name: ClassVar[str] = "insert-checkpoints"
@@ -59,6 +64,8 @@ class InsertCheckpoints(Pass):
     objective: str = "seconds"
     targets: int = 0
     effort: int = 0
+    solver: str = "auto"
+    solver_seconds: float = 2.0
 
     def __post_init__(self) -> None:
         if self.objective not in ("seconds", "flops"):
@@ -69,6 +76,11 @@ class InsertCheckpoints(Pass):
             value = getattr(self, option)
             if not isinstance(value, int) or value < 0:
                 raise PassError(f"insert-checkpoints: {option}={value!r}: expected a whole number, 0 or more")
+        chosen_solver(self.solver)
+        if not isinstance(self.solver_seconds, int | float) or not 0 <= self.solver_seconds < math.inf:
+            raise PassError(
+                f"insert-checkpoints: solver_seconds={self.solver_seconds!r}: expected a number, 0 or more"
+            )
 
     def propose(self, program: Program, ctx: PassContext) -> Iterable[Proposal]:
         if ctx.mode != "train":
@@ -85,6 +97,15 @@ class InsertCheckpoints(Pass):
         # What code generators make of values that are computed again more than once is not modelled.
         repeat = ctx.emit == "eager"
         own = _thinned(family[1:], max(4, 4_000 // slots))
+        solver = chosen_solver(self.solver)
+        peaks = [item.peak for item in map(evaluate, family)]
+        solved = list(
+            dict.fromkeys(
+                item.saved for item in plans(evaluate, min(peaks), peaks[0], solver, self.solver_seconds)
+            )
+        )
+        starts += solved
+        own += solved
         front = search(evaluate, starts, targets=targets, effort=effort, own=own, repeat=repeat)
         realise = Realiser(model)
         if ctx.emit == "eager":
