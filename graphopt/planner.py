@@ -20,8 +20,8 @@ _LEVELS = 32
 def seconds_bound(frontiers: Sequence[Frontier], budget_bytes: int | None, base_bytes: int = 0) -> float:
     """A proven lower bound on the seconds that recomputation adds to any plan within the budget.
 
-    Programs only add to each other's memory, so each one's own bound holds with the rest free. 0 where no plan
-    is within the budget, which a frontier says by an infinite bound.
+    Programs only add to each other's memory, so each one's own bound holds with the rest free. 0 where no
+    plan is within the budget, which a frontier says by an infinite bound.
     """
     if budget_bytes is None:
         return 0.0
