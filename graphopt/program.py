@@ -107,6 +107,12 @@ class Program:
     def graph(self) -> fx.Graph:
         return self.gm.graph
 
+    @property
+    def has_symbolic_sizes(self) -> bool:
+        """Whether a size of some value is known at run time alone."""
+        leaves = (leaf for node in self.graph.nodes for leaf in tensor_leaves(node.meta.get("val")))
+        return any(isinstance(size, torch.SymInt) for leaf in leaves for size in leaf.shape)
+
     def nodes(self, target: Any = None) -> Iterator[fx.Node]:
         """Call nodes in order, or those that call ``target`` (an op or one of its overloads)."""
         for node in self.graph.nodes:

@@ -28,7 +28,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from graphopt.candidate import Candidate, NearMiss, Reason
+from graphopt.candidate import Candidate, Declined, NearMiss, Reason
 from graphopt.capture.structure import line_of
 from graphopt.edit import Edit
 from graphopt.passes import Pass, PassContext, Proposal
@@ -63,6 +63,10 @@ class Chunk(Pass):
     }
 
     def propose(self, program: Program, ctx: PassContext) -> Iterable[Proposal]:
+        if program.has_symbolic_sizes:
+            # Asking how large a value is would bind the program to the present sizes.
+            yield Declined(f"{self.name}@{program.name}", "sizes are symbolic: slices have fixed lengths")
+            return
         line = line_of(program.graph)
         for axis in AXES:
             for region in regions(program, line, axis):

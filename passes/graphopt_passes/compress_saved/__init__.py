@@ -33,7 +33,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
-from graphopt.candidate import NearMiss, Reason
+from graphopt.candidate import Declined, NearMiss, Reason
 from graphopt.errors import PassError
 from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.program import Level, Program
@@ -67,6 +67,10 @@ class CompressSaved(Pass):
 
     def propose(self, program: Program, ctx: PassContext) -> Iterable[Proposal]:
         if ctx.mode != "train":
+            return
+        if program.has_symbolic_sizes:
+            # Asking how large a value is would bind the program to the present sizes.
+            yield Declined(f"{self.name}@{program.name}", "sizes are symbolic: packed values have a fixed length")
             return
         values = SavedValues(program)
         packings: list[Packing] = []

@@ -35,7 +35,7 @@ import torch
 import torch.fx as fx
 
 from graphopt import _torch
-from graphopt.candidate import NearMiss, Reason
+from graphopt.candidate import Declined, NearMiss, Reason
 from graphopt.errors import PassError
 from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.plugins import CodecSpec, default_host
@@ -98,6 +98,10 @@ class QuantizeSaved(Pass):
 
     def propose(self, program: Program, ctx: PassContext) -> Iterable[Proposal]:
         if ctx.mode != "train":
+            return
+        if program.has_symbolic_sizes:
+            # Asking how large a value is would bind the program to the present sizes.
+            yield Declined(f"{self.name}@{program.name}", "sizes are symbolic: packed values have a fixed length")
             return
         values, codec = SavedValues(program), default_host().codec(self.codec)
         for stream, value in enumerate(values):
