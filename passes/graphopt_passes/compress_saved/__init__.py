@@ -70,7 +70,8 @@ class CompressSaved(Pass):
             return
         if program.has_symbolic_sizes:
             # Asking how large a value is would bind the program to the present sizes.
-            yield Declined(f"{self.name}@{program.name}", "sizes are symbolic: packed values have a fixed length")
+            why = "sizes are symbolic: packed values have a fixed length"
+            yield Declined(f"{self.name}@{program.name}", why)
             return
         values = SavedValues(program)
         packings: list[Packing] = []
