@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from graphopt_passes.insert_checkpoints.exact.answer import Answer
 from graphopt_passes.insert_checkpoints.exact.stages import Stages
@@ -14,9 +15,11 @@ _RESOLUTION = 2**24
 """Steps in which the dearest operator is counted; seconds are rounded down, so that bounds hold."""
 
 
-def solve(stages: Stages, seconds: float, gap: float = 0.0, hint: Collection[int] = ()) -> Answer:
-    """Least seconds under the rows, within a time limit, up to a relative ``gap``. ``hint``: variables
-    that are 1 in a good plan.
+def solve(
+    stages: Stages, seconds: float, gap: float = 0.0, hint: Mapping[int, bool] = MappingProxyType({})
+) -> Answer:
+    """Least seconds under the rows, within a time limit, up to a relative ``gap``. ``hint``: values that
+    some variables have in a good plan.
 
     One thread and a fixed seed: the answer is the same on every machine unless the time runs out.
     Raises ``ImportError`` where OR-Tools is not installed.
@@ -42,9 +45,8 @@ def solve(stages: Stages, seconds: float, gap: float = 0.0, hint: Collection[int
     unit = max(stages.costs, default=0.0) / _RESOLUTION or 1.0
     prices = [int(cost / unit) for cost in stages.costs]
     model.minimize(cp_model.LinearExpr.weighted_sum(variables, prices))
-    chosen = set(hint)
-    for index, variable in enumerate(variables if chosen else ()):
-        model.add_hint(variable, index in chosen)
+    for index, value in hint.items():
+        model.add_hint(variables[index], value)
     solver = cp_model.CpSolver()
     solver.parameters.num_workers = 1
     solver.parameters.random_seed = 0

@@ -125,8 +125,7 @@ class _Search:
         if not stages.costs and not stages.impossible:
             return Answer([], 0.0, True)
         if self._solver == "cp-sat":
-            hint = self._hint(stages) if len(stages.starts) == len(self._starts) else ()
-            return cpsat.solve(stages, self._left(), self._gap, hint)
+            return cpsat.solve(stages, self._left(), self._gap, self._hint(stages))
         return milp.solve(stages, self._left(), self._gap)
 
     def _settle(self, stages: Stages) -> tuple[float, float | None]:
@@ -206,23 +205,11 @@ class _Search:
                 return
             target -= missed
 
-    def _hint(self, stages: Stages) -> set[int]:
-        """Variables that are 1 in the best plan known."""
+    def _hint(self, stages: Stages) -> dict[int, bool]:
+        """What the best plan known hands over."""
         if self._best is None:
-            return set()
-        found: set[int] = set()
-        trace, model = self._best.trace, self._model
-        there = set(self._best.saved)
-        gone = {(b, slot) for b, slot in self._best.released}
-        last = self._best.last_use
-        for k, mark in enumerate(trace.marks[:-1]):
-            found.update(stages.held[k, b] for b in there if (k, b) in stages.held)
-            runs = trace.recomputed[mark[3] : trace.marks[k + 1][3]]
-            found.update(stages.run[k, i] for i in runs if (k, i) in stages.run)
-            there.update(b for i in runs for b in model.outputs[i])
-            end = trace.marks[k + 1][4]
-            there = {b for b in there if last[b] >= end and (b, k) not in gone}
-        return found
+            return {}
+        return {variable: b in self._best.saved for (k, b), variable in stages.held.items() if k == 0}
 
 
 def choice(
