@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
@@ -31,17 +31,18 @@ from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.program import Level, Program
 from graphopt.schedule import DeferredSchedule
 from graphopt_passes.insert_checkpoints.bound import peak_floor, seconds_bound
-from graphopt_passes.insert_checkpoints.evaluate import Evaluation, Evaluator
+from graphopt_passes.insert_checkpoints.evaluate import Evaluator
 from graphopt_passes.insert_checkpoints.exact import chosen_solver, plans
+from graphopt_passes.insert_checkpoints.incremental import Incremental, Snapshot
 from graphopt_passes.insert_checkpoints.model import StepModel, build_model
 from graphopt_passes.insert_checkpoints.portfolio import blends, seeds, steps_between
 from graphopt_passes.insert_checkpoints.realise import Realiser, saved_storages
-from graphopt_passes.insert_checkpoints.search import search
+from graphopt_passes.insert_checkpoints.search import Start, search
 
 __all__ = ["InsertCheckpoints"]
 
 _Item = TypeVar("_Item")
-_Priced = TypeVar("_Priced", Evaluation, FrontierPoint)
+_Priced = TypeVar("_Priced", Snapshot, FrontierPoint)
 
 _SAMPLE = 48
 """How many points of a frontier are priced as fused kernels: each costs about what lowering does."""
@@ -86,100 +87,105 @@ class InsertCheckpoints(Pass):
         if ctx.mode != "train":
             return
         model = build_model(program, ctx.cost, ctx.emit)
-        search_model = model if self.objective == "seconds" else _priced_by_flops(model)
-        evaluate = Evaluator(search_model)
+        prices = model.seconds if self.objective == "seconds" else _flops_first(model)
+        plan = Incremental(model, prices)
         everything = saved_storages(model, model.baseline.saved)
-        family = [everything, *seeds(search_model, search_model.seconds, 24)]
-        starts = [*family, *blends(search_model, family, 8)]
+        family = [everything, *seeds(model, prices, 24)]
+        starts: list[Start] = [(saved, frozenset()) for saved in (*family, *blends(model, family, 8))]
         slots = max(len(model.slots), 1)
         targets = self.targets or max(16, min(96, 20_000 // slots))
-        effort = self.effort or max(8, min(96, 10_000 // slots))
+        effort = self.effort or max(8, min(144, 24_000 // slots))
         # What code generators make of values that are computed again more than once is not modelled.
         repeat = ctx.emit == "eager"
-        own = _thinned(family[1:], max(4, 4_000 // slots))
-        solver = chosen_solver(self.solver)
-        peaks = [item.peak for item in map(evaluate, family)]
-        solved = list(
-            dict.fromkeys(
-                item.saved for item in plans(evaluate, min(peaks), peaks[0], solver, self.solver_seconds)
-            )
-        )
+        own: list[Start] = [(saved, frozenset()) for saved in _thinned(family[1:], max(4, 4_000 // slots))]
+        known = [_tried(plan, saved) for saved in family]
+        solved = self._solved(dataclasses.replace(model, seconds=prices), known)
         starts += solved
         own += solved
-        front = search(evaluate, starts, targets=targets, effort=effort, own=own, repeat=repeat)
+        front = search(plan, starts, targets=targets, effort=effort, own=own, repeat=repeat)
         realise = Realiser(model)
         if ctx.emit == "eager":
-            items = _undominated((*front.items, *map(evaluate, family)))
+            items = _undominated((*front.items, *known))
             points = tuple(_point(model, realise, item) for item in items)
             yield Frontier(self.name, points, peak_floor(model), seconds_bound(model))
             return
         # Fused kernels hold less and cost less than their operators: price a sample again.
-        between = _least_retained(evaluate, steps_between(search_model, family))
+        between = _least_retained(plan, steps_between(model, prices, family))
         sample = [
             everything,
             *family,
             *(item.saved for item in _thinned(front.items, _SAMPLE // 2)),
             *between,
         ]
-        yield Frontier(self.name, tuple(_undominated(_fused(model, ctx, evaluate, realise, sample))))
+        yield Frontier(self.name, tuple(_undominated(_fused(plan, ctx, realise, sample))))
+
+    def _solved(self, model: StepModel, known: Sequence[Snapshot]) -> list[Start]:
+        """What a solver finds between the least peak that is known and that of the first plan."""
+        least = min(item.peak for item in known)
+        found = plans(Evaluator(model), least, known[0].peak, chosen_solver(self.solver), self.solver_seconds)
+        return [(saved, frozenset()) for saved in dict.fromkeys(item.saved for item in found)]
 
 
-def _point(model: StepModel, realise: Realiser, item: Evaluation) -> FrontierPoint:
+def _tried(plan: Incremental, saved: Set[int]) -> Snapshot:
+    plan.load(saved)
+    plan.settle()
+    return plan.snapshot()
+
+
+def _point(model: StepModel, realise: Realiser, item: Snapshot) -> FrontierPoint:
     saved, released = item.saved, item.released
-    schedule = DeferredSchedule(lambda: realise(saved, released))
-    again = len(item.recomputed)
     return FrontierPoint(
-        schedule,
+        DeferredSchedule(lambda: realise(saved, released)),
         item.forward_peak,
         item.backward_peak,
         item.retained,
         model.gradient_bytes,
-        sum(model.seconds[i] for i in item.recomputed),
-        sum(model.flops[i] for i in item.recomputed),
-        f"{again} operators again" if again else "no recomputation",
+        item.seconds,
+        item.flops,
+        f"{item.again} operators again" if item.again else "no recomputation",
     )
 
 
 def _fused(
-    model: StepModel,
-    ctx: PassContext,
-    evaluate: Evaluator,
-    realise: Realiser,
-    sets: Iterable[frozenset[int]],
+    plan: Incremental, ctx: PassContext, realise: Realiser, sets: Iterable[frozenset[int]]
 ) -> list[FrontierPoint]:
     """Points of the given saved sets as the code generator will run them; the first is the
     reference that added seconds count from."""
+    model = plan.model
     points: list[FrontierPoint] = []
     plain = list(dict.fromkeys(sets))
-    for saved in dict.fromkeys([*plain, *(_with_statistics(model, evaluate(saved)) for saved in plain)]):
-        point = _point(model, realise, evaluate(saved))
+    for saved in dict.fromkeys([*plain, *(_with_statistics(plan, saved) for saved in plain)]):
+        point = _point(model, realise, _tried(plan, saved))
         priced = fused_point(model.program, point.schedule, ctx.cost, flops=point.flops, label=point.label)
         points.append(priced)
     start = points[0].seconds
     return [dataclasses.replace(point, seconds=point.seconds - start) for point in points]
 
 
-def _with_statistics(model: StepModel, item: Evaluation) -> frozenset[int]:
+def _with_statistics(plan: Incremental, saved: frozenset[int]) -> frozenset[int]:
     """The saved set and whatever small results of large reductions are made again under it.
 
     Row statistics of a norm or a softmax take next to no bytes. Kept, they leave an elementwise
     kernel behind that may write over its input; made again, they cost another pass over it.
     """
+    model = plan.model
+    item = _tried(plan, saved)
     small = {
         b
-        for i in item.recomputed
+        for i in plan.recomputed()
         for b in model.outputs[i]
         if model.savable[b] and model.size[b] * 64 <= max((model.size[x] for x in model.inputs[i]), default=0)
     }
     return item.saved | small
 
 
-def _least_retained(evaluate: Evaluator, sets: Iterable[frozenset[int]]) -> list[frozenset[int]]:
-    """Those of the sets that no other beats in retained bytes and seconds: what counts in a chain
+def _least_retained(plan: Incremental, sets: Iterable[frozenset[int]]) -> list[frozenset[int]]:
+    """Those of the sets that no other beats in retained bytes and price: what counts in a chain
     of programs, where all wait for the last with what they retain."""
-    best: list[Evaluation] = []
-    for item in sorted(map(evaluate, dict.fromkeys(sets)), key=lambda e: (e.retained, e.seconds)):
-        if not best or item.seconds < best[-1].seconds:
+    best: list[Snapshot] = []
+    tried = (_tried(plan, saved) for saved in dict.fromkeys(sets))
+    for item in sorted(tried, key=lambda item: (item.retained, item.price)):
+        if not best or item.price < best[-1].price:
             best.append(item)
     return [item.saved for item in _thinned(best, _SAMPLE // 2)]
 
@@ -192,24 +198,28 @@ def _thinned(items: Sequence[_Item], count: int) -> list[_Item]:
 
 
 def _undominated(found: Iterable[_Priced]) -> list[_Priced]:
-    """By rising peak, those that no other beats in peak, retained bytes and seconds at once.
+    """By rising peak, those that no other beats in peak, retained bytes and price at once.
 
     Beside other programs what is retained counts as much as the program's own peak.
     """
     kept: list[_Priced] = []
-    for item in sorted(found, key=lambda p: (_peak(p), p.seconds, p.retained)):
-        if not any(other.seconds <= item.seconds and other.retained <= item.retained for other in kept):
+    for item in sorted(found, key=lambda p: (_peak(p), _price(p), p.retained)):
+        price = _price(item)
+        if not any(_price(other) <= price and other.retained <= item.retained for other in kept):
             kept.append(item)
     return kept
 
 
-def _peak(item: Evaluation | FrontierPoint) -> int:
+def _peak(item: Snapshot | FrontierPoint) -> int:
     return max(item.forward_peak, item.backward_peak)
 
 
-def _priced_by_flops(model: StepModel) -> StepModel:
+def _price(item: Snapshot | FrontierPoint) -> float:
+    return item.price if isinstance(item, Snapshot) else item.seconds
+
+
+def _flops_first(model: StepModel) -> list[float]:
     """FLOPs count; seconds only break ties."""
     total = max(sum(model.flops), 1)
     span = sum(model.seconds) or 1.0
-    prices = [f / total + 1e-4 * s / span for f, s in zip(model.flops, model.seconds, strict=True)]
-    return dataclasses.replace(model, seconds=prices)
+    return [f / total + 1e-4 * s / span for f, s in zip(model.flops, model.seconds, strict=True)]

@@ -205,10 +205,7 @@ class Evaluator:
                     if x in available or x in saved or free[x]:
                         # What is there already stays; the second copy dies at once.
                         spare += size[x]
-                        if x not in available:
-                            kept.append(x)
-                            available.add(x)
-                            touched.setdefault(x, number)
+                        touched.setdefault(x, number)
                         continue
                     available.add(x)
                     start[x] = len(reads)

@@ -93,13 +93,13 @@ def blends(model: StepModel, family: Sequence[frozenset[int]], parts: int) -> It
 
 
 def steps_between(
-    model: StepModel, family: Sequence[frozenset[int]], steps: int = 8
+    model: StepModel, prices: Sequence[float], family: Sequence[frozenset[int]], steps: int = 8
 ) -> Iterator[frozenset[int]]:
     """From each member of a family to the next, a few storages at a time, cheapest per byte first."""
     for first, second in pairwise(family):
         dropped = sorted(
             first - second,
-            key=lambda b: (model.seconds[model.maker[b]] / max(model.size[b], 1), -model.size[b], b),
+            key=lambda b: (prices[model.maker[b]] / max(model.size[b], 1), -model.size[b], b),
         )
         for step in range(1, steps):
             given_up = dropped[: len(dropped) * step // steps]
