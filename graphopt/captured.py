@@ -42,6 +42,8 @@ class Captured:
     settled: bool = False
     run: Callable[..., Any] | None = None
     recompile: Callable[[], Callable[..., Any]] | None = None
+    look: Callable[[], None] | None = None
+    """See the program as it will be compiled, with its forms."""
     forms: Mapping[str, Captured] = field(default_factory=dict)
 
     @property

@@ -103,6 +103,6 @@ class CostModel(Protocol):
         """
         ...
 
-    def observed(self, programs: Sequence[Program], step: ObservedStep) -> StepMemory:
-        """The same for a step that was seen to run, under any schedules of its programs."""
+    def observed(self, step: ObservedStep) -> StepMemory:
+        """The same for a step that was seen to run, whatever its programs run as."""
         ...

@@ -22,7 +22,7 @@ from graphopt.program import Program
 if TYPE_CHECKING:
     from graphopt.session import Session
 
-__all__ = ["weigh_forms"]
+__all__ = ["see", "weigh_forms"]
 
 
 def weigh_forms(session: Session, captured: Captured, inputs: Sequence[Any], mode: str) -> None:
@@ -34,7 +34,7 @@ def weigh_forms(session: Session, captured: Captured, inputs: Sequence[Any], mod
     ctx = PassContext(session.cost, mode, session.emitter.name, None, session.allow)
     if not any(offers(captured.semantic, step, ctx, _nothing) for step in session.passes):
         return
-    _see(session, captured, inputs)
+    see(session, captured, inputs)
     if captured.frontier is None:
         return
     plain = captured.semantic
@@ -44,7 +44,7 @@ def weigh_forms(session: Session, captured: Captured, inputs: Sequence[Any], mod
     def look(name: str, program: Program) -> int | None:
         form = Captured(captured.name, program, captured.specs)
         try:
-            _see(session, form, inputs)
+            see(session, form, inputs)
         except Exception as error:
             session._fail(f"{captured.name}: alternative {name} was left out: {error}", error)
             return None
@@ -82,7 +82,7 @@ def _look_at(wanted: str, session: Session, make: Any, ctx: PassContext, look: A
         look(name, program)
 
 
-def _see(session: Session, captured: Captured, inputs: Sequence[Any]) -> None:
+def see(session: Session, captured: Captured, inputs: Sequence[Any]) -> None:
     """The joint (or inference) program of ``captured``, and the schedules that it could run."""
 
     def look(joint: fx.GraphModule, num_outputs: int) -> Any:

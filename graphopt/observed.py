@@ -12,9 +12,27 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from graphopt.cost import MemoryProfile
+from graphopt.program import Program
 from graphopt.schedule import Schedule
 
-__all__ = ["Gap", "ObservedRun", "ObservedStep", "ObservedStorage", "StepMemory"]
+__all__ = [
+    "Arrival",
+    "BackwardHalf",
+    "Choice",
+    "Entry",
+    "ForwardHalf",
+    "Gap",
+    "Halves",
+    "ObservedRun",
+    "ObservedStep",
+    "ObservedStorage",
+    "Ports",
+    "Returned",
+    "StepMemory",
+]
+
+Choice = tuple[Program, Schedule]
+"""What one program of a step is run as: itself or a form of it, and a schedule."""
 
 
 @dataclass(frozen=True)
@@ -44,13 +62,25 @@ class ObservedStorage:
 class ObservedRun:
     """One half of a program, run once. ``program`` counts the programs; ``forward`` is the position
     among the runs of the forward that this belongs to (its own, for a forward). ``inputs`` and
-    ``outputs`` map names of nodes to storages; what a backward returns is not listed."""
+    ``outputs`` map ports (``Ports``) to storages: what a forward reads and returns, the tangents of a
+    backward."""
 
     program: int
     backward: bool
     forward: int
     inputs: Mapping[str, int]
     outputs: Mapping[str, int]
+
+    def at_ports(self, ports: Ports, program: int) -> ObservedRun:
+        """The same with names of nodes replaced by ``ports``, and another number for the program."""
+        entering = ports.tangents if self.backward else ports.inputs
+        return ObservedRun(
+            program,
+            self.backward,
+            self.forward,
+            {entering[name]: storage for name, storage in self.inputs.items() if name in entering},
+            {port: self.outputs[name] for name, port in ports.outputs if name in self.outputs},
+        )
 
 
 @dataclass(frozen=True)
@@ -71,13 +101,104 @@ class ObservedStep:
         return sum(run is not None and run.program == program and not run.backward for run in self.runs)
 
 
-class StepMemory(Protocol):
-    """Exact liveness of an observed step under schedules, one for each of its programs."""
+@dataclass(frozen=True)
+class Ports:
+    """The ends of a program by which its forms are alike, whatever their nodes are called.
 
-    def peak(self, schedules: Sequence[Schedule]) -> int:
+    ``inputs``: port of each node that the forward reads, ``tangents`` those of the backward alone;
+    ``outputs``: (node, port) of what the forward returns. A code generator that writes to inputs within
+    the program returns nothing for them.
+    """
+
+    inputs: Mapping[str, str]
+    tangents: Mapping[str, str]
+    outputs: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def of(cls, program: Program) -> Ports:
+        signature = program.signature
+        entering = [spec.node for spec in signature.inputs if spec.role != "tangent"]
+        given = [spec.node for spec in signature.outputs if spec.role == "output"]
+        written = [spec.node for spec in signature.outputs if spec.role == "mutation"]
+        # Counted from the end: some traces return written inputs first, some nothing for them.
+        return cls(
+            {node: f"in {k - len(entering)}" for k, node in enumerate(entering)},
+            {spec.node: f"tangent {k}" for k, spec in enumerate(signature.by_role("tangent"))},
+            (
+                *((node, f"out {k - len(given)}") for k, node in enumerate(given)),
+                *((node, f"written {k}") for k, node in enumerate(written)),
+            ),
+        )
+
+    def returned(self, node: str) -> list[str]:
+        """Ports of the outputs that are ``node``."""
+        return [port for name, port in self.outputs if name == node]
+
+
+@dataclass(frozen=True)
+class Returned:
+    """New memory of ``bytes`` that a forward returns at ``ports``."""
+
+    bytes: int
+    ports: frozenset[str]
+
+
+@dataclass(frozen=True)
+class ForwardHalf:
+    """One forward under one schedule: bytes above its inputs at the ``peak``, what it ``returned``, the
+    ``saved_bytes`` besides, the ports of inputs and outputs whose memory is ``held`` for the backward."""
+
+    peak: int
+    saved_bytes: int
+    returned: tuple[Returned, ...]
+    held: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A tangent: ``storage`` tells those in one storage apart from others (``None``: not seen), ``bytes``
+    of it; somebody else holds it too where it is ``lasting``."""
+
+    port: str
+    storage: int | None
+    bytes: int
+    lasting: bool
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What one backward finds: ``dying`` inputs of the forward (port, bytes) that go within it, outputs
+    of the forward that are read and ``staying``, and the ``tangents``."""
+
+    dying: frozenset[tuple[str, int]]
+    staying: frozenset[str]
+    tangents: tuple[Arrival, ...]
+
+
+@dataclass(frozen=True)
+class BackwardHalf:
+    """One backward: bytes that it finds and takes over (``enters``), reaches and leaves behind."""
+
+    enters: int
+    peak: int
+    leaves: int
+
+
+class Halves(Protocol):
+    """Memory of both halves of programs, each by itself."""
+
+    def forward(self, program: Program, schedule: Schedule) -> ForwardHalf: ...
+
+    def backward(self, program: Program, schedule: Schedule, entry: Entry) -> BackwardHalf: ...
+
+
+class StepMemory(Protocol):
+    """Liveness of an observed step, what each of its programs runs as being chosen."""
+
+    def peak(self, choices: Sequence[Choice]) -> int:
         """Peak in bytes above the static base."""
         ...
 
-    def profile(self, schedules: Sequence[Schedule], *, base_bytes: int = 0) -> MemoryProfile:
+    def profile(self, choices: Sequence[Choice], *, base_bytes: int = 0) -> MemoryProfile:
         """Bytes over the whole step, ``base_bytes`` added to every point."""
         ...

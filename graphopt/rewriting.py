@@ -51,15 +51,12 @@ def run_passes(
     *,
     on_error: str = "rollback",
     budgeted: bool = False,
-    unweighed: str = "",
 ) -> Rewriting:
     """Run the passes of ``program``'s level, in the order given. See ``run_pass``."""
     total = Rewriting()
     for step in passes:
         if step.level is program.level:
-            total += run_pass(
-                program, step, ctx, host, on_error=on_error, budgeted=budgeted, unweighed=unweighed
-            )
+            total += run_pass(program, step, ctx, host, on_error=on_error, budgeted=budgeted)
     return total
 
 
@@ -133,7 +130,6 @@ def run_pass(
     on_error: str = "rollback",
     budgeted: bool = False,
     closed: str = "",
-    unweighed: str = "",
 ) -> Rewriting:
     """Run one pass as one transaction: all of its chosen candidates or none.
 
@@ -141,7 +137,6 @@ def run_pass(
     the structure leaves the program as it was: recorded as ``rolled-back`` with the reason, or raised
     (``PassError``, ``VerificationError``) with ``on_error="raise"``. ``budgeted``: bytes count as gains.
     ``closed``: why this program can take no candidate, where that is so; each is declined with it.
-    ``unweighed``: why alternatives to it are not planned, where they are not.
     """
     if not step.exact and step.name not in ctx.allow:
         why = f"changes results: runs with allow=({step.name!r},)"
@@ -174,7 +169,7 @@ def run_pass(
         proposals, refused = Proposals(), []
     else:
         gain = sum(worth(candidate, ctx, budgeted=False) for candidate in chosen)
-        status, reason = _outcome(proposals, len(chosen), gain, edit, ctx, unweighed)
+        status, reason = _outcome(proposals, len(chosen), gain, edit, ctx)
     record = _record(step, host, status, reason, time.perf_counter() - start)
     host.notify_after(ctx, step, program, record)
     return Rewriting(
@@ -197,7 +192,7 @@ def _apply(step: Pass, candidate: str, apply: object, edit: Edit) -> None:
 
 
 def _outcome(
-    proposals: Proposals, chosen: int, gain: float, edit: Edit, ctx: PassContext, unweighed: str
+    proposals: Proposals, chosen: int, gain: float, edit: Edit, ctx: PassContext
 ) -> tuple[PassStatus, str]:
     idle: PassStatus = "applied" if proposals.frontiers else "no-op"
     if not proposals.candidates:
@@ -210,8 +205,7 @@ def _outcome(
         misses = "1 near miss" if missed == 1 else f"{missed} near misses"
         return idle, f"{nothing}; {misses}" if missed else nothing
     alternatives = sum(candidate.alternative for candidate in proposals.candidates)
-    offer = f"{count_text(alternatives, 'alternative')} "
-    offer += f"not weighed: {unweighed}" if unweighed else "for the planner"
+    offer = f"{count_text(alternatives, 'alternative')} for the planner"
     if alternatives == len(proposals.candidates):
         return idle, offer
     share = f"{chosen} of {len(proposals.candidates) - alternatives} candidates"

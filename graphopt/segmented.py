@@ -6,7 +6,7 @@ backward ends, and the values of one are gone before the one before it begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,9 +25,10 @@ from graphopt.chain_plan import Link, chain_peak, plan_chain, rerun_calls
 from graphopt.chain_rows import draws_random, pinned, written_inputs
 from graphopt.chain_run import ChainRunner, Layout
 from graphopt.emit.inductor import JointSeen
-from graphopt.emit.lowered import LoweredMemory, saved_count, step_memory
+from graphopt.emit.lowered import LoweredMemory, saved_count
 from graphopt.errors import CaptureError, HostMemoryError, LoweringError
 from graphopt.host_memory import HostMemory
+from graphopt.lowered_points import corrected, exact_point, with_bytes
 from graphopt.partition import partition
 from graphopt.program import InputSpec, Program
 from graphopt.schedule import Schedule
@@ -295,12 +296,12 @@ class SegmentedStep:
         for number, kind in enumerate(self.kinds):
             assert kind.frontier is not None
             known = {(form, schedule): point for (k, form, schedule), point in exact.items() if k == number}
-            points = _corrected(kind.frontier.points, known)
+            points = corrected(kind.frontier.points, known)
             frontiers[number] = kind.frontier = replace(kind.frontier, points=points)
         for call, captured in zip(self.chain.calls, self.captured, strict=True):
             captured.frontier = frontiers[call.segment]
             assert captured.point is not None
-            captured.point = _with_bytes(captured.point, exact[_key(call.segment, captured)])
+            captured.point = with_bytes(captured.point, exact[_key(call.segment, captured)])
 
     def _compile(
         self, number: int, kind: Captured, segment: Segment, captured: Captured
@@ -323,7 +324,7 @@ class SegmentedStep:
 
         run = emitter.compile(_copy(captured.semantic.gm), segment.example_inputs(), realise, as_is)
         self._saved[_key(number, captured)] = _saved_values(captured, emitter.records)
-        return run, _exact(kind, point, list(emitter.records))
+        return run, exact_point(kind, point, list(emitter.records))
 
 
 def _never(*args: Any) -> Any:
@@ -352,51 +353,6 @@ def _key(segment: int, captured: Captured) -> tuple[int, str, Schedule]:
     return segment, captured.point.alternative, captured.schedule
 
 
-def _corrected(
-    points: Sequence[FrontierPoint], exact: Mapping[tuple[str, Schedule], FrontierPoint]
-) -> tuple[FrontierPoint, ...]:
-    """``points`` with the exact ones in their place and the others of their form moved by the same error.
-
-    Estimates of one program err alike: what one schedule's code holds above its estimate, the
-    others' will too.
-    """
-    moved: list[FrontierPoint] = []
-    for form in dict.fromkeys(point.alternative for point in points):
-        known = {schedule: point for (name, schedule), point in exact.items() if name == form}
-        moved += _moved([point for point in points if point.alternative == form], known)
-    return tuple(moved)
-
-
-def _moved(
-    points: Sequence[FrontierPoint], exact: Mapping[Schedule, FrontierPoint]
-) -> tuple[FrontierPoint, ...]:
-    known = [(p, exact[p.schedule]) for p in points if p.schedule in exact]
-    if not known:
-        return tuple(points)
-    ahead = max(q.forward_peak - p.forward_peak for p, q in known)
-    behind = max(q.backward_peak - p.backward_peak for p, q in known)
-    return tuple(
-        _with_bytes(p, exact[p.schedule])
-        if p.schedule in exact
-        else replace(
-            p,
-            forward_peak=max(p.forward_peak + ahead, p.retained),
-            backward_peak=max(p.backward_peak + behind, p.retained),
-        )
-        for p in points
-    )
-
-
-def _with_bytes(point: FrontierPoint, compiled: FrontierPoint) -> FrontierPoint:
-    """A point with the bytes that its code states; values that it moves stay its own."""
-    return replace(
-        point,
-        forward_peak=compiled.forward_peak,
-        backward_peak=compiled.backward_peak,
-        retained=compiled.retained,
-    )
-
-
 def _saved_values(captured: Captured, records: Sequence[LoweredMemory]) -> list[tuple[str, Layout]]:
     """The values that a compiled call hands to autograd, in order."""
     if captured.mode != "train" or len(records) != 2:
@@ -413,24 +369,6 @@ def _saved_values(captured: Captured, records: Sequence[LoweredMemory]) -> list[
             )
             found.append((node.name, layout))
     return found
-
-
-def _exact(kind: Captured, point: FrontierPoint, records: Sequence[LoweredMemory]) -> FrontierPoint:
-    """``point`` with the bytes that the generated code states."""
-    if kind.mode == "train":
-        if len(records) != 2:
-            raise LoweringError(
-                f"{kind.name}: {len(records)} graphs were compiled: expected a forward and a backward"
-            )
-        step = step_memory(records[0], records[1])
-        return replace(
-            point,
-            forward_peak=step.forward_peak,
-            backward_peak=step.backward_peak,
-            retained=step.retained,
-        )
-    peak = max((record.peak_bytes for record in records), default=0)
-    return replace(point, forward_peak=peak, retained=sum(record.output_bytes for record in records))
 
 
 def _copy(gm: fx.GraphModule) -> fx.GraphModule:

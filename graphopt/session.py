@@ -13,7 +13,7 @@ import torch
 import torch.fx as fx
 
 from graphopt import _torch
-from graphopt.alternatives import Offer, alternatives, joint_alternatives, united
+from graphopt.alternatives import Offer, alternatives, copied, joint_alternatives, united
 from graphopt.budget import Budget, format_bytes
 from graphopt.candidate import Declined, Frontier, FrontierPoint, NearMiss
 from graphopt.capture.auxiliary import reattach
@@ -33,9 +33,9 @@ from graphopt.disallowed import advice_on_disallowed
 from graphopt.emit.eager import EagerEmitter
 from graphopt.emit.emitter import Emitter
 from graphopt.emit.fused_point import fused_point
-from graphopt.errors import BudgetError
-from graphopt.forms import weigh_forms
-from graphopt.observed import ObservedStep
+from graphopt.errors import BudgetError, LoweringError
+from graphopt.forms import see, weigh_forms
+from graphopt.observed import ObservedStep, Ports
 from graphopt.observed_plan import ObservedPlan
 from graphopt.partition import ordered, partition
 from graphopt.passes import Pass, PassContext
@@ -47,6 +47,7 @@ from graphopt.replay import make_random_states_explicit, plain_call
 from graphopt.report import PassRecord
 from graphopt.rewriting import Rewriting, left_out, run_joint_passes, run_passes
 from graphopt.schedule import Schedule
+from graphopt.several import compile_together
 
 __all__ = ["Captured", "NotPlanned", "Session"]
 
@@ -141,21 +142,30 @@ class Session:
         captured = Captured(name, program, specs, provisional=not self.whole)
         self._begin(captured)
         context = _torch.capture_context()
+        mode = "train" if _trained(inputs) else "infer"
         if self.whole:
-            weigh_forms(self, captured, inputs, "train" if _trained(inputs) else "infer")
+            weigh_forms(self, captured, inputs, mode)
+
+        def look() -> None:
+            captured.provisional, captured.joint, captured.point = False, None, None
+            with _torch.within(context):
+                weigh_forms(self, captured, inputs, mode)
+                if captured.joint is None:
+                    see(self, captured, inputs)
 
         def compile_now() -> Callable[..., Any]:
             emitter = self._provisional_emitter(captured) if captured.provisional else self.emitter
             with _torch.within(context):
                 run = emitter.compile(
-                    captured.semantic.gm,
+                    # Compilation takes its module over.
+                    copied(captured.semantic).gm,
                     inputs,
                     lambda joint, outputs: self._partition(captured, joint, outputs),
                     lambda graph: self._inference(captured, graph),
                 )
             return reattach(run, original, auxiliary, lambda: self._used(captured)) if auxiliary else run
 
-        captured.recompile = compile_now
+        captured.recompile, captured.look = compile_now, look
         captured.run = compile_now()
 
         def call(*args: Any) -> Any:
@@ -184,7 +194,6 @@ class Session:
             self.host,
             on_error=self.on_error,
             budgeted=budgeted,
-            unweighed="" if self.whole else "of several graphs each runs as it is",
         )
         self._note(done)
 
@@ -229,13 +238,12 @@ class Session:
         waiting = [captured for captured in self.current if captured.provisional]
         if not waiting:
             return
+        for captured in waiting:
+            assert captured.look is not None
+            captured.look()
         if self._observed(self.current) is None:
             _settle(self.current, self.cost.device.allocation_granularity)
-        self._plan(self.current)
-        for captured in waiting:
-            captured.provisional = False
-            assert captured.recompile is not None
-            captured.run = captured.recompile()
+        compile_together(self, self.current)
 
     def _provisional_emitter(self, captured: Captured) -> Emitter:
         if self.observer is None:
@@ -250,8 +258,6 @@ class Session:
         """
         numbers = [k for k, known in enumerate(self.captured) if any(known is c for c in self.current)]
         group = [self.captured[k] for k in numbers]
-        programs = [c.joint for c in group if c.joint is not None]
-        frontiers = [c.frontier for c in group if c.frontier is not None]
         backwards = {run.forward for run in step.runs if run is not None and run.backward}
         complete = all(
             run is None
@@ -261,14 +267,18 @@ class Session:
             )
             for position, run in enumerate(step.runs)
         )
-        if not complete or len(programs) < len(group) or len(frontiers) < len(group):
+        ports = {k: Ports.of(c.joint) for k, c in zip(numbers, group, strict=True) if c.joint is not None}
+        if not complete or len(ports) < len(group):
             return False
-        self._seen = tuple(group), ObservedPlan(self.cost, step, numbers, programs, frontiers)
+        place = {number: k for k, number in enumerate(numbers)}
+        runs = tuple(run and run.at_ports(ports[run.program], place[run.program]) for run in step.runs)
+        step = replace(step, runs=runs)
+        self._seen = tuple(group), ObservedPlan(self.cost, step, group, fuses=self.emitter.fuses)
         return True
 
     def _observed(self, group: Sequence[Captured]) -> ObservedPlan | None:
-        """What was seen of these programs, where they run op by op."""
-        if self._seen is None or self.emitter.fuses or len(group) != len(self._seen[0]):
+        """What was seen of these programs."""
+        if self._seen is None or len(group) != len(self._seen[0]):
             return None
         same = all(a is b for a, b in zip(group, self._seen[0], strict=True))
         return self._seen[1] if same else None
@@ -284,6 +294,11 @@ class Session:
             return self.chain()
         alone = "it is a graph of its own: autograd runs it, and nothing here could run it again"
         return [Link(id(c.frontier), c.frontier, pinned=alone) for c in group if c.frontier is not None]
+
+    def predicted_peak(self, group: Sequence[Captured]) -> int:
+        """Peak in bytes of the whole step at the present points."""
+        points = [c.point for c in group if c.point is not None]
+        return self._cost_of(group, points, self.reruns).peak_bytes
 
     def step(self) -> list[tuple[Program, Schedule]]:
         """Programs of the present step with the schedules that they run, in call order."""
@@ -372,7 +387,8 @@ class Session:
             )
 
     def _inference(self, captured: Captured, graph: fx.GraphModule) -> fx.GraphModule:
-        if captured.point is None or not captured.forms:
+        planned = captured.point is not None and not (self.whole or captured.provisional)
+        if not planned and (captured.point is None or not captured.forms):
             self.see_inference(captured, graph)
             self._decide(captured)
         graph.graph = ordered(graph.graph, captured.schedule.forward)
@@ -385,6 +401,8 @@ class Session:
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         self.see_joint(captured, joint, num_outputs)
         if captured.point is None:
+            if not (self.whole or captured.provisional):
+                raise LoweringError(f"{captured.name}: traced again it is another program than was planned")
             self._decide(captured)
         assert captured.joint is not None
         captured.lowered = partition(captured.joint, captured.schedule)
@@ -425,7 +443,8 @@ class Session:
             on_error=self.on_error,
             budgeted=self.budget.memory is not None,
         )
-        self._note(done)
+        if not captured.provisional:
+            self._note(done)
         start = time.perf_counter()
         if done.changed:
             again = save_everything if captured.mode == "train" else _unchanged
@@ -434,7 +453,7 @@ class Session:
         captured.reference_seconds = self._seconds(captured.joint, captured.baseline)
         captured.flops = {node.name: self.cost.node(node).flops for node in captured.joint.nodes()}
         best = done.frontiers[-1] if done.frontiers else Frontier("none", (baseline,))
-        if captured.mode == "train" and self.whole:
+        if captured.mode == "train" and not captured.provisional:
             best = self._with_forms(captured, best, ctx)
         if self.held_gradient_bytes:
             # Each program's gradients are added to those held and go before the next one runs.
@@ -549,7 +568,10 @@ class Session:
         else:
             resolution = [_RESOLUTION * c.reference_seconds for c in group] if self.emitter.fuses else ()
             if observed := self._observed(group):
-                chosen = observed.choose(None if budget is None else budget - self._base)
+                room = None if budget is None else budget - self._base
+                chosen = observed.choose(room, sum(resolution))
+                if chosen is None and tentative:
+                    chosen = list(observed.front[0].points)
             else:
                 links = self.links(group)
                 plan = plan_chain(links, None if budget is None else budget - base, resolution)

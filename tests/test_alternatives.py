@@ -324,17 +324,32 @@ def test_op_by_op_a_plan_with_an_alternative_is_replayed() -> None:
         op_by_op(plan=plan, plugins=(), pipeline="insert-checkpoints")
 
 
-def test_programs_of_several_graphs_run_as_they_are() -> None:
+@pytest.mark.parametrize("emit", ["eager", "inductor"])
+def test_alternatives_of_several_graphs_are_weighed_together(emit: str) -> None:
     class Broken(Wide):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
+            h = torch.tanh(x)
             torch._dynamo.graph_break()
-            return super().forward(x)
+            return super().forward(h)
 
-    torch._dynamo.reset()
-    found = graphopt.optimize(
-        Broken(), (torch.randn(64, 32),), emit="eager", plugins=(Plugin(),), pipeline="halve-product"
-    )
-    assert "1 alternative not weighed: of several graphs each runs as it is" in str(found.report)
+    torch.manual_seed(0)
+    module, inputs = Broken(), (torch.randn(512, 32),)
+
+    def made(**options: object) -> graphopt.Optimized:
+        torch._dynamo.reset()
+        settings = {"plugins": (Plugin(),), "pipeline": "halve-product", "on_error": "raise", "emit": emit}
+        return graphopt.optimize(module, inputs, **settings | options)
+
+    free = made()
+    assert "1 alternative for the planner" in str(free.report)
+    assert all(not choice.alternative for choice in free.plan.choices)
+    within = made(budget="70%")
+    assert [choice.alternative for choice in within.plan.choices] == ["", "halve:mean"]
+    assert within.plan.predicted.peak_bytes <= within.plan.budget < free.plan.predicted.peak_bytes
+    torch.testing.assert_close(within(*inputs), module(*inputs))
+    again = made(plan=within.plan)
+    assert again.plan.choices == within.plan.choices
+    assert again.plan.predicted.peak_bytes == within.plan.predicted.peak_bytes
 
 
 def looked_at(

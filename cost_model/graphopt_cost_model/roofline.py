@@ -18,7 +18,7 @@ from graphopt.device import DeviceSpec
 from graphopt_cost_model.call import Call, call_of
 from graphopt_cost_model.flops import Work, work
 from graphopt_cost_model.liveness import profile
-from graphopt_cost_model.observed_liveness import ObservedMemory
+from graphopt_cost_model.observed_liveness import SimulatedHalves, SimulatedStep
 from graphopt_cost_model.phases import phases_of
 from graphopt_cost_model.traffic import Traffic, traffic_of
 from graphopt_cost_model.workspace import WorkspaceProbe
@@ -90,14 +90,13 @@ class RooflineCostModel:
             workspace=(lambda node: self.node(node).workspace_bytes) if self.workspace else None,
         )
 
-    def observed(self, programs: Sequence[Program], step: ObservedStep) -> ObservedMemory:
-        """Exact op-by-op liveness of a step that was seen to run, under any schedules."""
-        return ObservedMemory(
-            programs,
-            step,
+    def observed(self, step: ObservedStep) -> SimulatedStep:
+        """Exact op-by-op liveness of a step that was seen to run, whatever its programs run as."""
+        halves = SimulatedHalves(
             granularity=self._device.allocation_granularity,
             workspace=(lambda node: self.node(node).workspace_bytes) if self.workspace else None,
         )
+        return SimulatedStep(step, halves)
 
     def _seconds(self, dtype: str, amount: Work, moved: Traffic) -> float:
         vector = _rate(self._device.vector_flops, dtype)

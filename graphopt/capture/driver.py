@@ -138,7 +138,7 @@ class Driver:
         session.whole = False
         session.current = []
         session.captured = []
-        if not session.emitter.fuses and _on_host(self.model, args, kwargs) and not _torch.profiler_running():
+        if _on_host(self.model, args, kwargs) and not _torch.profiler_running():
             session.observer = Observer()
         call = _torch.compile_apart(self.model, session.backend, dynamic=self.dynamic)
         try:

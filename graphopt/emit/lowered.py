@@ -123,6 +123,10 @@ class LoweredMemory:
             if s.input and s.dies is not None and s.input not in self.static
         }
 
+    def releases(self, item: Owned) -> bool:
+        """Whether the call lets go of a storage that it was handed over, which nobody else holds."""
+        return self._last_use(item) is not None
+
     def _last_use(self, item: Owned) -> int | None:
         uses = [s.dies for s in self.storages if s.input in item.inputs]
         return None if None in uses else max((u for u in uses if u is not None), default=-1)
