@@ -207,6 +207,24 @@ def traced_like(function: Callable[..., Any], tensors: Sequence[torch.Tensor]) -
     return graph
 
 
+def decomposed(
+    module: fx.GraphModule, values: Sequence[torch.Tensor], keep: Callable[[Any], bool]
+) -> fx.Graph:
+    """The operators of ATen and prims that ``module`` comes to on fake tensors ``values``: all that torch has
+    a decomposition for is taken apart, but for operators that ``keep`` is true of. Nodes have their
+    fake results in ``meta["val"]``."""
+    from torch._decomp import decomposition_table
+
+    table: dict[Any, Callable[..., Any]] = {
+        op: made for op, made in decomposition_table.items() if not keep(op)
+    }
+    with fake_mode_of(values), torch.no_grad():
+        traced = make_fx(module, decomposition_table=table, tracing_mode="real", pre_dispatch=False)(*values)
+    traced.graph.eliminate_dead_code()
+    graph: fx.Graph = traced.graph
+    return graph
+
+
 def call_on_fakes(
     like: torch.Tensor, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:

@@ -10,6 +10,7 @@ __all__ = [
     "BudgetError",
     "BudgetSyntaxError",
     "CaptureError",
+    "EmitError",
     "GraphoptError",
     "InputsError",
     "LoweringError",
@@ -83,6 +84,12 @@ class CaptureError(GraphoptError):
 
 class HostMemoryError(GraphoptError):
     """The host has not the memory that a plan would move values to."""
+
+
+class EmitError(GraphoptError):
+    """A program that cannot be written out to run without graphopt."""
+
+    code = "emit"
 
 
 class LoweringError(GraphoptError):

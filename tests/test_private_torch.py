@@ -211,3 +211,22 @@ def test_operators_run_for_real_outside_of_a_fake_mode() -> None:
         assert _torch.is_fake(torch.empty(2))
         with _torch.outside_of_fake_mode():
             assert not _torch.is_fake(torch.empty(2))
+
+
+def test_decomposed_keeps_what_it_is_told_to_and_no_more() -> None:
+    class Layer(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.silu(x) + 1
+
+    x = torch.randn(3)
+    aten = torch.ops.aten
+    with _torch.fake_mode() as mode:
+        fake = mode.from_tensor(x)
+        whole = _torch.decomposed(Layer(), [fake], lambda op: op in (aten.silu.default, aten.add.Tensor))
+        apart = _torch.decomposed(Layer(), [fake], lambda op: op in (aten.sigmoid.default, aten.mul.Tensor))
+    targets = [
+        [node.target for node in graph.nodes if node.op == "call_function"] for graph in (whole, apart)
+    ]
+    assert targets[0] == [aten.silu.default, aten.add.Tensor]
+    assert aten.sigmoid.default in targets[1] and aten.silu.default not in targets[1]
+    assert all("val" in node.meta for node in whole.nodes if node.op == "call_function")

@@ -19,6 +19,7 @@ __all__ = [
     "pipeline_option",
     "plan_options",
     "target_argument",
+    "write_options",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -64,17 +65,17 @@ _SHARED = (
         help="Function from the model's output to the loss of a training step.",
     ),
     click.option(
-        "--emit",
-        type=click.Choice(["auto", "eager", "inductor"]),
-        default="auto",
-        show_default=True,
-        help="Code generator.",
-    ),
-    click.option(
         "--infer",
         is_flag=True,
         help="The step is a forward without gradients, whatever mode the model is in.",
     ),
+)
+_EMIT = click.option(
+    "--emit",
+    type=click.Choice(["auto", "eager", "inductor"]),
+    default="auto",
+    show_default=True,
+    help="Code generator.",
 )
 _CHOOSING = (
     click.option(
@@ -89,7 +90,17 @@ _CHOOSING = (
 
 def plan_options(command: F) -> F:
     """``--device``, ``--loss``, ``--emit``, ``--infer``."""
+    command = _EMIT(command)
     for option in reversed(_SHARED):
+        command = option(command)
+    return command
+
+
+def write_options(command: F) -> F:
+    """``--device``, ``--loss``, ``--infer``, ``--budget``, ``--pipeline``, ``--allow``: for verbs that are
+    code
+    generators themselves."""
+    for option in reversed((*_CHOOSING, *_SHARED)):
         command = option(command)
     return command
 

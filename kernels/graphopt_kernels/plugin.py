@@ -1,12 +1,13 @@
-"""What this package registers: its kernels, and codecs for saved values."""
+"""What this package registers: its kernels, codecs for saved values, and what writes Triton out."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
 
-from graphopt.plugins import CodecSpec, KernelSpec, hookimpl
+from graphopt.plugins import CodecSpec, Command, DumpFormat, KernelSpec, hookimpl
 
-__all__ = ["graphopt_api", "graphopt_codecs", "graphopt_kernels"]
+__all__ = ["graphopt_api", "graphopt_codecs", "graphopt_commands", "graphopt_formats", "graphopt_kernels"]
 
 graphopt_api = 1
 
@@ -110,4 +111,24 @@ def graphopt_codecs() -> Iterable[CodecSpec]:
             summary=f"{bits} bits an element, rounded at random",
         )
         for bits in groups.BITS
+    )
+
+
+@hookimpl
+def graphopt_formats() -> Iterable[DumpFormat]:
+    """The kernels of a lowered program, as Triton."""
+    from graphopt_kernels.emit.listing import write_triton
+
+    return (DumpFormat("triton", ".py", write_triton, "the Triton kernels of lowered programs"),)
+
+
+@hookimpl
+def graphopt_commands() -> Iterable[Command]:
+    """``graphopt emit``."""
+    return (
+        Command(
+            "emit",
+            "write TARGET, rewritten, as Python and Triton that run without graphopt",
+            lambda: importlib.import_module("graphopt_kernels.emit.command").command,
+        ),
     )

@@ -96,7 +96,8 @@ class Evaluation:
         # A birth comes before a read at its point.
         keys = np.concatenate((born * 2, (flat * count + points) * 2 + 1))
         keys.sort()
-        storages, at = np.divmod(keys // 2, count)
+        places = keys // 2
+        storages, at = places // count, places % count
         begins = np.array([mark[4] for mark in trace.marks], dtype=np.int64)
         slots = np.searchsorted(begins, at, side="right") - 1
         waiting = (storages[1:] == storages[:-1]) & (slots[1:] > slots[:-1]) & (keys[1:] % 2 == 1)

@@ -1,0 +1,1 @@
+"""Triton source from groups of ATen operators (docs/emit-triton.md)."""

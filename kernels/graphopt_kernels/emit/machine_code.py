@@ -1,0 +1,124 @@
+"""What a kernel becomes on an H100 or H200, found out without one: triton compiles for sm_90 anywhere.
+
+Registers, spills and shared memory are what the assembler reports; which loads and stores the code has is
+counted
+in its disassembly. Both tools come with triton.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from graphopt_kernels.emit.kernel_file import KernelFile
+
+__all__ = ["MachineCode", "compile_for_sm90", "import_kernel"]
+
+_TYPES = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.int64: "*i64",
+    torch.int32: "*i32",
+    torch.int16: "*i16",
+    torch.int8: "*i8",
+    torch.uint8: "*u8",
+    torch.bool: "*i1",
+}
+
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """``registers`` of a thread; ``stack`` and ``local``: bytes of a thread that do not fit into them;
+    ``shared``:
+    bytes of a program. ``instructions``: how many of each opcode, with its widths (``LDG.E.128``)."""
+
+    registers: int
+    stack: int
+    shared: int
+    local: int
+    instructions: Mapping[str, int]
+
+    @property
+    def spills(self) -> bool:
+        return bool(self.stack or self.local)
+
+    def widths(self, opcode: str) -> Counter[int]:
+        """How many loads or stores of a kind (``"LDG"``, ``"STG"``) move how many bits a thread."""
+        found: Counter[int] = Counter()
+        for name, count in self.instructions.items():
+            if name.startswith(opcode):
+                sizes = [int(part) for part in name.split(".") if part in ("64", "128")]
+                found[sizes[0] if sizes else 32] += count
+        return found
+
+
+def import_kernel(file: KernelFile, folder: Path) -> Any:
+    """The kernel's module, written to ``folder`` first."""
+    path = folder / f"{file.name}.py"
+    path.write_text(file.source, encoding="utf-8")
+    name = f"graphopt_kernel_{file.name}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def compile_for_sm90(file: KernelFile) -> MachineCode:
+    """Compile a kernel as its launcher starts it, for tensors that begin on 16 bytes. Needs triton, no
+    GPU."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    with tempfile.TemporaryDirectory() as folder:
+        module = import_kernel(file, Path(folder))
+        function = getattr(module, file.text.name)
+        tensors = [*file.built.inputs, *file.built.outputs]
+        partial = {len(file.built.inputs) + number for number in file.text.partial}
+        signature: dict[str, str] = {}
+        attributes: dict[tuple[int, ...], list[list[Any]]] = {}
+        for number, name in enumerate(function.arg_names):
+            if number >= len(tensors):
+                signature[name] = "constexpr"
+                continue
+            dtype = tensors[number].dtype
+            if number in partial and dtype in (torch.float16, torch.bfloat16):
+                dtype = torch.float32
+            signature[name] = _TYPES[dtype]
+            attributes[(number,)] = [["tt.divisibility", 16]]
+        blocks = {"XBLOCK": file.launch.xblock, "RBLOCK": file.launch.rblock}
+        constants = {name: blocks[name] for name in function.arg_names if name in blocks}
+        compiled = triton.compile(
+            ASTSource(function, signature, constants, attributes),
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": file.launch.warps},
+        )
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        usage = _USAGE.search(_output(tool, "-res-usage", binary))
+        assert usage is not None
+        code = _output(tool, "-sass", binary)
+    registers, stack, shared, local = map(int, usage.groups())
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
+    return MachineCode(registers, stack, shared, local, Counter(opcodes))
+
+
+def _output(tool: Path, flag: str, binary: Path) -> str:
+    return subprocess.run([str(tool), flag, str(binary)], capture_output=True, text=True, check=True).stdout
