@@ -24,7 +24,17 @@ import numpy.typing as npt
 from graphopt.candidate import Frontier, FrontierPoint
 from graphopt.schedule import Schedule
 
-__all__ = ["ChainPlan", "Link", "Rerun", "chain_peak", "items", "least_chain", "plan_chain", "rerun_calls"]
+__all__ = [
+    "ChainPlan",
+    "Link",
+    "Rerun",
+    "chain_choices",
+    "chain_peak",
+    "items",
+    "least_chain",
+    "plan_chain",
+    "rerun_calls",
+]
 
 _SLOTS = 1024
 """Parts that the room is divided into, at least; more for long chains, of which each call takes little."""
@@ -195,6 +205,21 @@ def _planned(links: Sequence[Link], room: int | None, resolution: Sequence[float
     if bounded is links:
         return found
     return _within(bounded, room) or found
+
+
+def chain_choices(
+    links: Sequence[Link], rooms: Sequence[int]
+) -> Iterator[tuple[list[FrontierPoint], list[Rerun]]]:
+    """What the table says for each of ``rooms`` bytes that it finds a plan for: a point for each call, rows.
+
+    One table serves all of them: whether the plans fit is for the caller to see.
+    """
+    solved = _Table(links, max(rooms))
+    fits = np.flatnonzero(np.isfinite(solved.ahead[0]))
+    least = int(fits[0]) if len(fits) else solved.slots + 1
+    for slots in sorted({int(room / solved.slot) for room in rooms}):
+        if least <= slots <= solved.slots:
+            yield solved.plan(slots)
 
 
 def least_chain(links: Sequence[Link]) -> ChainPlan:

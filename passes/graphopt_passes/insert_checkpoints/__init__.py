@@ -31,18 +31,26 @@ from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.program import Level, Program
 from graphopt.schedule import DeferredSchedule
 from graphopt_passes.insert_checkpoints.bound import peak_floor, seconds_bound
+from graphopt_passes.insert_checkpoints.chain import find_chain
 from graphopt_passes.insert_checkpoints.evaluate import Evaluator
 from graphopt_passes.insert_checkpoints.exact import chosen_solver, plans
 from graphopt_passes.insert_checkpoints.incremental import Incremental, Snapshot
 from graphopt_passes.insert_checkpoints.model import StepModel, build_model
 from graphopt_passes.insert_checkpoints.portfolio import blends, seeds, steps_between
 from graphopt_passes.insert_checkpoints.realise import Realiser, saved_storages
+from graphopt_passes.insert_checkpoints.rows import row_plans
 from graphopt_passes.insert_checkpoints.search import Start, search
 
 __all__ = ["InsertCheckpoints"]
 
 _Item = TypeVar("_Item")
 _Priced = TypeVar("_Priced", Snapshot, FrontierPoint)
+
+_NARROWEST = 0.03
+"""The least peak that a chain of blocks is planned for, as a share of that without recomputation."""
+
+_DEEP = 300
+"""Slots from which on a program that repeats is not searched from scratch as well."""
 
 _SAMPLE = 48
 """How many points of a frontier are priced as fused kernels: each costs about what lowering does."""
@@ -91,17 +99,25 @@ class InsertCheckpoints(Pass):
         plan = Incremental(model, prices)
         everything = saved_storages(model, model.baseline.saved)
         family = [everything, *seeds(model, prices, 24)]
-        starts: list[Start] = [(saved, frozenset()) for saved in (*family, *blends(model, family, 8))]
-        slots = max(len(model.slots), 1)
-        targets = self.targets or max(16, min(96, 20_000 // slots))
-        effort = self.effort or max(8, min(144, 24_000 // slots))
         # What code generators make of values that are computed again more than once is not modelled.
         repeat = ctx.emit == "eager"
-        own: list[Start] = [(saved, frozenset()) for saved in _thinned(family[1:], max(4, 4_000 // slots))]
         known = [_tried(plan, saved) for saved in family]
-        solved = self._solved(dataclasses.replace(model, seconds=prices), known)
-        starts += solved
-        own += solved
+        starts: list[Start] = [(saved, frozenset()) for saved in family]
+        starts += self._solved(dataclasses.replace(model, seconds=prices), known)
+        slots = max(len(model.slots), 1)
+        rows = _rows(plan, known, max(40, min(120, 40_000 // slots))) if repeat else []
+        own = [(start, 0) for start in (*starts[len(family) :], *rows[:1])]
+        # Where blocks repeat there are better plans to start from than search finds in a deep program.
+        deep = bool(rows) and slots >= _DEEP
+        targets = self.targets or max(8, min(96, 20_000 // slots))
+        effort = self.effort or max(8, min(144, (12_000 if deep else 24_000) // slots))
+        if not deep:
+            highest = max(known, key=lambda item: item.peak)
+            apart = _thinned(starts[1 : len(family)], max(4, 4_000 // slots))
+            own = [((highest.saved, frozenset()), 10**9), *((start, 0) for start in apart), *own]
+            starts += [(saved, frozenset()) for saved in blends(model, family, 8)]
+        starts += rows
+        own = [(start, limit or 8 * effort) for start, limit in own]
         front = search(plan, starts, targets=targets, effort=effort, own=own, repeat=repeat)
         realise = Realiser(model)
         if ctx.emit == "eager":
@@ -130,6 +146,15 @@ def _tried(plan: Incremental, saved: Set[int]) -> Snapshot:
     plan.load(saved)
     plan.settle()
     return plan.snapshot()
+
+
+def _rows(plan: Incremental, known: Sequence[Snapshot], count: int) -> list[Start]:
+    """Plans of the program as a chain of blocks, least peak first; none where nothing repeats."""
+    chain = find_chain(plan.model)
+    if chain is None:
+        return []
+    rooms = [int(known[0].peak * _NARROWEST ** (step / count)) for step in range(1, count)]
+    return list(row_plans(chain, plan.prices, rooms))
 
 
 def _point(model: StepModel, realise: Realiser, item: Snapshot) -> FrontierPoint:
@@ -194,6 +219,8 @@ def _thinned(items: Sequence[_Item], count: int) -> list[_Item]:
     """At most ``count`` of the items, evenly spread, both ends included."""
     if len(items) <= count:
         return list(items)
+    if count < 2:
+        return list(items[:count])
     return [items[round(k * (len(items) - 1) / (count - 1))] for k in range(count)]
 
 

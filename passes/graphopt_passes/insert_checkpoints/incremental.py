@@ -83,7 +83,7 @@ class _Log:
     kept: dict[int, bool] = field(default_factory=dict)
     inner: dict[int, int] = field(default_factory=dict)
     live: list[tuple[int, int, int]] = field(default_factory=list)
-    totals: tuple[int, int, int, int, int] = (0, 0, 0, 0, 0)
+    entry: int = 0
 
 
 _EMPTY = _Slot((), {}, {}, (), ())
@@ -100,7 +100,8 @@ class Incremental:
     first of ``uses``, -1 for none. ``waits[b]``: (b, cell, slot) from which up to which one that was made
     again is held unread. ``live``: the most held in each cell, graph outputs left out, and
     ``forward_live[i]`` while operator i of the forward runs, in bytes. ``weights``: how many operators a
-    cell stands for.
+    cell stands for. ``runs[i]``: how often operator i runs again. ``loose[b]``: after how many slots b is
+    let go. ``touched``: storages of which any of this has changed, until whoever reads it clears it.
 
     ``prices``: what counts of each operator that runs again, by default its predicted seconds.
     """
@@ -129,6 +130,9 @@ class Incremental:
         levels = [level for slot in model.slots for level in (0, slot.during, slot.gap)]
         self.live: Array = np.array(levels, dtype=np.int64)
         self._inner = [0] * slots
+        self.runs: Array = np.zeros(len(model.operators), dtype=np.int64)
+        self.loose: dict[int, int] = {}
+        self.touched: set[int] = set()
         self.weights: Array = np.ones(CELLS * slots, dtype=np.int64)
         self.forward_live = self._forward()
         self._entry = self._price = self._time = self._flops = self._again = 0
@@ -232,7 +236,7 @@ class Incremental:
         What has no effect (a storage that nothing reads, a release of what is not there) is left out.
         """
         self.changes += 1
-        self._log = _Log(totals=(self._entry, self._price, self._time, self._flops, self._again))
+        self._log = _Log(entry=self._entry)
         self._logs.append(self._log)
         first: set[int] = set()
         for b in give:
@@ -271,7 +275,10 @@ class Incremental:
             self._take_back(self._logs.pop())
 
     def _take_back(self, log: _Log) -> None:
+        self.touched.update(log.uses)
         for slot, record in log.slots.items():
+            self._count(self._slots[slot].operators, -1)
+            self._count(record.operators, 1)
             self._slots[slot] = record
             self.weights[CELLS * slot] = max(len(record.operators), 1)
         for b, (uses, births, drops, held) in log.uses.items():
@@ -288,13 +295,19 @@ class Incremental:
         for slot, inner in log.inner.items():
             live[CELLS * slot] += inner - self._inner[slot]
             self._inner[slot] = inner
-        self._entry, self._price, self._time, self._flops, self._again = log.totals
+        self._entry = log.entry
 
     def _leave(self, slot: int, found: frozenset[int]) -> None:
         self._log.leaving.setdefault(slot, self.leaving.get(slot, _NONE))
         self._leave_at(slot, found)
 
     def _leave_at(self, slot: int, found: frozenset[int]) -> None:
+        loose, old = self.loose, self.leaving.get(slot, _NONE)
+        for b in found ^ old:
+            loose[b] = loose.get(b, 0) + (1 if b in found else -1)
+            if not loose[b]:
+                del loose[b]
+            self.touched.add(b)
         if found:
             self.leaving[slot] = found
         else:
@@ -303,6 +316,7 @@ class Incremental:
     def _touch(self, b: int) -> None:
         """Note how long a storage is held, before that changes."""
         if b not in self._log.uses:
+            self.touched.add(b)
             self._log.uses[b] = self.uses[b], self.births[b], self.drops[b], self.held[b]
             self.uses[b], self.births[b], self.drops[b] = (
                 self.uses[b][:], self.births[b][:], self.drops[b][:],
@@ -412,11 +426,8 @@ class Incremental:
         self._slots[slot] = new
         self.weights[CELLS * slot] = max(len(new.operators), 1)
         if new.operators != old.operators:
-            for operators, sign in ((old.operators, -1), (new.operators, 1)):
-                self._price += sign * sum(map(self._prices.__getitem__, operators))
-                self._time += sign * sum(map(self._seconds.__getitem__, operators))
-                self._flops += sign * sum(map(self.model.flops.__getitem__, operators))
-                self._again += sign * len(operators)
+            self._count(old.operators, -1)
+            self._count(new.operators, 1)
         if new.spare != old.spare:
             for x in {*old.spare, *new.spare}:
                 self._log.spares.setdefault(x, self._spares.get(x, [])[:])
@@ -460,6 +471,14 @@ class Incremental:
         there = self._there
         notice += [x for x in (*absent, *old.spare) if not held[x] and not there(x, slot + 1)]
         return [later for x in notice for later in self._next(x, slot)]
+
+    def _count(self, operators: tuple[int, ...], sign: int) -> None:
+        if operators:
+            self.runs[list(operators)] += sign
+            self._price += sign * sum(map(self._prices.__getitem__, operators))
+            self._time += sign * sum(map(self._seconds.__getitem__, operators))
+            self._flops += sign * sum(map(self.model.flops.__getitem__, operators))
+            self._again += sign * len(operators)
 
     def _next(self, b: int, slot: int) -> list[int]:
         """The first slot after ``slot`` that reads or makes a storage, and the first that makes a copy."""

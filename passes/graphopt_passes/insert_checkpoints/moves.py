@@ -49,7 +49,11 @@ class Move:
 
 
 class Moves:
-    """Finds moves on the plan at hand. ``repeat``: whether a storage may be made again more than once."""
+    """Finds moves on the plan at hand. ``repeat``: whether a storage may be made again more than once.
+
+    What it takes to make a storage again is worked out when it is first asked for, and again once something
+    that it depends on has changed.
+    """
 
     def __init__(self, plan: Incremental, repeat: bool) -> None:
         self._plan, self._repeat = plan, repeat
@@ -57,15 +61,20 @@ class Moves:
         self._size = np.array(model.size, dtype=np.int64)
         self._after = np.array(model.last_read, dtype=np.int64) + 1
         self._again = np.array([model.again[i] for i in model.maker], dtype=bool)
-        self._price = np.array([plan.prices[i] for i in model.maker]) + NEGLIGIBLE
+        # What it takes to give a storage up, or to let go of it: the operator's own price until that of all
+        # that has to run with it is known, then the price for each byte removed when last worked out.
+        self._own = np.array([plan.prices[i] for i in model.maker]) + NEGLIGIBLE
+        self._giving, self._letting = self._own.copy(), self._own.copy()
+        self._chains: dict[tuple[int, int], _Chain] = {}
+        self._readers: dict[int, set[tuple[int, int]]] = {}
 
     def best(self, target: int, refused: Set[Key]) -> Iterator[Move]:
         """Moves by falling rate.
 
-        The price of the operator alone bounds that of all that has to run again with it, so only
-        what may come next is priced in full.
+        Only what may come next is priced in full, by what it took when it was last looked at.
         """
         plan, model = self._plan, self._plan.model
+        self._forget()
         high = plan.live > target - model.output_bytes
         over = _counted(high * plan.weights)
         ahead = _counted(plan.forward_live > target)
@@ -76,7 +85,6 @@ class Moves:
         points = over[CELLS * uses] + inside.before(saved, uses) + ahead[-1] - ahead[self._after[saved]]
         gains = self._size[saved] * points
         saved, gains = saved[gains > 0], gains[gains > 0]
-        rates = gains / self._price[saved]
         waiting = np.zeros((0, 3), dtype=np.int64)
         if self._repeat and plan.waits:
             flat = list(chain.from_iterable(chain.from_iterable(plan.waits.values())))
@@ -85,45 +93,81 @@ class Moves:
         between = over[CELLS * ends] - over[begins]
         between += inside.after(storages, begins // CELLS) + inside.before(storages, ends)
         waiting, between = waiting[between > 0], between[between > 0]
-        freed = self._size[waiting[:, 0]] * between
-        everything = np.concatenate((rates, freed / self._price[waiting[:, 0]]))
-        order = np.argsort(-everything, kind="stable").tolist()
-        loose = {b for found in plan.leaving.values() for b in found}
-        # Entries: rate, number, move. What is not priced yet waits in ``order``.
+        storages = waiting[:, 0]
+        freed = self._size[storages] * between
+        rates = np.concatenate((gains / self._giving[saved], freed / self._letting[storages]))
+        # Entries: rate, number, move. What is not priced yet is still to come.
         heap: list[tuple[float, int, Move]] = []
-        count, at = 0, 0
-        while heap or at < len(order):
-            while at < len(order) and (not heap or -everything[order[at]] <= heap[0][0]):
-                index = order[at]
-                at += 1
+        count = 0
+        coming = _falling(rates)
+        index = next(coming, -1)
+        while heap or index >= 0:
+            while index >= 0 and (not heap or -rates[index] <= heap[0][0]):
                 if index < len(saved):
-                    found = self._given_up(int(saved[index]), int(gains[index]), over, loose)
+                    found = self._given_up(int(saved[index]), int(gains[index]), over)
                 else:
                     row = index - len(saved)
                     b, cell, later = waiting[row].tolist()
-                    found = self._let_go(b, cell // CELLS, later, int(freed[row]), loose)
+                    found = self._let_go(b, cell // CELLS, later, int(freed[row]))
                 for rate, move in found:
                     if move.key not in refused:
                         count += 1
                         heapq.heappush(heap, (-rate, count, move))
+                index = next(coming, -1)
             if heap:
                 yield heapq.heappop(heap)[2]
 
-    def _given_up(self, b: int, gain: int, over: Array, loose: Set[int]) -> Iterator[tuple[float, Move]]:
-        size = self._plan.model.size
-        needed = _chain(self._plan, b, self._plan.uses[b][0], loose)
-        waits = sum(size[x] * int(over[end] - over[begin]) for x, begin, end in needed.waits)
-        if gain > waits:
-            yield (gain - waits) / (needed.shared + NEGLIGIBLE), Move(b, Kind.GIVE_UP, 0, gain - waits)
-        if waits and self._repeat:
-            yield gain / (needed.alone + NEGLIGIBLE), Move(b, Kind.APART, 0, gain, needed.released)
+    def _forget(self) -> None:
+        """Chains that depend on what has changed."""
+        touched, readers, chains = self._plan.touched, self._readers, self._chains
+        for x in touched:
+            for key in readers.pop(x, ()):
+                if chains.pop(key, None) is not None:
+                    self._giving[key[0]] = self._letting[key[0]] = self._own[key[0]]
+        touched.clear()
 
-    def _let_go(
-        self, b: int, slot: int, later: int, gain: int, loose: Set[int]
-    ) -> Iterator[tuple[float, Move]]:
-        needed = _chain(self._plan, b, later, loose)
+    def _chain(self, b: int, use: int) -> _Chain:
+        key = (b, use)
+        found = self._chains.get(key)
+        if found is None:
+            found, looked_at = _chain(self._plan, b, use)
+            self._chains[key] = found
+            for x in looked_at:
+                self._readers.setdefault(x, set()).add(key)
+        return found
+
+    def _given_up(self, b: int, gain: int, over: Array) -> list[tuple[float, Move]]:
+        size = self._plan.model.size
+        needed = self._chain(b, self._plan.uses[b][0])
+        waits = sum([size[x] * int(over[end] - over[begin]) for x, begin, end in needed.waits])
+        found = []
+        if gain > waits:
+            move = Move(b, Kind.GIVE_UP, 0, gain - waits)
+            found.append(((gain - waits) / (needed.shared + NEGLIGIBLE), move))
+        if waits and self._repeat:
+            move = Move(b, Kind.APART, 0, gain, needed.released)
+            found.append((gain / (needed.alone + NEGLIGIBLE), move))
+        self._giving[b] = gain / max((rate for rate, _ in found), default=NEGLIGIBLE)
+        return found
+
+    def _let_go(self, b: int, slot: int, later: int, gain: int) -> list[tuple[float, Move]]:
+        needed = self._chain(b, later)
+        self._letting[b] = needed.alone + NEGLIGIBLE
         released = ((b, slot), *needed.released)
-        yield gain / (needed.alone + NEGLIGIBLE), Move(b, Kind.RELEASE, slot, gain, released)
+        return [(gain / (needed.alone + NEGLIGIBLE), Move(b, Kind.RELEASE, slot, gain, released))]
+
+
+def _falling(rates: npt.NDArray[np.float64]) -> Iterator[int]:
+    """Positions by falling rate, equal ones in order; few are asked for, so few are sorted at first."""
+    few = 64
+    if len(rates) > 4 * few:
+        limit = np.partition(rates, -few)[-few]
+        first = np.flatnonzero(rates > limit)
+        yield from first[np.argsort(-rates[first], kind="stable")].tolist()
+        rest = np.flatnonzero(rates <= limit)
+        yield from rest[np.argsort(-rates[rest], kind="stable")].tolist()
+    else:
+        yield from np.argsort(-rates, kind="stable").tolist()
 
 
 class _Inside:
@@ -185,18 +229,22 @@ class _Chain:
     released: tuple[tuple[int, int], ...]
 
 
-def _chain(plan: Incremental, b: int, use: int, loose: Set[int]) -> _Chain:
-    """How ``b`` is made again in slot ``use`` from what the backward holds there, ``loose`` left out."""
-    model, held, uses = plan.model, plan.held, plan.uses
+def _chain(plan: Incremental, b: int, use: int) -> tuple[_Chain, set[int]]:
+    """How ``b`` is made again in slot ``use`` from what the backward holds there, what is let go now and then
+    left out; and the storages that this depends on."""
+    model, held, uses, loose = plan.model, plan.held, plan.uses, plan.loose
     maker, prices, op_inputs, op_outputs = model.maker, plan.prices, model.inputs, model.outputs
     alone = shared = 0.0
     # Each operator with whether it has to run even where what there was waits.
     stack, seen = [(maker[b], True)], {maker[b]}
     waits: list[tuple[int, int, int]] = []
     released: list[tuple[int, int]] = []
+    looked_at: set[int] = set()
     while stack:
         i, needed = stack.pop()
         early = past = False
+        looked_at.update(op_outputs[i])
+        looked_at.update(op_inputs[i])
         for x in op_outputs[i]:
             slots = uses[x]
             if x == b or not slots or held[x] or x in loose:
@@ -223,4 +271,4 @@ def _chain(plan: Incremental, b: int, use: int, loose: Set[int]) -> _Chain:
                 continue
             seen.add(maker[x])
             stack.append((maker[x], needed))
-    return _Chain(shared, alone, waits, tuple(released))
+    return _Chain(shared, alone, waits, tuple(released)), looked_at

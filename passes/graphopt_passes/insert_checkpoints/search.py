@@ -10,13 +10,17 @@ is kept, so the result is at least as good as any starting point.
 from __future__ import annotations
 
 import bisect
-from collections import Counter
 from collections.abc import Iterator, Sequence, Set
+
+import numpy as np
+import numpy.typing as npt
 
 from graphopt_passes.insert_checkpoints.incremental import Incremental, Snapshot
 from graphopt_passes.insert_checkpoints.moves import NEGLIGIBLE, Key, Kind, Move, Moves
 
 __all__ = ["Front", "Start", "search"]
+
+Array = npt.NDArray[np.int64]
 
 Start = tuple[Set[int], Set[tuple[int, int]]]
 """Storages handed over, and what is released after which slot."""
@@ -53,30 +57,30 @@ def search(
     *,
     targets: int,
     effort: int,
-    own: Sequence[Start] = (),
+    own: Sequence[tuple[Start, int]] = (),
     repeat: bool = False,
 ) -> Front:
     """The frontier of ``plan``'s model.
 
     ``targets``: how many peaks between the least and the largest are aimed at. ``effort``: how
     many changes may be spent on each step of that. ``own``: plans that are each the start of a
-    descent of their own. ``repeat``: whether a storage may be made again more than once.
+    descent of their own, with how many changes it may take. ``repeat``: whether a storage may be made
+    again more than once.
     """
     front = Front()
-    highest, top = starts[0], 0
+    top = 0
     for start in starts:
         # Neighbours in the family share much of the backward.
         plan.load(*start)
+        plan.settle()
         front.add(plan)
-        if plan.peak > top:
-            highest, top = start, plan.peak
+        top = max(top, plan.peak)
     descent = _Descent(plan, front, repeat)
-    plan.load(*highest)
-    descent.run(0, 10**9)
-    low = plan.peak
-    for start in own:
+    low = top
+    for start, limit in own:
         plan.load(*start)
-        descent.run(0, 8 * effort)
+        descent.run(0, limit)
+        low = min(low, plan.peak)
     low = min(low, front.items[0].peak)
     for step in range(targets):
         target = low + (top - low) * (targets - 1 - step) // targets
@@ -110,6 +114,11 @@ class _Descent:
     def __init__(self, plan: Incremental, front: Front, repeat: bool) -> None:
         self.plan, self.front = plan, front
         self._moves = Moves(plan, repeat)
+        model = plan.model
+        self.size = np.maximum(np.array(model.size, dtype=np.int64), 1)
+        self.maker = np.array(model.maker, dtype=np.int64)
+        self.own = np.array(plan.prices, dtype=np.float64)[self.maker]
+        self._savable = np.array(model.savable, dtype=bool)
         # So many at once that a whole program takes some dozens of steps.
         self._batch_size = max(16, len(plan.model.size) // 64)
 
@@ -138,6 +147,13 @@ class _Descent:
                     continue
             self.front.add(plan)
 
+    def made_again(self) -> Array:
+        """Storages that operators which run again make, that might be handed over instead."""
+        plan = self.plan
+        made = np.flatnonzero(self._savable & (plan.runs[self.maker] > 0))
+        held: Array = made[[not plan.held[b] for b in made.tolist()]]
+        return held
+
     def _do(self, moves: Sequence[Move]) -> None:
         self.plan.change(
             give=[move.storage for move in moves if move.kind is not Kind.RELEASE],
@@ -159,13 +175,14 @@ class _Descent:
 def _take_back(descent: _Descent, target: int, effort: int) -> None:
     """Save again, or hold again, what fits, dearest per byte first."""
     plan = descent.plan
-    model = plan.model
-    runs = Counter(plan.recomputed())
-    options: list[tuple[float, int, int]] = [
-        (-plan.prices[i] * count / max(model.size[b], 1), b, -1)
-        for i, count in runs.items()
-        for b in model.outputs[i]
-        if not plan.held[b] and model.savable[b]
+    model, size = plan.model, descent.size
+    made = descent.made_again()
+    rates = descent.own[made] * plan.runs[descent.maker[made]] / size[made]
+    dearest = made[np.argsort(-rates, kind="stable")[:effort]].tolist()
+    options = [
+        (-plan.prices[i] * int(plan.runs[i]) / max(model.size[b], 1), b, -1)
+        for b in dearest
+        for i in (model.maker[b],)
     ]
     options += [(-plan.prices[model.maker[b]] / max(model.size[b], 1), b, slot) for b, slot in plan.released]
     options.sort()
@@ -186,30 +203,23 @@ def _take_back(descent: _Descent, target: int, effort: int) -> None:
 def _exchange(descent: _Descent, target: int, effort: int) -> None:
     """Save something dear and give up whatever cheaper things make room for it."""
     plan = descent.plan
-    model = plan.model
     limit = plan.changes + effort
-    tried: set[int] = set()
+    tried = np.zeros(len(plan.model.size), dtype=bool)
     while plan.changes < limit:
-        dear = min(
-            (
-                (-plan.prices[i], b)
-                for i in set(plan.recomputed())
-                for b in model.outputs[i]
-                if b not in tried and not plan.held[b] and model.savable[b]
-            ),
-            default=None,
-        )
-        if dear is None:
+        made = descent.made_again()
+        made = made[~tried[made]]
+        if not len(made):
             break
-        tried.add(dear[1])
+        dear = int(made[np.argmax(descent.own[made])])
+        tried[dear] = True
         mark, price = plan.mark(), plan.price
-        plan.change(save=[dear[1]])
+        plan.change(save=[dear])
         if plan.peak > target:
-            descent.run(target, 8, frozenset({dear[1]}))
+            descent.run(target, 8, frozenset({dear}))
         if plan.peak <= target and plan.price < price:
             _take_back(descent, target, 8)
             descent.front.add(plan)
-            tried.clear()
+            tried[:] = False
         else:
             plan.undo(mark)
 
