@@ -5,6 +5,7 @@ Each function is tested on every supported torch version in ``tests/test_private
 
 from __future__ import annotations
 
+import copy
 import inspect
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,6 +26,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 __all__ = [
     "capture_context",
+    "empty_graph_like",
     "extract_halves",
     "fake_inputs",
     "functorch_settings",
@@ -253,6 +255,13 @@ def ignores_version(node: fx.Node) -> bool:
     return bool(node.meta.get("saved_tensor_with_no_vc_check"))
 
 
+def empty_graph_like(graph: fx.Graph) -> fx.Graph:
+    """A graph without nodes that is traced and written as code the way ``graph`` is."""
+    empty = fx.Graph(tracer_cls=graph._tracer_cls)
+    empty.set_codegen(copy.deepcopy(graph._codegen))
+    return empty
+
+
 def extract_halves(
     joint: fx.GraphModule, saved: Sequence[fx.Node], saved_symbols: Sequence[fx.Node], num_outputs: int
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
@@ -349,6 +358,12 @@ def mark(name: str) -> None:
     """Leave a mark in what ``record_allocations`` records."""
     with torch.autograd.profiler.record_function(name):
         pass
+
+
+def after_backward(function: Callable[[], None]) -> None:
+    """Call ``function()`` at the end of the backward pass that is running. For hooks of tensors."""
+    engine: Any = torch.autograd.Variable._execution_engine
+    engine.queue_callback(function)
 
 
 def weak_storage(storage: torch.UntypedStorage) -> Any:

@@ -173,17 +173,18 @@ def joint_alternatives(
     for step in passes:
         if step.level is not program.level or not (step.exact or step.name in ctx.allow):
             continue
-        changed = copied(program)
         try:
-            offered = compatible(read_proposals(step, changed, ctx).candidates)
-            _apply_all(offered, changed, step.name)
+            # Most programs are offered nothing, and copies of large ones take long.
+            if not compatible(read_proposals(step, program, ctx).candidates):
+                continue
+            changed = copied(program)
+            _apply_all(compatible(read_proposals(step, changed, ctx).candidates), changed, step.name)
         except GraphoptError as error:
             failed(f"{program.name}: alternatives of {step.name} were left out: {error.message}", error)
             continue
-        if offered:
-            program = changed
-            taken.append(step.name)
-            yield "+".join(taken), changed
+        program = changed
+        taken.append(step.name)
+        yield "+".join(taken), changed
 
 
 def compatible(candidates: Sequence[Candidate]) -> list[Candidate]:

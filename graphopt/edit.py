@@ -15,8 +15,9 @@ in the block or a failed check the program is as it was: the same module, names 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from copy import deepcopy
+from copy import copy
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -29,7 +30,7 @@ from graphopt.order import has_effect, restore_order
 from graphopt.program import Program, layer_of
 from graphopt.provenance import NodeNote, origin_of, stamp
 from graphopt.revalue import compute_values, memory_owners
-from graphopt.verify import interface_of, verify_structure
+from graphopt.verify import Interface, graph_interface, verify_structure
 
 __all__ = ["Edit"]
 
@@ -181,10 +182,10 @@ class Edit:
         known = self._snapshot.known
         new = [node for node in self.graph.nodes if node not in known]
         changed = [node for node in self.graph.nodes if node in known and _parts(node) != known[node]]
-        compute_values(self.graph, {*new, *changed}, self._snapshot.owners, self.origin)
+        compute_values(self.graph, {*new, *changed}, self._snapshot.owners(), self.origin)
         self._note(new)
         _rename_outputs(self.program)
-        verify_structure(self.program, self._snapshot.interface)
+        verify_structure(self.program, self._snapshot.interface())
         _torch.recompile_on_call(self.program.gm)
         self.committed = True
 
@@ -213,26 +214,48 @@ class _Made:
 
 
 class _Snapshot:
-    """What a rolled-back edit puts back, and what a commit compares with."""
+    """What a rolled-back edit puts back, and what a commit compares with.
+
+    Most edits change nothing, and large graphs take long to copy. So nodes are noted as they are, and the
+    graph is made from the notes where an edit that changed something asks for it.
+    """
 
     def __init__(self, program: Program) -> None:
         gm = program.gm
-        self.interface = interface_of(program)
         self.signature = program.signature
         self.known = {node: _parts(node) for node in gm.graph.nodes}
-        self.owners = memory_owners(gm.graph)
-        self.graph = deepcopy(gm.graph)
-        # What dynamo hangs on nodes beside their metadata is not part of fx's copy.
-        self.beside = [
-            (node.name, {key: value for key, value in vars(node).items() if key.startswith("_dynamo")})
+        self._notes = {
+            # What dynamo hangs on nodes beside their metadata is not part of fx's copy.
+            node: (node.name, node.type, copy(node.meta), _beside(node))
             for node in gm.graph.nodes
-        ]
+        }
+        self._empty = _torch.empty_graph_like(gm.graph)
         self.attributes = set(vars(gm))
         self.registries = {key: dict(vars(gm)[key]) for key in ("_parameters", "_buffers", "_modules")}
 
     def differs(self, graph: fx.Graph) -> bool:
         nodes = list(graph.nodes)
         return nodes != list(self.known) or any(_parts(node) != self.known[node] for node in nodes)
+
+    def owners(self) -> dict[int, fx.Node]:
+        """For every storage the first node that had it."""
+        return memory_owners((node, meta.get("val")) for node, (_, _, meta, _) in self._notes.items())
+
+    @cached_property
+    def graph(self) -> fx.Graph:
+        """The graph as it was, in new nodes."""
+        copies: dict[fx.Node, fx.Node] = {}
+        for node, (name, kind, meta, beside) in self._notes.items():
+            op, target, args, kwargs = self.known[node].items
+            args, kwargs = (fx.map_arg(given, copies.__getitem__) for given in (args, kwargs))
+            made = copies[node] = self._empty.create_node(op, target, args, kwargs, name, kind)
+            made.meta = copy(meta)
+            vars(made).update(beside)
+            made.name = name
+        return self._empty
+
+    def interface(self) -> Interface:
+        return graph_interface(self.graph)
 
     def restore(self, program: Program) -> None:
         gm = program.gm
@@ -242,14 +265,15 @@ class _Snapshot:
             vars(gm)[key].clear()
             vars(gm)[key].update(items)
         program.signature = self.signature
-        if not self.differs(gm.graph):
-            for node, saved in zip(gm.graph.nodes, self.graph.nodes, strict=True):
-                node.meta = saved.meta
+        if self.differs(gm.graph):
+            gm.graph = self.graph
             return
-        for node, (name, beside) in zip(self.graph.nodes, self.beside, strict=True):
-            vars(node).update(beside)
-            node.name = name
-        gm.graph = self.graph
+        for node, (_, _, meta, _) in self._notes.items():
+            node.meta = meta
+
+
+def _beside(node: fx.Node) -> dict[str, Any]:
+    return {key: value for key, value in vars(node).items() if key.startswith("_dynamo")}
 
 
 class _Same:

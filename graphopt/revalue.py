@@ -5,7 +5,7 @@ Nothing else is computed again: propagating shapes through a whole graph takes s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -20,11 +20,11 @@ from graphopt.program import tensor_leaves
 __all__ = ["compute_values", "memory_owners"]
 
 
-def memory_owners(graph: fx.Graph) -> dict[int, fx.Node]:
-    """For every storage under the values of a graph the first node that has it."""
+def memory_owners(values: Iterable[tuple[fx.Node, Any]]) -> dict[int, fx.Node]:
+    """For every storage under the ``values`` of nodes, in order, the first node that has it."""
     owners: dict[int, fx.Node] = {}
-    for node in graph.nodes:
-        for tensor in tensor_leaves(node.meta.get("val")):
+    for node, value in values:
+        for tensor in tensor_leaves(value):
             owners.setdefault(_storage(tensor), node)
     return owners
 

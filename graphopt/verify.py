@@ -19,7 +19,14 @@ from graphopt.errors import VerificationError
 from graphopt.program import Program
 from graphopt.verify_numbers import verify_numerically
 
-__all__ = ["Interface", "interface_of", "verify_numerically", "verify_structure", "verify_values"]
+__all__ = [
+    "Interface",
+    "graph_interface",
+    "interface_of",
+    "verify_numerically",
+    "verify_structure",
+    "verify_values",
+]
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,13 @@ class Interface:
 
 def interface_of(program: Program) -> Interface:
     """The interface of a program whose nodes carry ``meta["val"]``."""
-    places = [node for node in program.graph.nodes if node.op == "placeholder"]
-    output = next(node for node in reversed(program.graph.nodes) if node.op == "output")
+    return graph_interface(program.graph)
+
+
+def graph_interface(graph: fx.Graph) -> Interface:
+    """The interface of a program by its graph."""
+    places = [node for node in graph.nodes if node.op == "placeholder"]
+    output = next(node for node in reversed(graph.nodes) if node.op == "output")
     flat = torch.utils._pytree.tree_leaves(output.args[0])
     holders: dict[int, list[str]] = {}
     for node in places:
@@ -49,7 +61,7 @@ def interface_of(program: Program) -> Interface:
         key = _storage(leaf.meta.get("val")) if isinstance(leaf, fx.Node) else None
         with_whom = holders.get(key, []) if key is not None else []
         shared.append(tuple(name for name in with_whom if name != f"output {index}"))
-    written = {root.name for root in alias_map(program.graph).written if root.op == "placeholder"}
+    written = {root.name for root in alias_map(graph).written if root.op == "placeholder"}
     return Interface(
         tuple((node.name, _type(node.meta.get("val"))) for node in places),
         tuple(_type(leaf.meta.get("val")) if isinstance(leaf, fx.Node) else repr(leaf) for leaf in flat),

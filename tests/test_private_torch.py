@@ -41,6 +41,18 @@ def test_retrace_keeps_composite_operators_and_provenance() -> None:
     assert "Linear" in str(linear.meta["nn_module_stack"])
 
 
+def test_after_backward_runs_at_the_end_of_the_whole_pass() -> None:
+    order: list[str] = []
+    x = torch.ones(2, requires_grad=True)
+    y = x * 2
+    z = y.sum()
+    z.register_hook(lambda gradient: _torch.after_backward(lambda: order.append("after")))
+    y.register_hook(lambda gradient: order.append("y"))
+    x.register_hook(lambda gradient: order.append("x"))
+    z.backward()
+    assert order == ["y", "x", "after"] and x.grad is not None
+
+
 def test_retrace_keeps_symbolic_sizes() -> None:
     _, traced = _retraced(lambda x: x.sin().view(x.shape[0], 2, -1), torch.randn(6, 4), dynamic=True)
     (sin,) = _calls(traced, torch.ops.aten.sin.default)
@@ -230,3 +242,15 @@ def test_decomposed_keeps_what_it_is_told_to_and_no_more() -> None:
     assert targets[0] == [aten.silu.default, aten.add.Tensor]
     assert aten.sigmoid.default in targets[1] and aten.silu.default not in targets[1]
     assert all("val" in node.meta for node in whole.nodes if node.op == "call_function")
+
+
+def test_an_empty_graph_is_written_as_code_the_way_another_is() -> None:
+    class Named(fx.graph.CodeGen):
+        pass
+
+    graph = fx.symbolic_trace(nn.Linear(2, 2)).graph
+    graph.set_codegen(Named())
+    empty = _torch.empty_graph_like(graph)
+    assert not list(empty.nodes)
+    assert isinstance(empty._codegen, Named)
+    assert empty._codegen is not graph._codegen
