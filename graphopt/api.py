@@ -46,6 +46,7 @@ def optimize(
     plugins: Sequence[object] = (),
     on_error: str = "rollback",
     plan: Plan | None = None,
+    step: Callable[[torch.nn.Module], object] | None = None,
 ) -> Optimized:
     """The fastest version of ``model`` whose step fits ``budget``, with the same call.
 
@@ -63,6 +64,11 @@ def optimize(
     symbolic sizes is made for those it was captured with: larger ones may take more.
     ``on_error``: ``"rollback"`` records what failed and goes on, ``"raise"`` raises. ``plan`` replays a
     stored plan.
+
+    ``step(module)`` runs one whole step where that is more than one call and its backward: several calls
+    before a backward (``loss(module(a), module(b)).backward()``), several backwards (gradient
+    accumulation). It is run three times with the optimized module as its argument, parameters' gradients,
+    buffers and random state put back, and must not update parameters. The budget then bounds all of it.
 
     Gradients that the parameters carry when ``optimize`` is called count as held throughout (as in
     gradient accumulation); without them a step is taken to begin with none.
@@ -86,6 +92,7 @@ def optimize(
         emit=emit,
         plugins=plugins,
         on_error=on_error,
+        step=step,
     )
 
 
@@ -117,7 +124,7 @@ def explain_memory(model: torch.nn.Module, inputs: Any, **options: Any) -> Memor
 
 def _dry_run(model: torch.nn.Module, inputs: Any, options: dict[str, Any], caller: str) -> Optimized:
     """``optimize`` up to the point where code would be generated."""
-    if inputs is None:
+    if inputs is None and options.get("step") is None:
         raise InputsError(
             f"{caller}() needs inputs: a tuple of positional arguments or a dict of keyword arguments"
         )
@@ -131,8 +138,17 @@ def _dry_run(model: torch.nn.Module, inputs: Any, options: dict[str, Any], calle
     return _prepared(**arguments | {"dry_run": True, "verify": "off"})
 
 
-def _prepared(model: torch.nn.Module, inputs: Any, *, verify: str, **options: Any) -> Optimized:
+def _prepared(
+    model: torch.nn.Module,
+    inputs: Any,
+    *,
+    verify: str,
+    step: Callable[[torch.nn.Module], object] | None,
+    **options: Any,
+) -> Optimized:
     _check_kinds(model, options["loss_fn"], options["replay"])
+    if step is not None and not callable(step):
+        raise InputsError(f"step is {step!r}: expected a function of the module that runs one whole step")
     if verify not in _VERIFY:
         raise UnknownNameError("value of verify", verify, _VERIFY)
     if verify == "numeric" and inputs is None:
@@ -140,6 +156,8 @@ def _prepared(model: torch.nn.Module, inputs: Any, *, verify: str, **options: An
             'verify="numeric" needs inputs: a tuple of positional arguments or a dict of keyword arguments'
         )
     optimized = _uncaptured(model, inputs, **options)
+    if step is not None:
+        optimized._driver.prepare_step(partial(step, optimized))
     if inputs is not None:
         optimized._driver.prepare(*bind_inputs(model, inputs))
         if verify == "numeric":

@@ -103,12 +103,16 @@ class Optimized(torch.nn.Module):
     def report(self) -> Report:
         """Baseline, predicted and measured cost of the present step, and what was changed for it.
 
+        On CUDA the first training step is measured as it runs, by the allocator's own statistics; its peak
+        is reset once for that. On the CPU that would cost time: ``measure()`` fills it in.
+
         Raises ``CaptureError`` before anything was captured (no inputs given, not yet called).
         """
         report = self._driver.report()
-        if self._measured is None or self._measured[0] is not report.plan:
-            return report
-        return report.with_measured(self._measured[1])
+        if self._measured is not None and self._measured[0] is report.plan:
+            return report.with_measured(self._measured[1])
+        first = self._driver.measured()
+        return report if first is None else report.with_measured(first)
 
     @property
     def plan(self) -> Plan:
@@ -147,15 +151,19 @@ class Optimized(torch.nn.Module):
         parameters, buffers and inputs; gradients are absent when the step begins (or zero, where
         the parameters carried some when the model was optimized) and outputs are held until it ends.
         Gradients and buffers are put back afterwards. The loss is the output's ``loss``, or
-        ``loss_fn(output)``, or the sum of all differentiable outputs.
+        ``loss_fn(output)``, or the sum of all differentiable outputs. A module that was optimized for a
+        ``step`` runs that, unless ``inputs`` are given.
         """
-        args, kwargs = self._driver.bind(inputs)
+        whole = self._driver.step if inputs is None else None
+        args, kwargs = self._driver.bind(inputs) if whole is None else ((), {})
         training = self._driver.training_step()
         device = _device_of(self._model, (args, kwargs))
         parameters = [p for p in self._model.parameters() if p.requires_grad]
         held = self._driver.gradients_held()
 
         def step() -> Any:
+            if whole is not None:
+                return whole()
             with torch.set_grad_enabled(training):
                 output = self(*args, **kwargs)
                 if training:
@@ -175,7 +183,7 @@ class Optimized(torch.nn.Module):
 
             static = _torch.storage_bytes([*self._model.parameters(), *self._model.buffers(), args, kwargs])
             # Held before the step like the weights, so the allocator's growth does not show them.
-            static += self._driver.held_bytes()
+            static += self._driver.held_bytes() + (self._driver.lasting_bytes() if whole is not None else 0)
             taken = measure(step, device=device, static_bytes=static, repeats=repeats, before=reset)
         cost = Cost(taken.peak_bytes, self._driver.weight_bytes(), taken.seconds)
         self._measured = self._driver.report().plan, cost

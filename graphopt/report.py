@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from graphopt.budget import format_bytes
 from graphopt.candidate import Declined, NearMiss
 from graphopt.cost import Cost
 from graphopt.errors import StaleReportError
@@ -92,8 +93,22 @@ class Report:
     schema_version: str = field(default=REPORT_VERSION, init=False)
 
     def with_measured(self, measured: Cost) -> Report:
-        """This report with what a run of the step showed."""
-        return replace(self, measured=measured)
+        """This report with what a run of the step showed, and a note where that is above the budget."""
+        notes = self.diagnostics
+        if self.budget is not None and measured.peak_bytes > self.budget:
+            over = measured.peak_bytes - self.budget
+            notes += (
+                f"the measured peak of {format_bytes(measured.peak_bytes)} exceeds the budget of "
+                f"{format_bytes(self.budget)} by {format_bytes(over)} ({100 * over / self.budget:.1f} %)",
+            )
+        return replace(self, measured=measured, diagnostics=notes)
+
+    @property
+    def peak_error(self) -> int | None:
+        """Measured peak less the predicted one in bytes; ``None`` before it was measured."""
+        if self.measured is None or self.predicted is None:
+            return None
+        return self.measured.peak_bytes - self.predicted.peak_bytes
 
     def __str__(self) -> str:
         from graphopt.report_table import report_text

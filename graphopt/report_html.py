@@ -9,7 +9,7 @@ from graphopt.budget import format_bytes
 from graphopt.duration import format_seconds
 from graphopt.price import price_groups
 from graphopt.report import Report
-from graphopt.report_table import headline, peak_rows, plan_lines, program_lines, undone_lines
+from graphopt.report_table import comparison, headline, peak_rows, plan_lines, program_lines, undone_lines
 
 __all__ = ["report_html"]
 
@@ -28,6 +28,8 @@ def report_html(report: Report) -> str:
     """The report as HTML: costs with bars of bytes, and folded tables of recomputation and passes."""
     parts = [f'<div class="graphopt-report"><style>{_STYLE}</style>', f"<b>{escape(headline(report))}</b>"]
     parts.append(_costs(report))
+    if comparison(report):
+        parts.append(f"<div>{escape(comparison(report))}</div>")
     if report.plan is not None:
         parts += [f"<div>{escape(line)}</div>" for line in plan_lines(report.plan)]
         rows = [

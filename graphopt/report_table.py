@@ -19,6 +19,7 @@ from graphopt.report import Report
 
 __all__ = [
     "GROUPS_SHOWN",
+    "comparison",
     "cost_rows",
     "headline",
     "peak_rows",
@@ -48,6 +49,8 @@ def report_renderable(report: Report) -> RenderableType:
     parts: list[RenderableType] = [Text(headline(report), style="bold")]
     if cost_rows(report):
         parts.append(_costs(report))
+    if comparison(report):
+        parts.append(Text(comparison(report)))
     if report.plan is not None:
         parts += [Text(line) for line in plan_lines(report.plan)]
         groups = price_groups(report.plan)
@@ -103,6 +106,19 @@ def peak_rows(report: Report) -> list[tuple[tuple[str, str, str, str, str, str],
             cells = _cost_row(name, cost, base)
             rows.append((cells if name == "predicted" else (*cells[:-1], ""), cost.peak_bytes))
     return rows
+
+
+def comparison(report: Report) -> str:
+    """The measured peak beside the predicted one: ``the peak measured is 12.00 KiB (1.3 %) above the one
+    predicted``; "" before it was measured."""
+    error = report.peak_error
+    if error is None or report.predicted is None:
+        return ""
+    if error == 0:
+        return "the peak measured is the one predicted, to the byte"
+    share = 100 * abs(error) / max(1, report.predicted.peak_bytes)
+    side = "above" if error > 0 else "below"
+    return f"the peak measured is {format_bytes(abs(error))} ({share:.1f} %) {side} the one predicted"
 
 
 def plan_lines(plan: Plan) -> list[str]:

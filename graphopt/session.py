@@ -28,6 +28,7 @@ from graphopt.capture.semantic import (
 )
 from graphopt.captured import Captured
 from graphopt.chain_plan import Link, Rerun, chain_peak, least_chain, plan_chain, rerun_calls
+from graphopt.collection import uncollected
 from graphopt.cost import Cost, CostModel, MemoryProfile
 from graphopt.disallowed import advice_on_disallowed
 from graphopt.emit.eager import EagerEmitter
@@ -108,10 +109,12 @@ class Session:
     dry_run: bool = False
     planning_seconds: float = 0.0
     replay_bytes: int = 0
+    lasting_bytes: int = 0
     observer: Observer | None = None
     chain: Callable[[], list[Link]] | None = None
     reruns: tuple[Rerun, ...] = ()
     _seen: tuple[tuple[Captured, ...], ObservedPlan] | None = None
+    _counted: tuple[tuple[int | None, ...], tuple[FrontierPoint, ...], Cost] | None = None
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A dynamo backend: compiles one graph under this session's budget."""
@@ -180,6 +183,7 @@ class Session:
 
         return call
 
+    @uncollected()
     def _rewrite(self, program: Program, inputs: Sequence[Any]) -> None:
         """Run the semantic-level passes over a captured program."""
         mode = "train" if _trained(inputs) else "infer"
@@ -273,8 +277,26 @@ class Session:
         place = {number: k for k, number in enumerate(numbers)}
         runs = tuple(run and run.at_ports(ports[run.program], place[run.program]) for run in step.runs)
         step = replace(step, runs=runs)
+        if self.arguments is None:
+            self.lasting_bytes = self._lasting_inputs(step, group)
+            self.static_bytes = (self.weight_bytes or 0) + self.held_bytes + self.replay_bytes
+            self.static_bytes += self.lasting_bytes
         self._seen = tuple(group), ObservedPlan(self.cost, step, group, fuses=self.emitter.fuses)
         return True
+
+    def _lasting_inputs(self, step: ObservedStep, group: Sequence[Captured]) -> int:
+        """Bytes of the inputs of ``group`` that were there before the step and are there after it."""
+        made = {number for run in step.runs if run is not None for number in run.outputs.values()}
+        found = set()
+        for run in step.runs:
+            if run is None or run.backward or (joint := group[run.program].joint) is None:
+                continue
+            ports = Ports.of(joint).inputs
+            for spec in joint.signature.by_role("input"):
+                number = run.inputs.get(ports[spec.node])
+                if number is not None and number not in made and step.storages[number].released is None:
+                    found.add(number)
+        return sum(step.storages[number].bytes for number in found)
 
     def _observed(self, group: Sequence[Captured]) -> ObservedPlan | None:
         """What was seen of these programs."""
@@ -408,6 +430,7 @@ class Session:
         captured.lowered = partition(captured.joint, captured.schedule)
         return captured.lowered[0], captured.lowered[1]
 
+    @uncollected()
     def see_inference(self, captured: Captured, graph: fx.GraphModule) -> None:
         """Take note of a functional inference graph, and what it could run."""
         captured.mode = "infer"
@@ -415,6 +438,7 @@ class Session:
         captured.baseline = _unchanged(captured.joint)
         captured.frontier = self._frontier(captured)
 
+    @uncollected()
     def see_joint(self, captured: Captured, joint: fx.GraphModule, num_outputs: int) -> None:
         """Take note of a joint graph, changed in place, and of the schedules that it could run."""
         captured.mode = "train"
@@ -450,8 +474,7 @@ class Session:
             again = save_everything if captured.mode == "train" else _unchanged
             captured.baseline = again(captured.joint)
         baseline = captured.reference = self._baseline_point(captured.joint, captured.baseline)
-        captured.reference_seconds = self._seconds(captured.joint, captured.baseline)
-        captured.flops = {node.name: self.cost.node(node).flops for node in captured.joint.nodes()}
+        captured.reference_seconds, captured.flops = self._prices(captured.joint, captured.baseline)
         best = done.frontiers[-1] if done.frontiers else Frontier("none", (baseline,))
         if captured.mode == "train" and not captured.provisional:
             best = self._with_forms(captured, best, ctx)
@@ -477,12 +500,9 @@ class Session:
                 )
                 continue
             baseline = save_everything(program)
+            seconds, flops = self._prices(program, baseline)
             forms[name] = replace(
-                captured,
-                joint=program,
-                baseline=baseline,
-                reference_seconds=self._seconds(program, baseline),
-                flops={node.name: self.cost.node(node).flops for node in program.nodes()},
+                captured, joint=program, baseline=baseline, reference_seconds=seconds, flops=flops
             )
             frontiers[name] = done.frontiers[-1], forms[name].reference_seconds
         if len(forms) == 1:
@@ -490,10 +510,15 @@ class Session:
         captured.forms = forms
         return united(frontiers)
 
-    def _seconds(self, program: Program, schedule: Schedule) -> float:
+    def _prices(self, program: Program, schedule: Schedule) -> tuple[float, dict[str, int]]:
+        """Predicted seconds of everything that a schedule runs, and the FLOPs of every node."""
+        costs = {node.name: self.cost.node(node) for node in program.nodes()}
         if self.emitter.fuses:
-            return fused_point(program, schedule, self.cost, flops=0, label="").seconds
-        return step_seconds(self.cost, program, schedule)
+            seconds = fused_point(program, schedule, self.cost, flops=0, label="").seconds
+        else:
+            runs = (*schedule.forward, *schedule.backward)
+            seconds = sum(costs[name].seconds for name in runs if name in costs)
+        return seconds, {name: cost.flops for name, cost in costs.items()}
 
     def _baseline_point(self, program: Program, schedule: Schedule) -> FrontierPoint:
         if self.emitter.fuses:
@@ -519,7 +544,11 @@ class Session:
         captured.point = min(captured.frontier.points, key=lambda p: (p.retained, p.peak_bytes))
 
     def _baseline(self, group: Sequence[Captured]) -> Cost:
-        return self._cost_of(group, [c.reference for c in group if c.reference is not None])
+        references = tuple(c.reference for c in group if c.reference is not None)
+        key = (*map(id, references), self.static_bytes, self.weight_bytes, id(self._seen))
+        if self._counted is None or self._counted[0] != key:
+            self._counted = key, references, self._cost_of(group, references)
+        return self._counted[2]
 
     def _cost_of(
         self, group: Sequence[Captured], points: Sequence[FrontierPoint], reruns: Sequence[Rerun] = ()
@@ -550,6 +579,7 @@ class Session:
             flops += sum(known.get(name, 0) for name in points[k].schedule.forward)
         return Cost(peak, self.weight_bytes or 0, seconds, flops)
 
+    @uncollected()
     def _plan(self, group: Sequence[Captured], *, tentative: bool = False) -> None:
         """Choose a point for each of ``group``. ``tentative``: the least where nothing seems to fit."""
         start = time.perf_counter()
@@ -702,12 +732,6 @@ def _value_bytes(program: Program, names: Sequence[str], granularity: int) -> in
     nodes = [node for node in program.find(names) if isinstance(node.meta.get("val"), torch.Tensor)]
     sizes = {node.meta["val"].untyped_storage()._cdata: _bytes(node) for node in nodes}
     return sum(-(-size // granularity) * granularity for size in sizes.values())
-
-
-def step_seconds(cost: CostModel, program: Program, schedule: Schedule) -> float:
-    """Predicted seconds of everything that a schedule runs."""
-    seconds = {node.name: cost.node(node).seconds for node in program.nodes()}
-    return sum(seconds.get(name, 0.0) for name in (*schedule.forward, *schedule.backward))
 
 
 def _choice(cost: CostModel, captured: Captured) -> Choice:

@@ -15,9 +15,11 @@ from graphopt import _torch
 from graphopt.capture.inputs import bind_inputs
 from graphopt.capture.observe import Observer
 from graphopt.capture.shapes import input_shapes
-from graphopt.cost import MemoryProfile
-from graphopt.errors import CaptureError, GraphoptError, InputsError, UnknownNameError
+from graphopt.capture.timeline import statistics_of, timeline_of
+from graphopt.cost import Cost, MemoryProfile
+from graphopt.errors import CaptureError, GraphoptError, InputsError, UnknownNameError, brief
 from graphopt.explanation import MemoryExplanation
+from graphopt.first_step import FirstStep
 from graphopt.loss import loss_of
 from graphopt.pareto_front import ParetoPoint
 from graphopt.plans import Plan
@@ -50,17 +52,31 @@ class Driver:
         self.example = inputs
         self.loss_fn = loss_fn
         self._call: Callable[..., Any] | None = None
+        self._watched: Callable[..., Any] | None = None
         self._uncaptured = False
+        self.step: Callable[[], object] | None = None
+        self.calls = 1
+        self.first: FirstStep | None = None
+        self._first_plan: Plan | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._watched is not None:
+            self.calls += 1
+            return self._watched(*args, **kwargs)
         self.prepare(args, kwargs)
         if self._call is None:
             return self.model(*args, **kwargs)
+        first = self._first_step() if torch.is_grad_enabled() and self.training_step() else None
         self.session.arguments = (args, kwargs)
         try:
             with _torch.quiet_capture():
                 self.session.finish()
-                return self._call(*args, **kwargs)
+                if first is not None:
+                    first.begin(self.session.static_bytes or 0)
+                output = self._call(*args, **kwargs)
+            if first is not None:
+                first.returned(output)
+            return output
         except Exception as error:
             inner = _torch.inner_error(error)
             if inner is not error and isinstance(inner, GraphoptError):
@@ -138,8 +154,7 @@ class Driver:
         session.whole = False
         session.current = []
         session.captured = []
-        if _on_host(self.model, args, kwargs) and not _torch.profiler_running():
-            session.observer = Observer()
+        session.observer = _observer((self.model.parameters(), self.model.buffers(), args, kwargs))
         call = _torch.compile_apart(self.model, session.backend, dynamic=self.dynamic)
         try:
             with _buffers_restored(self.model), torch.random.fork_rng(devices=_cuda_devices(self.model)):
@@ -157,6 +172,61 @@ class Driver:
             self._give_up(CaptureError("dynamo captured no graph of the model"), args, kwargs)
             return
         self._call = call
+
+    def prepare_step(self, step: Callable[[], object]) -> None:
+        """Capture and plan all that ``step()`` runs of the model, everything put back afterwards.
+
+        Raises ``InputsError`` where ``step`` raises or never calls the model.
+        """
+        session = self.session
+        self.step = step
+        session.whole, session.current, session.captured = False, [], []
+        session.observer = _observer((self.model.parameters(), self.model.buffers()))
+        call = _torch.compile_apart(self.model, session.backend, dynamic=self.dynamic)
+        leaves = [p for p in self.model.parameters() if p.requires_grad]
+
+        def reset() -> None:
+            if not self.gradients_held():
+                for leaf in leaves:
+                    leaf.grad = None
+
+        reason = "the memory of this device cannot be watched"
+        try:
+            with _torch.quiet_capture():
+                with restored(self.model, leaves), torch.random.fork_rng(devices=_cuda_devices(self.model)):
+                    self._watched = call
+                    # The first run captures, and has things to set up that later ones find done.
+                    self.calls = 0
+                    reset()
+                    step()
+                    calls = self.calls
+                    if not session.current:
+                        raise InputsError(
+                            "step never ran the model: expected calls of the module it is given"
+                        )
+                    if session.observer is not None and session.see(
+                        session.observer.observe_step(step, reset)
+                    ):
+                        reason = ""
+                    elif session.observer is not None:
+                        reason = "some programs ran without their backwards, or others than were captured"
+                self._watched, self.calls = None, calls
+                if reason:
+                    self._unobserved(reason)
+                session.finish()
+        except Exception as error:
+            inner = _torch.inner_error(error)
+            if isinstance(inner, GraphoptError):
+                raise inner from None
+            raise InputsError(f"step raised {brief(inner)}") from inner
+        finally:
+            self._watched = None
+        self._call = call
+
+    def _unobserved(self, reason: str) -> None:
+        self.session.diagnostics.append(
+            f"what runs between the programs is not counted, as no whole step was seen: {reason}"
+        )
 
     def _observe(self, observer: Observer, call: Callable[[], Any], inputs: Any) -> None:
         """Run whole steps, everything put back, to see what the programs share and what lies between."""
@@ -186,9 +256,7 @@ class Driver:
             if self.session.see(seen):
                 return
             reason = "some programs ran without their backwards, or others than were captured"
-        self.session.diagnostics.append(
-            f"what runs between the programs is not counted, as no whole step was seen: {reason}"
-        )
+        self._unobserved(reason)
 
     def _give_up(self, error: BaseException, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Leave the model as it is. Inputs that the model itself refuses are the caller's error."""
@@ -221,6 +289,31 @@ class Driver:
     def held_bytes(self) -> int:
         """Bytes held throughout besides weights and inputs: gradients, libraries' workspace."""
         return self.session.held_bytes
+
+    def _first_step(self) -> FirstStep | None:
+        """What watches the first step of the present plan; ``None`` once it is over."""
+        if self.first is None:
+            self._first_plan = self.session.plan
+            devices = {p.device for p in self.model.parameters()}
+            device = devices.pop() if len(devices) == 1 else torch.device("cpu")
+            self.first = FirstStep(
+                [p for p in self.model.parameters() if p.requires_grad],
+                statistics_of(device),
+                calls=self.calls,
+                held=self.gradients_held(),
+                note=self.session.diagnostics.append,
+            )
+        return None if self.first.over else self.first
+
+    def measured(self) -> Cost | None:
+        """What the first step took, where that was free to measure and the step is over."""
+        known = self.first is not None and self._first_plan is self.session.plan
+        peak = self.first.peak_bytes if self.first is not None and known else None
+        return Cost(peak, self.weight_bytes(), None) if peak is not None else None
+
+    def lasting_bytes(self) -> int:
+        """Bytes of the inputs of a watched step that are there before and after it."""
+        return self.session.lasting_bytes
 
     def weight_bytes(self) -> int:
         return self.session.weight_bytes or 0
@@ -365,9 +458,16 @@ def _buffers_restored(model: torch.nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _on_host(model: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    values = (*model.parameters(), *model.buffers(), *torch.utils._pytree.tree_leaves((args, kwargs)))
-    return all(v.device.type == "cpu" for v in values if isinstance(v, torch.Tensor))
+def _observer(values: Any) -> Observer | None:
+    """An observer of the one device that all tensors in ``values`` are on."""
+    leaves = [
+        leaf
+        for value in values
+        for leaf in torch.utils._pytree.tree_leaves(list(value) if isinstance(value, Iterator) else value)
+    ]
+    devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)}
+    timeline = timeline_of(devices.pop()) if len(devices) == 1 else None
+    return Observer(timeline) if timeline is not None else None
 
 
 def _cuda_devices(model: torch.nn.Module) -> list[int]:

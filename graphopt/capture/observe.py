@@ -10,11 +10,10 @@ import torch
 import torch.fx as fx
 
 from graphopt import _torch
+from graphopt.capture.timeline import Timeline
 from graphopt.observed import Gap, ObservedRun, ObservedStep, ObservedStorage
 
 __all__ = ["Observer"]
-
-_MARK = "graphopt::position"
 
 Boxed = Callable[[list[Any]], list[Any]]
 
@@ -23,11 +22,13 @@ Boxed = Callable[[list[Any]], list[Any]]
 class Observer:
     """Wraps the halves of programs; while ``observe`` runs a step it notes each of their runs.
 
-    Memory is that of torch's CPU allocator.
+    ``timeline`` tells the memory that lies between them.
     """
 
+    timeline: Timeline
     _runs: list[ObservedRun | None] | None = None
     _saving: bool = True
+    _known: tuple[ObservedRun | None, ...] = ()
     _position: int = 0
     _pending: dict[int, int] = field(default_factory=dict)
     _storages: list[ObservedStorage] = field(default_factory=list)
@@ -41,18 +42,22 @@ class Observer:
         output = next(node for node in reversed(half.graph.nodes) if node.op == "output")
         flat = torch.utils._pytree.tree_leaves(output.args[0])
         results = [value.name if isinstance(value, fx.Node) else "" for value in flat]
+        arriving = [name if "tangents" in name else "" for name in names]
 
         def watched(args: list[Any]) -> list[Any]:
             if self._runs is None:
                 return run(args)
             self._advance()
-            inputs = self._note(names, args)
             own = len(self._runs)
-            forward = self._forward_of(program, inputs) if backward else own
-            noted = ObservedRun(program, backward, forward, inputs, {})
-            self._runs.append(noted)
-            outputs = run(args)
-            if not backward:
+            if backward:
+                forward = self._forward_of(program, args)
+                inputs = self._note(arriving, args)
+                self._runs.append(ObservedRun(program, True, forward, inputs, {}))
+                outputs = run(args) if self._saving else _standing_in(flat, args)
+            else:
+                inputs = self._note(names, args)
+                self._runs.append(ObservedRun(program, False, own, inputs, {}))
+                outputs = run(args)
                 self._runs[own] = ObservedRun(program, False, own, inputs, self._note(results, outputs))
                 self._pending[own] = program
                 if not self._saving:
@@ -81,30 +86,46 @@ class Observer:
             self._pause()
 
         whole = self._watch(step)
-        self._saving = False
+        self._follow(whole)
         try:
             bare = self._watch(alone)
         finally:
-            self._saving = True
-        end = len(bare.runs)
-        if [_returned(run) for run in bare.runs] != [_returned(run) for run in whole.runs[:end]]:
+            self._follow(None)
+        return _dropping(whole, bare)
+
+    def observe_step(self, step: Callable[[], object], reset: Callable[[], object]) -> ObservedStep:
+        """Run ``reset()`` and ``step()``, forwards and backwards in any order, and say what the step did.
+
+        Both are run once more with no program keeping anything for its backward; backwards then yield zeros.
+        """
+        reset()
+        whole = self._watch(step)
+        reset()
+        self._follow(whole)
+        try:
+            bare = self._watch(step)
+        except IndexError:
+            # Led by gradients, which were not there, it took another way.
             return whole
-        storages = list(whole.storages)
-        for number, seen in enumerate(bare.storages):
-            if seen.released is not None and storages[number].released is not None:
-                storages[number] = replace(storages[number], dropped=seen.released)
-        return replace(whole, storages=tuple(storages), bare_gaps=bare.gaps[:end])
+        finally:
+            self._follow(None)
+        return _dropping(whole, bare)
+
+    def _follow(self, whole: ObservedStep | None) -> None:
+        """Keep nothing for backwards, which are those of ``whole``, from now on; ``None``: keep all."""
+        self._saving = whole is None
+        self._known = () if whole is None else whole.runs
 
     def _watch(self, step: Callable[[], object]) -> ObservedStep:
         self._runs, self._storages, self._position = [], [], 0
         self._pending.clear()
         self._held.clear()
         try:
-            events = _torch.record_timeline(step, _MARK)
+            stretches = self.timeline.record(step)
             self._sweep()
             runs = tuple(self._runs)
             storages = tuple(replace(known, dropped=known.released) for known in self._storages)
-            gaps = _gaps(events, len(runs))
+            gaps = _gaps(stretches, len(runs))
             return ObservedStep(runs, gaps, storages, gaps[:0])
         finally:
             self._runs = None
@@ -120,7 +141,7 @@ class Observer:
     def _advance(self) -> None:
         """Go from a gap into a run or out of it."""
         self._sweep()
-        _torch.mark(_MARK)
+        self.timeline.mark()
         self._position += 1
 
     def _sweep(self) -> None:
@@ -132,7 +153,7 @@ class Observer:
     def _note(self, names: Sequence[str], values: Sequence[Any]) -> dict[str, int]:
         found = {}
         for name, value in zip(names, values, strict=True):
-            if name and isinstance(value, torch.Tensor) and value.layout is torch.strided:
+            if name and _has_storage(value):
                 found[name] = self._number(value.untyped_storage())
         return found
 
@@ -143,12 +164,16 @@ class Observer:
             self._storages.append(ObservedStorage(storage.nbytes()))
         return self._held[key][1]
 
-    def _forward_of(self, program: int, inputs: dict[str, int]) -> int:
+    def _forward_of(self, program: int, args: Sequence[Any]) -> int:
         """The forward run whose backward begins: of those of the program that wait for theirs, the one
         that most of the values saved come from, the latest of equals."""
         runs = self._runs or []
+        if not self._saving:
+            known = self._known[len(runs)]
+            return known.forward if known is not None else 0
         waiting = [position for position, owner in self._pending.items() if owner == program]
-        saved = set(inputs.values())
+        keys = [x.untyped_storage()._cdata for x in args if _has_storage(x)]
+        saved = {self._held[key][1] for key in keys if key in self._held}
 
         def shared(position: int) -> int:
             run = runs[position]
@@ -160,29 +185,48 @@ class Observer:
         return found
 
 
-def _returned(run: ObservedRun | None) -> dict[str, int]:
-    return dict(run.outputs) if run is not None else {}
+def _dropping(whole: ObservedStep, bare: ObservedStep) -> ObservedStep:
+    """``whole``, and where its storages go while no program keeps anything, if ``bare`` went the same way."""
+    end = len(bare.runs)
+    if [_ways(run) for run in bare.runs] != [_ways(run) for run in whole.runs[:end]]:
+        return whole
+    storages = list(whole.storages)
+    for number, seen in enumerate(bare.storages):
+        if seen.released is not None and storages[number].released is not None:
+            storages[number] = replace(storages[number], dropped=seen.released)
+    return replace(whole, storages=tuple(storages), bare_gaps=bare.gaps[:end])
+
+
+def _standing_in(results: Sequence[Any], args: list[Any]) -> list[Any]:
+    """Zeros in place of what a backward yields."""
+    args.clear()
+    found: list[torch.Tensor | None] = []
+    for result in results:
+        value = result.meta.get("val") if isinstance(result, fx.Node) else None
+        if isinstance(value, torch.Tensor):
+            size, stride = [[_torch.hint(n) for n in numbers] for numbers in (value.shape, value.stride())]
+            made = torch.empty_strided(size, stride, dtype=value.dtype, device=value.device)
+            found.append(made.zero_())
+        else:
+            found.append(None)
+    return found
+
+
+def _has_storage(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided
+
+
+def _ways(run: ObservedRun | None) -> tuple[object, ...]:
+    """What tells runs apart."""
+    return () if run is None else (run.program, run.backward, run.forward, run.inputs, run.outputs)
 
 
 def _emptied(value: Any) -> Any:
     return value.new_empty(0) if isinstance(value, torch.Tensor) else value
 
 
-def _gaps(events: Sequence[int | None], runs: int) -> tuple[Gap, ...]:
-    """Every other stretch between marks (``None``): the runs themselves are simulated."""
-    stretches: list[list[int]] = [[]]
-    for event in events:
-        if event is None:
-            stretches.append([])
-        else:
-            stretches[-1].append(event)
+def _gaps(stretches: Sequence[Gap], runs: int) -> tuple[Gap, ...]:
+    """Every other stretch between marks: the runs themselves are simulated."""
     if len(stretches) != 2 * runs + 1:
         raise RuntimeError(f"{len(stretches)} stretches were recorded around {runs} runs")
-    gaps = []
-    for stretch in stretches[::2]:
-        held = peak = 0
-        for event in stretch:
-            held += event
-            peak = max(peak, held)
-        gaps.append(Gap(held, peak))
-    return tuple(gaps)
+    return tuple(stretches[::2])
