@@ -109,6 +109,7 @@ class Session:
     dry_run: bool = False
     planning_seconds: float = 0.0
     replay_bytes: int = 0
+    lasting_bytes: int = 0
     observer: Observer | None = None
     chain: Callable[[], list[Link]] | None = None
     reruns: tuple[Rerun, ...] = ()
@@ -276,8 +277,26 @@ class Session:
         place = {number: k for k, number in enumerate(numbers)}
         runs = tuple(run and run.at_ports(ports[run.program], place[run.program]) for run in step.runs)
         step = replace(step, runs=runs)
+        if self.arguments is None:
+            self.lasting_bytes = self._lasting_inputs(step, group)
+            self.static_bytes = (self.weight_bytes or 0) + self.held_bytes + self.replay_bytes
+            self.static_bytes += self.lasting_bytes
         self._seen = tuple(group), ObservedPlan(self.cost, step, group, fuses=self.emitter.fuses)
         return True
+
+    def _lasting_inputs(self, step: ObservedStep, group: Sequence[Captured]) -> int:
+        """Bytes of the inputs of ``group`` that were there before the step and are there after it."""
+        made = {number for run in step.runs if run is not None for number in run.outputs.values()}
+        found = set()
+        for run in step.runs:
+            if run is None or run.backward or (joint := group[run.program].joint) is None:
+                continue
+            ports = Ports.of(joint).inputs
+            for spec in joint.signature.by_role("input"):
+                number = run.inputs.get(ports[spec.node])
+                if number is not None and number not in made and step.storages[number].released is None:
+                    found.add(number)
+        return sum(step.storages[number].bytes for number in found)
 
     def _observed(self, group: Sequence[Captured]) -> ObservedPlan | None:
         """What was seen of these programs."""
