@@ -30,9 +30,7 @@ def reattach(
         if tensors:
             apply: Any = _Auxiliary.apply
             for index in indices:
-                outputs[index] = apply(
-                    outputs[index], (gm, inputs, index, state, on_use), *tensors
-                )
+                outputs[index] = apply(outputs[index], (gm, inputs, index, state, on_use), *tensors)
         return outputs
 
     return call
