@@ -32,6 +32,8 @@ class Rewriting:
     frontiers: tuple[Frontier, ...] = ()
     changed: bool = False
     """Whether the program is another than before."""
+    offering: frozenset[str] = frozenset()
+    """Passes that offered something to be weighed as an alternative."""
 
     def __add__(self, other: Rewriting) -> Rewriting:
         return Rewriting(
@@ -40,6 +42,7 @@ class Rewriting:
             self.near_misses + other.near_misses,
             self.frontiers + other.frontiers,
             self.changed or other.changed,
+            self.offering | other.offering,
         )
 
 
@@ -178,6 +181,7 @@ def run_pass(
         proposals.near_misses,
         proposals.frontiers,
         edit.committed,
+        frozenset({step.name} if any(c.alternative for c in proposals.candidates) else ()),
     )
 
 

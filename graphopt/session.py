@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -477,21 +477,23 @@ class Session:
         captured.reference_seconds, captured.flops = self._prices(captured.joint, captured.baseline)
         best = done.frontiers[-1] if done.frontiers else Frontier("none", (baseline,))
         if captured.mode == "train" and not captured.provisional:
-            best = self._with_forms(captured, best, ctx)
+            # A pass that saw this very program and offered nothing need not look again.
+            seen = frozenset(p.name for p in self.passes) - done.offering if not done.changed else frozenset()
+            best = self._with_forms(captured, best, ctx, seen)
         if self.held_gradient_bytes:
             # Each program's gradients are added to those held and go before the next one runs.
             best = replace(best, points=tuple(replace(point, gradients=0) for point in best.points))
         self.planning_seconds += time.perf_counter() - start
         return best
 
-    def _with_forms(self, captured: Captured, own: Frontier, ctx: PassContext) -> Frontier:
+    def _with_forms(self, captured: Captured, own: Frontier, ctx: PassContext, idle: Set[str]) -> Frontier:
         """The frontier of a program together with those of what joint-level passes offer instead of it."""
         source = [step for step in self.passes if step.name == own.pass_id]
         if not source:
             return own
         assert captured.joint is not None
         forms, frontiers = {"": replace(captured)}, {"": (own, captured.reference_seconds)}
-        others = [step for step in self.passes if step not in source]
+        others = [step for step in self.passes if step not in source and step.name not in idle]
         for name, program in joint_alternatives(captured.joint, others, ctx, self._fail):
             done = run_joint_passes(program, source, ctx, self.host, on_error=self.on_error)
             if not done.frontiers:
@@ -562,6 +564,9 @@ class Session:
             peak = self._base + observed.peak(points)
         elif self.emitter.fuses:
             peak = base + chain_peak(points, self.links(group) if reruns else (), reruns)
+        elif len(group) == 1 and points[0] is group[0].reference:
+            # Counted when it was made.
+            peak = base + points[0].peak_bytes
         else:
             programs = [(c.program_at(p), p.schedule) for c, p in zip(group, points, strict=True)]
             step = [(program, schedule) for program, schedule in programs if program is not None]
