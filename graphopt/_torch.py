@@ -597,6 +597,12 @@ def schema_of(target: Any) -> Any:
     return target._schema if isinstance(target, torch._ops.OpOverload) else None
 
 
+def gives_other_bits(target: Any) -> bool:
+    """Whether an operator says that a second run on the same inputs may round otherwise."""
+    tag = getattr(torch.Tag, "nondeterministic_bitwise", None)
+    return tag is not None and tag in getattr(target, "tags", ())
+
+
 def is_composite(target: Any) -> bool:
     """Whether an operator overload is defined by other operators, for every backend alike."""
     return bool(target.has_kernel_for_dispatch_key(torch._C.DispatchKey.CompositeImplicitAutograd))

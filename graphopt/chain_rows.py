@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch.fx as fx
 
 from graphopt.capture.aliasing import written_inputs as arguments_written
+from graphopt.collectives import is_collective
 from graphopt.program import InputSpec, Program
 from graphopt.replay import is_random, statistics_of
 
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
     from graphopt.session import Captured
 
 __all__ = ["draws_random", "pinned", "written_inputs"]
-
-_COLLECTIVES = ("_c10d_functional", "c10d_functional", "_dtensor")
 
 
 def pinned(kind: Captured) -> str:
@@ -28,7 +27,7 @@ def pinned(kind: Captured) -> str:
     if len(_given(program)) != len(kind.specs):
         return "its inputs are not those of its joint program, one for one"
     for node in program.graph.nodes:
-        if getattr(node.target, "namespace", "") in _COLLECTIVES:
+        if is_collective(node.target):
             return f"{node.name} waits for other ranks"
     for name in _written(program):
         reader = _result_that_depends_on(program, name)

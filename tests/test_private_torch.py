@@ -254,3 +254,14 @@ def test_an_empty_graph_is_written_as_code_the_way_another_is() -> None:
     assert not list(empty.nodes)
     assert isinstance(empty._codegen, Named)
     assert empty._codegen is not graph._codegen
+
+
+def test_operators_that_give_other_bits_are_told_by_their_tag() -> None:
+    @torch.library.custom_op(
+        "graphopt_test::other_bits", mutates_args=(), tags=(torch.Tag.nondeterministic_bitwise,)
+    )
+    def other_bits(x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+    assert _torch.gives_other_bits(torch.ops.graphopt_test.other_bits.default)
+    assert not _torch.gives_other_bits(torch.ops.aten.add.Tensor)

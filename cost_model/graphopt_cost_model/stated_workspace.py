@@ -1,4 +1,4 @@
-"""Workspaces of CPU kernels that are known from their source, and need no probing.
+"""Workspaces of CPU kernels that are known from their source, or that must not be run to find out.
 
 Extrapolating from smaller calls needs a workspace that grows with them. A chunked loss converts some rows
 of a chunk at a time, as many as fit a core's cache, and those take the same whatever the size.
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from graphopt.collectives import is_collective, staged_bytes
 from graphopt_cost_model.call import Call, TensorSpec
 
 __all__ = ["BLOCK_ELEMENTS", "stated_workspace"]
@@ -21,6 +22,12 @@ _PREFIX = "graphopt.linear_cross_entropy"
 
 def stated_workspace(call: Call) -> int | None:
     """Bytes that a call on the CPU takes beyond its outputs; ``None`` for operators that state none."""
+    if is_collective(call.target):
+        # Probing would communicate.
+        return staged_bytes(
+            call.target,
+            *(max((s.stored_bytes for s in side), default=0) for side in (call.inputs, call.outputs)),
+        )
     name = str(call.packet)
     if not name.startswith(_PREFIX):
         return None

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from graphopt import _torch
+from graphopt.collectives import is_collective, staged_bytes
 
 __all__ = ["scratch_bytes", "watched_bytes"]
 
@@ -26,7 +27,7 @@ _ROW_ALIGNMENT = 64
 
 
 def scratch_bytes(op: Any, args: Sequence[Any]) -> int:
-    """Bytes that ``op`` needs beyond its outputs on a GPU, from its positional arguments."""
+    """Bytes that ``op`` needs beyond its outputs: on a GPU, and of collectives. By positional arguments."""
     name = str(getattr(op, "_schema", op)).split("(")[0].split("::")[-1].split(".")[0]
     if name == "_scaled_dot_product_cudnn_attention_backward":
         return _gradient_of_query(args[1], 1, 1)
@@ -35,6 +36,10 @@ def scratch_bytes(op: Any, args: Sequence[Any]) -> int:
     if name.startswith("linear_cross_entropy") and hasattr(op, "_schema"):
         names = [argument.name for argument in op._schema.arguments]
         return _chunked_loss(name, dict(zip(names, args, strict=False)))
+    if is_collective(op) and isinstance(args[0], torch.Tensor) and args[0].device.type == "cpu":
+        size = _torch.hint(args[0].untyped_storage().nbytes())
+        gathered = name.startswith("all_gather")
+        return staged_bytes(op, size, size * int(args[1]) if gathered else size)
     if name in _CONVOLUTIONS and args[0].device.type == "cuda":
         return watched_bytes(op, args)
     if name == "embedding_dense_backward":

@@ -24,18 +24,19 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
-from graphopt.candidate import Frontier, FrontierPoint
+from graphopt.candidate import Frontier, FrontierPoint, NearMiss, Reason
 from graphopt.emit.fused_point import fused_point
 from graphopt.errors import PassError
 from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.program import Level, Program
+from graphopt.replay import is_random_state
 from graphopt.schedule import DeferredSchedule
 from graphopt_passes.insert_checkpoints.bound import peak_floor, seconds_bound
 from graphopt_passes.insert_checkpoints.chain import find_chain
 from graphopt_passes.insert_checkpoints.evaluate import Evaluator
 from graphopt_passes.insert_checkpoints.exact import chosen_solver, plans
 from graphopt_passes.insert_checkpoints.incremental import Incremental, Snapshot
-from graphopt_passes.insert_checkpoints.model import StepModel, build_model
+from graphopt_passes.insert_checkpoints.model import StepModel, build_model, pinned
 from graphopt_passes.insert_checkpoints.portfolio import blends, seeds, steps_between
 from graphopt_passes.insert_checkpoints.realise import Realiser, saved_storages
 from graphopt_passes.insert_checkpoints.rows import row_plans
@@ -95,6 +96,7 @@ class InsertCheckpoints(Pass):
         if ctx.mode != "train":
             return
         model = build_model(program, ctx.cost, ctx.emit)
+        yield from self._pinned(program, model)
         prices = model.seconds if self.objective == "seconds" else _flops_first(model)
         plan = Incremental(model, prices)
         everything = saved_storages(model, model.baseline.saved)
@@ -134,6 +136,12 @@ class InsertCheckpoints(Pass):
             *between,
         ]
         yield Frontier(self.name, tuple(_undominated(_fused(plan, ctx, realise, sample))))
+
+    def _pinned(self, program: Program, model: StepModel) -> Iterable[NearMiss]:
+        """Operators of the forward that could run again by their place in the program, but must not."""
+        for node in program.find(model.operators):
+            if (why := pinned(node)) and not is_random_state(node):
+                yield NearMiss(self.name, node.name, 1, 1, Reason(why, (node.name,)))
 
     def _solved(self, model: StepModel, known: Sequence[Snapshot]) -> list[Start]:
         """What a solver finds between the least peak that is known and that of the first plan."""

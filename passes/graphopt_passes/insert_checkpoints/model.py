@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING
 import torch
 import torch.fx as fx
 
+from graphopt import _torch
 from graphopt.capture.joint import save_everything
+from graphopt.collectives import is_collective
 from graphopt.cost import CostModel
 from graphopt.replay import is_random, is_random_state, random_state_of, statistics_of
 from graphopt.values import value_table
@@ -227,7 +229,7 @@ class _Builder:
         for name in self.operators:
             node = self.nodes[name]
             stale = any(source.name in mutated for source in self._roots(node))
-            self.again.append(not (node.is_impure(impure_random=False) or stale or _must_not_repeat(node)))
+            self.again.append(not (node.is_impure(impure_random=False) or stale or pinned(node)))
         self.savable = [
             bool(self.representative[b]) and not _must_recompute(self.nodes[self.operators[self.maker[b]]])
             for b in range(len(self.size))
@@ -373,13 +375,19 @@ def _fusible(node: fx.Node) -> bool:
     )
 
 
-def _must_not_repeat(node: fx.Node) -> bool:
-    """Random and collective operators give another result, or another rank waits in vain."""
-    target = node.target
-    if is_random(node) or is_random_state(node) or _writes_statistics(node):
-        return True
-    namespace = getattr(target, "namespace", "")
-    return namespace in ("_c10d_functional", "c10d_functional", "_dtensor")
+def pinned(node: fx.Node) -> str:
+    """Why an operator never runs again whatever it costs to keep its results, ``""`` where it may."""
+    if is_collective(node.target):
+        return "a collective never runs again: other ranks would not take part"
+    if is_random_state(node):
+        return "the state of a random generator is read once"
+    if is_random(node):
+        return "it draws random numbers, which would be others if it ran again"
+    if _writes_statistics(node):
+        return "it writes running statistics, once for each step"
+    if _torch.gives_other_bits(node.target):
+        return "it is not deterministic: run again, it would not give the same bits"
+    return ""
 
 
 def _writes_statistics(node: fx.Node) -> bool:
