@@ -4,6 +4,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.graphopt-installed
 PYTHON ?= $(firstword $(shell command -v python3.11) $(shell command -v python3.12) python3)
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all lint benchmarks
@@ -15,10 +16,10 @@ demo: $(STAMP) ## train a small Llama in about half of its memory
 	$(BIN)/python examples/demo.py --out demo-out
 
 test: lint ## the quick suite
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" $(PYTEST_ARGS)
 
 test-all: lint ## every test that this machine can run
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --hypothesis-profile=search $(PYTEST_ARGS)
 
 lint: $(STAMP) ## formatting, types and layers
 	$(BIN)/ruff check .
