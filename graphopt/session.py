@@ -23,6 +23,7 @@ from graphopt.capture.semantic import (
     auxiliary_outputs,
     detach_outputs,
     input_specs,
+    returns_loss,
     semantic_graph,
     semantic_program,
 )
@@ -125,6 +126,10 @@ class Session:
             self.replay_bytes = held if self.whole else self.replay_bytes + held
         self.trains |= _trained(inputs)
         self._count_static(inputs, specs)
+        if self.whole and self.arguments is not None and _trained(inputs) and not returns_loss(gm):
+            # The caller makes the loss: it and the gradient that it starts from are held in the backward.
+            granularity = self.cost.device.allocation_granularity
+            self.static_bytes = (self.static_bytes or 0) + 2 * max(granularity, torch.float32.itemsize)
         name = f"g{len(self.captured)}"
         original = gm
         try:

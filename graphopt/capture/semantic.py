@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,14 @@ from graphopt import _torch
 from graphopt.order import has_effect
 from graphopt.program import InputSpec, Level, OutputSpec, Program, Signature
 
-__all__ = ["auxiliary_outputs", "detach_outputs", "input_specs", "semantic_graph", "semantic_program"]
+__all__ = [
+    "auxiliary_outputs",
+    "detach_outputs",
+    "input_specs",
+    "returns_loss",
+    "semantic_graph",
+    "semantic_program",
+]
 
 
 def semantic_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
@@ -81,18 +88,26 @@ def auxiliary_outputs(gm: fx.GraphModule) -> tuple[int, ...]:
     AOTAutograd would add a zero gradient for each to the backward: as many bytes as the output
     and a sum nobody asked for. Empty where no scalar output needs a gradient.
     """
-    output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
-    flat = torch.utils._pytree.tree_leaves(output.args[0])
-    differentiable = []
-    for index, node in enumerate(flat):
-        value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
-        if isinstance(value, torch.Tensor) and value.requires_grad and value.is_floating_point():
-            differentiable.append((index, value.dim() == 0, node.op == "placeholder"))
+    differentiable = list(_differentiable(gm))
     if not any(scalar for _, scalar, _ in differentiable):
         return ()
     return tuple(
         index for index, scalar, passed_through in differentiable if not scalar and not passed_through
     )
+
+
+def returns_loss(gm: fx.GraphModule) -> bool:
+    """Whether a scalar that can be differentiated is among the outputs."""
+    return any(scalar for _, scalar, _ in _differentiable(gm))
+
+
+def _differentiable(gm: fx.GraphModule) -> Iterator[tuple[int, bool, bool]]:
+    """Flat outputs that can be differentiated: index, whether it is a scalar, whether it is an input."""
+    output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
+    for index, node in enumerate(torch.utils._pytree.tree_leaves(output.args[0])):
+        value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+        if isinstance(value, torch.Tensor) and value.requires_grad and value.is_floating_point():
+            yield index, value.dim() == 0, node.op == "placeholder"
 
 
 def detach_outputs(gm: fx.GraphModule, indices: Sequence[int]) -> None:
