@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,12 +55,21 @@ def call_text(node: fx.Node, names: Mapping[fx.Node, str]) -> str:
     return f"torch.ops.{target.namespace}.{target._opname}.{target._overloadname}({', '.join(args)})"
 
 
-def statements(nodes: Iterable[fx.Node], names: dict[fx.Node, str], outputs: Sequence[fx.Node]) -> list[str]:
-    """A line for each node, then the return of ``outputs`` as a tuple. ``names`` takes in the new ones."""
+def statements(nodes: Sequence[fx.Node], names: dict[fx.Node, str], outputs: Sequence[fx.Node]) -> list[str]:
+    """A line for each node, values let go after their last use, then the return of ``outputs`` as a tuple.
+    ``names`` takes in the new ones."""
+    seen = set(outputs)
+    gone: list[list[fx.Node]] = []
+    for node in reversed(nodes):
+        last = [n for n in dict.fromkeys((*node.all_input_nodes, node)) if n not in seen]
+        seen.update(last)
+        gone.append(last)
     lines = []
-    for node in nodes:
+    for node, last in zip(nodes, reversed(gone), strict=True):
         names[node] = identifier(node.name)
         lines.append(f"{names[node]} = {call_text(node, names)}")
+        if last:
+            lines.append(f"del {', '.join(names[n] for n in last)}")
     inside = ", ".join(names[node] for node in outputs)
     lines.append(f"return ({inside}{',' if len(outputs) == 1 else ''})")
     return lines

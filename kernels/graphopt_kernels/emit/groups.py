@@ -4,35 +4,34 @@ Every operator that a kernel can compute starts alone. Producers are then merged
 value in between first, wherever no other operator has to run between them and one kernel is found for both;
 readers of the same large value follow. A group stays if its kernel moves fewer bytes than its operators one
 by one. Views are taken along into kernels and stay outside as well: they cost nothing there.
+
+Merged operators run together, so what they read is held for longer and what they make is there earlier.
+Where others
+run in between, a merge has to leave the peak of the program within a limit.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from math import prod
 from typing import Any
 
 import torch
 import torch.fx as fx
 
 from graphopt.candidate import Reason
-from graphopt_kernels.emit import views
 from graphopt_kernels.emit.build import NotFusible
 from graphopt_kernels.emit.kernel_file import Kernel, kernel_of
+from graphopt_kernels.emit.order import Step, is_free, live_bytes, ordered, peak_bytes, root, size
 
-__all__ = ["Grouping", "grouped"]
-
-aten = torch.ops.aten
+__all__ = ["Grouping", "grouped", "peak_ungrouped"]
 
 MOST_INPUTS = 24
 """Pointers of a kernel; more of them spill registers in the kernels of long groups."""
 
 MOST_NODES = 96
-
-_COPIES = (aten.clone.default, aten.contiguous.default, aten.flip.default, aten.lift_fresh_copy.default)
 
 
 @dataclass(frozen=True)
@@ -43,29 +42,43 @@ class Grouping:
     left: tuple[tuple[str, Reason], ...]
 
 
-def is_free(node: fx.Node) -> bool:
-    """Whether a node is a view that is made without moving data."""
-    return views.is_view(node.target) and node.target not in _COPIES
+def grouped(graph: fx.Graph, owned: Collection[fx.Node] = (), limit: int | None = None) -> Grouping:
+    """Kernels for the graph of a lowered program.
+
+    ``owned``: inputs that the program lets go after their last use. ``limit``: the bytes that may be alive
+    at once
+    (``order.peak_bytes``); ``None`` for what the operators one by one take.
+    """
+    return _Search(graph, owned, limit).found()
 
 
-def grouped(graph: fx.Graph) -> Grouping:
-    """Kernels for the graph of a lowered program."""
-    return _Search(graph).found()
+def peak_ungrouped(graph: fx.Graph, owned: Collection[fx.Node] = ()) -> int:
+    """The most that is alive at once with every operator by itself, in bytes."""
+    return _Search(graph, owned, None).limit
 
 
 class _Group:
-    def __init__(self, nodes: Iterable[fx.Node], number: int) -> None:
+    def __init__(self, nodes: Iterable[fx.Node], step: Step) -> None:
         self.nodes = set(nodes)
-        self.number = number
+        self.step = step
 
 
 class _Search:
-    def __init__(self, graph: fx.Graph) -> None:
+    def __init__(self, graph: fx.Graph, owned: Collection[fx.Node], limit: int | None) -> None:
         self._nodes = [node for node in graph.nodes if node.op == "call_function"]
         self._place = {node: i for i, node in enumerate(self._nodes)}
         self._of: dict[fx.Node, _Group] = {}
         self._left: list[tuple[str, Reason]] = []
         self._tried: dict[Any, NotFusible | bool] = {}
+        (output,) = [node for node in graph.nodes if node.op == "output"]
+        self._results = list(dict.fromkeys(output.all_input_nodes))
+        self._owned = frozenset(owned)
+        self._alive: dict[fx.Node, int] | None = None
+        self.limit = self._peak(()) if limit is None else limit
+
+    def _peak(self, groups: Iterable[_Group]) -> int:
+        steps = ordered(self._nodes, [group.step for group in groups], self._results)
+        return peak_bytes(steps, self._owned, self._results)
 
     def found(self) -> Grouping:
         for node in self._nodes:
@@ -74,17 +87,21 @@ class _Search:
             unit = [node, *(user for user in node.users if user.target is operator.getitem)]
             why = self._refused(unit)
             if why is None:
-                group = _Group(unit, self._place[node])
+                group = self._group(unit)
                 self._of.update(dict.fromkeys(unit, group))
             else:
                 self._left.append((node.name, why))
         self._merge_along(self._edges())
         self._merge_along(self._siblings())
-        kernels = []
+        found = {}
         for group in self._groups():
             kernel = self._kernel(group.nodes)
             if kernel is not None and self._pays(kernel):
-                kernels.append(kernel)
+                found[group] = kernel
+        while found and self._peak(found) > self.limit:
+            # Groups that did not stay took values with them that others counted on.
+            del found[min(found, key=lambda g: self._peak([other for other in found if other is not g]))]
+        kernels = list(found.values())
         kernels.sort(key=lambda k: self._place[k.nodes[-1]])
         return Grouping(tuple(kernels), tuple(self._left))
 
@@ -102,13 +119,39 @@ class _Search:
                 continue
             nodes = a.nodes | b.nodes
             if len(nodes) <= MOST_NODES and self._refused(nodes) is None:
-                merged = _Group(nodes, min(a.number, b.number))
-                self._of.update(dict.fromkeys(nodes, merged))
+                merged = self._group(nodes)
+                local = self._adjoining(nodes)
+                if local and self._before(nodes) + sum(map(size, merged.step.makes)) <= self.limit:
+                    self._of.update(dict.fromkeys(nodes, merged))
+                elif self._peak([merged, *(g for g in self._groups() if g not in (a, b))]) <= self.limit:
+                    self._of.update(dict.fromkeys(nodes, merged))
+                    self._alive = None
+
+    def _before(self, nodes: Iterable[fx.Node]) -> int:
+        """Bytes alive before the first of ``nodes`` runs. Merging neighbours only takes values away: what was
+        found before such merges is no less."""
+        if self._alive is None:
+            steps = ordered(self._nodes, [group.step for group in self._groups()], self._results)
+            found = live_bytes(steps, self._owned, self._results)
+            self._alive = {n: b for step, (b, _) in zip(steps, found, strict=True) for n in step.nodes}
+        return min(self._alive[node] for node in nodes)
+
+    def _group(self, nodes: Iterable[fx.Node]) -> _Group:
+        members, outputs = self._members(nodes)
+        inside = set(members)
+        reads = dict.fromkeys(root(source) for node in members for source in node.all_input_nodes)
+        return _Group(nodes, Step(tuple(members), tuple(r for r in reads if r not in inside), tuple(outputs)))
+
+    def _adjoining(self, nodes: Collection[fx.Node]) -> bool:
+        """Whether nothing else runs between nodes: they can run together and hold nothing for longer."""
+        places = [self._place[node] for node in nodes]
+        between = self._nodes[min(places) : max(places)]
+        return all(node in nodes or is_free(node) or node.target is operator.getitem for node in between)
 
     def _edges(self) -> list[tuple[fx.Node, fx.Node]]:
         """(producer, consumer), most bytes in between first."""
         pairs = [
-            (_size(source), -self._place[node], source, node)
+            (size(source), -self._place[node], source, node)
             for node in self._of
             for source in self._sources(node)
             if source in self._of
@@ -125,7 +168,7 @@ class _Search:
         pairs = []
         for source, nodes in readers.items():
             nodes.sort(key=self._place.__getitem__)
-            pairs += [(_size(source), self._place[b], a, b) for a, b in pairwise(nodes)]
+            pairs += [(size(source), self._place[b], a, b) for a, b in pairwise(nodes)]
         pairs.sort(key=lambda p: (-p[0], p[1]))
         return [(a, b) for *_, a, b in pairs]
 
@@ -232,20 +275,8 @@ class _Search:
         for node in kernel.nodes:
             if is_free(node) or node.target is operator.getitem:
                 continue
-            separate += sum(_size(source) for source in node.all_input_nodes) + _size(node)
+            separate += sum(size(source) for source in node.all_input_nodes) + size(node)
         return kernel.file.bytes < separate
-
-
-def _size(node: fx.Node) -> int:
-    """Bytes of what a node gives; of an expanded tensor those that there are."""
-    value = node.meta.get("val")
-    leaves = value if isinstance(value, (tuple, list)) else [value]
-    total = 0
-    for leaf in leaves:
-        if isinstance(leaf, torch.Tensor):
-            distinct = prod(int(n) for n, s in zip(leaf.shape, leaf.stride(), strict=True) if s)
-            total += distinct * leaf.dtype.itemsize
-    return total
 
 
 def _signature(members: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Any:

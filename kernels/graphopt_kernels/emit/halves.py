@@ -14,10 +14,11 @@ from graphopt.program import Program, layer_of
 from graphopt.replay import is_random_state, random_state_of
 from graphopt_kernels.emit.aten_code import argument_text, call_text, identifier
 from graphopt_kernels.emit.build import NotFusible
-from graphopt_kernels.emit.groups import Grouping, grouped, is_free
+from graphopt_kernels.emit.groups import Grouping, grouped
 from graphopt_kernels.emit.kernel_file import Kernel
+from graphopt_kernels.emit.order import Step, is_free, ordered, root
 
-__all__ = ["Half", "half_of"]
+__all__ = ["Half", "half_of", "owned_inputs"]
 
 
 @dataclass(frozen=True)
@@ -36,11 +37,18 @@ class Half:
     replays: bool
 
 
-def half_of(program: Program, name: str, names: Mapping[str, str]) -> Half:
-    """The function of one half. ``names``: what inputs are to be called. Raises ``NotFusible`` for a call
-    that cannot be written down."""
-    grouping = grouped(program.graph)
+def half_of(program: Program, name: str, names: Mapping[str, str], limit: int | None = None) -> Half:
+    """The function of one half. ``names``: what inputs are to be called; ``limit``: bytes that may be
+    alive at
+    once, without those that the caller holds anyway. Raises ``NotFusible`` for a call that cannot be written
+    down."""
+    grouping = grouped(program.graph, owned_inputs(program), limit)
     return _Writer(program, name, names, grouping).written()
+
+
+def owned_inputs(program: Program) -> set[fx.Node]:
+    """Inputs that a half is the last to hold: saved values and incoming gradients."""
+    return set(program.find([spec.node for spec in program.signature.by_role("saved", "tangent")]))
 
 
 class _Writer:
@@ -69,7 +77,7 @@ class _Writer:
         results: list[Any] = list(
             torch.utils._pytree.tree_leaves(output.args[0], is_leaf=lambda v: v is None)
         )
-        steps = self._steps(results)
+        steps = self._steps([r for r in results if isinstance(r, fx.Node)])
         frees = _last_uses(steps, inputs, [r for r in results if isinstance(r, fx.Node)])
         lines = [f"def {self._name}(k, device, values):"]
         if inputs:
@@ -97,51 +105,34 @@ class _Writer:
             self._replays,
         )
 
-    def _steps(self, results: Sequence[Any]) -> list[_Step]:
-        """Kernels and calls in an order that every value is there for."""
-        kernel_of = {
-            node: kernel for kernel in self._grouping.kernels for node in kernel.nodes if not is_free(node)
-        }
+    def _steps(self, results: Sequence[fx.Node]) -> list[_Step]:
+        """Kernels and calls in order, each view right before it is first read."""
+        kernels = {kernel.nodes: kernel for kernel in self._grouping.kernels}
+        groups = [Step(k.nodes, tuple(map(root, k.inputs)), k.outputs) for k in self._grouping.kernels]
         calls = [n for n in self._program.graph.nodes if n.op in ("call_function", "get_attr")]
-        place = {node: number for number, node in enumerate(calls)}
-        done: set[fx.Node] = {n for n in self._program.graph.nodes if n.op == "placeholder"}
         steps: list[_Step] = []
-        emitted: set[int] = set()
+        shown: set[fx.Node] = set()
 
-        def need(node: fx.Node) -> None:
-            # Deep graphs would exhaust the stack of a recursion.
-            stack = [node]
-            while stack:
-                top = stack[-1]
-                if top in done:
-                    stack.pop()
-                    continue
-                kernel = kernel_of.get(top)
-                sources = kernel.inputs if kernel is not None else tuple(top.all_input_nodes)
-                waiting = [source for source in sources if source not in done]
-                if waiting:
-                    stack += waiting
-                    continue
-                stack.pop()
-                if kernel is None:
-                    done.add(top)
-                    steps.append(self._call(top))
-                elif id(kernel) not in emitted:
-                    emitted.add(id(kernel))
-                    done.update(node for node in kernel.nodes if not is_free(node))
-                    steps.append(self._launch(kernel))
+        def show(node: fx.Node) -> None:
+            if node.op == "call_function" and is_free(node) and node not in shown:
+                shown.add(node)
+                for source in node.all_input_nodes:
+                    show(source)
+                steps.append(self._call(node))
 
-        last = {
-            max((n for n in k.nodes if not is_free(n)), key=place.__getitem__) for k in self._grouping.kernels
-        }
-        for node in calls:
-            # Views are made when they are read; a kernel runs where the last of its operators did, or earlier
-            # where its results are read.
-            if not is_free(node) and (node not in kernel_of or node in last):
-                need(node)
+        for step in ordered(calls, groups, results):
+            kernel = kernels.get(step.nodes)
+            if kernel is not None:
+                for node in kernel.inputs:
+                    show(node)
+                steps.append(self._launch(kernel))
+                continue
+            for node in step.nodes:
+                for source in node.all_input_nodes:
+                    show(source)
+                steps.append(self._call(node))
         for node in results:
-            if isinstance(node, fx.Node):
-                need(node)
+            show(node)
         return steps
 
     def _launch(self, kernel: Kernel) -> _Step:
