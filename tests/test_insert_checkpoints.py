@@ -93,14 +93,7 @@ def test_what_is_released_after_a_slot_counts_as_the_simulator_counts_it() -> No
         for _ in range(4):
             waits = item.waits()
             chosen = draw.sample(waits, min(len(waits), 3))
-            base = item
-            item = evaluate(item.saved, item.released | {(b, slot) for b, slot, _, _ in chosen}, base)
-            alone = evaluate(item.saved, item.released)
-            assert (item.peak, item.retained, item.recomputed) == (
-                alone.peak,
-                alone.retained,
-                alone.recomputed,
-            )
+            item = evaluate(item.saved, item.released | {(b, slot) for b, slot, _, _ in chosen})
         schedule = to_schedule(model, item.saved, item.released)
         profile = cost.memory([(program, schedule)])
         assert item.forward_peak == profile.phase_peak("forward")

@@ -6,15 +6,14 @@ lets it go after a slot that made or read it, to be made once more for the next 
 between it takes no memory (recursive checkpointing: Griewank and Walther 2000; several intervals for
 each value: Bartan et al. 2023).
 
-Evaluations are incremental: what happens before the first slot that a change touches is taken over
-from the evaluation that was changed.
+Written to be read: ``incremental``, made to be fast, is held against it.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 
 import numpy as np
@@ -29,23 +28,21 @@ Array = npt.NDArray[np.int64]
 
 @dataclass
 class _Trace:
-    """The backward as it was simulated, so that another evaluation can go on from any slot of it.
+    """The backward as it was simulated.
 
     ``reads[p]``: storages read at point p. ``births``: storages made and the points where;
     ``drops``: (storage, birth, end, slot) of released ones; ``kept``: storages handed over, in the order
-    in which they are needed. ``marks[k]``: lengths of these and of ``recomputed`` as slot k begins, and
-    its first point. ``touched``: the first slot that has to do with a storage.
+    in which they are needed. ``begins[k]``: the first point of slot k, and past the last the end.
     """
 
-    reads: list[tuple[int, ...]]
-    births: list[int]
-    birth_points: list[int]
-    drops: list[tuple[int, int, int, int]]
-    kept: list[int]
-    recomputed: list[int]
-    level: list[int]
-    marks: list[tuple[int, int, int, int, int]]
-    touched: dict[int, int]
+    reads: list[tuple[int, ...]] = field(default_factory=list)
+    births: list[int] = field(default_factory=list)
+    birth_points: list[int] = field(default_factory=list)
+    drops: list[tuple[int, int, int, int]] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
+    recomputed: list[int] = field(default_factory=list)
+    level: list[int] = field(default_factory=list)
+    begins: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -98,7 +95,7 @@ class Evaluation:
         keys.sort()
         places = keys // 2
         storages, at = places // count, places % count
-        begins = np.array([mark[4] for mark in trace.marks], dtype=np.int64)
+        begins = np.array(trace.begins, dtype=np.int64)
         slots = np.searchsorted(begins, at, side="right") - 1
         waiting = (storages[1:] == storages[:-1]) & (slots[1:] > slots[:-1]) & (keys[1:] % 2 == 1)
         where = np.flatnonzero(waiting)
@@ -114,7 +111,7 @@ class Evaluation:
 
     def slot_of(self, point: int) -> int:
         """The slot that a point of the backward belongs to."""
-        return bisect_right(self.trace.marks, point, key=lambda mark: mark[4]) - 1
+        return bisect_right(self.trace.begins, point) - 1
 
 
 class Evaluator:
@@ -132,56 +129,28 @@ class Evaluator:
         self._count = count
         self._allocated = np.zeros(count + 2, dtype=np.int64)
         np.add.at(self._allocated, self._maker, self._size)
-        self.evaluations = 0
 
-    def __call__(
-        self,
-        saved: Set[int],
-        released: Set[tuple[int, int]] = frozenset(),
-        base: Evaluation | None = None,
-    ) -> Evaluation:
-        """Evaluate; ``base`` is an evaluation on the same model that differs little."""
-        self.evaluations += 1
-        trace = self._resumed(saved, released, base)
+    def __call__(self, saved: Set[int], released: Set[tuple[int, int]] = frozenset()) -> Evaluation:
+        """Evaluate storages handed over and (storage, slot) for each that is let go after a slot."""
+        trace = _Trace()
         self._simulate(trace, saved, released)
         return self._judged(trace)
 
-    def _resumed(self, saved: Set[int], released: Set[tuple[int, int]], base: Evaluation | None) -> _Trace:
-        """What of ``base`` holds for the new sets as well."""
-        if base is None:
-            return _Trace([], [], [], [], [], [], [], [], {})
-        old = base.trace
-        end = len(self.model.slots)
-        slot = min((old.touched.get(b, end) for b in saved ^ base.saved), default=end)
-        slot = min((k for _, k in released ^ base.released), default=slot) if slot else slot
-        births, drops, kept, again, point = old.marks[slot]
-        return _Trace(
-            old.reads[:point], old.births[:births], old.birth_points[:births], old.drops[:drops],
-            old.kept[:kept], old.recomputed[:again], old.level[:point], old.marks[:slot],
-            {b: k for b, k in old.touched.items() if k < slot},
-        )  # fmt: skip
-
     def _simulate(self, trace: _Trace, saved: Set[int], released: Set[tuple[int, int]]) -> None:
-        """Run the slots that ``trace`` lacks."""
+        """Run every slot."""
         model = self.model
         size, maker, workspace = model.size, model.maker, model.workspace_again
         op_inputs, op_outputs, again, free = model.inputs, model.outputs, model.again, model.free
         reads, births, birth_points, drops = trace.reads, trace.births, trace.birth_points, trace.drops
-        kept, recomputed, level, marks, touched = (
-            trace.kept, trace.recomputed, trace.level, trace.marks, trace.touched,
-        )  # fmt: skip
-        start = dict(zip(births, birth_points, strict=True))
-        for b, birth, _, _ in drops:
-            if start.get(b) == birth:
-                del start[b]
-        available = {*kept, *start}
+        kept, recomputed, level = trace.kept, trace.recomputed, trace.level
+        start: dict[int, int] = {}
+        available: set[int] = set()
         leaving: dict[int, list[int]] = {}
         for b, number in released:
             leaving.setdefault(number, []).append(b)
-        for number in range(len(marks), len(model.slots)):
-            slot = model.slots[number]
+        for number, slot in enumerate(model.slots):
             begin = len(reads)
-            marks.append((len(births), len(drops), len(kept), len(recomputed), begin))
+            trace.begins.append(begin)
             stack = [b for b in reversed(slot.reads) if b not in available]
             while stack:
                 b = stack[-1]
@@ -192,7 +161,6 @@ class Evaluator:
                 if b in saved or free[b] or not again[i]:
                     available.add(b)
                     kept.append(b)
-                    touched.setdefault(b, number)
                     stack.pop()
                     continue
                 missing = [x for x in op_inputs[i] if x not in available]
@@ -206,13 +174,11 @@ class Evaluator:
                     if x in available or x in saved or free[x]:
                         # What is there already stays; the second copy dies at once.
                         spare += size[x]
-                        touched.setdefault(x, number)
                         continue
                     available.add(x)
                     start[x] = len(reads)
                     births.append(x)
                     birth_points.append(len(reads))
-                    touched.setdefault(x, number)
                 recomputed.append(i)
                 reads.append(op_inputs[i])
                 level.append(slot.before + workspace[i] + spare)
@@ -230,7 +196,7 @@ class Evaluator:
                         birth = start.pop(x)
                         available.discard(x)
                         drops.append((x, birth, max(ends.get(x, birth), birth), number))
-        marks.append((len(births), len(drops), len(kept), len(recomputed), len(reads)))
+        trace.begins.append(len(reads))
 
     def _judged(self, trace: _Trace) -> Evaluation:
         """Bytes, seconds and FLOPs of a complete trace."""
