@@ -116,6 +116,12 @@ class PluginError(GraphoptError):
     code = "plugin"
 
 
+class RuleError(PassError):
+    """A rewrite rule whose pattern, guard or replacement is not what a rule needs."""
+
+    code = "rule"
+
+
 class StalePlanError(GraphoptError):
     """A stored plan that was made for another graph, version or device."""
 

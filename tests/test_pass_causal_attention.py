@@ -84,8 +84,20 @@ def test_masks_of_unknown_size_stay() -> None:
 
     program = semantic(masked, QUERY, dynamic=True)
     found = [f for f in CausalAttention().propose(program, context()) if isinstance(f, NearMiss)]
-    assert [f.reason.text for f in found] == ["the mask's size is not fixed"]
+    assert [f.reason.text for f in found] == ["the size of the mask is not fixed"]
 
 
 def test_attention_without_a_mask_is_no_candidate() -> None:
     assert list(CausalAttention().propose(semantic(lambda q: attention(q, q, q), QUERY), context())) == []
+
+
+def test_a_mask_that_is_written_through_a_view_stays() -> None:
+    def written(q: torch.Tensor) -> torch.Tensor:
+        mask = torch.ones(8, 8, dtype=torch.bool)
+        mask[:, 3:].fill_(False)
+        return mask
+
+    program = program_with(written)
+    (missed,) = CausalAttention().propose(program, context())
+    assert isinstance(missed, NearMiss)
+    assert missed.reason.text == "the mask is written in place"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 import torch.fx as fx
 
 from graphopt import _torch
@@ -24,10 +25,12 @@ STATISTICS = ("running_mean", "running_var")
 @dataclass(frozen=True)
 class Aliases:
     """``roots[v]``: the values that ``v`` may be a view of, itself where it is new memory.
-    ``written``: roots that some node of the graph writes in place."""
+    ``written``: roots that some node of the graph writes in place; ``changed``: those of them whose
+    content that changes."""
 
     roots: dict[fx.Node, frozenset[fx.Node]]
     written: frozenset[fx.Node]
+    changed: frozenset[fx.Node]
 
 
 def written_inputs(node: fx.Node, *, statistics: bool = True) -> tuple[fx.Node, ...]:
@@ -50,6 +53,7 @@ def alias_map(graph: fx.Graph) -> Aliases:
     table = value_table(graph)
     roots: dict[fx.Node, frozenset[fx.Node]] = {}
     written: set[fx.Node] = set()
+    changed: set[fx.Node] = set()
     for node in graph.nodes:
         sources = set(_schema_sources(node))
         leaves = table.get(node.name, ())
@@ -59,8 +63,12 @@ def alias_map(graph: fx.Graph) -> Aliases:
         # A call that yields several tensors may yield new memory beside views.
         is_new = not sources or any(leaf.alias is None for leaf in leaves[1:])
         roots[node] = found | {node} if is_new else found
-        written.update(root for ref in written_inputs(node) for root in roots[ref])
-    return Aliases(roots, frozenset(written))
+        targets = {root for ref in written_inputs(node) for root in roots[ref]}
+        written |= targets
+        # Cutting a tensor off from autograd in place changes none of its content.
+        if node.target is not torch.ops.aten.detach_.default:
+            changed |= targets
+    return Aliases(roots, frozenset(written), frozenset(changed))
 
 
 def _schema_sources(node: fx.Node) -> list[fx.Node]:

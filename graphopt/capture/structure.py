@@ -29,6 +29,7 @@ __all__ = [
     "Signature",
     "attribute",
     "fingerprint_graph",
+    "is_inline",
     "is_trained_input",
     "line_of",
     "signature_of",
@@ -196,13 +197,22 @@ def _inline_constants(graph: fx.Graph, aliases: Aliases) -> Iterable[fx.Node]:
         if node.op != "get_attr":
             continue
         value = attribute(graph, node)
-        if isinstance(value, torch.Tensor):
-            small = value.numel() <= INLINE_ELEMENTS and not _torch.is_fake(value)
-            trained = isinstance(value, torch.nn.Parameter) or value.requires_grad
-            if small and not trained and node not in aliases.written:
+        if not isinstance(value, torch.Tensor):
+            if value is not None:
                 yield node
-        elif value is not None:
+        elif is_inline(value) and node not in aliases.written:
             yield node
+
+
+def is_inline(value: Any) -> bool:
+    """Whether an attribute of a graph is a small tensor whose content is known and not trained."""
+    return (
+        isinstance(value, torch.Tensor)
+        and value.numel() <= INLINE_ELEMENTS
+        and not _torch.is_fake(value)
+        and not isinstance(value, torch.nn.Parameter)
+        and not value.requires_grad
+    )
 
 
 def _live_calls(graph: fx.Graph) -> set[fx.Node]:

@@ -19,31 +19,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import torch.fx as fx
 
 from graphopt.candidate import Candidate, CostDelta, NearMiss, Reason
+from graphopt.capture.aliasing import Aliases, alias_map
 from graphopt.edit import Edit
 from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.program import Level, Program
+from graphopt_passes.constant_values import constant_value
 
 __all__ = ["CausalAttention"]
 
 _aten = torch.ops.aten
 _ATTENTION = _aten.scaled_dot_product_attention.default
-_LARGEST = 2**28
-"""Elements of the largest mask that is evaluated: 256 MiB as booleans."""
-
-# What these make depends on the shape and type of their input, not on what it holds.
-_SHAPE_ONLY = frozenset(
-    {
-        _aten.new_ones.default, _aten.new_zeros.default, _aten.new_full.default, _aten.new_empty.default,
-        _aten.ones_like.default, _aten.zeros_like.default, _aten.full_like.default,
-    }
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class CausalAttention(Pass):
@@ -56,12 +47,14 @@ class CausalAttention(Pass):
 
     def propose(self, program: Program, ctx: PassContext) -> Iterable[Proposal]:
         verdicts: dict[fx.Node, str | Reason] = {}
+        aliases: Aliases | None = None
         for node in program.nodes(_ATTENTION):
             mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
             if not isinstance(mask, fx.Node):
                 continue
             if mask not in verdicts:
-                verdicts[mask] = _verdict(mask)
+                aliases = aliases or alias_map(program.graph)
+                verdicts[mask] = _verdict(mask, aliases)
             verdict = verdicts[mask]
             if isinstance(verdict, Reason):
                 yield NearMiss(self.name, node.name, 1, 2, verdict)
@@ -76,16 +69,12 @@ class CausalAttention(Pass):
             )  # fmt: skip
 
 
-def _verdict(mask: fx.Node) -> str | Reason:
+def _verdict(mask: fx.Node, aliases: Aliases) -> str | Reason:
     """``"causal"``, ``"empty"``, or why the mask is neither."""
     value = mask.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.dim() < 2:
         return Reason("the mask is not a matrix", (mask.name,))
-    if any(isinstance(size, torch.SymInt) for size in value.shape):
-        return Reason("the mask's size is not fixed", (mask.name,))
-    if value.numel() > _LARGEST:
-        return Reason(f"the mask has {value.numel()} elements, more than {_LARGEST}", (mask.name,))
-    found = _evaluate(mask)
+    found = constant_value(mask, "the mask", aliases)
     if isinstance(found, Reason):
         return found
     visible = found if found.dtype is torch.bool else found == 0
@@ -102,51 +91,6 @@ def _verdict(mask: fx.Node) -> str | Reason:
 def _hidden(mask: torch.Tensor) -> torch.Tensor:
     """Scores so low that their softmax is exactly zero beside any that is visible."""
     return mask <= torch.finfo(mask.dtype).min / 2
-
-
-def _evaluate(mask: fx.Node) -> torch.Tensor | Reason:
-    """The value of a node that depends on no input, computed on the CPU."""
-    values: dict[fx.Node, Any] = {}
-    stack = [mask]
-    while stack:
-        node = stack[-1]
-        if node in values:
-            stack.pop()
-            continue
-        if node.op == "placeholder":
-            return Reason("the mask depends on an input", (node.name,))
-        if node.op != "call_function":
-            return Reason("the mask depends on a constant of the model", (node.name,))
-        shaped = node.args[0] if node.target in _SHAPE_ONLY else None
-        if isinstance(shaped, fx.Node):
-            stand_in = shaped.meta["val"]
-            values.setdefault(shaped, torch.empty(stand_in.shape, dtype=stand_in.dtype))
-        missing = [source for source in node.all_input_nodes if source not in values]
-        if missing:
-            stack.extend(missing)
-            continue
-        stack.pop()
-        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
-            return Reason("the mask is random", (node.name,))
-        try:
-            values[node] = _run(node, values)
-        except Exception as error:
-            return Reason(f"the mask could not be evaluated ({type(error).__name__})", (node.name,))
-        if isinstance(shaped, fx.Node):
-            # The stand-in has the shape alone: whoever needs the value computes it.
-            del values[shaped]
-    result = values[mask]
-    return result if isinstance(result, torch.Tensor) else Reason("the mask is not a tensor", (mask.name,))
-
-
-def _run(node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    def bind(value: Any) -> Any:
-        return torch.device("cpu") if isinstance(value, torch.device) else value
-
-    args = fx.node.map_arg(node.args, lambda n: values[n])
-    kwargs = fx.node.map_arg(node.kwargs, lambda n: values[n])
-    assert callable(node.target)
-    return node.target(*map(bind, args), **{key: bind(value) for key, value in kwargs.items()})
 
 
 def _telling(name: str, *, causal: bool) -> Callable[[Edit], None]:

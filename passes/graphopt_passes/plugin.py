@@ -20,6 +20,7 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.chunk:Chunk",
         "graphopt_passes.compress_saved:CompressSaved",
         "graphopt_passes.compress_saved.lossy:QuantizeSaved",
+        "graphopt_passes.fuse_attention:FuseAttention",
         "graphopt_passes.insert_checkpoints:InsertCheckpoints",
         "graphopt_passes.linear_cross_entropy:LinearCrossEntropy",
         "graphopt_passes.normalize:Normalize",

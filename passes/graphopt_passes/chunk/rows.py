@@ -22,7 +22,7 @@ import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.candidate import Reason
-from graphopt_passes.linear_cross_entropy.match import argument
+from graphopt.rules import argument
 
 __all__ = ["Followed", "follow", "is_view", "shape_of"]
 

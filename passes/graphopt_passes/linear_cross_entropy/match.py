@@ -13,8 +13,9 @@ import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.candidate import NearMiss, Reason
+from graphopt.rules import argument
 
-__all__ = ["Match", "argument", "match_loss"]
+__all__ = ["Match", "match_loss"]
 
 _aten = torch.ops.aten
 _REDUCTIONS = ("none", "mean", "sum")
@@ -87,16 +88,6 @@ class _Walk:
     is_capped: bool = False
     reshaped: bool = False
     moved: bool = False
-
-
-def argument(node: fx.Node, name: str) -> Any:
-    """An argument of an operator call by its name in the schema, its default where it is not given."""
-    for index, parameter in enumerate(_torch.schema_of(node.target).arguments):
-        if parameter.name == name:
-            if index < len(node.args):
-                return node.args[index]
-            return node.kwargs.get(name, parameter.default_value)
-    raise KeyError(name)
 
 
 def match_loss(loss: fx.Node, rule: str) -> Match | NearMiss | None:

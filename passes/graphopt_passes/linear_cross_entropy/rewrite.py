@@ -11,7 +11,8 @@ import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.edit import Edit
-from graphopt_passes.linear_cross_entropy.match import Match, argument
+from graphopt.rules import argument
+from graphopt_passes.linear_cross_entropy.match import Match
 
 __all__ = ["rewrite"]
 
