@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import is_
+from types import MappingProxyType
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -26,11 +30,28 @@ class Leaf:
     alias: tuple[str, int] | None
 
 
-def value_table(graph: fx.Graph) -> dict[str, tuple[Leaf, ...]]:
+_KNOWN = "_graphopt_values"
+"""The attribute of a graph that holds its last table and all that it was made from: both hold the graph's
+nodes, so that they may live no longer than it does."""
+
+
+def value_table(graph: fx.Graph) -> Mapping[str, tuple[Leaf, ...]]:
     """Leaves of every node of a graph whose nodes carry ``meta["val"]``.
 
     Placeholders that share a storage (tied weights, views passed in) alias the first of them.
     """
+    # Many ask for it while a graph stays as it is, and to make it takes a hundred times as long as to look.
+    made_from: list[Any] = []
+    for node in graph.nodes:
+        made_from += (node, node.name, node.target, node.args, node.meta.get("val"))
+    known: tuple[list[Any], Mapping[str, tuple[Leaf, ...]]] | None = getattr(graph, _KNOWN, None)
+    if known is None or len(known[0]) != len(made_from) or not all(map(is_, known[0], made_from)):
+        known = made_from, MappingProxyType(_value_table(graph))
+        setattr(graph, _KNOWN, known)
+    return known[1]
+
+
+def _value_table(graph: fx.Graph) -> dict[str, tuple[Leaf, ...]]:
     table: dict[str, tuple[Leaf, ...]] = {}
     graph_inputs: dict[int, tuple[str, int]] = {}
     for node in graph.nodes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.fx as fx
@@ -38,7 +38,7 @@ class SimulatedHalves:
 
     def __init__(self, *, granularity: int, workspace: Callable[[fx.Node], int] | None) -> None:
         self.granularity, self.workspace = granularity, workspace
-        self._tables: dict[int, tuple[Program, dict[str, tuple[Leaf, ...]], Ports]] = {}
+        self._tables: dict[int, tuple[Program, Mapping[str, tuple[Leaf, ...]], Ports]] = {}
         self._forwards: dict[tuple[int, Schedule], _Forward] = {}
         self._backwards: dict[Hashable, _Backward] = {}
 
@@ -62,7 +62,7 @@ class SimulatedHalves:
             found = self._backwards[key] = self._run_backward(program, schedule, entry)
         return found
 
-    def _known(self, program: Program) -> tuple[Program, dict[str, tuple[Leaf, ...]], Ports]:
+    def _known(self, program: Program) -> tuple[Program, Mapping[str, tuple[Leaf, ...]], Ports]:
         # The program is kept, so that its id stays its own.
         if id(program) not in self._tables:
             self._tables[id(program)] = program, value_table(program.graph), Ports.of(program)
