@@ -25,6 +25,7 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.linear_cross_entropy:LinearCrossEntropy",
         "graphopt_passes.normalize:Normalize",
         "graphopt_passes.offload:Offload",
+        "graphopt_passes.order_backward:OrderBackward",
     ]
 
 
