@@ -69,7 +69,8 @@ class FrontierPoint:
     ``alternative`` is the id of the candidate whose program the schedule is of, ``""`` for the program
     itself. ``forward_seconds`` and ``backward_seconds`` are the predicted times of the halves. The values
     ``offloaded`` wait in the host's memory: ``moved_bytes`` of what is ``retained`` are gone once the next
-    program of the step has run, and back while its backward runs.
+    program of the step has run, and back while its backward runs. ``spared``: bytes of what other programs
+    hand to this one, and retain, that nobody needs any more once its forward has run.
     """
 
     source: Schedule | DeferredSchedule
@@ -85,6 +86,7 @@ class FrontierPoint:
     backward_seconds: float = 0.0
     offloaded: tuple[str, ...] = ()
     moved_bytes: int = 0
+    spared: int = 0
 
     @property
     def schedule(self) -> Schedule:

@@ -108,10 +108,11 @@ def chain_peak(
 ) -> int:
     """Peak in bytes of a step, parameters and inputs left out. Without ``reruns`` the links do not matter.
 
-    Going forward, what the calls so far retain is held; a row that runs again holds what it hands on
-    alone. Going back, a call finds what those before it retain and the gradients of those after it; a row
-    runs forward first, beside the gradients that have arrived for it. What a call moves to the host is
-    there until the next call, or row, has run, and back before the backward of that begins.
+    Going forward, what the calls so far retain is held, less what a later one spares of it; a row that
+    runs again holds what it hands on alone, and what enters it. Going back, a call finds what those before
+    it retain and the gradients of those after it; a row runs forward first, beside the gradients that have
+    arrived for it. What a call moves to the host is there until the next call, or row, has run, and back
+    before the backward of that begins.
     """
     after = [0] * (len(points) + 1)
     for k in range(len(points) - 1, -1, -1):
@@ -125,7 +126,9 @@ def chain_peak(
         """The peak of running calls forward without keeping anything."""
         return max(crossing(start, k) + points[k].forward_peak for k in range(start, stop))
 
-    def peak_of(start: int, stop: int, rows: Sequence[Rerun], held: int, arrived: int) -> int:
+    def peak_of(
+        start: int, stop: int, rows: Sequence[Rerun], held: int, arrived: int, *, inside: bool
+    ) -> int:
         peak, level, moving = 0, held, 0
         levels: list[tuple[int | Rerun, int]] = []
         for item in items(start, stop, rows):
@@ -139,16 +142,19 @@ def chain_peak(
             else:
                 peak = max(peak, there + arrived + points[item].forward_peak)
                 moving = points[item].moved_bytes
-                level += points[item].retained - moving
+                # What enters a row is held until the row has gone back, from where it is started.
+                gone = 0 if inside and item == start else points[item].spared
+                levels[-1] = item, there - gone
+                level += points[item].retained - moving - gone
         for item, there in reversed(levels):
             if isinstance(item, Rerun):
                 given = crossing(item.start, item.stop) + after[item.stop]
-                peak = max(peak, peak_of(item.start, item.stop, item.inner, there, given))
+                peak = max(peak, peak_of(item.start, item.stop, item.inner, there, given, inside=True))
             else:
                 peak = max(peak, there + points[item].backward_peak + after[item + 1])
         return peak
 
-    return peak_of(0, len(points), reruns, 0, 0) if points else 0
+    return peak_of(0, len(points), reruns, 0, 0, inside=False) if points else 0
 
 
 def items(start: int, stop: int, rows: Sequence[Rerun]) -> Iterator[int | Rerun]:
@@ -301,6 +307,11 @@ def _fastest(frontier: Frontier, resolution: float) -> FrontierPoint:
     return min(close, key=lambda p: (p.moved_bytes, p.peak_bytes))
 
 
+def _left(point: FrontierPoint) -> int:
+    """Bytes by which a call leaves less room for those after it."""
+    return point.retained - point.moved_bytes - point.spared
+
+
 def _row_lengths(longest: int) -> list[int]:
     """Lengths of rows to try: every small one, then in steps of about a quarter."""
     lengths, length = [], 1
@@ -417,7 +428,7 @@ class _Table:
                     floor = max(kind.forward[p], kind.backward[p] + gone)
                     best.offer(
                         point.seconds
-                        + _shifted(padded[k + 1], self._at(point.retained - point.moved_bytes, k)),
+                        + _shifted(padded[k + 1], self._at(_left(point), k)),
                         floor,
                         p,
                     )
@@ -446,7 +457,7 @@ class _Table:
                 pick = int(self.chosen[k][left])
                 if pick < len(kind.points):
                     points.append(kind.points[pick])
-                    left -= self._at(kind.points[pick].retained - kind.points[pick].moved_bytes, k)
+                    left -= self._at(_left(kind.points[pick]), k)
                     continue
                 g = _row_lengths(stop - k)[pick - len(kind.points)]
                 inner_points, inner = self._row(kind, g, left - self._up(after[k + g]), k)

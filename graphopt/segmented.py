@@ -6,7 +6,7 @@ backward ends, and the values of one are gone before the one before it begins.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +30,7 @@ from graphopt.errors import CaptureError, HostMemoryError, LoweringError
 from graphopt.host_memory import HostMemory
 from graphopt.lowered_points import corrected, exact_point, with_bytes
 from graphopt.partition import partition
-from graphopt.program import InputSpec, Program
+from graphopt.program import InputSpec, Program, tensor_leaves
 from graphopt.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -71,6 +71,12 @@ class SegmentedStep:
                 kind.frontier = replace(kind.frontier, points=_thinned(kind.frontier.points, _POINTS))
             kinds.append(kind)
         self.kinds = kinds
+        for number, kind in enumerate(kinds):
+            if kind.frontier is not None and kind.mode == "train":
+                points = tuple(
+                    replace(p, spared=self._spared(number, kind, p)) for p in kind.frontier.points
+                )
+                kind.frontier = replace(kind.frontier, points=points)
         self.captured = [
             replace(kinds[call.segment], name=f"{name}.{index}.{self.chain.segments[call.segment].name}")
             for index, call in enumerate(self.chain.calls)
@@ -268,6 +274,42 @@ class SegmentedStep:
             kind.frontier, points=tuple(replace(point, gradients=left) for point in kind.frontier.points)
         )
 
+    def _spared(self, number: int, kind: Captured, point: FrontierPoint) -> int:
+        """Bytes of what is handed to each call of a kind that nobody needs once it has run forward: no later
+        call reads it, and neither this backward nor that of its maker does."""
+        joint = (kind.forms or {"": kind})[point.alternative].joint
+        assert joint is not None
+        calls = [call for call in self.chain.calls if call.segment == number]
+        makers = {name: call for call in self.chain.calls for name in call.outs}
+        held = _held_after(joint, point.schedule)
+        step = self.session.cost.device.allocation_granularity
+        total = 0
+        inputs = joint.signature.inputs[: len(calls[0].args)]
+        for k, node in enumerate(joint.find([spec.node for spec in inputs])):
+            value = node.meta.get("val")
+            if inputs[k].role != "activation" or not isinstance(value, torch.Tensor):
+                continue
+            made_by = [makers.get(call.args[k]) for call in calls]
+            if _torch.storage_key(value) in held or any(
+                maker is None or self._keeps_results(maker.segment) for maker in made_by
+            ):
+                continue
+            total += -(-_torch.hint(value.untyped_storage().nbytes()) // step) * step
+        return total
+
+    def _keeps_results(self, number: int) -> bool:
+        """Whether some schedule of a kind hands what it returns to its own backward as well."""
+        kind = self.kinds[number]
+        if kind.frontier is None:
+            return True
+        for point in kind.frontier.points:
+            joint = (kind.forms or {"": kind})[point.alternative].joint
+            assert joint is not None
+            results = [spec.node for spec in joint.signature.outputs if spec.role == "output"]
+            if _storages(joint, results) & _storages(joint, point.schedule.saved):
+                return True
+        return False
+
     def _gradient_bytes(self, index: int) -> int:
         call = self.chain.calls[index]
         segment = self.chain.segments[call.segment]
@@ -325,6 +367,22 @@ class SegmentedStep:
         run = emitter.compile(_copy(captured.semantic.gm), segment.example_inputs(), realise, as_is)
         self._saved[_key(number, captured)] = _saved_values(captured, emitter.records)
         return run, exact_point(kind, point, list(emitter.records))
+
+
+def _storages(joint: Program, names: Iterable[str]) -> set[int]:
+    nodes = {node.name: node for node in joint.graph.nodes}
+    return {
+        _torch.storage_key(tensor) for name in names for tensor in tensor_leaves(nodes[name].meta.get("val"))
+    }
+
+
+def _held_after(joint: Program, schedule: Schedule) -> set[int]:
+    """Storages that a call's results, or its backward, still need once its forward has run."""
+    nodes = {node.name: node for node in joint.graph.nodes}
+    made = set(schedule.backward)
+    read = {source.name for name in schedule.backward for source in nodes[name].all_input_nodes}
+    results = [spec.node for spec in joint.signature.outputs if spec.role in ("output", "mutation")]
+    return _storages(joint, {*schedule.saved, *results, *(read - made)})
 
 
 def _never(*args: Any) -> Any:

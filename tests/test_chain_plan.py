@@ -34,23 +34,26 @@ class Played:
     def __init__(self, points: Sequence[FrontierPoint], links: Sequence[Link]) -> None:
         self.points, self.links, self.peak, self.gradients = points, links, 0, 0
 
-    def run(self, start: int, stop: int, rows: Sequence[Rerun], held: int, arrived: int) -> None:
+    def run(
+        self, start: int, stop: int, rows: Sequence[Rerun], held: int, arrived: int, inside: bool = False
+    ) -> None:
         entered: list[tuple[int, Rerun | None, int]] = []
         position = start
         while position < stop:
             row = next((row for row in rows if row.start == position), None)
-            entered.append((position, row, held))
             end = row.stop if row else position + 1
+            gone = 0 if row or (inside and position == start) else self.points[position].spared
+            entered.append((position, row, held - gone))
             for k in range(position, end):
                 p = self.points[k]
                 passing = self.links[k - 1].handed if row and k > position else 0
                 self.peak = max(self.peak, held + arrived + passing + p.forward_peak)
-            held += self.links[end - 1].handed if row else self.points[position].retained
+            held += self.links[end - 1].handed if row else self.points[position].retained - gone
             position = end
         for position, row, before in reversed(entered):
             if row:
                 arriving = self.links[row.stop - 1].handed + self.gradients
-                self.run(row.start, row.stop, row.inner, before, arriving)
+                self.run(row.start, row.stop, row.inner, before, arriving, inside=True)
             else:
                 self.peak = max(self.peak, before + self.points[position].backward_peak + self.gradients)
                 self.gradients += self.points[position].gradients
@@ -86,6 +89,7 @@ points = st.builds(point, sizes, sizes, st.integers(3, 15), st.integers(0, 9).ma
 def test_the_peak_is_that_of_playing_the_step_out(choices: list[FrontierPoint], handed: int, random) -> None:
     links = chain(5, Frontier("test", tuple(choices)), handed)
     taken = [random.choice(choices) for _ in links]
+    taken = [taken[0], *(replace(p, spared=random.choice((0, handed))) for p in taken[1:])]
     rows = random.choice(list(rows_of(0, 5)))
     assert chain_peak(taken, links, rows) == played(taken, links, rows)
 

@@ -201,3 +201,25 @@ def test_bad_options_are_refused(options: dict[str, object], text: str) -> None:
 def test_inference_offers_nothing(small: tuple[Program, CostModel]) -> None:
     program, cost = small
     assert list(InsertCheckpoints().propose(program, PassContext(cost, "infer"))) == []
+
+
+class Gated(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate, self.up, self.down = (nn.Linear(width, width, bias=False) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(torch.nn.functional.silu(self.gate(x).float()).to(x.dtype) * self.up(x)).sum()
+
+
+def test_with_fused_kernels_library_calls_alone_decide_what_is_handed_over() -> None:
+    """Casts and activations are computed in the kernels that read them: to hand them over costs time."""
+    program, cost = captured(Gated(256).bfloat16(), torch.randn(512, 256, dtype=torch.bfloat16))
+    (frontier,) = InsertCheckpoints().propose(program, PassContext(cost, "train", emit="inductor"))
+    assert isinstance(frontier, Frontier)
+    kept = [
+        sorted(node.target.name() for node in program.find(point.schedule.saved)) for point in frontier.points
+    ]
+    assert kept[-1] == ["aten::mm", "aten::mm", "aten::mul.Tensor"]
+    assert [] in kept
+    assert not any(name == "aten::_to_copy" for names in kept for name in names)

@@ -12,7 +12,7 @@ from graphopt.emit.fused_time import fused_seconds
 from graphopt.program import Program, tensor_leaves
 from graphopt.schedule import Schedule
 
-__all__ = ["fused_point"]
+__all__ = ["device_type", "fused_point"]
 
 
 def fused_point(
@@ -22,7 +22,7 @@ def fused_point(
     program's, forward and backward (the caller takes differences)."""
     nodes = {node.name: node for node in program.graph.nodes}
     step = cost.device.allocation_granularity
-    kind = _device_type(program)
+    kind = device_type(program)
     inputs = {spec.node for spec in program.signature.inputs}
     tangents = {spec.node for spec in program.signature.by_role("tangent")}
     results = {spec.node for spec in program.signature.outputs if spec.role in ("output", "mutation")}
@@ -71,6 +71,7 @@ def _bytes(nodes: dict[str, fx.Node], names: list[str], excluded: set[str], step
     return sum(-(-size // step) * step for key, size in found.items() if key not in known)
 
 
-def _device_type(program: Program) -> str:
+def device_type(program: Program) -> str:
+    """Where a program runs: ``"cpu"``, ``"cuda"``."""
     kinds = [t.device.type for node in program.graph.nodes for t in tensor_leaves(node.meta.get("val"))]
     return next((kind for kind in kinds if kind != "cpu"), "cpu")

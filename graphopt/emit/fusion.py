@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from operator import is_
 
 import torch
 import torch.fx as fx
@@ -22,6 +23,8 @@ from graphopt import _torch
 from graphopt.program import tensor_leaves
 
 __all__ = ["OPERATIONS_LIMIT", "Kernel", "Kind", "bases", "fuse", "in_memory", "kind_of", "materialised"]
+
+_KNOWN = "_graphopt_kinds"
 
 
 class Kind(StrEnum):
@@ -96,9 +99,25 @@ class _Expression:
 
 def kind_of(node: fx.Node, device_type: str = "cpu") -> Kind:
     """How Inductor treats the call ``node``, which must carry ``meta["val"]``."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
+    if not isinstance(node.target, torch._ops.OpOverload):
         return Kind.VIEW
+    # A planner asks hundreds of times about the same calls.
+    known: dict[tuple[fx.Node, str], tuple[list[object], Kind]] | None = getattr(node.graph, _KNOWN, None)
+    if known is None:
+        known = {}
+        setattr(node.graph, _KNOWN, known)
+    if _operator(node) == "cat":
+        return _kind_of(node, node.target, device_type)  # it depends on who reads it
+    key = node, device_type
+    made_from = [node.target, node.args, node.kwargs, node.meta.get("val")]
+    made_from += [source.meta.get("val") for source in node.all_input_nodes]
+    found = known.get(key)
+    if found is None or len(found[0]) != len(made_from) or not all(map(is_, found[0], made_from)):
+        found = known[key] = made_from, _kind_of(node, node.target, device_type)
+    return found[1]
+
+
+def _kind_of(node: fx.Node, target: torch._ops.OpOverload, device_type: str) -> Kind:
     results = {_torch.storage_key(t) for t in tensor_leaves(node.meta.get("val"))}
     sources = {_torch.storage_key(t) for n in node.all_input_nodes for t in tensor_leaves(n.meta.get("val"))}
     if results and results <= sources:

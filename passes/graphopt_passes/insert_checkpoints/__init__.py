@@ -25,7 +25,8 @@ from dataclasses import dataclass
 from typing import ClassVar, TypeVar
 
 from graphopt.candidate import Frontier, FrontierPoint, NearMiss, Reason
-from graphopt.emit.fused_point import fused_point
+from graphopt.emit.fused_point import device_type, fused_point
+from graphopt.emit.fusion import Kind, kind_of
 from graphopt.errors import PassError
 from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.program import Level, Program
@@ -37,7 +38,7 @@ from graphopt_passes.insert_checkpoints.evaluate import Evaluator
 from graphopt_passes.insert_checkpoints.exact import chosen_solver, plans
 from graphopt_passes.insert_checkpoints.incremental import Incremental, Snapshot
 from graphopt_passes.insert_checkpoints.model import StepModel, build_model, pinned
-from graphopt_passes.insert_checkpoints.portfolio import blends, seeds, steps_between
+from graphopt_passes.insert_checkpoints.portfolio import blends, fused_seeds, kept_with, seeds, steps_between
 from graphopt_passes.insert_checkpoints.realise import Realiser, saved_storages
 from graphopt_passes.insert_checkpoints.rows import row_plans
 from graphopt_passes.insert_checkpoints.search import Start, search
@@ -128,13 +129,9 @@ class InsertCheckpoints(Pass):
             yield Frontier(self.name, points, peak_floor(model), seconds_bound(model))
             return
         # Fused kernels hold less and cost less than their operators: price a sample again.
-        between = _least_retained(plan, steps_between(model, prices, family))
-        sample = [
-            everything,
-            *family,
-            *(item.saved for item in _thinned(front.items, _SAMPLE // 2)),
-            *between,
-        ]
+        sample = [everything, *_for_kernels(plan, prices)]
+        sample += _least_retained(plan, steps_between(model, prices, family), _SAMPLE // 4)
+        sample += [item.saved for item in _thinned(front.items, _SAMPLE // 4)]
         yield Frontier(self.name, tuple(_undominated(_fused(plan, ctx, realise, sample))))
 
     def _pinned(self, program: Program, model: StepModel) -> Iterable[NearMiss]:
@@ -179,6 +176,24 @@ def _point(model: StepModel, realise: Realiser, item: Snapshot) -> FrontierPoint
     )
 
 
+def _for_kernels(plan: Incremental, prices: Sequence[float]) -> list[frozenset[int]]:
+    """What may be worth handing over where all but library calls is computed in the kernel that reads it."""
+    model = plan.model
+    nodes = {node.name: node for node in model.program.graph.nodes}
+    where = device_type(model.program)
+    alone = [kind_of(nodes[name], where) is Kind.LIBRARY for name in model.operators]
+    by_price, by_byte = fused_seeds(model, prices, alone, _SAMPLE // 4)
+    found = [*by_price, *by_byte]
+    for saved in dict.fromkeys((*by_price, *by_byte)):
+        _tried(plan, saved)
+        again = list(plan.recomputed())
+        if any(alone[i] for i in again):
+            break
+        found += kept_with(model, saved, again, alone)
+    found += _thinned(list(steps_between(model, prices, by_byte, 3)), _SAMPLE // 2)
+    return list(dict.fromkeys(found))
+
+
 def _fused(
     plan: Incremental, ctx: PassContext, realise: Realiser, sets: Iterable[frozenset[int]]
 ) -> list[FrontierPoint]:
@@ -212,7 +227,9 @@ def _with_statistics(plan: Incremental, saved: frozenset[int]) -> frozenset[int]
     return item.saved | small
 
 
-def _least_retained(plan: Incremental, sets: Iterable[frozenset[int]]) -> list[frozenset[int]]:
+def _least_retained(
+    plan: Incremental, sets: Iterable[frozenset[int]], count: int
+) -> list[frozenset[int]]:
     """Those of the sets that no other beats in retained bytes and price: what counts in a chain
     of programs, where all wait for the last with what they retain."""
     best: list[Snapshot] = []
@@ -220,7 +237,7 @@ def _least_retained(plan: Incremental, sets: Iterable[frozenset[int]]) -> list[f
     for item in sorted(tried, key=lambda item: (item.retained, item.price)):
         if not best or item.price < best[-1].price:
             best.append(item)
-    return [item.saved for item in _thinned(best, _SAMPLE // 2)]
+    return [item.saved for item in _thinned(best, count)]
 
 
 def _thinned(items: Sequence[_Item], count: int) -> list[_Item]:

@@ -18,7 +18,10 @@ from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 from graphopt_passes.insert_checkpoints.model import StepModel
 
-__all__ = ["blends", "minimum_cut", "price_levels", "seeds"]
+__all__ = ["blends", "fused_seeds", "kept_with", "minimum_cut", "price_levels", "seeds", "steps_between"]
+
+_INLINE = 1e-3
+"""Share of its price alone that an operator costs in the kernel of its reader: it breaks ties."""
 
 _UNIT = 256
 """Bytes per unit of flow: the solver counts in 32 bits."""
@@ -78,6 +81,36 @@ def seeds(model: StepModel, prices: Sequence[float], count: int) -> list[frozens
         if cut not in found:
             found.append(cut)
     return found
+
+
+def fused_seeds(
+    model: StepModel, prices: Sequence[float], alone: Sequence[bool], count: int
+) -> tuple[list[frozenset[int]], list[frozenset[int]]]:
+    """Saved sets for generated kernels: by what a library call costs, and by that per byte of its results.
+
+    ``alone[i]``: whether operator i is a kernel of its own. All others are computed in the kernels of
+    their readers: made again they cost next to nothing, while to hand their results over costs a write and
+    a read that the kernels would do without. So library calls alone decide what is worth its bytes. In order
+    of seconds for each byte the family runs through what a sum over many programs gives up first.
+    """
+    again = [price if own else price * _INLINE for price, own in zip(prices, alone, strict=True)]
+    dense = [
+        price / max(sum(model.size[b] for b in outputs), 1)
+        for price, outputs in zip(again, model.outputs, strict=True)
+    ]
+    return seeds(model, again, count), seeds(model, dense, count)
+
+
+def kept_with(
+    model: StepModel, saved: frozenset[int], made: Sequence[int], alone: Sequence[bool]
+) -> Iterator[frozenset[int]]:
+    """``saved`` and more and more of what operators ``made`` again have to put into memory, largest first:
+    what a library call reads is there in the forward anyway, and to keep it saves a write."""
+    read = {b for i, own in enumerate(alone) if own for b in model.inputs[i]}
+    there = {b for i in made for b in model.outputs[i] if model.savable[b] and b in read}
+    ordered = sorted(there - saved, key=lambda b: (-model.size[b], b))
+    for size in sorted({model.size[b] for b in ordered}, reverse=True):
+        yield saved | {b for b in ordered if model.size[b] >= size}
 
 
 def blends(model: StepModel, family: Sequence[frozenset[int]], parts: int) -> Iterator[frozenset[int]]:
