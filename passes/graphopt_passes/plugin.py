@@ -21,6 +21,7 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.compress_saved:CompressSaved",
         "graphopt_passes.compress_saved.lossy:QuantizeSaved",
         "graphopt_passes.fuse_attention:FuseAttention",
+        "graphopt_passes.grouped_attention:GroupedAttention",
         "graphopt_passes.insert_checkpoints:InsertCheckpoints",
         "graphopt_passes.linear_cross_entropy:LinearCrossEntropy",
         "graphopt_passes.normalize:Normalize",
