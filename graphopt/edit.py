@@ -18,6 +18,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from operator import is_
 from types import TracebackType
 from typing import Any
 
@@ -234,8 +235,11 @@ class _Snapshot:
         self.registries = {key: dict(vars(gm)[key]) for key in ("_parameters", "_buffers", "_modules")}
 
     def differs(self, graph: fx.Graph) -> bool:
-        nodes = list(graph.nodes)
-        return nodes != list(self.known) or any(_parts(node) != self.known[node] for node in nodes)
+        known = [part for node, same in self.known.items() for part in (node, *same.items)]
+        now: list[Any] = []
+        for node in graph.nodes:
+            now += (node, node.op, node.target, node.args, node.kwargs)
+        return len(now) != len(known) or not all(map(is_, now, known))
 
     def owners(self) -> dict[int, fx.Node]:
         """For every storage the first node that had it."""

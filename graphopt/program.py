@@ -67,6 +67,10 @@ class Signature:
 
 def tensor_leaves(value: Any) -> list[torch.Tensor]:
     """The tensors inside a node's ``meta["val"]``, in pytree order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if value is None:
+        return []
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
 
 

@@ -7,7 +7,9 @@ values, as an operator may hand its input through without saying so (dropout in 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -20,6 +22,9 @@ __all__ = ["Aliases", "alias_map", "written_inputs"]
 
 # Operators that normalise a batch write these arguments while training, and their schemas say nothing.
 STATISTICS = ("running_mean", "running_var")
+
+_KNOWN = "_graphopt_aliases"
+"""The attribute of a graph that holds its last map and what that was made from."""
 
 
 @dataclass(frozen=True)
@@ -36,19 +41,39 @@ class Aliases:
 def written_inputs(node: fx.Node, *, statistics: bool = True) -> tuple[fx.Node, ...]:
     """The arguments that a call writes in place; without ``statistics`` those alone that what is written
     may carry a gradient into."""
-    schema = _torch.schema_of(node.target) if node.op == "call_function" else None
-    if schema is None:
+    if node.op != "call_function":
         return ()
     nodes = []
-    for index, argument in enumerate(schema.arguments):
-        annotated = argument.alias_info is not None and argument.alias_info.is_write
-        if annotated or (statistics and argument.name in STATISTICS):
-            nodes += _nodes_in(_argument(node, index, argument.name))
+    for index, name in _written_arguments(node.target, statistics):
+        nodes += _nodes_in(_argument(node, index, name))
     return tuple(nodes)
+
+
+@functools.cache
+def _written_arguments(target: Any, statistics: bool) -> tuple[tuple[int, str], ...]:
+    """Places and names of the arguments that calls of ``target`` write."""
+    schema = _torch.schema_of(target)
+    arguments = [] if schema is None else schema.arguments
+    return tuple(
+        (index, argument.name)
+        for index, argument in enumerate(arguments)
+        if (argument.alias_info is not None and argument.alias_info.is_write)
+        or (statistics and argument.name in STATISTICS)
+    )
 
 
 def alias_map(graph: fx.Graph) -> Aliases:
     """Roots of every value of a graph whose nodes carry ``meta["val"]``."""
+    # Passes ask one after another about a graph that stays as it is.
+    made_from: list[Any] = [value_table(graph), *(node.kwargs for node in graph.nodes)]
+    known: tuple[list[Any], Aliases] | None = getattr(graph, _KNOWN, None)
+    if known is None or len(known[0]) != len(made_from) or not all(map(is_, known[0], made_from)):
+        known = made_from, _alias_map(graph)
+        setattr(graph, _KNOWN, known)
+    return known[1]
+
+
+def _alias_map(graph: fx.Graph) -> Aliases:
     by_name = {node.name: node for node in graph.nodes}
     table = value_table(graph)
     roots: dict[fx.Node, frozenset[fx.Node]] = {}
@@ -72,14 +97,25 @@ def alias_map(graph: fx.Graph) -> Aliases:
 
 
 def _schema_sources(node: fx.Node) -> list[fx.Node]:
-    schema = _torch.schema_of(node.target) if node.op == "call_function" else None
-    if schema is None or not any(value.alias_info is not None for value in schema.returns):
+    if node.op != "call_function":
         return []
     nodes = []
-    for index, argument in enumerate(schema.arguments):
-        if argument.alias_info is not None:
-            nodes += _nodes_in(_argument(node, index, argument.name))
+    for index, name in _shown_arguments(node.target):
+        nodes += _nodes_in(_argument(node, index, name))
     return nodes
+
+
+@functools.cache
+def _shown_arguments(target: Any) -> tuple[tuple[int, str], ...]:
+    """Places and names of the arguments that results of ``target`` may be views of."""
+    schema = _torch.schema_of(target)
+    if schema is None or not any(value.alias_info is not None for value in schema.returns):
+        return ()
+    return tuple(
+        (index, argument.name)
+        for index, argument in enumerate(schema.arguments)
+        if argument.alias_info is not None
+    )
 
 
 def _argument(node: fx.Node, index: int, name: str) -> Any:

@@ -16,6 +16,7 @@ plain loop differ on NaN, so that no condition stands for it.)
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -89,16 +90,40 @@ def condition_of(read: Read) -> Condition | None:
         return None
 
     grad, value = (node.meta["val"] for node in reader.args[:2] if isinstance(node, fx.Node))
-
-    def on_fakes(target: Any, *args: Any, **kwargs: Any) -> Any:
-        return _torch.call_on_fakes(value, target, args, kwargs)
-
     rest = reader.args[2:]
-    made = found.use(on_fakes, grad, found.make(on_fakes, value, *rest), *rest)
-    return found if _layout(made) == _layout(reader.meta["val"]) else None
+    # Deep programs ask of the same call a thousand times.
+    known = (_layout(grad), _layout(value), value.device, rest)
+    sized = all(isinstance(size, int) for part in (grad, value) for size in (*part.shape, *part.stride()))
+    made = _made_known(reader.target, *known) if sized else _made(reader.target, grad, value, rest)
+    return found if made == _layout(reader.meta["val"]) else None
 
 
-def _layout(value: Any) -> tuple[Any, ...]:
+_Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+
+
+def _made(target: object, grad: torch.Tensor, value: torch.Tensor, rest: tuple[Any, ...]) -> _Layout:
+    """The layout of what comes of the condition on ``value`` in the call's place."""
+
+    def on_fakes(called: Any, *args: Any, **kwargs: Any) -> Any:
+        return _torch.call_on_fakes(value, called, args, kwargs)
+
+    found = _CONDITIONS[target]
+    return _layout(found.use(on_fakes, grad, found.make(on_fakes, value, *rest), *rest))
+
+
+@functools.lru_cache(maxsize=4096)
+def _made_known(
+    target: object, grad: _Layout, value: _Layout, device: torch.device, rest: tuple[Any, ...]
+) -> _Layout:
+    with _torch.fake_mode():
+        given, read = (
+            torch.empty_strided(shape, stride, dtype=dtype, device=device)
+            for shape, stride, dtype in (grad, value)
+        )
+    return _made(target, given, read, rest)
+
+
+def _layout(value: torch.Tensor) -> _Layout:
     return (tuple(value.shape), tuple(value.stride()), value.dtype)
 
 
