@@ -21,6 +21,7 @@ from torch import nn
 
 from graphopt import _torch
 from graphopt.emit.fused_memory import fused_live
+from graphopt.emit.fusion import fuse
 from graphopt.emit.lowered import LoweredCompiler, LoweredMemory, step_memory
 
 
@@ -157,9 +158,8 @@ def guess(gm: Any, record: LoweredMemory, forward: LoweredMemory) -> int:
             if storage.outputs and not storage.input and min(storage.outputs) >= users:
                 owned.append(forward.output_names[storage.outputs[0]])
     granularity = 1 if record.device_type == "cpu" else 512
-    live = fused_live(
-        calls, record.output_names, owned, device_type=record.device_type, granularity=granularity
-    )
+    fused = fuse(calls, record.output_names, device_type=record.device_type)
+    live = fused_live(fused, owned, granularity=granularity)
     return max(value for _, value in live)
 
 

@@ -83,14 +83,14 @@ def alternatives(
     ctx: PassContext,
     failed: Callable[[str, GraphoptError], None],
 ) -> Iterator[tuple[Offer, Program]]:
-    """Everything that the ``passes`` of the program's level offer, and a program with it applied.
+    """What the ``passes`` of the program's level offer, ``OFFERS`` each, and a program with it applied.
 
     ``make`` gives a new copy of the program, its nodes named alike each time. A pass or candidate
     that fails is reported to ``failed`` with a sentence and left out.
     """
     program = make()
     for step in passes:
-        for offer in offers(program, step, ctx, failed):
+        for offer in _worth_a_look(offers(program, step, ctx, failed)):
             changed = make()
             if applied(offer, changed, failed):
                 yield offer, changed
@@ -147,14 +147,19 @@ def applied(offer: Offer, program: Program, failed: Callable[[str, GraphoptError
 
 
 def _worth_a_look(found: Sequence[Offer]) -> list[Offer]:
-    """``OFFERS`` of the offers that no other beats: least bytes, least seconds, and those between."""
+    """``OFFERS`` of the offers that no other beats: least bytes, least seconds, and those between. Offers
+    that are predicted alike, as where a pass predicts nothing, do not beat each other."""
     kept: list[Offer] = []
     for offer in sorted(found, key=lambda o: (o.peak_bytes, o.seconds)):
-        if not kept or offer.seconds < kept[-1].seconds:
+        if not kept or offer.seconds < kept[-1].seconds or _alike(offer, kept[-1]):
             kept.append(offer)
     if len(kept) <= OFFERS:
         return kept
     return [kept[k * (len(kept) - 1) // (OFFERS - 1)] for k in range(OFFERS)]
+
+
+def _alike(one: Offer, other: Offer) -> bool:
+    return (one.peak_bytes, one.seconds) == (other.peak_bytes, other.seconds)
 
 
 def joint_alternatives(

@@ -13,8 +13,10 @@ a plan fits.
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
@@ -30,6 +32,7 @@ __all__ = [
     "Rerun",
     "chain_choices",
     "chain_peak",
+    "hull",
     "items",
     "least_chain",
     "plan_chain",
@@ -43,6 +46,9 @@ _SLOTS_PER_CALL = 8
 
 _VARIANTS = 2
 """Schedules for calls of one kind that are many: each is compiled on its own."""
+
+_SHORT = 100
+"""Calls of a chain up to which several sets of schedules are tried for each kind."""
 
 _MANY = 3
 """Calls of one kind from which on the number of schedules is bounded."""
@@ -207,10 +213,7 @@ def _planned(links: Sequence[Link], room: int | None, resolution: Sequence[float
     found = _within(links, room)
     if found is None:
         return None
-    bounded = _bounded(links, found)
-    if bounded is links:
-        return found
-    return _within(bounded, room) or found
+    return _bounded(links, room, found)
 
 
 def chain_choices(
@@ -267,22 +270,56 @@ def _within(links: Sequence[Link], room: int) -> ChainPlan | None:
     return best
 
 
-def _bounded(links: Sequence[Link], plan: ChainPlan) -> Sequence[Link]:
-    """The links with the schedules that the plan uses most, where it uses many for calls of one kind."""
-    used: dict[int, dict[_Code, int]] = {}
-    for link, point in zip(links, plan.points, strict=True):
-        counts = used.setdefault(link.kind, {})
-        counts[_code(point)] = counts.get(_code(point), 0) + 1
-    frontiers: dict[int, Frontier] = {}
-    for link in links:
-        counts = used[link.kind]
-        if len(counts) > _VARIANTS and sum(counts.values()) > _MANY and link.kind not in frontiers:
-            kept = sorted(counts, key=lambda p: -counts[p])[:_VARIANTS]
-            points = tuple(p for p in link.frontier.points if _code(p) in kept)
-            frontiers[link.kind] = replace(link.frontier, points=points)
-    if not frontiers:
-        return links
-    return [replace(k, frontier=frontiers[k.kind]) if k.kind in frontiers else k for k in links]
+def _bounded(links: Sequence[Link], room: int, plan: ChainPlan) -> ChainPlan:
+    """A plan that uses ``_VARIANTS`` schedules at most for the many calls of one kind, or ``plan``."""
+    for kind in dict.fromkeys(link.kind for link in links):
+        counts = Counter(_code(p) for p, k in zip(plan.points, links, strict=True) if k.kind == kind)
+        if len(counts) <= _VARIANTS or counts.total() <= _MANY:
+            continue
+        best: ChainPlan | None = None
+        narrowed = links
+        for codes in _variants(links, kind, counts):
+            tried_links = [_with_codes(k, codes) if k.kind == kind else k for k in links]
+            tried = _within(tried_links, room)
+            if tried is not None and (best is None or tried.seconds < best.seconds):
+                best, narrowed = tried, tried_links
+        if best is not None:
+            links, plan = narrowed, best
+    return plan
+
+
+def _variants(links: Sequence[Link], kind: int, counts: Counter[_Code]) -> list[frozenset[_Code]]:
+    """Sets of schedules to try for a kind: those that a plan uses most, and, as a table takes time in long
+    chains, in short ones pairs of what it uses and neighbours on the lower hull of seconds over bytes left,
+    of which a sum is best made of two."""
+    most = [code for code, _ in counts.most_common()]
+    found = [frozenset(most[:_VARIANTS])]
+    if len(links) <= _SHORT:
+        found += map(frozenset, itertools.combinations(most[:4], 2))
+        frontier = next(link.frontier for link in links if link.kind == kind)
+        found += (frozenset(map(_code, pair)) for pair in itertools.pairwise(hull(frontier.points)))
+    return list(dict.fromkeys(found))
+
+
+def hull(points: Sequence[FrontierPoint]) -> list[FrontierPoint]:
+    """The lower convex hull of seconds over the room that points take, by rising room."""
+    kept: list[FrontierPoint] = []
+    for point in sorted(points, key=lambda p: (_left(p), p.seconds)):
+        if kept and point.seconds >= kept[-1].seconds:
+            continue
+        while len(kept) > 1:
+            a, b = kept[-2:]
+            across = (b.seconds - a.seconds) * (_left(point) - _left(a))
+            if across < (point.seconds - a.seconds) * (_left(b) - _left(a)):
+                break
+            kept.pop()
+        kept.append(point)
+    return kept
+
+
+def _with_codes(link: Link, codes: Collection[_Code]) -> Link:
+    points = tuple(p for p in link.frontier.points if _code(p) in codes)
+    return replace(link, frontier=replace(link.frontier, points=points))
 
 
 _Code: TypeAlias = tuple[str, Schedule]

@@ -21,7 +21,7 @@ from graphopt.capture.chain import Segment, Segmented
 from graphopt.capture.joint import inference_program, joint_program, save_everything
 from graphopt.capture.segments import split
 from graphopt.capture.semantic import semantic_program
-from graphopt.chain_plan import Link, chain_peak, plan_chain, rerun_calls
+from graphopt.chain_plan import Link, chain_peak, hull, plan_chain, rerun_calls
 from graphopt.chain_rows import draws_random, pinned, written_inputs
 from graphopt.chain_run import ChainRunner, Layout
 from graphopt.emit.inductor import JointSeen
@@ -439,11 +439,15 @@ def _copy(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _thinned(points: Sequence[FrontierPoint], count: int) -> tuple[FrontierPoint, ...]:
-    """At most ``count`` points: the ends in bytes and time, the rest spread over retained bytes."""
+    """At most ``count`` points: those of which sums over many calls are best made, the ends in bytes and
+    time, the rest spread over retained bytes."""
     if len(points) <= count:
         return tuple(points)
-    ordered = sorted(points, key=lambda p: (p.retained - p.moved_bytes, p.seconds))
-    picked = {round(k * (len(ordered) - 1) / (count - 3)) for k in range(count - 2)}
     ends = [min(points, key=lambda p: p.seconds), min(points, key=lambda p: p.peak_bytes)]
-    chosen = [ordered[k] for k in sorted(picked)]
-    return tuple(dict.fromkeys([*chosen, *ends]))
+    chosen = dict.fromkeys([*ends, *hull(points)][:count])
+    others = sorted((p for p in points if p not in chosen), key=lambda p: (p.retained, p.seconds))
+    left = count - len(chosen)
+    if left > 0:
+        step = max(left - 1, 1)
+        chosen |= dict.fromkeys(others[k * (len(others) - 1) // step] for k in range(left))
+    return tuple(point for point in points if point in chosen)

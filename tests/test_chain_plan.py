@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graphopt.candidate import Frontier, FrontierPoint
-from graphopt.chain_plan import Link, Rerun, chain_peak, least_chain, plan_chain
+from graphopt.chain_plan import Link, Rerun, chain_peak, hull, least_chain, plan_chain
 from graphopt.schedule import Schedule
 
 
@@ -214,3 +214,40 @@ def test_a_call_may_move_more_than_it_keeps() -> None:
     links = chain(6, Frontier("test", (given,), host_bytes=10**6), 0)
     plan = plan_chain(links, 200)
     assert plan is not None and plan.peak_bytes == chain_peak([given] * 6, links) <= 200
+
+
+@given(st.lists(points, min_size=1, max_size=12))
+@settings(max_examples=100)
+def test_sums_are_best_made_of_neighbours_on_the_hull(choices: list[FrontierPoint]) -> None:
+    kept = hull(choices)
+    assert {p.retained for p in kept[:1]} <= {min(p.retained for p in choices)}
+    assert min(p.seconds for p in choices) == kept[-1].seconds
+    for point in choices:
+        # Nothing lies below the line between two neighbours.
+        for a, b in itertools.pairwise(kept):
+            if a.retained <= point.retained <= b.retained:
+                across = a.seconds * (b.retained - point.retained) + b.seconds * (point.retained - a.retained)
+                assert point.seconds * (b.retained - a.retained) >= across
+
+
+def test_of_many_calls_the_pair_of_schedules_is_taken_that_is_best_together() -> None:
+    """What a plan uses most need not be what two schedules do best."""
+    curve = Frontier(
+        "test",
+        (
+            point(10, 5, 1, 90.0),
+            point(10, 5, 4, 40.0),
+            point(10, 5, 6, 25.0),
+            point(12, 5, 12, 0.0),
+        ),
+    )
+    links = chain(10, curve, 1, seconds=1000.0)
+    plan = plan_chain(links, 60)
+    assert plan is not None and plan.peak_bytes <= 60
+    assert len({p.schedule for p in plan.points}) <= 2
+    pairs = [
+        found
+        for pair in itertools.combinations(curve.points, 2)
+        if (found := plan_chain([replace(k, frontier=replace(curve, points=pair)) for k in links], 60))
+    ]
+    assert plan.seconds == min(found.seconds for found in pairs)

@@ -11,7 +11,7 @@ import torch.fx as fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphopt.emit.fused_memory import fused_live
-from graphopt.emit.fusion import Kind, fuse, kind_of, materialised
+from graphopt.emit.fusion import Kind, fuse, kind_of
 from graphopt.emit.lowered import compile_lowered
 
 
@@ -28,7 +28,7 @@ def trace(
 
 def kept(function: Callable[..., Any], *inputs: torch.Tensor, device_type: str = "cpu") -> set[str]:
     _, calls, outputs = trace(function, *inputs)
-    return set(materialised(calls, outputs, device_type=device_type))
+    return set(fuse(calls, outputs, device_type=device_type).alive)
 
 
 X, W = torch.randn(64, 32), torch.randn(32, 32)
@@ -58,7 +58,7 @@ def test_writing_into_an_input_is_no_memory_of_its_own() -> None:
 
     _, calls, outputs = trace(function, X, X.clone())
     assert kind_of(calls[-1]) is Kind.WRITE
-    assert materialised(calls, outputs) == set()
+    assert fuse(calls, outputs).alive == set()
 
 
 def test_elementwise_chains_are_inlined() -> None:
@@ -79,8 +79,8 @@ def test_a_softmax_is_one_kernel() -> None:
         return e / e.sum(-1, keepdim=True)
 
     _, calls, outputs = trace(softmax, X)
-    assert len(fuse(calls, outputs)) == 1
-    assert materialised(calls, outputs) == {"div"}
+    assert len(fuse(calls, outputs).kernels) == 1
+    assert fuse(calls, outputs).alive == {"div"}
 
 
 def test_sums_along_different_axes_are_different_kernels() -> None:
@@ -120,7 +120,7 @@ def test_a_kernel_that_a_matmul_waits_for_stays_before_it() -> None:
         return y + y @ w
 
     _, calls, outputs = trace(function, X, W)
-    kernels = fuse(calls, outputs)
+    kernels = fuse(calls, outputs).kernels
     assert [(k.members, k.level) for k in kernels] == [(["relu"], 0), (["mm"], 1), (["add"], 2)]
 
 
@@ -130,10 +130,10 @@ def test_live_bytes_reuse_dying_buffers_and_free_owned_inputs() -> None:
 
     _, calls, outputs = trace(function, X, W)
     size = 64 * 32 * 4
-    assert fused_live(calls, outputs) == [("mm", size), ("relu", size), ("mm_1", 2 * size)]
-    owned = fused_live(calls, outputs, ["x_1"])
+    assert fused_live(fuse(calls, outputs)) == [("mm", size), ("relu", size), ("mm_1", 2 * size)]
+    owned = fused_live(fuse(calls, outputs), ["x_1"])
     assert [b for _, b in owned] == [size, 0, size]
-    assert fused_live(calls, outputs, granularity=1 << 14)[0] == ("mm", 1 << 14)
+    assert fused_live(fuse(calls, outputs), granularity=1 << 14)[0] == ("mm", 1 << 14)
 
 
 def test_the_order_that_needs_less_is_taken() -> None:
@@ -142,7 +142,7 @@ def test_the_order_that_needs_less_is_taken() -> None:
         return torch.stack([(a @ w).sum(), (b @ w).sum()]).sum()
 
     _, calls, outputs = trace(function, X, W)
-    assert max(b for _, b in fused_live(calls, outputs)) < 3 * 64 * 32 * 4
+    assert max(b for _, b in fused_live(fuse(calls, outputs))) < 3 * 64 * 32 * 4
 
 
 @pytest.mark.slow
@@ -159,7 +159,7 @@ def test_the_guess_is_close_to_what_inductor_does(depth: int) -> None:
 
     up = torch.randn(32, 128)
     gm, calls, outputs = trace(function, X, W, up, decompositions=select_decomp_table())
-    guessed = max(b for _, b in fused_live(calls, outputs))
+    guessed = max(b for _, b in fused_live(fuse(calls, outputs)))
     _, memory = compile_lowered(gm, [X, W, up], static_inputs=[1, 2], is_inference=True)
     # At the second layer Inductor holds two dead buffers for reuse, the guess one of them.
     assert guessed == pytest.approx(memory.peak_bytes, rel=0.01 if depth == 1 else 0.15)

@@ -12,6 +12,7 @@ import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.emit.fused_memory import fused_live
+from graphopt.emit.fusion import fuse
 from graphopt.emit.lowered import LoweredMemory, Owned, saved_count
 from graphopt.observed import Arrival, BackwardHalf, Entry, ForwardHalf, Ports, Returned
 from graphopt.program import Program, tensor_leaves
@@ -175,10 +176,8 @@ class FusedHalves:
     ) -> list[int]:
         _, _, books = self._known(program)
         calls = [books.nodes[name] for name in order if books.nodes[name].op == "call_function"]
-        expected = fused_live(
-            calls, outputs, owned, device_type=books.device_type, granularity=self.granularity
-        )
-        return [live for _, live in expected]
+        fused = fuse(calls, outputs, device_type=books.device_type)
+        return [live for _, live in fused_live(fused, owned, granularity=self.granularity)]
 
 
 class _Storages:

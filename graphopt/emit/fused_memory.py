@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch.fx as fx
 
 from graphopt import _torch
-from graphopt.emit.fusion import Kernel, bases, fuse, in_memory
+from graphopt.emit.fusion import Fused, Kernel
 from graphopt.emit.scratch import scratch_bytes
 from graphopt.program import tensor_leaves
 
@@ -21,29 +21,20 @@ __all__ = ["fused_live"]
 
 
 def fused_live(
-    nodes: Sequence[fx.Node],
-    outputs: Collection[str],
-    owned: Collection[str] = (),
-    *,
-    device_type: str = "cpu",
-    granularity: int = 1,
+    fused: Fused, owned: Collection[str] = (), *, granularity: int = 1
 ) -> list[tuple[str, int]]:
     """Expected (last value computed, live bytes) at each kernel, above the graph inputs.
 
-    ``nodes`` are call nodes in execution order, ``outputs`` names those that are returned,
-    ``owned`` the inputs that nobody else holds: they go at their last use. ``granularity`` is
+    ``owned`` names the inputs that nobody else holds: they go at their last use. ``granularity`` is
     what the allocator rounds each storage up to, in bytes.
     """
-    kernels = fuse(nodes, outputs, device_type=device_type)
-    alive = in_memory(nodes, outputs, kernels)
-    base = bases(nodes)
-    kept = {base.get(name, name) for name in outputs}
-    sizes = _sizes(nodes, granularity)
+    kernels, alive, on_cpu = fused.kernels, fused.alive, fused.device_type == "cpu"
+    kept = {fused.bases.get(name, name) for name in fused.outputs}
     books = _Books(
-        sizes={name: size for name, size in sizes.items() if name in alive or name in owned},
+        sizes=_sizes(fused.nodes, granularity, {*alive, *owned}),
         releasable=frozenset({*alive, *owned} - kept),
-        on_cpu=device_type == "cpu",
-        scratch={} if device_type == "cpu" else {node.name: _scratch(node) for node in nodes},
+        on_cpu=on_cpu,
+        scratch={} if on_cpu else {node.name: _scratch(node) for node in fused.nodes},
     )
     reads = _dependencies(kernels)
     orders = (_stated_order(kernels, reads), _least_peak_first(kernels, reads, books))
@@ -204,12 +195,12 @@ def _readers(reads: Sequence[set[int]]) -> list[list[int]]:
     return readers
 
 
-def _sizes(nodes: Sequence[fx.Node], granularity: int) -> dict[str, int]:
-    """Bytes of the storages of each value and each input."""
+def _sizes(nodes: Sequence[fx.Node], granularity: int, wanted: Collection[str]) -> dict[str, int]:
+    """Bytes of the storages of those values and inputs that are ``wanted``."""
     sizes: dict[str, int] = {}
     for node in nodes:
         for item in (node, *node.all_input_nodes):
-            if item.name not in sizes:
+            if item.name in wanted and item.name not in sizes:
                 storages = {
                     _torch.storage_key(t): _torch.hint(t.untyped_storage().nbytes())
                     for t in tensor_leaves(item.meta.get("val"))

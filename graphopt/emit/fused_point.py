@@ -9,6 +9,7 @@ from graphopt.candidate import FrontierPoint
 from graphopt.cost import CostModel
 from graphopt.emit.fused_memory import fused_live
 from graphopt.emit.fused_time import fused_seconds
+from graphopt.emit.fusion import fuse
 from graphopt.program import Program, tensor_leaves
 from graphopt.schedule import Schedule
 
@@ -33,14 +34,15 @@ def fused_point(
     retained = _bytes(nodes, handed, inputs - tangents, step)
     given = _bytes(nodes, sorted(results - inputs), inputs, step)
     arriving = _bytes(nodes, sorted(tangents), set(), step)
-    options = {"device_type": kind, "granularity": step}
-    ahead = [live for _, live in fused_live(forward, set(handed), **options)]  # type: ignore[arg-type]
+    ahead_of = fuse(forward, set(handed), device_type=kind)
+    behind_of = fuse(backward, gradients, device_type=kind)
+    ahead = [live for _, live in fused_live(ahead_of, granularity=step)]
     owned = {name for name in schedule.saved if name not in results} | tangents
-    behind = [live for _, live in fused_live(backward, gradients, owned, **options)]  # type: ignore[arg-type]
+    behind = [live for _, live in fused_live(behind_of, owned, granularity=step)]
     entry = retained + arriving
     left = _bytes(nodes, sorted(gradients), inputs - tangents, step)
-    forward_seconds = fused_seconds(forward, set(handed), cost, device_type=kind)
-    backward_seconds = fused_seconds(backward, gradients, cost, device_type=kind)
+    forward_seconds = fused_seconds(ahead_of, cost)
+    backward_seconds = fused_seconds(behind_of, cost)
     return FrontierPoint(
         schedule,
         max([retained, *ahead]),

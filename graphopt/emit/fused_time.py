@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-
 import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.cost import CostModel
-from graphopt.emit.fusion import bases, fuse, in_memory
+from graphopt.emit.fusion import Fused
 from graphopt.program import tensor_leaves
 
 __all__ = ["fused_seconds"]
 
 
-def fused_seconds(
-    nodes: Sequence[fx.Node], outputs: Collection[str], cost: CostModel, *, device_type: str = "cpu"
-) -> float:
-    """Predicted seconds of ``nodes`` (call nodes in execution order), fused by Inductor.
+def fused_seconds(fused: Fused, cost: CostModel) -> float:
+    """Predicted seconds of a graph fused by Inductor.
 
     A library call costs what the cost model says; a generated kernel the bytes that it reads and
     writes in memory at copy bandwidth, and a launch.
     """
-    by_name = {node.name: node for node in nodes}
-    for node in nodes:
+    kernels, alive, base = fused.kernels, fused.alive, fused.bases
+    by_name = {node.name: node for node in fused.nodes}
+    for node in fused.nodes:
         for source in node.all_input_nodes:
             by_name.setdefault(source.name, source)
-    kernels = fuse(nodes, outputs, device_type=device_type)
-    alive = in_memory(nodes, outputs, kernels)
-    base = bases(nodes)
     device = cost.device
     seconds = 0.0
     for kernel in kernels:

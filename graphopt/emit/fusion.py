@@ -22,7 +22,7 @@ import torch.fx as fx
 from graphopt import _torch
 from graphopt.program import tensor_leaves
 
-__all__ = ["OPERATIONS_LIMIT", "Kernel", "Kind", "bases", "fuse", "in_memory", "kind_of", "materialised"]
+__all__ = ["OPERATIONS_LIMIT", "Fused", "Kernel", "Kind", "fuse", "kind_of"]
 
 _KNOWN = "_graphopt_kinds"
 
@@ -177,16 +177,38 @@ class Kernel:
         return reading[-1:] if before.issuperset(reading[:-1]) else []
 
 
-def fuse(nodes: Sequence[fx.Node], outputs: Collection[str], *, device_type: str = "cpu") -> list[Kernel]:
-    """The kernels that Inductor is expected to make of ``nodes``, ordered by their first members.
+@dataclass(frozen=True)
+class Fused:
+    """A graph as Inductor is expected to run it.
 
-    ``nodes`` are call nodes in execution order; all else that they read counts as graph input.
-    ``outputs`` names the nodes that are graph outputs. A node that is in no kernel is a view or is
-    computed again by each reader.
+    ``nodes`` are call nodes in execution order; all else that they read counts as graph input. ``outputs``
+    names the nodes that are graph outputs. ``kernels`` are ordered by their first members: a node that is in
+    none is a view or is computed again by each reader. ``alive`` names what outlives its kernel: views are
+    never in it, operators of libraries always. ``bases``: for each view (and item of a tuple), the node
+    whose memory it shows.
     """
-    limits = _CPU_LIMITS if device_type == "cpu" else _GPU_LIMITS
+
+    nodes: Sequence[fx.Node]
+    outputs: Collection[str]
+    device_type: str
+    kernels: list[Kernel]
+    alive: frozenset[str]
+    bases: Mapping[str, str]
+
+
+def fuse(nodes: Sequence[fx.Node], outputs: Collection[str], *, device_type: str = "cpu") -> Fused:
+    """What Inductor is expected to make of ``nodes``; see ``Fused``."""
     kinds = {node.name: kind_of(node, device_type) for node in nodes}
-    needed = _needed(nodes, kinds, outputs, device_type)
+    base = _bases(nodes, kinds)
+    kernels = _kernels(nodes, kinds, _needed(nodes, kinds, base, outputs, device_type), device_type)
+    alive = _in_memory(kinds, base, outputs, kernels)
+    return Fused(nodes, outputs, device_type, kernels, alive, base)
+
+
+def _kernels(
+    nodes: Sequence[fx.Node], kinds: Mapping[str, Kind], needed: Collection[str], device_type: str
+) -> list[Kernel]:
+    limits = _CPU_LIMITS if device_type == "cpu" else _GPU_LIMITS
     expressions: dict[str, _Expression] = {}
     kernels: dict[str, Kernel] = {}
     for node in nodes:
@@ -204,37 +226,28 @@ def fuse(nodes: Sequence[fx.Node], outputs: Collection[str], *, device_type: str
     return list({id(kernel): kernel for kernel in kernels.values()}.values())
 
 
-def materialised(
-    nodes: Sequence[fx.Node], outputs: Collection[str], *, device_type: str = "cpu"
-) -> frozenset[str]:
-    """Names of the ``nodes`` whose value is expected to take memory of its own.
-
-    Arguments as for ``fuse``. Views are never in the result, operators of libraries always.
-    """
-    kernels = fuse(nodes, outputs, device_type=device_type)
-    return in_memory(nodes, outputs, kernels)
-
-
 def _operator(node: fx.Node) -> str:
     schema = getattr(node.target, "_schema", None)
     return "" if schema is None else str(schema.name).split("::")[-1]
 
 
-def bases(nodes: Sequence[fx.Node]) -> dict[str, str]:
-    """For each view (and item of a tuple), the node whose memory it shows."""
+def _bases(nodes: Sequence[fx.Node], kinds: Mapping[str, Kind]) -> dict[str, str]:
     base: dict[str, str] = {}
     for node in nodes:
-        if kind_of(node) is Kind.VIEW and node.all_input_nodes:
+        if kinds[node.name] is Kind.VIEW and node.all_input_nodes:
             source = node.all_input_nodes[0].name
             base[node.name] = base.get(source, source)
     return base
 
 
 def _needed(
-    nodes: Sequence[fx.Node], kinds: Mapping[str, Kind], outputs: Collection[str], device_type: str
+    nodes: Sequence[fx.Node],
+    kinds: Mapping[str, Kind],
+    base: Mapping[str, str],
+    outputs: Collection[str],
+    device_type: str,
 ) -> set[str]:
     """Values that must be in memory: what libraries read, and what is returned."""
-    base = bases(nodes)
     names = set(outputs)
     for node in nodes:
         sources = [source.name for source in node.all_input_nodes]
@@ -337,15 +350,18 @@ def _elements(tensor: torch.Tensor) -> int:
     return _torch.hint(tensor.numel())
 
 
-def in_memory(
-    nodes: Sequence[fx.Node], outputs: Collection[str], kernels: Sequence[Kernel]
+def _in_memory(
+    kinds: Mapping[str, Kind], base: Mapping[str, str], outputs: Collection[str], kernels: Sequence[Kernel]
 ) -> frozenset[str]:
     """Of what ``kernels`` compute, that which outlives its kernel."""
-    base = bases(nodes)
-    written = {node.name for node in nodes if kind_of(node) is Kind.WRITE}
     result = {base.get(name, name) for name in outputs}
     for kernel in kernels:
         result.update(kernel.reads.difference(kernel.members))
         if kernel.library:
             result.update(kernel.members)
-    return frozenset(name for kernel in kernels for name in kernel.members if name in result - written)
+    return frozenset(
+        name
+        for kernel in kernels
+        for name in kernel.members
+        if name in result and kinds[name] is not Kind.WRITE
+    )

@@ -54,8 +54,11 @@ _NARROWEST = 0.03
 _DEEP = 300
 """Slots from which on a program that repeats is not searched from scratch as well."""
 
-_SAMPLE = 48
-"""How many points of a frontier are priced as fused kernels: each costs about what lowering does."""
+_SAMPLE, _LEAST_SAMPLE, _SAMPLED_NODES = 48, 16, 12_000
+"""How many points of a frontier are priced as fused kernels, where that many nodes in all are looked at."""
+
+_FUSED_TARGETS = 24
+"""Targets of a search whose points are only a part of what is priced as fused kernels."""
 
 
 @dataclass(frozen=True)
@@ -106,13 +109,14 @@ class InsertCheckpoints(Pass):
         repeat = ctx.emit == "eager"
         known = [_tried(plan, saved) for saved in family]
         starts: list[Start] = [(saved, frozenset()) for saved in family]
-        starts += self._solved(dataclasses.replace(model, seconds=prices), known)
+        if repeat:
+            starts += self._solved(dataclasses.replace(model, seconds=prices), known)
         slots = max(len(model.slots), 1)
         rows = _rows(plan, known, max(40, min(120, 40_000 // slots))) if repeat else []
         own = [(start, 0) for start in (*starts[len(family) :], *rows[:1])]
         # Where blocks repeat there are better plans to start from than search finds in a deep program.
         deep = bool(rows) and slots >= _DEEP
-        targets = self.targets or max(8, min(96, 20_000 // slots))
+        targets = self.targets or max(8, min(96 if repeat else _FUSED_TARGETS, 20_000 // slots))
         effort = self.effort or max(8, min(144, (12_000 if deep else 24_000) // slots))
         if not deep:
             highest = max(known, key=lambda item: item.peak)
@@ -129,9 +133,10 @@ class InsertCheckpoints(Pass):
             yield Frontier(self.name, points, peak_floor(model), seconds_bound(model))
             return
         # Fused kernels hold less and cost less than their operators: price a sample again.
-        sample = [everything, *_for_kernels(plan, prices)]
-        sample += _least_retained(plan, steps_between(model, prices, family), _SAMPLE // 4)
-        sample += [item.saved for item in _thinned(front.items, _SAMPLE // 4)]
+        count = max(_LEAST_SAMPLE, min(_SAMPLE, _SAMPLED_NODES // len(program.graph.nodes)))
+        sample = [everything, *_for_kernels(plan, prices, count)]
+        sample += _least_retained(plan, steps_between(model, prices, family), count // 4)
+        sample += [item.saved for item in _thinned(front.items, count // 4)]
         yield Frontier(self.name, tuple(_undominated(_fused(plan, ctx, realise, sample))))
 
     def _pinned(self, program: Program, model: StepModel) -> Iterable[NearMiss]:
@@ -176,13 +181,14 @@ def _point(model: StepModel, realise: Realiser, item: Snapshot) -> FrontierPoint
     )
 
 
-def _for_kernels(plan: Incremental, prices: Sequence[float]) -> list[frozenset[int]]:
-    """What may be worth handing over where all but library calls is computed in the kernel that reads it."""
+def _for_kernels(plan: Incremental, prices: Sequence[float], count: int) -> list[frozenset[int]]:
+    """About ``count`` sets that may be worth handing over where all but library calls is computed in the
+    kernel that reads it."""
     model = plan.model
     nodes = {node.name: node for node in model.program.graph.nodes}
     where = device_type(model.program)
     alone = [kind_of(nodes[name], where) is Kind.LIBRARY for name in model.operators]
-    by_price, by_byte = fused_seeds(model, prices, alone, _SAMPLE // 4)
+    by_price, by_byte = fused_seeds(model, prices, alone, count // 4)
     found = [*by_price, *by_byte]
     for saved in dict.fromkeys((*by_price, *by_byte)):
         _tried(plan, saved)
@@ -190,7 +196,7 @@ def _for_kernels(plan: Incremental, prices: Sequence[float]) -> list[frozenset[i
         if any(alone[i] for i in again):
             break
         found += kept_with(model, saved, again, alone)
-    found += _thinned(list(steps_between(model, prices, by_byte, 3)), _SAMPLE // 2)
+    found += _thinned(list(steps_between(model, prices, by_byte, 3)), count // 2)
     return list(dict.fromkeys(found))
 
 
