@@ -202,6 +202,9 @@ def main() -> None:
     if args.case:
         print("RESULT " + json.dumps(case(args.case, args)), flush=True)
         return
+    if not torch.cuda.is_available():
+        print("gpu_resnet1000 needs a CUDA device")
+        return
     environment = {**os.environ, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     begun, rows = time.monotonic(), []
     for name in args.cases:

@@ -87,8 +87,10 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def timed(step: Any, model: torch.nn.Module, static: int, steps: int) -> dict[str, Any]:
-    """Warm up, then median milliseconds and peak bytes of ``step``."""
+def timed(
+    step: Any, model: torch.nn.Module, static: int, steps: int, *, warm: int = 2
+) -> dict[str, Any]:
+    """One step that compiles and ``warm`` more, then median milliseconds and peak bytes of ``step``."""
     begun = time.perf_counter()
 
     def once() -> torch.Tensor:
@@ -102,7 +104,7 @@ def timed(step: Any, model: torch.nn.Module, static: int, steps: int) -> dict[st
     once()
     synchronize()
     first = time.perf_counter() - begun
-    for _ in range(2):
+    for _ in range(warm):
         once()
     synchronize()
     if device() == "cuda":
@@ -133,7 +135,7 @@ def prepared(shape: argparse.Namespace) -> tuple[torch.nn.Module, torch.Tensor, 
     return model, ids, static
 
 
-def peer(name: str, shape: argparse.Namespace) -> dict[str, Any]:
+def peer(name: str, shape: argparse.Namespace, *, warm: int = 2) -> dict[str, Any]:
     if name.startswith("liger"):
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
@@ -159,7 +161,7 @@ def peer(name: str, shape: argparse.Namespace) -> dict[str, Any]:
 
             functorch_config.activation_memory_budget = float(name.split("-")[1])
         step = torch.compile(step)
-    return {"mode": name, **timed(step, model, static, shape.steps)}
+    return {"mode": name, **timed(step, model, static, shape.steps, warm=warm)}
 
 
 def ours(shape: argparse.Namespace, report: Any) -> None:
@@ -250,6 +252,9 @@ def main() -> None:
         return
     if shape.one:
         print("RESULT " + json.dumps(peer(shape.one, shape)), flush=True)
+        return
+    if device() != "cuda":
+        print("gpu_train needs a CUDA device")
         return
     begun = time.perf_counter()
     rows: list[dict[str, Any]] = []
