@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import itertools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -553,8 +554,6 @@ def quiet_capture() -> Iterator[None]:
     the level that they begin with. How many models of one class were optimized before does not count:
     dynamo limits compilations by code object, so that the ninth budget tried on a model would be refused.
     """
-    import logging
-
     from torch._dynamo import config
 
     newer, older = "ignore_logging_functions", "ignore_logger_methods"
@@ -562,18 +561,24 @@ def quiet_capture() -> Iterator[None]:
     levels = ("debug", "info", "warning", "error", "exception", "critical")
     loggers = {method for key, method in vars(logging.Logger).items() if key.partition("_")[0] in levels}
     # What a model's operator refuses is raised, with its reason; torch also writes a traceback down.
+    # A filter, not a level: changing levels empties the cache of every logger, at each step.
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     settings: dict[str, Any] = {name: set(getattr(config, name)) | loggers}
     settings["accumulated_recompile_limit"] = max(config.accumulated_recompile_limit, _MANY)
     if not _ISOLATES:
         settings["recompile_limit"] = max(config.recompile_limit, _MANY)
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
+    silent = _Silent()
+    logger.addFilter(silent)
     try:
         with config.patch(settings):
             yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(silent)
+
+
+class _Silent(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return False
 
 
 _MANY = 1 << 16
@@ -838,6 +843,20 @@ def compile_with_inductor(
 def keeps_graph() -> bool:
     """Whether the backward that runs now was asked to keep the graph for another one."""
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def adds_to_gradient_of(leaf: torch.Tensor) -> bool:
+    """Whether the backward that runs now will add to ``leaf.grad``: not where it only returns gradients
+    (``torch.autograd.grad``), nor where its ``inputs`` leave the tensor out."""
+    with torch.enable_grad():
+        view = leaf.view_as(leaf)
+    assert view.grad_fn is not None
+    (accumulate,) = (node for node, _ in view.grad_fn.next_functions if node is not None)
+    try:
+        return bool(torch._C._will_engine_execute_node(accumulate))
+    except RuntimeError:
+        # What autograd says where the leaf is one of those whose gradients it returns.
+        return False
 
 
 def fake_attribute(node: fx.Node, mode: FakeTensorMode) -> Any:

@@ -17,6 +17,7 @@ from graphopt.emit import resolve_emitter
 from graphopt.emit.eager import EagerEmitter
 from graphopt.errors import InputsError, UnknownNameError
 from graphopt.explanation import MemoryExplanation
+from graphopt.hand_over import is_watched
 from graphopt.optimized import Optimized
 from graphopt.pareto_front import Pareto
 from graphopt.passes import Pass
@@ -190,6 +191,7 @@ def _uncaptured(
     }
     session.weight_bytes = _torch.storage_bytes([*model.parameters(), *model.buffers()])
     session.held_gradient_bytes = _torch.storage_bytes([p.grad for p in model.parameters()])
+    session.watched_gradients = any(map(is_watched, model.parameters()))
     driver = Driver(model, session, inputs=example, dynamic=dynamic_shapes, loss_fn=loss_fn)
     again = partial(
         _uncaptured,

@@ -18,6 +18,8 @@ device never holds more than the plan says.
 What runs again is the very same function. Inputs that a call writes (running statistics) are replaced by
 scratch memory the second time, which is right where its results do not depend on them
 (``writes_matter``); random numbers are drawn from the state of the first time.
+
+Gradients of parameters are added to ``.grad`` call by call (``hand_over``).
 """
 
 from __future__ import annotations
@@ -36,6 +38,7 @@ from graphopt import _torch
 from graphopt.capture.chain import Segmented
 from graphopt.chain_plan import Rerun, items
 from graphopt.errors import InputsError, LoweringError
+from graphopt.hand_over import handing_over
 from graphopt.host_memory import HostMemory, Moved
 
 __all__ = ["ChainRunner", "Layout"]
@@ -134,6 +137,10 @@ class ChainRunner:
         self.random = list(random) or [False] * len(chain.calls)
         self.moves, self.host = dict(moves or {}), host
         self._moving = sorted(self.moves)
+        made = {name for call in chain.calls for name in call.outs}
+        self._given = [
+            tuple(k for k, name in enumerate(call.args) if name not in made) for call in chain.calls
+        ]
         self._scratch: dict[tuple[Any, ...], torch.Tensor] = {}
 
     def __call__(self, arguments: list[Any]) -> Any:
@@ -204,6 +211,8 @@ class ChainRunner:
         if again:
             for position in self.written[number]:
                 passed[position] = self._stand_in(position, passed[position])
+        # The second time as well: what a call saves may depend on what its inputs are.
+        handing_over(passed, self._given[number])
         returned = self.functions[number](*passed)
         passed.clear()
         values.update(zip(call.outs, returned, strict=True))

@@ -260,8 +260,8 @@ class SegmentedStep:
 
     def _settle_gradients(self, kind: Captured, number: int) -> None:
         """What a segment's backward leaves behind: gradients of activations go to the segment
-        before; where gradients are held already, a parameter's is added to them, unless an
-        earlier segment reads the parameter too and autograd waits for its share."""
+        before; where gradients are held already, a parameter's is added to them, unless hooks
+        wait for it, an earlier segment reads the parameter too, and autograd waits for its share."""
         if kind.joint is None or kind.frontier is None or kind.reference is None:
             return
         left = max(
@@ -315,11 +315,11 @@ class SegmentedStep:
         segment = self.chain.segments[call.segment]
         earlier = {arg for before in self.chain.calls[:index] for arg in before.args}
         made = {out for before in self.chain.calls[:index] for out in before.outs}
-        held = bool(self.session.held_gradient_bytes)
+        held, watched = bool(self.session.held_gradient_bytes), self.session.watched_gradients
         step = self.session.cost.device.allocation_granularity
         total = 0
         for arg, example, trained in zip(call.args, segment.example_inputs(), segment.trained, strict=True):
-            if trained and arg not in made and (not held or arg in earlier):
+            if trained and arg not in made and (not held or (watched and arg in earlier)):
                 size = _torch.hint(example.numel() * example.element_size())
                 total += -(-size // step) * step
         return total

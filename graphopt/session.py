@@ -76,7 +76,8 @@ class Session:
     ``observer`` watches those provisional runs: by what it saw (``see``) the plan is exact; without it
     what graphs hand on counts as held. ``arguments`` are the call's inputs while it lasts.
     ``held_gradient_bytes`` is what gradients took when the model was handed over: they are there
-    throughout, and a step's own are added to them and go. ``dry_run``: plan, compile no code.
+    throughout, and a step's own are added to them and go, unless hooks wait for them
+    (``watched_gradients``). ``dry_run``: plan, compile no code.
     ``chain``: the present programs as calls that hand values to each other, where they are;
     ``reruns``: rows of them that the plan runs again.
     """
@@ -106,6 +107,7 @@ class Session:
     diagnostics: list[str] = field(default_factory=list)
     differentiated: set[str] = field(default_factory=set)
     held_gradient_bytes: int = 0
+    watched_gradients: bool = False
     trains: bool = False
     dry_run: bool = False
     planning_seconds: float = 0.0

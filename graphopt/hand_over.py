@@ -1,0 +1,107 @@
+"""Add gradients of parameters to what they are added to as soon as a call's backward has made them.
+
+Autograd adds the gradients of one tensor up before it hands them over. Where two calls of a chain read one
+parameter, as a tied embedding and head do, the share of the later call waits, in memory of its own, until
+the backward of the earlier one has run::
+
+    without:  head's backward -> 501 MiB wait for the whole backward -> embedding's backward -> added to .grad
+    with:     head's backward -> added to .grad ...                  -> embedding's backward -> added to .grad
+
+Each call reads its parameters through ``handing_over``, whose backward adds all of the call's gradients in
+one go of ``torch._foreach_add_`` and hands nothing on. Sums are made in another order where ``.grad`` is
+not zero: ``(held + late) + early`` instead of ``held + (late + early)``.
+
+Only where nobody could tell otherwise: ``.grad`` is there already and looks like its parameter, the backward
+that runs would add to it (not ``torch.autograd.grad``, no ``inputs=`` without the parameter), no graph of the
+backward is asked for, and no hook of the tensor waits for the gradient. Everything else goes autograd's way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from graphopt import _torch
+
+__all__ = ["handing_over", "is_watched"]
+
+
+def is_watched(parameter: torch.Tensor) -> bool:
+    """Whether hooks of the tensor wait for its gradient."""
+    return bool(parameter._backward_hooks) or bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
+
+
+def handing_over(values: list[Any], positions: Sequence[int]) -> list[Any]:
+    """``values`` with the leaves among ``positions`` that are trained replaced by views, through which their
+    gradients go straight to ``.grad`` where that may be. The list is changed in place and returned."""
+    leaves = [k for k in positions if _is_plain_leaf(values[k])]
+    if leaves and torch.is_grad_enabled():
+        views = _HandOver.apply(*(values[k] for k in leaves))  # type: ignore[no-untyped-call]
+        for k, view in zip(leaves, views, strict=True):
+            values[k] = view
+    return values
+
+
+def _is_plain_leaf(value: Any) -> bool:
+    return (
+        type(value) in (torch.Tensor, torch.nn.Parameter)
+        and value.is_leaf
+        and value.requires_grad
+        and value.layout == torch.strided
+    )
+
+
+class _HandOver(torch.autograd.Function):
+    """Views of leaves; the backward adds to their ``.grad`` what it may and hands on the rest."""
+
+    @staticmethod
+    def forward(ctx: Any, *leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.leaves = leaves
+        ctx.stream = _stream_of(leaves[0])
+        ctx.set_materialize_grads(False)
+        return tuple(leaf.view_as(leaf) for leaf in leaves)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        into: list[torch.Tensor] = []
+        added: list[torch.Tensor] = []
+        left: list[torch.Tensor | None] = []
+        for leaf, gradient in zip(ctx.leaves, gradients, strict=True):
+            if gradient is not None and _may_add(leaf, gradient):
+                into.append(leaf.grad)
+                added.append(gradient)
+                left.append(None)
+            else:
+                left.append(gradient)
+        if into:
+            torch._foreach_add_(into, added)
+            if ctx.stream is not None:
+                _torch.after_backward(lambda: _wait_for(ctx.stream))
+        return tuple(left)
+
+
+def _may_add(leaf: torch.Tensor, gradient: torch.Tensor) -> bool:
+    held = leaf.grad
+    return (
+        type(held) is torch.Tensor
+        and type(gradient) is torch.Tensor
+        and not torch.is_grad_enabled()
+        and not held.requires_grad
+        and (held.shape, held.dtype, held.device) == (gradient.shape, gradient.dtype, gradient.device)
+        and held.layout == gradient.layout == torch.strided
+        and not is_watched(leaf)
+        and _torch.adds_to_gradient_of(leaf)
+    )
+
+
+def _stream_of(leaf: torch.Tensor) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(leaf.device) if leaf.device.type == "cuda" else None
+
+
+def _wait_for(stream: torch.cuda.Stream) -> None:
+    """Who called the backward finds the gradients added, as autograd would have it."""
+    here = torch.cuda.current_stream(stream.device)
+    if here != stream:
+        here.wait_stream(stream)
