@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -9,8 +10,10 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as attention
 
 from graphopt.candidate import Candidate, NearMiss
+from graphopt.capture.aliasing import alias_map
 from graphopt.program import Program
 from graphopt_passes.causal_attention import CausalAttention
+from graphopt_passes.mask_proof import proven
 from tests.programs import context, semantic
 
 Mask = Callable[[torch.Tensor], torch.Tensor]
@@ -76,6 +79,82 @@ def test_other_masks_stay_with_a_reason(mask: Mask, reason: str) -> None:
     assert [f.reason.text for f in found if isinstance(f, NearMiss)] == [reason]
     assert not any(isinstance(f, Candidate) for f in found)
     assert program.fingerprint == before
+
+
+LENGTH = 2**17
+
+
+def _compared(q: torch.Tensor, compare: Mask) -> torch.Tensor:
+    """A mask of 2^34 elements, which is never made."""
+    return attention(q, q, q, compare(torch.arange(q.shape[2], device=q.device)))
+
+
+def _documents(at: int) -> Mask:
+    def mask(rows: torch.Tensor) -> torch.Tensor:
+        document = (rows >= at).cumsum(0).clamp(max=1)
+        return (rows[None, :] <= rows[:, None]) & (document[:, None] == document[None, :])
+
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (lambda rows: rows[None, :] <= rows[:, None], "(None, 0.0, True)"),
+        (lambda rows: rows[None, :] < rows[:, None] + 1, "(None, 0.0, True)"),
+        (lambda rows: rows[:, None] >= rows[None, :], "(None, 0.0, True)"),
+        (lambda rows: rows[:, None] + 1 > rows[None, :], "(None, 0.0, True)"),
+        (lambda rows: -rows[:, None] <= -rows[None, :], "(None, 0.0, True)"),
+        (_documents(LENGTH), "(None, 0.0, True)"),
+        (lambda rows: rows[None, :] <= 0 * rows[:, None] + LENGTH, "(None, 0.0, False)"),
+    ],
+)
+def test_masks_of_any_size_are_known_by_their_positions(mask: Mask, expected: str) -> None:
+    query = torch.empty(1, 1, LENGTH, 4, device="meta")
+    program = semantic(lambda q: _compared(q, mask), query)
+    assert apply_all(program) == [expected]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        lambda rows: rows[None, :] < rows[:, None],
+        lambda rows: rows[None, :] <= rows[:, None] + 1,
+        lambda rows: rows[None, :] >= rows[:, None],
+        lambda rows: rows[None, :] <= rows.flip(0)[:, None],
+        lambda rows: (rows[None, :] <= rows[:, None]) & (rows[:, None] - rows[None, :] < 3),
+        _documents(LENGTH - 1),
+        _documents(1),
+    ],
+)
+def test_other_masks_of_any_size_stay(mask: Mask) -> None:
+    query = torch.empty(1, 1, LENGTH, 4, device="meta")
+    program = semantic(lambda q: _compared(q, mask), query)
+    (missed,) = CausalAttention().propose(program, context())
+    assert isinstance(missed, NearMiss)
+    assert missed.reason.text == f"the mask has {2**34} elements, more than {2**28}"
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_what_is_proven_of_a_mask_is_so(seed: int) -> None:
+    chosen = random.Random(seed)
+    keys, queries = (sorted(chosen.choices(range(6), k=chosen.randint(2, 5))) for _ in range(2))
+    if chosen.random() < 0.5:
+        keys, queries = (list(range(chosen.randint(2, 5))) for _ in range(2))
+    compare = chosen.choice([torch.le, torch.lt, torch.ge, torch.gt, torch.eq])
+    turned = chosen.random() < 0.5
+
+    def masked() -> torch.Tensor:
+        k, q = torch.tensor(keys)[None, :], torch.tensor(queries)[:, None]
+        return compare(q, k) if turned else compare(k, q)
+
+    made = masked()
+    program = semantic(lambda x: (x, masked()), torch.ones(1))
+    output = next(n for n in reversed(program.graph.nodes) if n.op == "output")
+    verdict = proven(output.args[0][-1], alias_map(program.graph))
+    triangle = torch.ones(made.shape, dtype=torch.bool).tril()
+    expected = "empty" if bool(made.all()) else "causal" if torch.equal(made, triangle) else ""
+    assert verdict == expected
 
 
 def test_masks_of_unknown_size_stay() -> None:

@@ -10,9 +10,10 @@ After::
     %31 = aten.scaled_dot_product_attention(%q, %k, %v, None, 0.0, True)
 
 Whole models captured in one graph build their masks inside it, from sizes alone. Such a mask is a
-constant: its subgraph is evaluated here, on the CPU, and compared element by element with the
-triangle that ``is_causal`` stands for. Nothing is concluded from its pattern. Kernels that know the
-mask skip the half of the work that it hides and never read it (Dao et al. 2022).
+constant. Comparisons of positions are decided by their vectors, whatever the size of the mask
+(``mask_proof``); other masks are evaluated here, on the CPU, and compared element by element with the
+triangle that ``is_causal`` stands for. Kernels that know the mask skip the half of the work that it
+hides and never read it (Dao et al. 2022).
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from graphopt.edit import Edit
 from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.program import Level, Program
 from graphopt_passes.constant_values import constant_value
+from graphopt_passes.mask_proof import proven
 
 __all__ = ["CausalAttention"]
 
@@ -74,6 +76,8 @@ def _verdict(mask: fx.Node, aliases: Aliases) -> str | Reason:
     value = mask.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.dim() < 2:
         return Reason("the mask is not a matrix", (mask.name,))
+    if verdict := proven(mask, aliases):
+        return verdict
     found = constant_value(mask, "the mask", aliases)
     if isinstance(found, Reason):
         return found
