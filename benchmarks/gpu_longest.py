@@ -2,17 +2,22 @@
 
     python benchmarks/gpu_longest.py --out benchmarks/results/gpu_longest.json
 
-The Llama-3.2-1B-shaped model and the peers of ``gpu_train.py``, batch 1, gradients held, one step after one
-that compiles. The allocator is held to the cap in each process. Lengths are found in steps of 1,024 tokens:
-two short ones give the bytes of a token, the length that these predict is tried, and up to three
-shorter ones by 3 % each where it does not fit. graphopt's are predicted by its planner, without a step. At
-the end graphopt runs at the longest length of ``liger-ckpt``, to compare tokens per second.
+The Llama-3.2-1B-shaped model and the peers of ``gpu_train.py``, batch 1, gradients held. In each process the
+allocator is held to the cap and grows its segments. A peer runs at two short lengths, which give the bytes
+of a token; the length that these predict is tried, and up to three shorter ones, by 3 % each, or by 10 %
+where bytes grow faster than the length. graphopt then runs at the longest length of ``liger-ckpt``, to
+compare tokens per second, and at ``--factor`` times that.
+
+One step is timed, after a step on 1,024 tokens for peers that compile nothing; for the others its
+kernels' compilation is part of it, but not that of ``graphopt.optimize``, which is reported apart.
+``--resume`` keeps the rows of an earlier run.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -26,7 +31,11 @@ import torch
 from graphopt.atomic import write_atomically
 
 GIB, STEP = 2**30, 1024
-PEERS = ("compile", "liger-ckpt")
+PEERS = {"compile": (8192, 0.9), "liger-ckpt": (65536, 0.97)}
+"""The first of two short lengths, the second is twice that, and by what a length shrinks that does not fit."""
+
+ROOM = 0.98
+"""Share of the cap that graphopt is given as its budget: the cap holds for what the allocator reserves."""
 
 
 def shaped(options: argparse.Namespace, length: int) -> argparse.Namespace:
@@ -40,43 +49,57 @@ def run(mode: str, options: argparse.Namespace, length: int) -> dict[str, Any]:
     if gpu_train.device() == "cuda":
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, cap / total))
-    shape = shaped(options, length)
     row: dict[str, Any] = {"mode": mode, "tokens": length}
     try:
-        if mode == "graphopt":
-            row |= ours(shape, cap)
-        else:
-            row |= gpu_train.peer(mode, shape, warm=0)
-    except torch.OutOfMemoryError:
-        return row | {"fits": False}
-    return row | {"mode": mode, "fits": True, "tokens_per_second": round(1e3 * length / row["ms"], 1)}
+        row |= ours(shaped(options, length), cap) if mode == "graphopt" else theirs(mode, options, length)
+    except torch.OutOfMemoryError as error:
+        return row | {"fits": False, "why": str(error).splitlines()[0][:200]}
+    return row | {"fits": True, "tokens_per_second": round(1e3 * length / row["ms"], 1)}
+
+
+def theirs(mode: str, options: argparse.Namespace, length: int) -> dict[str, Any]:
+    shape = shaped(options, length)
+    model, ids, _, step = gpu_train.peer_step(mode, shape)
+    if mode != "compile":
+        one_step(lambda: step(ids[:, :STEP]), model)
+    return one_step(lambda: step(ids), model)
 
 
 def ours(shape: argparse.Namespace, cap: int) -> dict[str, Any]:
     import graphopt
 
-    model, ids, static = gpu_train.prepared(shape)
+    model, ids, _ = gpu_train.prepared(shape)
     whole = gpu_train.LossOnly(model).train()
     inputs = {"input_ids": ids, "labels": ids}
     begun = time.perf_counter()
     try:
-        fast = graphopt.optimize(whole, inputs, budget=cap, emit="inductor", on_error="raise")
+        fast = graphopt.optimize(whole, inputs, budget=int(ROOM * cap), emit="inductor", on_error="raise")
     except graphopt.BudgetError as error:
         raise torch.OutOfMemoryError(f"{error.least_bytes} bytes at least") from error
     taken = time.perf_counter() - begun
-    row = gpu_train.timed(lambda: fast(**inputs), model, static, 1, warm=0)
-    predicted = fast.plan.predicted.peak_bytes
-    return row | {"optimize_s": round(taken, 1), "predicted_mib": round(predicted / 2**20, 1)}
+    row = one_step(lambda: fast(**inputs), model)
+    predicted = fast.plan.predicted
+    return row | {
+        "optimize_s": round(taken, 1),
+        "plan_s": round(fast.plan.seconds_to_plan, 1),
+        "predicted_mib": round(predicted.peak_bytes / 2**20, 1),
+        "predicted_ms": round((predicted.seconds or 0.0) * 1e3, 1),
+        "points": sorted({f"{c.label} {c.alternative}".strip() for c in fast.plan.choices}),
+        "reruns": [str(row) for row in fast.plan.reruns],
+    }
 
 
-def least(options: argparse.Namespace, length: int) -> int:
-    """Bytes of the least peak that graphopt's planner finds at a length."""
-    import graphopt
-
-    model, ids, _ = gpu_train.prepared(shaped(options, length))
-    inputs = {"input_ids": ids, "labels": ids}
-    curve = graphopt.pareto(gpu_train.LossOnly(model).train(), inputs, emit="inductor")
-    return int(min(point.peak_bytes for point in curve.points))
+def one_step(step: Any, model: torch.nn.Module) -> dict[str, Any]:
+    gpu_train.synchronize()
+    if gpu_train.device() == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    begun = time.perf_counter()
+    loss = step()
+    loss.backward()
+    gpu_train.synchronize()
+    taken = time.perf_counter() - begun
+    peak = torch.cuda.max_memory_allocated() if gpu_train.device() == "cuda" else 0
+    return {"ms": round(1e3 * taken, 1), "whole_mib": round(peak / 2**20, 1), "loss": round(float(loss), 4)}
 
 
 def reach(cap: float, lengths: tuple[int, int], peaks: tuple[float, float]) -> int:
@@ -86,29 +109,30 @@ def reach(cap: float, lengths: tuple[int, int], peaks: tuple[float, float]) -> i
 
 
 def longest(mode: str, options: argparse.Namespace, rows: list[dict[str, Any]]) -> int:
-    """Find and run the longest sequence of ``mode``; its rows are added to ``rows``."""
-    cap, lengths = options.gib * GIB, (options.short, 2 * options.short)
-    if mode == "graphopt":
-        peaks = tuple(float(child(options, "--least", str(length))["bytes"]) for length in lengths)
-    else:
-        short = [child(options, "--one", mode, "--length", str(length)) for length in lengths]
-        rows += short
-        peaks = tuple(float(row["whole_bytes"]) for row in short)
-    length = reach(cap, lengths, (peaks[0], peaks[1]))
+    """Find and run the longest sequence of a peer; its rows are added to ``rows``."""
+    first, shrink = PEERS[mode]
+    lengths = (first, 2 * first)
+    short = [child(options, mode, length) for length in lengths]
+    rows += short
+    length = reach(options.gib * GIB, lengths, (short[0]["whole_mib"] * 2**20, short[1]["whole_mib"] * 2**20))
     for _ in range(4):
-        row = child(options, "--one", mode, "--length", str(length))
+        row = child(options, mode, length)
         rows.append(row)
         if row["fits"]:
             return length
-        length = int(length * 0.97) // STEP * STEP
+        length = int(length * shrink) // STEP * STEP
     return 0
 
 
-def child(options: argparse.Namespace, *what: str) -> dict[str, Any]:
-    sizes = [f"--{name}={getattr(options, name)}" for name in ("hidden", "layers", "vocab", "gib", "short")]
-    command = [sys.executable, "-W", "ignore", __file__, *sizes, *what]
-    out = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
-    found: dict[str, Any] = json.loads(next(x for x in out.splitlines() if x.startswith("RESULT "))[7:])
+def child(options: argparse.Namespace, mode: str, length: int) -> dict[str, Any]:
+    sizes = [f"--{name}={getattr(options, name)}" for name in ("hidden", "layers", "vocab", "gib")]
+    command = [sys.executable, "-W", "ignore", __file__, *sizes, "--one", mode, "--length", str(length)]
+    settings = os.environ | {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=settings)
+    results = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not results:
+        raise SystemExit(f"{mode} at {length} tokens ended with status {done.returncode} and no result")
+    found: dict[str, Any] = json.loads(results[0][7:])
     print(json.dumps(found), flush=True)
     return found
 
@@ -117,31 +141,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", default="benchmarks/results/gpu_longest.json")
     parser.add_argument("--one")
-    parser.add_argument("--least", type=int, default=0)
     parser.add_argument("--length", type=int, default=0)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--gib", type=float, default=64.0, help="the cap")
-    parser.add_argument("--short", type=int, default=8192, help="the first of the two short lengths")
-    parser.add_argument("--modes", default=",".join((*PEERS, "graphopt")))
+    parser.add_argument("--peers", default=",".join(PEERS))
+    parser.add_argument("--factors", default="1,1.5", help="of liger-ckpt's longest, for graphopt")
+    parser.add_argument("--resume", help="results of an earlier run, whose rows are kept")
     options = parser.parse_args()
-    if options.least:
-        print("RESULT " + json.dumps({"bytes": least(options, options.least)}), flush=True)
-        return
     if options.one:
         print("RESULT " + json.dumps(run(options.one, options, options.length)), flush=True)
         return
     if not torch.cuda.is_available():
         print("gpu_longest needs a CUDA device")
         return
-    rows: list[dict[str, Any]] = []
-    found: dict[str, int] = {}
-    for mode in options.modes.split(","):
+    known = json.loads(Path(options.resume).read_text()) if options.resume else {}
+    rows: list[dict[str, Any]] = known.get("rows", [])
+    found: dict[str, int] = known.get("longest", {})
+    for mode in filter(None, options.peers.split(",")):
         found[mode] = longest(mode, options, rows)
         save(options, rows, found)
-    if "graphopt" in found and found.get("liger-ckpt"):
-        rows.append(child(options, "--one", "graphopt", "--length", str(found["liger-ckpt"])))
+    for factor in map(float, filter(None, options.factors.split(","))):
+        length = -int(-factor * found["liger-ckpt"] // STEP) * STEP
+        row = child(options, "graphopt", length)
+        rows.append(row)
+        if row["fits"]:
+            found["graphopt"] = max(found.get("graphopt", 0), length)
         save(options, rows, found)
 
 

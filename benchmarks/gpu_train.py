@@ -87,10 +87,8 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def timed(
-    step: Any, model: torch.nn.Module, static: int, steps: int, *, warm: int = 2
-) -> dict[str, Any]:
-    """One step that compiles and ``warm`` more, then median milliseconds and peak bytes of ``step``."""
+def timed(step: Any, model: torch.nn.Module, static: int, steps: int) -> dict[str, Any]:
+    """One step that compiles and two more, then median milliseconds and peak bytes of ``step``."""
     begun = time.perf_counter()
 
     def once() -> torch.Tensor:
@@ -104,7 +102,7 @@ def timed(
     once()
     synchronize()
     first = time.perf_counter() - begun
-    for _ in range(warm):
+    for _ in range(2):
         once()
     synchronize()
     if device() == "cuda":
@@ -135,7 +133,13 @@ def prepared(shape: argparse.Namespace) -> tuple[torch.nn.Module, torch.Tensor, 
     return model, ids, static
 
 
-def peer(name: str, shape: argparse.Namespace, *, warm: int = 2) -> dict[str, Any]:
+def peer(name: str, shape: argparse.Namespace) -> dict[str, Any]:
+    model, ids, static, step = peer_step(name, shape)
+    return {"mode": name, **timed(lambda: step(ids), model, static, shape.steps)}
+
+
+def peer_step(name: str, shape: argparse.Namespace) -> tuple[torch.nn.Module, torch.Tensor, int, Any]:
+    """A peer's model, tokens, bytes of weights and gradients, and its loss as a function of tokens."""
     if name.startswith("liger"):
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
@@ -143,7 +147,7 @@ def peer(name: str, shape: argparse.Namespace, *, warm: int = 2) -> dict[str, An
     model, ids, static = prepared(shape)
     if name.endswith("ckpt"):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    step: Any = lambda: model(input_ids=ids, labels=ids).loss  # noqa: E731
+    step: Any = lambda ids: model(input_ids=ids, labels=ids).loss  # noqa: E731
     if name.startswith("blocks"):
         for layer in model.model.layers:
             layer.compile(fullgraph=True)
@@ -154,14 +158,14 @@ def peer(name: str, shape: argparse.Namespace, *, warm: int = 2) -> dict[str, An
             return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten())
 
         compiled = torch.compile(head)
-        step = lambda: compiled(model.model(input_ids=ids).last_hidden_state, model.lm_head.weight, ids)  # noqa: E731
+        step = lambda ids: compiled(model.model(input_ids=ids).last_hidden_state, model.lm_head.weight, ids)  # noqa: E731
     elif name.startswith("compile"):
         if "-" in name:
             import torch._functorch.config as functorch_config
 
             functorch_config.activation_memory_budget = float(name.split("-")[1])
         step = torch.compile(step)
-    return {"mode": name, **timed(step, model, static, shape.steps, warm=warm)}
+    return model, ids, static, step
 
 
 def ours(shape: argparse.Namespace, report: Any) -> None:
