@@ -32,8 +32,7 @@ from graphopt.atomic import write_atomically
 
 GIB, STEP = 2**30, 1024
 PEERS = {"compile": (8192, 0.9), "liger-ckpt": (65536, 0.97)}
-"""The first of two short lengths, the second is twice that, and by what a length shrinks that does not fit."""
-
+"""The first of two short lengths, the second is twice that, and what shrinks a length that does not fit."""
 ROOM = 0.98
 """Share of the cap that graphopt is given as its budget: the cap holds for what the allocator reserves."""
 
