@@ -355,6 +355,27 @@ def backward_order(record: dict[str, Any]) -> str:
     )
 
 
+def tiled_convolutions(record: dict[str, Any]) -> str:
+    cells = [
+        (
+            row["model"], f"{row['size']}²", f"{row['peak'] / 2**20:.1f}", f"{row['least'] / 2**20:.1f}",
+            f"{row['predicted'] / 2**20:.1f}", number(row["ratio"]), number(row["time_ratio"]),
+            f"`{row['alternative']}`", f"{row['least_deviation']:.0e} ({row['deviation']:.0e})",
+        )
+        for row in good(record)
+    ]  # fmt: skip
+    summary = record["summary"]
+    means = number(summary["ratio"]), number(summary["time_ratio"])
+    cells.append(("geometric mean", "", "", "", "", *means, "", ""))
+    head = ("model", "image", "peak as it is, MiB", "least, MiB", "predicted", "ratio", "time ratio",
+            "what is taken", "deviation (as it is)")  # fmt: skip
+    return (
+        "## Inference in tiles\n\n"
+        "Batch 1, float32, op by op on the CPU; activations without weights and input. The plan with the "
+        "least peak, against the model as it is.\n\n" + table(head, cells)
+    )
+
+
 def gpu_longest(record: dict[str, Any]) -> str:
     cells = []
     for row in record["rows"]:
@@ -434,6 +455,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "compress_saved": compress_saved,
     "chunked_frontier": chunked_frontier,
     "backward_order": backward_order,
+    "tiled_convolutions": tiled_convolutions,
 }
 
 

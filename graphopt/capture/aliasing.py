@@ -44,9 +44,23 @@ def written_inputs(node: fx.Node, *, statistics: bool = True) -> tuple[fx.Node, 
     if node.op != "call_function":
         return ()
     nodes = []
-    for index, name in _written_arguments(node.target, statistics):
+    for index, name in _written_arguments(node.target, statistics and not _keeps_statistics(node)):
         nodes += _nodes_in(_argument(node, index, name))
     return tuple(nodes)
+
+
+def _keeps_statistics(node: fx.Node) -> bool:
+    """Whether a norm was told to read running statistics only."""
+    switch = _statistics_switch(node.target)
+    return switch is not None and _argument(node, *switch) is False
+
+
+@functools.cache
+def _statistics_switch(target: Any) -> tuple[int, str] | None:
+    schema = _torch.schema_of(target)
+    arguments = [] if schema is None else schema.arguments
+    names = ("training", "use_input_stats")
+    return next(((k, argument.name) for k, argument in enumerate(arguments) if argument.name in names), None)
 
 
 @functools.cache

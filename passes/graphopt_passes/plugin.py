@@ -21,12 +21,14 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.compress_saved:CompressSaved",
         "graphopt_passes.compress_saved.lossy:QuantizeSaved",
         "graphopt_passes.fuse_attention:FuseAttention",
+        "graphopt_passes.functionalize:Functionalize",
         "graphopt_passes.grouped_attention:GroupedAttention",
         "graphopt_passes.insert_checkpoints:InsertCheckpoints",
         "graphopt_passes.linear_cross_entropy:LinearCrossEntropy",
         "graphopt_passes.normalize:Normalize",
         "graphopt_passes.offload:Offload",
         "graphopt_passes.order_backward:OrderBackward",
+        "graphopt_passes.tile_convolutions:TileConvolutions",
     ]
 
 

@@ -8,8 +8,9 @@ attention to the next, or all layers of a network along the batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.fx as fx
@@ -21,9 +22,12 @@ from graphopt.order import has_effect
 from graphopt.program import Program, tensor_leaves
 from graphopt_passes.chunk.rows import follow, is_view, shape_of
 
-__all__ = ["AXES", "Place", "Region", "regions"]
+__all__ = ["AXES", "Place", "Region", "Through", "bytes_of", "grow", "regions"]
 
 AXES = ("batch", "positions")
+
+Through: TypeAlias = Callable[[fx.Node, Mapping[fx.Node, int]], dict[fx.Node, int] | Reason]
+"""Which dimensions become known if a node is passed that reads values that are cut, or why it is not."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def regions(program: Program, line: Line, axis: str) -> Iterator[Region]:
             continue
         shape = shape_of(seed)
         dims = (0,) if axis == "batch" else range(1, len(shape) - 1)
-        grown = [_grow(line, seed, dim, claimed) for dim in dims if shape[dim] > 1]
+        grown = [grow(line, seed, dim, claimed, _even(shape[dim])) for dim in dims if shape[dim] > 1]
         best = max(grown, key=lambda region: region.inner_bytes, default=None)
         if best is not None and best.nodes:
             claimed.update(best.nodes)
@@ -138,8 +142,22 @@ def _is_cuttable(node: fx.Node) -> bool:
     )
 
 
-def _grow(line: Line, seed: fx.Node, dim: int, claimed: set[fx.Node]) -> Region:
-    extent = shape_of(seed)[dim]
+def _even(extent: int) -> Through:
+    """Operators that treat ``extent`` groups apart."""
+
+    def through(node: fx.Node, cuts: Mapping[fx.Node, int]) -> dict[fx.Node, int] | Reason:
+        found = follow(node, cuts, extent)
+        if isinstance(found, Reason):
+            return found
+        if any(shape_of(other)[dim] % extent for other, dim in found.sliced.items()):
+            return Reason("its operands are of other sizes", (node.name,))
+        return {**found.sliced, node: found.dim}
+
+    return through
+
+
+def grow(line: Line, seed: fx.Node, dim: int, claimed: Set[fx.Node], through: Through) -> Region:
+    """The region behind a value that is cut along ``dim``, without the nodes ``claimed`` by others."""
     cuts = {seed: dim}
     inside: list[fx.Node] = []
     left: set[fx.Node] = set()
@@ -155,7 +173,7 @@ def _grow(line: Line, seed: fx.Node, dim: int, claimed: set[fx.Node]) -> Region:
             left.add(node)
             continue
         state = line.ambient.states[position].key
-        found = _joins(line, node, cuts, extent, claimed)
+        found = _joins(line, node, cuts, claimed, through)
         if isinstance(found, dict) and ambient not in (None, state):
             found = Reason("autocast or gradients are switched before it", (node.name,))
         if isinstance(found, Reason):
@@ -165,18 +183,18 @@ def _grow(line: Line, seed: fx.Node, dim: int, claimed: set[fx.Node]) -> Region:
         ambient = state
         cuts.update(found)
         inside.append(node)
-    return _trimmed(inside, cuts, extent, tuple(stops))
+    return _trimmed(inside, cuts, shape_of(seed)[dim], tuple(stops))
 
 
 def _joins(
-    line: Line, node: fx.Node, cuts: Mapping[fx.Node, int], extent: int, claimed: set[fx.Node]
+    line: Line, node: fx.Node, cuts: Mapping[fx.Node, int], claimed: Set[fx.Node], through: Through
 ) -> dict[fx.Node, int] | Reason:
     """The dimensions that become known if ``node`` belongs to the region, or why it does not."""
     if node in claimed:
         return Reason("it belongs to another region", (node.name,))
     if not all(type(size) is int for size in shape_of(node)):
         return Reason("its sizes are known at run time only", (node.name,))
-    found = follow(node, cuts, extent)
+    found = through(node, cuts)
     if isinstance(found, Reason):
         return found
     roots = {root for ref in (node, *node.all_input_nodes) for root in line.aliases.roots[ref]}
@@ -184,9 +202,7 @@ def _joins(
         return Reason("its memory is written in place", (node.name,))
     if has_effect(node) and torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return Reason("it has an effect", (node.name,))
-    if any(shape_of(other)[dim] % extent for other, dim in found.sliced.items()):
-        return Reason("its operands are of other sizes", (node.name,))
-    return {**found.sliced, node: found.dim}
+    return found
 
 
 def _trimmed(

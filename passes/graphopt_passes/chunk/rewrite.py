@@ -28,10 +28,10 @@ from graphopt.edit import Edit
 from graphopt_passes.chunk.region import Region
 from graphopt_passes.chunk.rows import shape_of
 
-__all__ = ["groups", "unroll"]
+__all__ = ["SIZED", "groups", "unroll"]
 
 _aten = torch.ops.aten
-_SIZED = {
+SIZED = {
     _aten.view.default: _aten.view.default,
     _aten.reshape.default: _aten.reshape.default,
     _aten._unsafe_view.default: _aten.reshape.default,
@@ -82,11 +82,11 @@ def _call(
     node: fx.Node, region: Region, copies: Mapping[fx.Node, fx.Node], part: int
 ) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
     """The call of ``node`` for one slice of ``part`` groups."""
-    if node.target in _SIZED:
+    if node.target in SIZED:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         dim, sizes = region.cuts[node], list(shape_of(node))
         sizes[dim] = sizes[dim] // region.extent * part
-        return _SIZED[node.target], (copies.get(source, source), sizes), {}
+        return SIZED[node.target], (copies.get(source, source), sizes), {}
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda ref: copies.get(ref, ref))
     return node.target, args, kwargs
