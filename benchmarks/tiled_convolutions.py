@@ -24,6 +24,7 @@ SIZES = {"mobilenet-v2": 448, "resnet-50": 512, "efficientnet-b0": 448, "convnex
 REPEATS = 5
 
 
+@torch.no_grad()
 def build(name: str, size: int) -> torch.nn.Module:
     import transformers as tr
 
@@ -38,7 +39,13 @@ def build(name: str, size: int) -> torch.nn.Module:
         "convnext-tiny": lambda: tr.ConvNextForImageClassification(tr.ConvNextConfig()),
     }
     torch.manual_seed(0)
-    return makers[name]().eval()
+    model = makers[name]().train()
+    # Random weights behind norms that know nothing of them would let the image fade to zeros.
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.0
+    model(pixel_values=torch.randn(2, 3, size, size))
+    return model.eval()
 
 
 @torch.no_grad()
