@@ -65,6 +65,9 @@ class _HandOver(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        if torch.compiler.is_compiling():
+            # Compiled autograd traces the backward: what it adds to is not there yet.
+            return gradients
         into: list[torch.Tensor] = []
         added: list[torch.Tensor] = []
         left: list[torch.Tensor | None] = []
