@@ -209,6 +209,13 @@ def test_what_is_not_offered_is_reported(
     assert missed == ([reason] if reason else [])
 
 
+def test_what_has_no_rows_is_left_alone() -> None:
+    def padded(x: torch.Tensor) -> torch.Tensor:
+        return F.pad(x, (0, 1), value=-100).sum() + F.max_pool1d(x, 3).sum()
+
+    assert proposals(padded, torch.randn(8, 4096))[1:] == ([], [])
+
+
 def test_no_more_is_computed_again_than_is_allowed() -> None:
     _, free, _ = proposals(Stem().eval(), IMAGE, again=10.0, tiles=(16,))
     _, none, missed = proposals(Stem().eval(), IMAGE, again=0.0, tiles=(16,))

@@ -29,7 +29,7 @@ import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.candidate import Candidate, CostDelta, NearMiss, Reason
-from graphopt.capture.aliasing import Aliases, written_inputs
+from graphopt.capture.aliasing import Aliases, alias_map, written_inputs
 from graphopt.capture.structure import Line, line_of
 from graphopt.edit import Edit
 from graphopt.passes import Pass, PassContext, Proposal
@@ -48,9 +48,13 @@ class Functionalize(Pass):
     after: ClassVar[dict[str, str]] = {"normalize": "views that change nothing hide who owns the memory"}
 
     def propose(self, program: Program, ctx: PassContext) -> Iterable[Proposal]:
+        aliases = alias_map(program.graph)
+        made = [node for node in aliases.written if node.op == "call_function"]
+        if not made:
+            return
         line = line_of(program.graph)
-        for root in line.nodes:
-            if root not in line.aliases.written or line.aliases.roots[root] != {root}:
+        for root in sorted(made, key=lambda node: line.position.get(node, -1)):
+            if root not in line.position or aliases.roots[root] != {root}:
                 continue
             writes = [node for node in line.nodes if root in _written(node, line.aliases)]
             reason = _reason(root, writes, line)

@@ -38,7 +38,7 @@ from graphopt.errors import PassError
 from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.program import Level, Program
 from graphopt_passes.chunk.region import Place, Region, bytes_of, grow
-from graphopt_passes.chunk.rows import is_view
+from graphopt_passes.chunk.rows import is_view, shape_of
 from graphopt_passes.tile_convolutions.rewrite import tile
 from graphopt_passes.tile_convolutions.tiling import Prefix, prefixes
 from graphopt_passes.tile_convolutions.windows import ROWS, Window, through, window_of
@@ -141,14 +141,21 @@ class TileConvolutions(Pass):
 
 def _regions(program: Program) -> Iterator[Region]:
     """What lies behind images, with a window in it; no two share a node."""
+    windows = [node for node in program.nodes() if isinstance(window_of(node), Window)]
+    if not windows:
+        return
     line = line_of(program.graph)
+    ranks = {len(shape_of(node)) for node in windows}
+    end = max(line.position.get(node, -1) for node in windows)
     roles = {spec.node: spec.role for spec in program.signature.inputs}
     claimed: set[fx.Node] = set()
     for seed in program.graph.nodes:
         is_input = seed.op == "placeholder" and roles.get(seed.name) in ("input", "activation")
         if not is_input and seed not in line.position:
             continue
-        if seed in claimed or is_view(seed) or not _is_image(seed):
+        if line.position.get(seed, -1) >= end:
+            break
+        if seed in claimed or is_view(seed) or not _is_image(seed) or len(shape_of(seed)) not in ranks:
             continue
         region = grow(line, seed, ROWS, claimed, through)
         if any(isinstance(window_of(node), Window) for node in region.nodes):

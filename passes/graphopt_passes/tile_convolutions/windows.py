@@ -63,6 +63,8 @@ class Window:
 
 def window_of(node: fx.Node) -> Window | Reason | None:
     """The window of a call; ``None`` for operators that slide none, a reason where it cannot be cut."""
+    if len(shape_of(node)) <= ROWS:
+        return None
     if node.target in _CONVOLUTIONS:
         return _convolution(node)
     if node.target in _LARGEST:
