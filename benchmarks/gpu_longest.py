@@ -94,11 +94,16 @@ def one_step(step: Any, model: torch.nn.Module) -> dict[str, Any]:
         torch.cuda.reset_peak_memory_stats()
     begun = time.perf_counter()
     loss = step()
+    gpu_train.synchronize()
+    ahead = time.perf_counter() - begun
     loss.backward()
     gpu_train.synchronize()
     taken = time.perf_counter() - begun
-    peak = torch.cuda.max_memory_allocated() if gpu_train.device() == "cuda" else 0
-    return {"ms": round(1e3 * taken, 1), "whole_mib": round(peak / 2**20, 1), "loss": round(float(loss), 4)}
+    row = {"ms": round(1e3 * taken, 1), "forward_ms": round(1e3 * ahead, 1), "loss": round(float(loss), 4)}
+    if gpu_train.device() == "cuda":
+        row["whole_mib"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)
+        row["allocator_retries"] = torch.cuda.memory_stats()["num_alloc_retries"]
+    return row
 
 
 def reach(cap: float, lengths: tuple[int, int], peaks: tuple[float, float]) -> int:

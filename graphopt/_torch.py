@@ -9,6 +9,7 @@ import copy
 import inspect
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -645,18 +646,20 @@ def storage_bytes(values: Any) -> int:
 
 
 class KernelLaunch(NamedTuple):
-    """A kernel or library call: runs after those at the positions ``waits``."""
+    """A kernel or library call: runs after those at the positions ``waits``. ``place`` is that of its first
+    operator in the program."""
 
     waits: frozenset[int]
+    place: int = 0
 
 
 class KernelBuffer(NamedTuple):
-    """``bytes`` of memory that comes with the launch ``made_by`` (``None``: it is there before) and
-    goes after the last of its ``readers``, unless it is ``returned``. Those in ``overwriters`` may
+    """``bytes`` of memory that comes with the first of the launches ``makers`` (none: it is there before)
+    and goes after the last of its ``readers``, unless it is ``returned``. Those in ``overwriters`` may
     write an output of the same size over it if they are the last to read it."""
 
     bytes: int
-    made_by: int | None
+    makers: frozenset[int]
     readers: frozenset[int]
     returned: bool = False
     overwriters: frozenset[int] = frozenset()
@@ -695,30 +698,57 @@ def kernel_graph(nodes: Sequence[Any]) -> tuple[list[KernelLaunch], list[KernelB
         returned,
     )
     position = {node: index for index, node in enumerate(nodes)}
+    parts = _parts(nodes)
     launches, buffers = list[KernelLaunch](), list[KernelBuffer]()
     tuples: dict[str, int] = {}
+    held_by: dict[str, tuple[set[int], set[int]]] = {}
     for index, node in enumerate(nodes):
         generated = not (node.is_extern() or node.is_template())
-        launches.append(KernelLaunch(frozenset(position[n] for n in node.mpi_node.pred_nodes)))
+        waits = frozenset(position[n] for n in node.mpi_node.pred_nodes)
+        launches.append(KernelLaunch(waits, node.min_order))
         for buffer in node.get_outputs():
-            info, made_by = buffer.mpi_buffer, index
+            info, made_by, name = buffer.mpi_buffer, index, buffer.get_name()
             readers = frozenset(position[n] for n in info.succ_nodes) - {index}
             if info.size_alloc and not info.size_free:
                 # A call that returns several tensors: each is a buffer of its own that comes with it.
-                tuples[buffer.get_name()] = index
+                tuples[name] = index
             elif info.size_free and not info.size_alloc:
                 made_by = next((tuples[d.name] for d in node.unmet_dependencies if d.name in tuples), index)
-            if info.size_free and (readers or buffer.get_name() in returned or not generated):
-                name = buffer.get_name()
+            if name in parts:
+                # It is written where it belongs: the whole is there from its first part to its last reader.
+                makers, reading = held_by.setdefault(parts[name], (set(), set()))
+                makers.add(index)
+                reading |= readers
+                continue
+            if info.size_free and (readers or name in returned or not generated):
                 over = frozenset(i for i in readers if _may_overwrite(nodes[i], name))
-                buffers.append(KernelBuffer(info.size_free, made_by, readers, name in returned, over))
+                makers, reading = held_by.get(name, ({made_by}, set()))
+                held = readers | (reading - {index})
+                buffers.append(KernelBuffer(info.size_free, frozenset(makers), held, name in returned, over))
     for source in inputs.values():
         readers = frozenset(position[n] for n in source.mpi_buffer.succ_nodes)
         over = frozenset(i for i in readers if _may_overwrite(nodes[i], source.name))
-        buffers.append(
-            KernelBuffer(source.mpi_buffer.size_free, None, readers, source.name in returned, over)
-        )
+        free = source.mpi_buffer.size_free
+        buffers.append(KernelBuffer(free, frozenset(), readers, source.name in returned, over))
     return launches, buffers
+
+
+def _parts(nodes: Sequence[Any]) -> dict[str, str]:
+    """Of each buffer that is written as a part of a larger one, the name of the whole."""
+    from torch._inductor import ir
+
+    found: dict[str, str] = {}
+    for node in nodes:
+        for part in node.get_nodes():
+            if isinstance(part.node, ir.ConcatKernel):
+                inputs: list[Any] = list(part.node.inputs)
+                inside = [x for x in inputs if isinstance(x.get_output_spec(), ir.NonOwningLayout)]
+                found |= {x.get_name(): part.node.get_name() for x in inside}
+
+    def whole(name: str) -> str:
+        return whole(found[name]) if name in found else name
+
+    return {name: whole(name) for name in found}
 
 
 def share_inputs(kernel: Any) -> None:
@@ -777,6 +807,82 @@ def _may_overwrite(kernel: Any, name: str) -> bool:
     return bool(readers) and all(part.get_name() in readers[-1].ancestors for part in readers[:-1])
 
 
+LARGE = 8 << 20
+"""Bytes: kernels that move more take longer than it takes to launch them, several times."""
+
+
+def shares_too_little(one: Any, other: Any) -> bool:
+    """Whether neither of two kernels that could be one would be spared an eighth of what it moves.
+
+    Inductor makes one kernel of any two that share ten bytes, a norm's weight say. Of the slices that
+    a region is computed in, or of the branches of a network, all would run first and be
+    held together, where each could go before the next.
+    """
+    size = one.scheduler.dep_size_hint
+    moved = [kernel.read_writes.reads | kernel.read_writes.writes for kernel in (one, other)]
+    least = min(sum(map(size, deps)) for deps in moved)
+    return bool(least > LARGE and 8 * sum(map(size, moved[0] & moved[1])) < least)
+
+
+def joins_apart(pieces: Sequence[Any]) -> bool:
+    """Whether each of the tensors that are concatenated takes another buffer, which could go once it is read.
+
+    On GPUs Inductor computes up to eight pieces in one kernel, for which all that they are computed
+    from has to be there. Pieces that are written one by one, where they belong, cost no more.
+    """
+    from torch._inductor.virtualized import V
+
+    first = pieces[0]
+    alike = all(
+        piece.get_dtype() == first.get_dtype()
+        and piece.get_device() == first.get_device()
+        and len(piece.get_size()) == len(first.get_size())
+        for piece in pieces
+    )
+    sizes = [size for piece in pieces for size in piece.get_size()]
+    if len(pieces) < 2 or not alike or not all(getattr(size, "is_Integer", True) for size in sizes):
+        return False
+    count = sum(math.prod(map(int, piece.get_size())) for piece in pieces)
+    if count * first.get_dtype().itemsize <= LARGE:
+        return False
+    read = [set(piece.get_read_names()) for piece in pieces]
+    several = {name for k, names in enumerate(read) for other in read[:k] for name in names & other}
+    return all(
+        any(name not in several and V.graph.get_buffer(name).get_numel() >= 1024 for name in names)
+        for names in read
+    )
+
+
+@contextmanager
+def _memory_aware_fusion() -> Iterator[None]:
+    """Inductor without fusions that hold more than they spare (``shares_too_little``, ``joins_apart``)."""
+    from torch._inductor import ir
+    from torch._inductor.choices import InductorChoices
+    from torch._inductor.lowering import lowerings
+    from torch._inductor.virtualized import V
+
+    class Choices(InductorChoices):
+        @staticmethod
+        def can_fuse_horizontal(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
+            usual = InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score)
+            return bool(usual) and not shares_too_little(node1, node2)
+
+    operator = torch.ops.aten.cat.default
+    usual = lowerings[operator]
+
+    def cat(inputs: Any, dim: int = 0) -> Any:
+        if not joins_apart(inputs):
+            return usual(inputs, dim)
+        return ir.TensorBox(ir.ConcatKernel.create(inputs, dim % len(inputs[0].get_size())))
+
+    lowerings[operator] = cat
+    try:
+        with V.set_choices_handler(Choices()):
+            yield
+    finally:
+        lowerings[operator] = usual
+
+
 def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
     """Inductor's decompositions but for one: the gradient of an embedding of 16-bit floats on CUDA stays
     a call of the library. Decomposed it is summed up in a float32 tensor as large as two of the weight."""
@@ -833,7 +939,7 @@ def compile_with_inductor(
     }
     # The backward is compiled now, not at its first run: its memory is part of the plan.
     joint_settings = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
-    with inductor_config.patch(settings), functorch_config.patch(joint_settings):
+    with inductor_config.patch(settings), functorch_config.patch(joint_settings), _memory_aware_fusion():
         table = inductor_decompositions()
         compiled: Any = compile_fx(gm, list(inputs), inner_compile=inner, decompositions=table)
     function: Callable[..., Any] = compiled

@@ -407,9 +407,12 @@ def test_both_halves_of_a_compiled_module() -> None:
 def test_attention_backward_on_a_gpu_takes_scratch() -> None:
     with _torch.fake_mode():
         query = torch.empty(2, 4, 200, 40, device="cuda", dtype=torch.bfloat16)
+        shared = torch.empty(2, 2, 200, 40, device="cuda", dtype=torch.bfloat16)
     cudnn = torch.ops.aten._scaled_dot_product_cudnn_attention_backward.default
     flash = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
-    assert scratch_bytes(cudnn, [query, query]) == 4 * 2 * 4 * 200 * (40 + 1)
+    assert scratch_bytes(cudnn, [query] * 4) == 4 * 2 * 4 * 200 * (40 + 1)
+    whole = 2 * 4 * 200 * 40
+    assert scratch_bytes(cudnn, [query, query, shared, shared]) == 4 * whole + 4 * whole // 40 + 2 * 2 * whole
     assert scratch_bytes(flash, [query, query]) == 4 * 2 * 4 * 256 * (64 + 1)
     assert scratch_bytes(torch.ops.aten.mm.default, [query, query]) == 0
 

@@ -2,11 +2,13 @@
 
 Inductor orders its kernels too, but counts the output of a kernel beside the input that it is
 written over. Where such a pair is the largest thing in the graph every order looks alike to it, and
-what comes after the pair stays as it happens to stand.
+what comes after the pair stays as it happens to stand. Fusing also takes kernels out of the program's
+order, in which a planner may have put the slices of a region one after another.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,12 +34,15 @@ class _Prefix:
 
 
 def least_memory_order(launches: Sequence[KernelLaunch], buffers: Sequence[KernelBuffer]) -> list[int]:
-    """Positions of ``launches`` in an order of low peak, found by beam search; the given order (which
-    must respect ``waits``) where none with a lower peak is found."""
+    """Positions of ``launches`` in an order of low peak: the given one (which must respect ``waits``), the
+    program's or one found by beam search, the first of them with the lowest peak."""
     books = _Books(launches, buffers)
-    given = list(range(len(launches)))
-    found = _beam(books, max(1, min(_WIDEST, _STEPS // max(1, 4 * len(launches)))))
-    return found if peak_of(launches, buffers, found) < peak_of(launches, buffers, given) else given
+    orders = [
+        list(range(len(launches))),
+        _in_place(books, [launch.place for launch in launches]),
+        _beam(books, max(1, min(_WIDEST, _STEPS // max(1, 4 * len(launches))))),
+    ]
+    return min(orders, key=lambda order: peak_of(launches, buffers, order))
 
 
 def peak_of(launches: Sequence[KernelLaunch], buffers: Sequence[KernelBuffer], order: Sequence[int]) -> int:
@@ -58,11 +63,12 @@ class _Books:
         for index, launch in enumerate(launches):
             for before in launch.waits:
                 self.followers[before].append(index)
-        self.made: list[list[KernelBuffer]] = [[] for _ in launches]
+        self.made: list[list[tuple[int, KernelBuffer]]] = [[] for _ in launches]
         self.read: list[list[tuple[int, int, bool]]] = [[] for _ in launches]
         for buffer in buffers:
-            if buffer.made_by is not None:
-                self.made[buffer.made_by].append(buffer)
+            makers = sum(1 << maker for maker in buffer.makers)
+            for maker in buffer.makers:
+                self.made[maker].append((makers, buffer))
             if not buffer.returned:
                 readers = sum(1 << r for r in buffer.readers)
                 for reader in buffer.readers:
@@ -73,16 +79,32 @@ class _Books:
         """Bytes alive during a launch and after it."""
         freed = [(size, reusable) for others, size, reusable in self.read[index] if not others & ~done]
         reusable = [size for size, may_be_overwritten in freed if may_be_overwritten]
-        needed, unread = live, 0
-        for buffer in self.made[index]:
-            if buffer.bytes in reusable:
+        needed, after = live, live - sum(size for size, _ in freed)
+        for makers, buffer in self.made[index]:
+            if makers & done:
+                continue
+            if buffer.bytes in reusable and len(buffer.makers) == 1:
                 reusable.remove(buffer.bytes)
             else:
                 needed += buffer.bytes
-            if not buffer.readers and not buffer.returned:
-                unread += buffer.bytes
-        made = sum(buffer.bytes for buffer in self.made[index])
-        return needed, live + made - sum(size for size, _ in freed) - unread
+            if buffer.readers or buffer.returned:
+                after += buffer.bytes
+        return needed, after
+
+
+def _in_place(books: _Books, places: Sequence[int]) -> list[int]:
+    """The launches by ``places``, each after those that it waits for."""
+    ready = [(places[index], index) for index, waits in enumerate(books.waits) if not waits]
+    heapq.heapify(ready)
+    order, done = list[int](), 0
+    while ready:
+        _, index = heapq.heappop(ready)
+        order.append(index)
+        done |= 1 << index
+        for follower in books.followers[index]:
+            if not books.waits[follower] & ~done:
+                heapq.heappush(ready, (places[follower], follower))
+    return order
 
 
 def _beam(books: _Books, width: int) -> list[int]:
