@@ -828,7 +828,8 @@ def joins_apart(pieces: Sequence[Any]) -> bool:
     """Whether each of the tensors that are concatenated takes another buffer, which could go once it is read.
 
     On GPUs Inductor computes up to eight pieces in one kernel, for which all that they are computed
-    from has to be there. Pieces that are written one by one, where they belong, cost no more.
+    from has to be there. Pieces that are written one by one, where they belong, cost no more unless
+    the kernel would take in what reads them.
     """
     from torch._inductor.virtualized import V
 
@@ -859,6 +860,7 @@ def _memory_aware_fusion() -> Iterator[None]:
     from torch._inductor import ir
     from torch._inductor.choices import InductorChoices
     from torch._inductor.lowering import lowerings
+    from torch._inductor.utils import is_pointwise_use
     from torch._inductor.virtualized import V
 
     class Choices(InductorChoices):
@@ -871,7 +873,8 @@ def _memory_aware_fusion() -> Iterator[None]:
     usual = lowerings[operator]
 
     def cat(inputs: Any, dim: int = 0) -> Any:
-        if not joins_apart(inputs):
+        taken_in = all(map(is_pointwise_use, V.current_node.users))
+        if taken_in or not joins_apart(inputs):
             return usual(inputs, dim)
         return ir.TensorBox(ir.ConcatKernel.create(inputs, dim % len(inputs[0].get_size())))
 
