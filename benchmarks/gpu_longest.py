@@ -6,7 +6,7 @@ The Llama-3.2-1B-shaped model and the peers of ``gpu_train.py``, batch 1, gradie
 allocator is held to the cap and grows its segments. A peer runs at two short lengths, which give the bytes
 of a token; the length that these predict is tried, and up to three shorter ones, by 3 % each, or by 10 %
 where bytes grow faster than the length. graphopt then runs at the longest length of ``liger-ckpt``, to
-compare tokens per second, and at ``--factor`` times that.
+compare tokens per second, and at ``--factors`` times that.
 
 One step is timed, after a step on 1,024 tokens for peers that compile nothing; for the others its
 kernels' compilation is part of it, but not that of ``graphopt.optimize``, which is reported apart.
