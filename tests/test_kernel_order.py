@@ -105,26 +105,32 @@ def test_a_whole_is_there_from_its_first_part_on():
     assert peak_of(launches, [whole._replace(readers=frozenset(), returned=True)], [0, 1, 2]) == 10
 
 
-@pytest.mark.parametrize(("rows", "kernels"), [(2**16, 2), (2**4, 1)], ids=["large", "small"])
-def test_large_kernels_that_share_a_weight_alone_stay_two(rows, kernels):
+def kernels_of(step, inputs):
+    """What Inductor says of the kernels of an inference program, which gives the right numbers."""
     seen = []
 
     def order(launches, buffers):
-        seen.append(launches)
-        return list(range(len(launches)))
+        seen.append((launches, buffers))
+        return least_memory_order(launches, buffers)
 
     def partition(joint, outputs):
         raise AssertionError("inference has no joint graph")
 
+    gm = torch.fx.symbolic_trace(step)
+    with torch.no_grad():
+        run = _torch.compile_with_inductor(gm, inputs, partition, _torch.inductor_inner_compile, 64, order)
+        torch.testing.assert_close(run(*inputs), step(*inputs))
+    (found,) = seen
+    return found
+
+
+@pytest.mark.parametrize(("rows", "kernels"), [(2**16, 2), (2**4, 1)], ids=["large", "small"])
+def test_large_kernels_that_share_a_weight_alone_stay_two(rows, kernels):
     def step(x, y, w):
         return torch.relu(x * w), torch.relu(y * w)
 
-    inputs = [torch.randn(rows, 32), torch.randn(rows, 32), torch.randn(32)]
-    with torch.no_grad():
-        gm = torch.fx.symbolic_trace(step)
-        run = _torch.compile_with_inductor(gm, inputs, partition, _torch.inductor_inner_compile, 64, order)
-        torch.testing.assert_close(run(*inputs), step(*inputs))
-    assert [len(launches) for launches in seen] == [kernels]
+    launches, _ = kernels_of(step, [torch.randn(rows, 32), torch.randn(rows, 32), torch.randn(32)])
+    assert len(launches) == kernels
 
 
 @pytest.mark.parametrize(
@@ -157,24 +163,10 @@ def test_pieces_of_other_buffers_are_joined_one_by_one(reads, rows, apart):
 
 
 def test_parts_of_a_concatenation_are_its_memory():
-    seen = []
-
-    def order(launches, buffers):
-        seen.append((launches, buffers))
-        return least_memory_order(launches, buffers)
-
-    def partition(joint, outputs):
-        raise AssertionError("inference has no joint graph")
-
     def step(x, w):
         return (torch.cat([torch.softmax(x[k : k + 4] @ w, -1) for k in (0, 4)]) @ w.t(),)
 
-    x, w = torch.randn(8, 16), torch.randn(16, 32)
-    gm = torch.fx.symbolic_trace(step)
-    with torch.no_grad():
-        run = _torch.compile_with_inductor(gm, [x, w], partition, _torch.inductor_inner_compile, 64, order)
-        torch.testing.assert_close(run(x, w)[0], step(x, w)[0])
-    launches, buffers = seen[0]
+    launches, buffers = kernels_of(step, [torch.randn(8, 16), torch.randn(16, 32)])
     (whole,) = (b for b in buffers if len(b.makers) == 2)
     assert whole.bytes == 8 * 32 * 4
     others = [b for b in buffers if b is not whole and b.makers and not b.returned]
@@ -183,24 +175,10 @@ def test_parts_of_a_concatenation_are_its_memory():
 
 
 def test_inductor_tells_its_kernels_and_takes_an_order():
-    seen = []
-
-    def order(launches, buffers):
-        seen.append((launches, buffers))
-        return least_memory_order(launches, buffers)
-
-    def partition(joint, outputs):
-        raise AssertionError("inference has no joint graph")
-
     def step(x, w):
         return (torch.softmax(x @ w, -1) @ w.t(),)
 
-    x, w = torch.randn(8, 16), torch.randn(16, 32)
-    gm = torch.fx.symbolic_trace(step)
-    with torch.no_grad():
-        run = _torch.compile_with_inductor(gm, [x, w], partition, _torch.inductor_inner_compile, 64, order)
-        torch.testing.assert_close(run(x, w)[0], step(x, w)[0])
-    launches, buffers = seen[0]
+    launches, buffers = kernels_of(step, [torch.randn(8, 16), torch.randn(16, 32)])
     assert [launch.waits for launch in launches] == [frozenset(), {0}, {1}]
     made = [b for b in buffers if b.makers]
     assert KernelBuffer(8 * 32 * 4, frozenset({0}), frozenset({1}), False, frozenset({1})) in made
@@ -209,22 +187,12 @@ def test_inductor_tells_its_kernels_and_takes_an_order():
 
 
 def test_what_two_outputs_are_computed_from_is_not_written_over():
-    seen = []
-
-    def order(launches, buffers):
-        seen.append(buffers)
-        return list(range(len(launches)))
-
     def step(x, w):
         product = x @ w
         return (product.sin() @ w, product.cos() @ w)
 
-    x = torch.randn(16, 16)
-    with torch.no_grad():
-        _torch.compile_with_inductor(
-            torch.fx.symbolic_trace(step), [x, x], None, _torch.inductor_inner_compile, 64, order
-        )
-    (product,) = (b for b in seen[0] if b.makers == {0})
+    _, buffers = kernels_of(step, [torch.randn(16, 16), torch.randn(16, 16)])
+    (product,) = (b for b in buffers if b.makers == {0})
     assert product.readers == {1}
     assert product.overwriters == frozenset()
 
