@@ -6,6 +6,7 @@ Each function is tested on every supported torch version in ``tests/test_private
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import itertools
 import logging
@@ -571,10 +572,44 @@ def quiet_capture() -> Iterator[None]:
     silent = _Silent()
     logger.addFilter(silent)
     try:
-        with config.patch(settings):
+        with config.patch(settings), _loggable_config():
             yield
     finally:
         logger.removeFilter(silent)
+
+
+@contextmanager
+def _loggable_config() -> Iterator[None]:
+    """Leave dynamo's settings out of its compilation metrics where torch cannot write them down.
+
+    torch 2.11 sorts each set among the settings, and functions have no order: each compilation would log
+    an error with a traceback.
+    """
+    from torch._dynamo import utils
+
+    if _config_is_loggable():
+        yield
+        return
+    name = "_get_dynamo_config_for_logging"
+    original = getattr(utils, name)
+    setattr(utils, name, lambda: None)
+    try:
+        yield
+    finally:
+        setattr(utils, name, original)
+
+
+@functools.cache
+def _config_is_loggable() -> bool:
+    from torch._dynamo import utils
+
+    written = getattr(utils, "_get_dynamo_config_for_logging", None)
+    try:
+        if written is not None:
+            written()
+    except TypeError:
+        return False
+    return True
 
 
 class _Silent(logging.Filter):

@@ -265,3 +265,21 @@ def test_operators_that_give_other_bits_are_told_by_their_tag() -> None:
 
     assert _torch.gives_other_bits(torch.ops.graphopt_test.other_bits.default)
     assert not _torch.gives_other_bits(torch.ops.aten.add.Tensor)
+
+
+def test_settings_of_functions_can_be_written_to_the_metrics(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._dynamo import config, utils
+
+    def as_in_torch_2_11() -> str:
+        return str([sorted(value) for value in config.get_config_copy().values() if isinstance(value, set)])
+
+    with _torch.quiet_capture():
+        utils._get_dynamo_config_for_logging()
+    monkeypatch.setattr(utils, "_get_dynamo_config_for_logging", as_in_torch_2_11)
+    _torch._config_is_loggable.cache_clear()
+    try:
+        with _torch.quiet_capture():
+            assert utils._get_dynamo_config_for_logging() is None
+        assert utils._get_dynamo_config_for_logging is as_in_torch_2_11
+    finally:
+        _torch._config_is_loggable.cache_clear()
