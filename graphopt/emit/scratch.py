@@ -22,6 +22,9 @@ _FLOAT = 4
 
 _CONVOLUTIONS = ("convolution", "convolution_backward")
 
+_MULTIPROCESSORS = 132
+"""Of an H100 or H200, where the GPU is not there to be asked."""
+
 _ROW_ALIGNMENT = 64
 """Elements to which rows of a chunk of logits are padded (``graphopt::linear_cross_entropy``)."""
 
@@ -36,6 +39,8 @@ def scratch_bytes(op: Any, args: Sequence[Any]) -> int:
     if name.startswith("linear_cross_entropy") and hasattr(op, "_schema"):
         names = [argument.name for argument in op._schema.arguments]
         return _chunked_loss(name, dict(zip(names, args, strict=False)))
+    if name == "row_norm_backward" and args[1].device.type == "cuda":
+        return _sums_of_rows(args[1], args[9])
     if is_collective(op) and isinstance(args[0], torch.Tensor) and args[0].device.type == "cpu":
         size = _torch.hint(args[0].untyped_storage().nbytes())
         gathered = name.startswith("all_gather")
@@ -129,6 +134,18 @@ def _gradients_of_groups(query: torch.Tensor, keys: torch.Tensor, values: torch.
         return 0
     elements = sum(int(each.shape[2] * each.shape[3]) for each in (keys, values))
     return int(batch * heads) * elements * keys.dtype.itemsize
+
+
+def _sums_of_rows(input: torch.Tensor, output_mask: Sequence[bool]) -> int:
+    """A float32 for each column and program: up to four programs for each multiprocessor
+    (``graphopt_kernels.row_norm``)."""
+    width = int(input.shape[-1])
+    rows = _torch.hint(input.numel()) // max(width, 1)
+    known = torch.cuda.is_available()
+    multiprocessors = (
+        torch.cuda.get_device_properties(input.device).multi_processor_count if known else _MULTIPROCESSORS
+    )
+    return min(rows, 4 * multiprocessors) * width * _FLOAT * sum(map(bool, output_mask[1:3]))
 
 
 def _chunked_loss(name: str, args: dict[str, Any]) -> int:

@@ -14,9 +14,9 @@ graphopt_api = 1
 
 @hookimpl
 def graphopt_kernels() -> Iterable[KernelSpec]:
-    """The bandwidth probes that ``graphopt calibrate`` uses, and linear + cross entropy in chunks."""
+    """The bandwidth probes that ``graphopt calibrate`` uses, linear + cross entropy in chunks, and norms."""
     # Imported when asked: they need torch, and `graphopt --help` loads this module.
-    from graphopt_kernels import bandwidth, linear_cross_entropy
+    from graphopt_kernels import bandwidth, linear_cross_entropy, row_norm
     from graphopt_kernels.saved_codecs import codes, groups, levels
 
     return (
@@ -47,6 +47,27 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=linear_cross_entropy.with_gradients_reference,
             supports=linear_cross_entropy.with_gradients_supports,
             summary="linear layer and cross entropy in chunks of rows, gradients computed in the forward",
+        ),
+        KernelSpec(
+            name="row-norm",
+            op="graphopt::row_norm",
+            reference=row_norm.row_norm_reference,
+            supports=row_norm.row_norm_supports,
+            summary="RMSNorm and LayerNorm of rows",
+        ),
+        KernelSpec(
+            name="add-row-norm",
+            op="graphopt::add_row_norm",
+            reference=row_norm.add_row_norm_reference,
+            supports=row_norm.add_row_norm_supports,
+            summary="RMSNorm and LayerNorm of the rows of a sum, and the sum",
+        ),
+        KernelSpec(
+            name="row-norm-backward",
+            op="graphopt::row_norm_backward",
+            reference=row_norm.row_norm_backward_reference,
+            supports=row_norm.row_norm_backward_supports,
+            summary="gradients of input, weight and bias of a norm of rows, in one reading",
         ),
         KernelSpec(
             name="pack-bits",

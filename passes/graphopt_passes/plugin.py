@@ -21,6 +21,8 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.compress_saved:CompressSaved",
         "graphopt_passes.compress_saved.lossy:QuantizeSaved",
         "graphopt_passes.fuse_attention:FuseAttention",
+        "graphopt_passes.fuse_norm:FuseNorm",
+        "graphopt_passes.fuse_norm_gradient:FuseNormGradient",
         "graphopt_passes.functionalize:Functionalize",
         "graphopt_passes.grouped_attention:GroupedAttention",
         "graphopt_passes.insert_checkpoints:InsertCheckpoints",

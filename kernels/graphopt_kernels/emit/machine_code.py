@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import torch
 
 from graphopt_kernels.emit.kernel_file import KernelFile
 
-__all__ = ["MachineCode", "compile_for_sm90", "import_kernel"]
+__all__ = ["MachineCode", "compile_for_sm90", "compile_function_for_sm90", "import_kernel"]
 
 _TYPES = {
     torch.float64: "*fp64",
@@ -82,33 +82,47 @@ def import_kernel(file: KernelFile, folder: Path) -> Any:
 def compile_for_sm90(file: KernelFile) -> MachineCode:
     """Compile a kernel as its launcher starts it, for tensors that begin on 16 bytes. Needs triton, no
     GPU."""
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     with tempfile.TemporaryDirectory() as folder:
         module = import_kernel(file, Path(folder))
         function = getattr(module, file.text.name)
         tensors = [*file.built.inputs, *file.built.outputs]
         partial = {len(file.built.inputs) + number for number in file.text.partial}
-        signature: dict[str, str] = {}
-        attributes: dict[tuple[int, ...], list[list[Any]]] = {}
-        for number, name in enumerate(function.arg_names):
-            if number >= len(tensors):
-                signature[name] = "constexpr"
-                continue
-            dtype = tensors[number].dtype
+        types: dict[str, str] = {}
+        for number, (name, tensor) in enumerate(zip(function.arg_names, tensors, strict=False)):
+            dtype = tensor.dtype
             if number in partial and dtype in (torch.float16, torch.bfloat16):
                 dtype = torch.float32
-            signature[name] = _TYPES[dtype]
-            attributes[(number,)] = [["tt.divisibility", 16]]
+            types[name] = _TYPES[dtype]
         blocks = {"XBLOCK": file.launch.xblock, "RBLOCK": file.launch.rblock}
         constants = {name: blocks[name] for name in function.arg_names if name in blocks}
-        compiled = triton.compile(
-            ASTSource(function, signature, constants, attributes),
-            target=GPUTarget("cuda", 90, 32),
-            options={"num_warps": file.launch.warps},
+        return compile_function_for_sm90(
+            function, types, constants, warps=file.launch.warps, aligned=tuple(types)
         )
+
+
+def compile_function_for_sm90(
+    function: Any,
+    types: Mapping[str, str],
+    constants: Mapping[str, Any],
+    *,
+    warps: int,
+    aligned: Collection[str] = (),
+) -> MachineCode:
+    """Compile a jitted ``function`` for sm_90: ``types`` of arguments by name, as triton spells them (more
+    than it has do no harm), values of those that are ``constants``, and which begin on 16 bytes."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = function.arg_names
+    signature = {name: types.get(name, "constexpr") for name in names}
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name in aligned}
+    compiled = triton.compile(
+        ASTSource(function, signature, {k: v for k, v in constants.items() if k in names}, attributes),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps},
+    )
+    with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
         binary.write_bytes(compiled.asm["cubin"])
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -1,0 +1,588 @@
+"""RMSNorm and LayerNorm of rows in one operator each way, and the residual sum that comes before them.
+
+For each row of the last dimension, ``m`` its mean (0 unless ``centered``)::
+
+    rstd = 1 / sqrt(mean((x - m)^2) + eps)
+    y    = (x - m) * rstd * (weight + weight_offset) + bias
+
+(Ba et al. 2016, "Layer Normalization"; Zhang and Sennrich 2019, "Root Mean Square Layer Normalization").
+Forward and backward read each row once: it stays in registers between its statistics and their use. Beside
+the output, the forward gives ``mean`` and ``rstd``, a float32 a row each; the backward gives the gradients of
+input, weight and bias in one pass, sums over rows kept by each program and added up by a second small kernel.
+
+``graphopt::add_row_norm`` normalizes a sum and gives the sum as well. The backward takes the gradient that
+comes to it another way (``passed``), as the residual's does, and adds it before rounding.
+
+Rounding: arithmetic is float32 (float64 for float64). With ``rounds_first`` ``(x - m) * rstd`` is rounded to
+the dtype of the input before the weight, as models that cast back before it do; the backward takes no
+notice of that rounding. Results are the same in every run.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from graphopt.candidate import Reason
+
+__all__ = [
+    "Launch",
+    "add_row_norm",
+    "add_row_norm_reference",
+    "add_row_norm_supports",
+    "backward_launch",
+    "forward_launch",
+    "row_norm",
+    "row_norm_backward",
+    "row_norm_backward_reference",
+    "row_norm_backward_supports",
+    "row_norm_reference",
+    "row_norm_supports",
+    "statistics_in",
+]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_WIDEST = 16384
+"""Elements of a row that fit the registers of one program."""
+
+_GROUP = 2048
+"""Elements that a program works on at a time, where rows are shorter."""
+
+_COLUMNS = 32
+
+
+def statistics_in(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the statistics of rows of ``dtype``."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+@torch.library.custom_op("graphopt::row_norm", mutates_args=())
+def row_norm(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    centered: bool,
+    weight_offset: float,
+    rounds_first: bool,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The normalized rows of ``input`` [..., D], of ``dtype``, with their mean and rstd [..., 1].
+
+    ``weight`` and ``bias`` [D] are floating-point tensors of any dtype. Without ``centered`` the mean has no
+    elements.
+    """
+    if (kernels := _kernels_for(input)) is not None:
+        results = _forward(
+            kernels, input, None, weight, bias, eps, centered, weight_offset, rounds_first, dtype
+        )
+        return results[0], results[2], results[3]
+    return row_norm_reference(input, weight, bias, eps, centered, weight_offset, rounds_first, dtype)
+
+
+@row_norm.register_fake
+def _(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    centered: bool,
+    weight_offset: float,
+    rounds_first: bool,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check("row_norm", input, weight, bias)
+    return input.new_empty(input.shape, dtype=dtype), *_empty_statistics(input, centered)
+
+
+@torch.library.custom_op("graphopt::add_row_norm", mutates_args=())
+def add_row_norm(
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    centered: bool,
+    weight_offset: float,
+    rounds_first: bool,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sum of ``input`` and ``residual``, both [..., D] and of one dtype, after its normalized rows and
+    before their statistics; the rest as ``row_norm``."""
+    if (kernels := _kernels_for(input)) is not None:
+        return _forward(
+            kernels, input, residual, weight, bias, eps, centered, weight_offset, rounds_first, dtype
+        )
+    return add_row_norm_reference(
+        input, residual, weight, bias, eps, centered, weight_offset, rounds_first, dtype
+    )
+
+
+@add_row_norm.register_fake
+def _(
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    centered: bool,
+    weight_offset: float,
+    rounds_first: bool,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    _check("add_row_norm", input, weight, bias, residual)
+    result = input.new_empty(input.shape, dtype=dtype)
+    return result, input.new_empty(input.shape), *_empty_statistics(input, centered)
+
+
+@torch.library.custom_op("graphopt::row_norm_backward", mutates_args=())
+def row_norm_backward(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    passed: torch.Tensor | None,
+    centered: bool,
+    weight_offset: float,
+    output_mask: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of input, weight and bias for ``grad`` [..., D] of the output; ``passed``, of the input's
+    shape, is added to the first. Those that ``output_mask`` leaves out have no elements."""
+    if (kernels := _kernels_for(input)) is not None:
+        return _backward(
+            kernels, grad, input, weight, bias, mean, rstd, passed, centered, weight_offset, output_mask
+        )
+    return row_norm_backward_reference(
+        grad, input, weight, bias, mean, rstd, passed, centered, weight_offset, output_mask
+    )
+
+
+@row_norm_backward.register_fake
+def _(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    passed: torch.Tensor | None,
+    centered: bool,
+    weight_offset: float,
+    output_mask: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return _empty_gradients(input, weight, bias, output_mask)
+
+
+# --- autograd ----------------------------------------------------------------------------------
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    input, weight, bias, _, centered, offset, *_ = inputs
+    ctx.save_for_backward(input, weight, bias, *output[1:])
+    ctx.settings = (centered, offset)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+
+
+def _norm_backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 8
+    input, weight, bias, mean, rstd = ctx.saved_tensors
+    mask = list(ctx.needs_input_grad[:3])
+    operator = torch.ops.graphopt.row_norm_backward
+    found = operator(grad, input, weight, bias, mean, rstd, None, *ctx.settings, mask)
+    return *(g if wanted else None for g, wanted in zip(found, mask, strict=True)), *(None,) * 5
+
+
+def _keep_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    _, _, weight, bias, _, centered, offset, *_ = inputs
+    ctx.save_for_backward(output[1], weight, bias, *output[2:])
+    ctx.settings = (centered, offset)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.set_materialize_grads(False)
+
+
+def _sum_backward(
+    ctx: Any, grad: torch.Tensor | None, passed: torch.Tensor | None, *_: Any
+) -> tuple[Any, ...]:
+    of_input, of_residual, of_weight, of_bias = ctx.needs_input_grad[:4]
+    if grad is None:
+        return passed if of_input else None, passed if of_residual else None, *(None,) * 7
+    total, weight, bias, mean, rstd = ctx.saved_tensors
+    mask = [of_input or of_residual, of_weight, of_bias]
+    operator = torch.ops.graphopt.row_norm_backward
+    found = operator(grad, total, weight, bias, mean, rstd, passed, *ctx.settings, mask)
+    return (
+        found[0] if of_input else None,
+        found[0] if of_residual else None,
+        found[1] if of_weight else None,
+        found[2] if of_bias else None,
+        *(None,) * 5,
+    )
+
+
+torch.library.register_autograd("graphopt::row_norm", _norm_backward, setup_context=_keep)
+torch.library.register_autograd("graphopt::add_row_norm", _sum_backward, setup_context=_keep_sum)
+
+
+# --- kernels -----------------------------------------------------------------------------------
+
+
+def _forward(
+    kernels: Any,
+    input: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    centered: bool,
+    weight_offset: float,
+    rounds_first: bool,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    result = torch.empty(input.shape, dtype=dtype, device=input.device)
+    total = torch.empty(input.shape if residual is not None else (0,), dtype=input.dtype, device=input.device)
+    mean, rstd = _empty_statistics(input, centered)
+    if not input.numel():
+        return result, total, mean, rstd
+    width = input.shape[-1]
+    rows = input.numel() // width
+    launch = forward_launch(width, centered)
+    data = input.contiguous()
+    with torch.cuda.device(input.device):
+        kernels.forward_kernel[(_grid(launch, rows, input.device),)](
+            data,
+            data if residual is None else residual.contiguous(),
+            data if weight is None else weight,
+            data if bias is None else bias,
+            result,
+            total,
+            mean,
+            rstd,
+            rows,
+            eps,
+            weight_offset,
+            ADDED=residual is not None,
+            CENTERED=centered,
+            WEIGHTED=weight is not None,
+            BIASED=bias is not None,
+            ROUNDED=rounds_first,
+            WIDTH=width,
+            BLOCK=launch.block,
+            ROWS=launch.rows,
+            AHEAD=launch.ahead,
+            HELD=launch.held,
+            num_warps=launch.warps,
+        )
+    return result, total, mean, rstd
+
+
+def _backward(
+    kernels: Any,
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    passed: torch.Tensor | None,
+    centered: bool,
+    weight_offset: float,
+    output_mask: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    d_input, d_weight, d_bias = _empty_gradients(input, weight, bias, output_mask)
+    if not input.numel():
+        return d_input, d_weight.zero_(), d_bias.zero_()
+    width = input.shape[-1]
+    rows = input.numel() // width
+    launch = backward_launch(width, centered)
+    programs = _grid(launch, rows, input.device)
+    has_weight, has_bias = d_weight.numel() > 0, d_bias.numel() > 0
+    if has_bias and launch.block == _WIDEST:
+        # Sums for weight and bias do not both fit the registers.
+        d_bias = grad.reshape(rows, width).sum(0, dtype=torch.float32).to(d_bias.dtype)
+        has_bias = False
+    sums = [
+        torch.empty((programs if has else 0, width), dtype=torch.float32, device=input.device)
+        for has in (has_weight, has_bias)
+    ]
+    data = input.contiguous()
+    with torch.cuda.device(input.device):
+        kernels.backward_kernel[(programs,)](
+            grad.contiguous(),
+            data,
+            data if weight is None else weight,
+            mean,
+            rstd,
+            data if passed is None else passed.contiguous(),
+            d_input,
+            sums[0],
+            sums[1],
+            rows,
+            weight_offset,
+            PASSED=passed is not None,
+            CENTERED=centered,
+            WEIGHTED=weight is not None,
+            D_DATA=output_mask[0],
+            D_WEIGHT=has_weight,
+            D_BIAS=has_bias,
+            WIDTH=width,
+            BLOCK=launch.block,
+            ROWS=launch.rows,
+            AHEAD=launch.ahead,
+            HELD=launch.held,
+            num_warps=launch.warps,
+        )
+        if has_weight or has_bias:
+            kernels.columns_kernel[(-(-width // _COLUMNS),)](
+                sums[0],
+                sums[1],
+                d_weight,
+                d_bias,
+                programs,
+                D_WEIGHT=has_weight,
+                D_BIAS=has_bias,
+                WIDTH=width,
+                COLUMNS=_COLUMNS,
+                ROWS=64,
+                num_warps=4,
+            )
+    return d_input, d_weight, d_bias
+
+
+class Launch(NamedTuple):
+    """How a kernel is started. ``block``: elements of a row, rounded up to a power of two; ``rows`` of a
+    group; ``programs`` for each multiprocessor (0: one for each group); ``ahead`` and ``held`` as the kernels
+    say."""
+
+    block: int
+    rows: int
+    warps: int
+    programs: int
+    ahead: bool
+    held: bool
+
+
+def forward_launch(width: int, centered: bool) -> Launch:
+    """Measured on an H200: many small programs hide each other's loads best, and need not read ahead."""
+    block, rows = _tile(width)
+    if block < _WIDEST:
+        return Launch(block, rows, 4, 0, ahead=False, held=not centered)
+    return Launch(block, rows, 8, 0, ahead=False, held=not centered)
+
+
+def backward_launch(width: int, centered: bool) -> Launch:
+    """Measured on an H200: reading ahead pays until registers run out."""
+    block, rows = _tile(width)
+    if block <= 2048:
+        return Launch(block, rows, 4, 3 if centered else 4, True, True)
+    if block == 4096:
+        return Launch(block, rows, 8, 2, ahead=not centered, held=True)
+    if block == 8192:
+        if width <= 6144:
+            # Lanes beyond the row would idle: fewer of them, each with more elements.
+            return (
+                Launch(block, rows, 8, 1, True, True) if centered else Launch(block, rows, 4, 2, True, True)
+            )
+        return Launch(block, rows, 16, 1, ahead=not centered, held=not centered)
+    return Launch(block, rows, 8 if centered else 16, 1, False, False)
+
+
+def _tile(width: int) -> tuple[int, int]:
+    block = max(16, 1 << (width - 1).bit_length())
+    return block, max(1, _GROUP // block)
+
+
+def _grid(launch: Launch, rows: int, device: torch.device) -> int:
+    groups = -(-rows // launch.rows)
+    return min(groups, _multiprocessors(device) * launch.programs) if launch.programs else groups
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _kernels_for(input: torch.Tensor) -> Any:
+    """The kernels where they take rows of ``input``, else ``None``."""
+    if not input.is_cuda or input.dtype is torch.float64 or not input.dim() or input.shape[-1] > _WIDEST:
+        return None
+    return _kernels()
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The module of the jitted kernels, or ``None`` without triton."""
+    try:
+        from graphopt_kernels import row_norm_triton
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("triton"):
+            raise
+        return None
+    return row_norm_triton
+
+
+# --- what is taken -----------------------------------------------------------------------------
+
+
+def row_norm_supports(
+    input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, *_: Any
+) -> Reason | None:
+    """``None``, or why the operators do not take these arguments."""
+    if not input.dim():
+        return Reason("takes rows, got a number")
+    if input.dtype not in _DTYPES:
+        return Reason(f"takes floating-point rows, got {input.dtype}")
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None and (vector.dim() != 1 or vector.shape[0] != input.shape[-1]):
+            return Reason(f"the {name} has shape {list(vector.shape)}: expected [{input.shape[-1]}]")
+        if vector is not None and vector.dtype not in _DTYPES:
+            return Reason(f"takes a floating-point {name}, got {vector.dtype}")
+    return None
+
+
+def add_row_norm_supports(
+    input: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *_: Any,
+) -> Reason | None:
+    """As ``row_norm_supports``; both terms are alike."""
+    if residual.shape != input.shape or residual.dtype is not input.dtype:
+        return Reason(
+            f"the residual is {residual.dtype} {list(residual.shape)}: "
+            f"expected {input.dtype} {list(input.shape)}"
+        )
+    return row_norm_supports(input, weight, bias)
+
+
+def row_norm_backward_supports(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    passed: torch.Tensor | None,
+    *_: Any,
+) -> Reason | None:
+    """As ``row_norm_supports``; gradients have the input's shape."""
+    for name, gradient in (("gradient", grad), ("gradient that passes by", passed)):
+        if gradient is not None and gradient.shape != input.shape:
+            return Reason(f"the {name} has shape {list(gradient.shape)}: expected {list(input.shape)}")
+    return row_norm_supports(input, weight, bias)
+
+
+def _check(
+    name: str,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    residual: torch.Tensor | None = None,
+) -> None:
+    if residual is None:
+        reason = row_norm_supports(input, weight, bias)
+    else:
+        reason = add_row_norm_supports(input, residual, weight, bias)
+    if reason is not None:
+        raise ValueError(f"{name}: {reason}")
+
+
+def _empty_statistics(input: torch.Tensor, centered: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    shape, dtype = (*input.shape[:-1], 1), statistics_in(input.dtype)
+    return input.new_empty(shape if centered else (0,), dtype=dtype), input.new_empty(shape, dtype=dtype)
+
+
+def _empty_gradients(
+    input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, output_mask: Sequence[bool]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    like = [input.new_empty(input.shape if output_mask[0] else (0,))]
+    for vector, wanted in ((weight, output_mask[1]), (bias, output_mask[2])):
+        source = input if vector is None else vector
+        like.append(source.new_empty(input.shape[-1:] if wanted and vector is not None else (0,)))
+    return like[0], like[1], like[2]
+
+
+# --- references --------------------------------------------------------------------------------
+
+
+def row_norm_reference(
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    centered: bool,
+    weight_offset: float,
+    rounds_first: bool,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What ``row_norm`` computes, with ATen operators."""
+    exact = statistics_in(input.dtype)
+    x = input.to(exact)
+    if centered:
+        mean = x.mean(-1, keepdim=True)
+        x = x - mean
+    else:
+        mean = x.new_empty(0)
+    rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    y = x * rstd
+    if rounds_first:
+        y = y.to(input.dtype).to(exact)
+    if weight is not None:
+        factor = weight.to(exact)
+        y = y * (factor + weight_offset if weight_offset else factor)
+    if bias is not None:
+        y = y + bias.to(exact)
+    return y.to(dtype), mean, rstd
+
+
+def add_row_norm_reference(
+    input: torch.Tensor, residual: torch.Tensor, *settings: Any
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What ``add_row_norm`` computes, with ATen operators."""
+    total = input + residual
+    result, mean, rstd = row_norm_reference(total, *settings)
+    return result, total, mean, rstd
+
+
+def row_norm_backward_reference(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    passed: torch.Tensor | None,
+    centered: bool,
+    weight_offset: float,
+    output_mask: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What ``row_norm_backward`` computes, with ATen operators."""
+    exact = statistics_in(input.dtype)
+    d_input, d_weight, d_bias = _empty_gradients(input, weight, bias, output_mask)
+    dy = grad.to(exact)
+    x = input.to(exact)
+    x = (x - mean if centered else x) * rstd
+    rows = tuple(range(input.dim() - 1))
+    if output_mask[1] and weight is not None:
+        d_weight = (dy * x).sum(rows).to(weight.dtype) if rows else (dy * x).to(weight.dtype)
+    if output_mask[2] and bias is not None:
+        d_bias = dy.sum(rows).to(bias.dtype) if rows else dy.to(bias.dtype, copy=True)
+    if output_mask[0]:
+        if weight is not None:
+            factor = weight.to(exact)
+            dy = dy * (factor + weight_offset if weight_offset else factor)
+        dx = dy - x * (dy * x).mean(-1, keepdim=True)
+        if centered:
+            dx = dx - dy.mean(-1, keepdim=True)
+        dx = dx * rstd
+        if passed is not None:
+            dx = dx + passed.to(exact)
+        d_input = dx.to(input.dtype)
+    return d_input, d_weight, d_bias

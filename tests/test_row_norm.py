@@ -1,0 +1,311 @@
+"""RMSNorm and LayerNorm of rows: numbers against float64 and torch, gradients, kernels, refusals."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import graphopt_kernels.row_norm as module
+from graphopt_kernels.emit.machine_code import compile_function_for_sm90
+
+ops = torch.ops.graphopt
+ROWS, WIDTH = 7, 24
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    centered: bool,
+    offset: float = 0.0,
+) -> torch.Tensor:
+    return ops.row_norm(x, weight, bias, 1e-5, centered, offset, False, x.dtype)[0]
+
+
+def expected(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    centered: bool,
+    offset: float = 0.0,
+) -> torch.Tensor:
+    scale = None if weight is None else weight + offset
+    if centered:
+        return F.layer_norm(x, x.shape[-1:], scale, bias, 1e-5)
+    y = F.rms_norm(x, x.shape[-1:], scale, 1e-5)
+    return y if bias is None else y + bias
+
+
+def operands(
+    dtype: torch.dtype = torch.float64, weight: bool = True, bias: bool = True
+) -> list[torch.Tensor | None]:
+    torch.manual_seed(0)
+    vectors = [torch.randn(WIDTH, dtype=dtype, requires_grad=True) if has else None for has in (weight, bias)]
+    return [torch.randn(3, ROWS, WIDTH, dtype=dtype, requires_grad=True), *vectors]
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize(("weight", "bias"), [*itertools.product((False, True), repeat=2)])
+@pytest.mark.parametrize("centered", [False, True])
+def test_values_and_gradients_are_those_of_torch(
+    centered: bool, weight: bool, bias: bool, offset: float
+) -> None:
+    given = operands(weight=weight, bias=bias)
+    leaves = [t for t in given if t is not None]
+    settings: Any = {"centered": centered, "offset": offset if weight else 0.0}
+    found, right = norm(*given, **settings), expected(*given, **settings)
+    torch.testing.assert_close(found, right)
+    grad = torch.randn_like(right)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, leaves, grad), torch.autograd.grad(right, leaves, grad), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_sum_is_normalized_and_given_as_well(centered: bool) -> None:
+    x, weight, bias = operands()
+    residual = torch.randn_like(x).requires_grad_()
+    leaves = [x, residual, weight, bias]
+    found, total, *_ = ops.add_row_norm(x, residual, weight, bias, 1e-5, centered, 0.0, False, x.dtype)
+    right = expected(x + residual, weight, bias, centered=centered)
+    torch.testing.assert_close(found, right)
+    torch.testing.assert_close(total, x + residual)
+    # The sum has a reader of its own: its gradient passes by the norm.
+    loss = (found * 2).sin().sum() + total.cos().sum()
+    other = (right * 2).sin().sum() + (x + residual).cos().sum()
+    for a, b in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(other, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_only_the_sum_has_a_gradient_where_only_it_is_read() -> None:
+    x, weight, bias = operands()
+    residual = torch.randn_like(x).requires_grad_()
+    _, total, *_ = ops.add_row_norm(x, residual, weight, bias, 1e-5, True, 0.0, False, x.dtype)
+    a, b, c = torch.autograd.grad(total.sum(), [x, residual, weight], allow_unused=True)
+    assert torch.equal(a, torch.ones_like(x)) and torch.equal(b, a) and c is None
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_gradients_check_against_finite_differences(centered: bool) -> None:
+    given = operands()
+    assert torch.autograd.gradcheck(lambda *leaves: norm(*leaves, centered=centered), given)
+
+
+def test_rounding_before_the_weight_is_that_of_models_that_cast_back() -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(64, 96).bfloat16(), torch.randn(96).bfloat16()
+    wide = x.float()
+    right = weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+    found = ops.row_norm(x, weight, None, 1e-6, False, 0.0, True, x.dtype)[0]
+    assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_bfloat16_errs_no_more_than_separate_operators(centered: bool) -> None:
+    torch.manual_seed(0)
+    exact = [torch.randn(256, 320).double(), torch.randn(320).double(), torch.randn(320).double()]
+    narrow = [t.bfloat16() for t in exact]
+    grad = torch.randn(256, 320).bfloat16()
+
+    def run(function: Any, dtype: torch.dtype) -> list[torch.Tensor]:
+        leaves = [t.to(dtype).requires_grad_() for t in narrow]
+        value = function(*leaves)
+        return [value.detach(), *torch.autograd.grad(value, leaves, grad.to(dtype))]
+
+    def separate(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        wide = wide - wide.mean(-1, keepdim=True) if centered else wide
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(x.dtype) + bias
+
+    truth = run(lambda *t: expected(*t, centered=centered), torch.float64)
+    eager = run(separate, torch.bfloat16)
+    ours = run(lambda *t: norm(*t, centered=centered), torch.bfloat16)
+    for value, reference, right in zip(ours, eager, truth, strict=True):
+        errors = [float((t.double() - right).norm() / right.norm()) for t in (value, reference)]
+        assert errors[0] <= 1.1 * errors[1]
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_only_gradients_that_are_needed_are_computed(frozen: int) -> None:
+    given = operands()
+    leaves = [t for index, t in enumerate(given) if index != frozen]
+    given[frozen] = given[frozen].detach()  # type: ignore[union-attr]
+    ours = torch.autograd.grad(norm(*given, centered=True).sin().sum(), leaves)
+    theirs = torch.autograd.grad(expected(*given, centered=True).sin().sum(), leaves)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_no_rows_and_infinities_are_as_in_torch() -> None:
+    weight, bias = torch.randn(WIDTH, requires_grad=True), torch.randn(WIDTH, requires_grad=True)
+    x = torch.empty(0, WIDTH, requires_grad=True)
+    for a in torch.autograd.grad(norm(x, weight, bias, centered=True).sum(), [weight, bias]):
+        assert torch.equal(a, torch.zeros(WIDTH))
+    for value in (float("inf"), float("-inf"), float("nan")):
+        x = torch.randn(4, WIDTH)
+        x[1, 3] = value
+        for centered in (False, True):
+            torch.testing.assert_close(
+                norm(x, weight, bias, centered=centered),
+                expected(x, weight, bias, centered=centered),
+                equal_nan=True,
+            )
+
+
+@pytest.mark.parametrize("centered", [False, True])
+def test_the_operators_pass_opcheck(centered: bool) -> None:
+    x, weight, bias = operands(torch.float32)
+    settings = (1e-5, centered, 0.0, False, torch.float32)
+    check: Any = torch.library.opcheck
+    check(ops.row_norm.default, (x, weight, bias, *settings))
+    check(ops.row_norm.default, (x, weight, None, *settings))
+    check(ops.add_row_norm.default, (x, torch.randn_like(x), weight, bias, *settings))
+    plain = [t.detach() for t in (x, weight, bias)]
+    _, mean, rstd = ops.row_norm(*plain, *settings)
+    for passed, mask in itertools.product(
+        (None, torch.randn_like(x).detach()), ([True] * 3, [False, True, False])
+    ):
+        check(
+            ops.row_norm_backward.default,
+            (torch.randn_like(x).detach(), *plain, mean, rstd, passed, centered, 0.0, mask),
+        )
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_they_compute_the_same(backend: str) -> None:
+    torch._dynamo.reset()
+    given = operands(torch.float32)
+
+    def function(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return ops.row_norm(x.tanh(), weight, bias, 1e-5, True, 0.0, False, torch.float32)[0] * 3
+
+    found, right = torch.compile(function, backend=backend, fullgraph=True)(*given), function(*given)
+    torch.testing.assert_close(found, right)
+    for a, b in zip(
+        torch.autograd.grad(found.sum(), given), torch.autograd.grad(right.sum(), given), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"input": torch.ones(())}, "takes rows, got a number"),
+        ({"input": torch.ones(3, 6, dtype=torch.int64)}, "takes floating-point rows, got torch.int64"),
+        ({"weight": torch.ones(5)}, r"the weight has shape \[5\]: expected \[6\]"),
+        ({"bias": torch.ones(2, 6)}, r"the bias has shape \[2, 6\]: expected \[6\]"),
+        ({"bias": torch.ones(6, dtype=torch.int64)}, "takes a floating-point bias, got torch.int64"),
+        (
+            {"residual": torch.ones(3, 5)},
+            r"the residual is torch.float32 \[3, 5\]: expected torch.float32 \[3, 6\]",
+        ),
+    ],
+)
+def test_what_it_does_not_take_it_says(change: dict[str, torch.Tensor], reason: str) -> None:
+    given = {"input": torch.ones(3, 6), "residual": None, "weight": torch.ones(6), "bias": None} | change
+    if given["residual"] is None:
+        given["residual"] = given["input"]
+    assert re.fullmatch(reason, str(module.add_row_norm_supports(*given.values())))
+    if given["input"].dim():
+        with torch._subclasses.FakeTensorMode() as mode:
+            fakes = [t if t is None else mode.from_tensor(t) for t in given.values()]
+            with pytest.raises(ValueError, match=f"add_row_norm: {reason}"):
+                ops.add_row_norm(*fakes, 1e-5, True, 0.0, False, torch.float32)
+
+
+@needs_triton
+def test_the_kernels_compute_what_the_references_do() -> None:
+    """In the interpreter, which must be on before triton is imported: in a process of its own."""
+    script = """
+        import itertools
+        import torch
+        import graphopt_kernels.row_norm as module
+        from graphopt_kernels.row_norm import Launch
+
+        torch.manual_seed(0)
+        module._multiprocessors = lambda device: 2
+        torch.cuda.device = lambda device: torch.no_grad()
+        kernels = module._kernels()
+        for dtype, (rows, width), centered, (ahead, held) in itertools.product(
+            (torch.float32, torch.float16), ((7, 37), (5, 16), (1, 9)), (False, True),
+            ((False, True), (True, False)),
+        ):
+            launch = Launch(max(16, 1 << (width - 1).bit_length()), 2, 1, 1, ahead, held)
+            module.forward_launch = module.backward_launch = lambda *_: launch
+            x, added, passed, grad = (torch.randn(rows, width, dtype=dtype) for _ in range(4))
+            for weight, bias, offset, rounds in (
+                (torch.randn(width), None, 1.0, False),
+                (torch.randn(width).to(dtype), torch.randn(width), 0.0, True),
+                (None, None, 0.0, False),
+            ):
+                # The interpreter's division and square root are numpy's: results differ in the last place.
+                near = dict(atol=2e-3, rtol=2e-3) if dtype is torch.float16 else {}
+                settings = (weight, bias, 1e-5, centered, offset, rounds, dtype)
+                for residual in (None, added):
+                    found = module._forward(kernels, x, residual, *settings)
+                    summand = torch.zeros_like(x) if residual is None else residual
+                    right = module.add_row_norm_reference(x, summand, *settings)
+                    for number, (a, b) in enumerate(zip(found, right)):
+                        if number != 1 or residual is not None:
+                            torch.testing.assert_close(a, b, **near)
+                _, mean, rstd = module.row_norm_reference(x, *settings)
+                for beside, mask in itertools.product(
+                    (None, passed), ([True, True, True], [True, False, False], [False, True, False])
+                ):
+                    arguments = (grad, x, weight, bias, mean, rstd, beside, centered, offset, mask)
+                    found = module._backward(kernels, *arguments)
+                    for a, b in zip(found, module.row_norm_backward_reference(*arguments)):
+                        torch.testing.assert_close(a, b, **near)
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": ":".join(sys.path)}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+SPILLED = {(14336, True): 192}
+"""Bytes of a thread that the backward of LayerNorm keeps in memory where rows fill the registers."""
+
+
+@needs_triton
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("width", [128, 2048, 4096, 5120, 7168, 14336])
+def test_the_kernels_compile_for_sm_90_without_spills(width: int, centered: bool) -> None:
+    from graphopt_kernels import row_norm_triton
+
+    flags = {"CENTERED": centered, "WEIGHTED": True, "WIDTH": width}
+    rows = dict.fromkeys(
+        ("data", "added", "result", "total", "grad", "passed", "d_data", "weight", "bias"), "*bf16"
+    )
+    sums = dict.fromkeys(("means", "scales", "d_weights", "d_biases"), "*fp32")
+    numbers = {"rows": "i32", "eps": "fp32", "offset": "fp32"}
+    forward = {**flags, "ADDED": True, "BIASED": centered, "ROUNDED": not centered}
+    widest = width > 8192
+    backward = {**flags, "PASSED": True, "D_DATA": True, "D_WEIGHT": True, "D_BIAS": centered and not widest}
+    for kernel, launch, constants in (
+        (row_norm_triton.forward_kernel, module.forward_launch(width, centered), forward),
+        (row_norm_triton.backward_kernel, module.backward_launch(width, centered), backward),
+    ):
+        constants |= {"BLOCK": launch.block, "ROWS": launch.rows, "AHEAD": launch.ahead, "HELD": launch.held}
+        code = compile_function_for_sm90(
+            kernel, {**rows, **sums, **numbers}, constants, warps=launch.warps, aligned=(*rows, *sums)
+        )
+        allowed = SPILLED.get((width, centered), 0) if kernel is row_norm_triton.backward_kernel else 0
+        assert code.stack + code.local <= allowed, (kernel, code.stack, code.local)
+        assert code.shared <= 2048
+        assert code.widths("LDG")[128] >= 2 and code.widths("STG")[128] >= 1
