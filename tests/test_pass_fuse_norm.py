@@ -211,3 +211,10 @@ def test_a_forward_of_its_own_stays_where_nothing_fuses_with_it(
     program = Program("g0", Level.JOINT, gm, Signature((), ()))
     found = list(FuseNormGradient().propose(program, replace(context(), emit="inductor")))
     assert len(found) == (0 if width == 2048 and not neighbours else 1)
+
+
+@pytest.mark.parametrize("mode", ["train", "infer"])
+def test_a_norm_that_is_one_call_already_is_worth_it_too(mode: str) -> None:
+    program = semantic(Residual(layer_norm), torch.randn(3, 5, WIDTH))
+    (found,) = EVERYWHERE.propose(program, context(mode))
+    assert isinstance(found, graphopt.Candidate) and found.delta.seconds < 0

@@ -269,8 +269,9 @@ class FuseNorm(RewritePass):
     everywhere: bool = False
 
     def gain(self, match: Match, ctx: PassContext) -> CostDelta:
-        """Beside values in between: the backward reads gradient and input once less."""
-        forward = super().gain(match, ctx).seconds
+        """Beside values in between: the forward reads its input once less, for generated kernels read rows
+        again that they do not hold, and the backward gradient and input."""
+        written = super().gain(match, ctx).seconds
         value = match.roots[0].meta["val"]
-        read = 2 * value.numel() * value.element_size() if ctx.mode == "train" else 0
-        return CostDelta(seconds=forward - read / ctx.cost.device.copy_bytes_per_second)
+        read = (3 if ctx.mode == "train" else 1) * value.numel() * value.element_size()
+        return CostDelta(seconds=written - read / ctx.cost.device.copy_bytes_per_second)
