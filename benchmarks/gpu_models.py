@@ -4,8 +4,8 @@
 
 GPT-2 medium (8 x 1,024 tokens, dropout off), ViT-L/16 (64 images of 224 x 224) and ConvNeXt-B (64 images),
 from transformers' classes with random weights, bf16, forward + backward, gradients allocated beforehand and
-held. Each mode runs in a process of its own. Medians after warm-up; ``act_mib`` is the peak above weights and
-gradients. ``first_step_s`` is optimizing, compiling and the first step, kernels not cached.
+held. Each mode runs in a process of its own; the processes compile side by side and run one after another.
+Medians after warm-up; ``act_mib`` is the peak above weights and gradients.
 """
 
 from __future__ import annotations
@@ -13,11 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +21,7 @@ from typing import Any
 
 import torch
 from gpu_train import timed
+from turns import in_turns
 
 MODES = ("graphopt", "compile", "eager")
 
@@ -120,7 +117,6 @@ def one(name: str, mode: str, steps: int) -> dict[str, Any]:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     static = sum(2 * p.numel() * p.element_size() for p in model.parameters())
-    begun = time.perf_counter()
     called: Any = model
     if mode == "compile":
         called = torch.compile(model)
@@ -128,9 +124,7 @@ def one(name: str, mode: str, steps: int) -> dict[str, Any]:
         import graphopt
 
         called = graphopt.optimize(model, inputs, emit="inductor", on_error="raise")
-    optimized = time.perf_counter() - begun
     row = timed(lambda: called(**inputs), model, static, steps)
-    row["first_step_s"] = round(row["first_step_s"] + optimized, 1)
     return {"model": name, "batch": batch, "mode": mode, **row}
 
 
@@ -141,6 +135,8 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_models.json"))
     options.add_argument("--models", default=",".join(MODELS))
     options.add_argument("--steps", type=int, default=15)
+    options.add_argument("--at-once", type=int, default=9, help="processes that get ready side by side")
+    options.add_argument("--limit", type=float, default=400.0, help="seconds for everything")
     options.add_argument("--one", nargs=2, metavar=("MODEL", "MODE"))
     given = options.parse_args()
     if not torch.cuda.is_available():
@@ -150,25 +146,16 @@ def main() -> None:
         print("RESULT " + json.dumps(one(*given.one, given.steps)), flush=True)
         return
     rows: list[dict[str, Any]] = []
-    for name in given.models.split(","):
-        for mode in MODES:
-            with tempfile.TemporaryDirectory() as cache:
-                child = subprocess.run(
-                    [sys.executable, __file__, "--steps", str(given.steps), "--one", name, mode],
-                    stdout=subprocess.PIPE,
-                    text=True,
-                    env={
-                        **os.environ,
-                        "TORCHINDUCTOR_CACHE_DIR": cache,
-                        "TRITON_CACHE_DIR": f"{cache}/triton",
-                    },
-                )
-            found = [line[7:] for line in child.stdout.splitlines() if line.startswith("RESULT ")]
-            rows.append(
-                json.loads(found[0]) if found else {"model": name, "mode": mode, "error": "it failed"}
-            )
-            print(json.dumps(rows[-1]), flush=True)
-            save(given.out, rows)
+    command = [sys.executable, __file__, "--steps", str(given.steps), "--one"]
+    children = {
+        f"{name} {mode}": [*command, name, mode] for name in given.models.split(",") for mode in MODES
+    }
+    for label, lines in in_turns(children, at_once=given.at_once, seconds=given.limit):
+        found = [line[7:] for line in lines if line.startswith("RESULT ")]
+        name, mode = label.split()
+        rows.append(json.loads(found[0]) if found else {"model": name, "mode": mode, "error": "it failed"})
+        print(json.dumps(rows[-1]), flush=True)
+        save(given.out, rows)
 
 
 def save(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -3,10 +3,11 @@
     python benchmarks/gpu_train.py --out benchmarks/results/gpu_train.json
 
 Model: transformers' Llama (16 layers, hidden 2048, vocabulary 128,256, bf16, tied embeddings, random
-weights), 4 x 2,048 tokens, forward + backward, gradients allocated beforehand and held, loss only.
-Every peer, and graphopt, runs in a process of its own; all compile once beforehand, side by side, so that
-the timed processes find their kernels cached. ``act_mib`` is ``max_memory_allocated`` minus parameters and
-gradients; ``whole_mib`` is all of it, what a budget bounds. Times are medians after warm-up.
+weights), 4 x 2,048 tokens, forward + backward, gradients allocated beforehand and held, loss only. Every
+peer, and graphopt with each budget, runs in a process of its own. They compile side by side (so the seconds
+of optimizing and of first steps are those of a busy processor) and run one after another. ``act_mib`` is
+``max_memory_allocated``, with what CUDA graphs keep, minus parameters and gradients; ``whole_mib`` is all of
+it, what a budget bounds. Times are medians after warm-up.
 
 Peers: ``compile`` (torch.compile), ``compile-0.5`` (its ``activation_memory_budget``), ``blocks``
 (each layer compiled, head and loss compiled), ``blocks-ckpt`` (the same under
@@ -19,7 +20,6 @@ import argparse
 import gc
 import json
 import statistics
-import subprocess
 import sys
 import time
 from datetime import UTC, datetime
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from turns import await_turn, in_turns
 
 MIB = 2**20
 PEERS = (
@@ -105,6 +106,9 @@ def timed(step: Any, model: torch.nn.Module, static: int, steps: int) -> dict[st
     for _ in range(2):
         once()
     synchronize()
+    await_turn()
+    once()
+    synchronize()
     if device() == "cuda":
         torch.cuda.reset_peak_memory_stats()
     taken = []
@@ -113,7 +117,7 @@ def timed(step: Any, model: torch.nn.Module, static: int, steps: int) -> dict[st
         loss = once()
         synchronize()
         taken.append((time.perf_counter() - start) * 1e3)
-    peak = torch.cuda.max_memory_allocated() if device() == "cuda" else 0
+    peak = torch.cuda.max_memory_allocated() + kept_by_graphs() if device() == "cuda" else 0
     return {
         "ms": round(statistics.median(taken), 2),
         "whole_mib": round(peak / MIB, 1),
@@ -122,6 +126,14 @@ def timed(step: Any, model: torch.nn.Module, static: int, steps: int) -> dict[st
         "first_step_s": round(first, 1),
         "loss": round(float(loss), 4),
     }
+
+
+def kept_by_graphs() -> int:
+    """Bytes of the pools of CUDA graphs that the allocator does not count as allocated: a replayed step uses
+    them all the same."""
+    segments = torch.cuda.memory_snapshot()
+    pools = (s for s in segments if tuple(s["segment_pool_id"]) != (0, 0))
+    return sum(s["total_size"] - s["allocated_size"] for s in pools)
 
 
 def prepared(shape: argparse.Namespace) -> tuple[torch.nn.Module, torch.Tensor, int]:
@@ -168,55 +180,48 @@ def peer_step(name: str, shape: argparse.Namespace) -> tuple[torch.nn.Module, to
     return model, ids, static, step
 
 
-def ours(shape: argparse.Namespace, report: Any) -> None:
-    """graphopt without a budget, then under budgets down to the least that is feasible."""
+def ours(name: str, shape: argparse.Namespace) -> dict[str, Any]:
+    """graphopt without a budget ("graphopt"), with one in MiB above weights and gradients ("graphopt@MIB"),
+    or with a part of the feasible range ("graphopt@P%")."""
     import graphopt
 
     model, ids, static = prepared(shape)
     whole = LossOnly(model).train()
     inputs = {"input_ids": ids, "labels": ids}
-
-    def run(budget: int | None, label: str) -> Any:
+    _, _, asked = name.partition("@")
+    budget = None
+    if asked.endswith("%"):
+        least, most = least_and_most(graphopt.optimize(whole, inputs, emit="inductor"))
+        budget = least + (most - least) * int(asked[:-1]) // 100
         torch._dynamo.reset()
         gc.collect()
-        begun = time.perf_counter()
-        try:
-            fast = graphopt.optimize(whole, inputs, budget=budget, emit="inductor", on_error="raise")
-        except graphopt.BudgetError as error:
-            report(
-                {"mode": label, "budget_mib": round((budget or 0) / MIB, 1), "least_bytes": error.least_bytes}
-            )
-            return None
-        optimized = time.perf_counter() - begun
-        row = timed(lambda: fast(**inputs), model, static, shape.steps)
-        predicted = fast.plan.predicted
-        row |= {
-            "mode": label,
-            "optimize_s": round(optimized, 1),
-            "plan_s": round(fast.plan.seconds_to_plan, 2),
-            "budget_bytes": budget,
-            "predicted_bytes": predicted.peak_bytes,
-            "predicted_ms": round((predicted.seconds or 0) * 1e3, 1),
-            "prediction_error": round(predicted.peak_bytes / row["whole_bytes"] - 1, 4)
-            if row["whole_bytes"]
-            else None,
-            "obeyed": budget is None or row["whole_bytes"] <= budget,
-            "points": [c.label for c in fast.plan.choices],
-            "alternatives": sorted({c.alternative for c in fast.plan.choices} - {""}),
-            "moved_mib": round(sum(v.bytes for c in fast.plan.choices for v in c.offloaded) / MIB, 1),
-            "lower_bound_s": fast.plan.lower_bound,
-        }
-        report(row)
-        return fast
-
-    fast = run(None, "graphopt")
-    session_least, most = least_and_most(fast)
-    del fast
-    base = static
-    targets = [base + int(mib * MIB) for mib in shape.targets]
-    targets += [session_least + (most - session_least) * k // 100 for k in shape.fractions]
-    for budget in targets:
-        run(budget, "graphopt-budget")
+    elif asked:
+        budget = static + int(float(asked) * MIB)
+    label = "graphopt-budget" if asked else "graphopt"
+    begun = time.perf_counter()
+    try:
+        fast = graphopt.optimize(whole, inputs, budget=budget, emit="inductor", on_error="raise")
+    except graphopt.BudgetError as error:
+        return {"mode": label, "budget_mib": round((budget or 0) / MIB, 1), "least_bytes": error.least_bytes}
+    optimized = time.perf_counter() - begun
+    row = timed(lambda: fast(**inputs), model, static, shape.steps)
+    predicted = fast.plan.predicted
+    return row | {
+        "mode": label,
+        "optimize_s": round(optimized, 1),
+        "plan_s": round(fast.plan.seconds_to_plan, 2),
+        "budget_bytes": budget,
+        "predicted_bytes": predicted.peak_bytes,
+        "predicted_ms": round((predicted.seconds or 0) * 1e3, 1),
+        "prediction_error": round(predicted.peak_bytes / row["whole_bytes"] - 1, 4)
+        if row["whole_bytes"]
+        else None,
+        "obeyed": budget is None or row["whole_bytes"] <= budget,
+        "points": [c.label for c in fast.plan.choices],
+        "alternatives": sorted({c.alternative for c in fast.plan.choices} - {""}),
+        "moved_mib": round(sum(v.bytes for c in fast.plan.choices for v in c.offloaded) / MIB, 1),
+        "lower_bound_s": fast.plan.lower_bound,
+    }
 
 
 def least_and_most(fast: Any) -> tuple[int, int]:
@@ -248,56 +253,35 @@ def main() -> None:
         default=[0],
         help="further budgets, in percent of the feasible range",
     )
-    parser.add_argument("--at-once", type=int, default=8, help="processes that compile side by side")
+    parser.add_argument("--at-once", type=int, default=6, help="processes that get ready side by side")
     parser.add_argument("--limit", type=float, default=540.0, help="seconds for everything")
     shape = parser.parse_args()
-    if shape.one == "graphopt":
-        ours(shape, lambda row: print("RESULT " + json.dumps(row), flush=True))
-        return
     if shape.one:
-        print("RESULT " + json.dumps(peer(shape.one, shape)), flush=True)
+        found = ours(shape.one, shape) if shape.one.startswith("graphopt") else peer(shape.one, shape)
+        print("RESULT " + json.dumps(found), flush=True)
         return
     if device() != "cuda":
         print("gpu_train needs a CUDA device")
         return
-    begun = time.perf_counter()
     rows: list[dict[str, Any]] = []
+    modes = ["graphopt", *(m for m in shape.peers.split(",") if m)]
+    modes += [f"graphopt@{mib:g}" for mib in shape.targets] + [
+        f"graphopt@{part}%" for part in shape.fractions
+    ]
     command = [sys.executable, __file__, *sys.argv[1:]]
-    peers = [m for m in shape.peers.split(",") if m]
-    fill_caches(command, ["graphopt", *peers], at_once=shape.at_once)
-    for mode in ("graphopt", *peers):
-        left = shape.limit - (time.perf_counter() - begun)
-        if left < 20:
-            print(f"skipped {mode}: no time left", file=sys.stderr)
-            continue
-        child = subprocess.Popen([*command, "--one", mode], stdout=subprocess.PIPE, text=True)
-        try:
-            out, _ = child.communicate(timeout=left)
-        except subprocess.TimeoutExpired:
-            child.kill()
-            out, _ = child.communicate()
-            print(f"{mode}: stopped for want of time", file=sys.stderr)
-        for line in out.splitlines():
-            if line.startswith("RESULT "):
-                rows.append(json.loads(line[7:]))
-                shown = {k: v for k, v in rows[-1].items() if k not in ("points", "whole_bytes")}
-                print(json.dumps(shown), flush=True)
+    children = {mode: [*command, "--one", mode] for mode in modes}
+    for mode, lines in in_turns(children, at_once=shape.at_once, seconds=shape.limit):
+        found_rows = [json.loads(line[7:]) for line in lines if line.startswith("RESULT ")]
+        if not found_rows:
+            print(f"{mode}: no result", file=sys.stderr)
+        for row in found_rows:
+            rows.append(row)
+            print(
+                json.dumps({k: v for k, v in row.items() if k not in ("points", "whole_bytes")}), flush=True
+            )
         save(shape, rows)
-        if not rows:
-            raise SystemExit("graphopt gave no result")
-
-
-def fill_caches(command: list[str], modes: list[str], at_once: int) -> None:
-    """Compile whatever compiles, ``at_once`` processes side by side; their timings are thrown away."""
-    modes = [mode for mode in modes if not mode.startswith("liger")]
-    short = ["--steps", "1", "--targets", "", "--fractions", "", "--one"]
-    for start in range(0, len(modes), at_once):
-        children = [
-            subprocess.Popen([*command, *short, mode], stdout=subprocess.DEVNULL)
-            for mode in modes[start : start + at_once]
-        ]
-        for child in children:
-            child.wait()
+    if not rows:
+        raise SystemExit("nothing gave a result")
 
 
 def save(shape: argparse.Namespace, rows: list[dict[str, Any]]) -> None:

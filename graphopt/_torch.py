@@ -889,9 +889,45 @@ def joins_apart(pieces: Sequence[Any]) -> bool:
     )
 
 
+HELD = 16384
+"""Elements of a row that fit the registers of one program."""
+
+
+def holds_rows(features: Any) -> bool:
+    """Whether a kernel that reduces rows should hold them in registers instead of reading them again.
+
+    Inductor holds rows of up to 1,024 elements. Longer ones it goes through in a loop for each reduction, and
+    once more for what needs their results: a softmax reads its input twice, a norm likewise. ``features`` are
+    Inductor's ``SIMDKernelFeatures``. The program has 8 warps, 16 for more than 8,192 elements; a thread's
+    share of what is loaded (in its dtype) and of one value made of it (in float32) must leave 40 registers.
+    """
+    from torch._inductor.runtime.hints import ReductionHint
+    from torch._inductor.virtualized import V
+
+    width = features.reduction_numel
+    if not getattr(width, "is_Integer", False) or not 1024 < int(width) <= HELD:
+        return False
+    if features.get_reduction_hint() is not ReductionHint.INNER:
+        return False
+    bytes_of = V.graph.sizevars.optimization_hint
+    moved = features.memory_stats()
+    if bytes_of(moved.looped.memory.bytes) < 1.1 * bytes_of(moved.persistent.memory.bytes):
+        return False
+    elements = features.numel * width
+    nodes = features.scheduler_nodes()
+    made = {name for node in nodes for name in node.get_buffer_names()}
+    reads = [dep for node in nodes for dep in node.read_writes.reads if dep.name not in made]
+    whole = {dep.name for dep in reads if dep.get_numel() == elements}
+    loaded = sum(V.graph.get_dtype(name).itemsize for name in whole)
+    block = 1 << (int(width) - 1).bit_length()
+    threads = 256 if block <= 8192 else 512
+    return bool(block // threads * (1 + loaded / 4) <= 65536 // threads - 40)
+
+
 @contextmanager
-def _memory_aware_fusion() -> Iterator[None]:
-    """Inductor without fusions that hold more than they spare (``shares_too_little``, ``joins_apart``)."""
+def _our_choices() -> Iterator[None]:
+    """Inductor without fusions that hold more than they spare (``shares_too_little``, ``joins_apart``), and
+    with rows in registers (``holds_rows``)."""
     from torch._inductor import ir
     from torch._inductor.choices import InductorChoices
     from torch._inductor.lowering import lowerings
@@ -903,6 +939,11 @@ def _memory_aware_fusion() -> Iterator[None]:
         def can_fuse_horizontal(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
             usual = InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score)
             return bool(usual) and not shares_too_little(node1, node2)
+
+        @staticmethod
+        def should_use_persistent_reduction(features: Any, cooperative_reduction: bool) -> bool:
+            usual = InductorChoices.should_use_persistent_reduction(features, cooperative_reduction)
+            return bool(usual) or (not cooperative_reduction and holds_rows(features))
 
     operator = torch.ops.aten.cat.default
     usual = lowerings[operator]
@@ -977,7 +1018,7 @@ def compile_with_inductor(
     }
     # The backward is compiled now, not at its first run: its memory is part of the plan.
     joint_settings = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
-    with inductor_config.patch(settings), functorch_config.patch(joint_settings), _memory_aware_fusion():
+    with inductor_config.patch(settings), functorch_config.patch(joint_settings), _our_choices():
         table = inductor_decompositions()
         compiled: Any = compile_fx(gm, list(inputs), inner_compile=inner, decompositions=table)
     function: Callable[..., Any] = compiled

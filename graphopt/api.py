@@ -48,6 +48,7 @@ def optimize(
     on_error: str = "rollback",
     plan: Plan | None = None,
     step: Callable[[torch.nn.Module], object] | None = None,
+    cuda_graphs: bool = True,
 ) -> Optimized:
     """The fastest version of ``model`` whose step fits ``budget``, with the same call.
 
@@ -70,6 +71,11 @@ def optimize(
     before a backward (``loss(module(a), module(b)).backward()``), several backwards (gradient
     accumulation). It is run three times with the optimized module as its argument, parameters' gradients,
     buffers and random state put back, and must not update parameters. The budget then bounds all of it.
+
+    ``cuda_graphs``: on CUDA, replay a step from a CUDA graph from its third call on, so that the GPU does not
+    wait for the host. Training steps are replayed where gradients stay in place
+    (``zero_grad(set_to_none=False)``); what a graph keeps counts against the budget. The report says whether
+    steps are replayed, or why not. ``False`` launches kernel by kernel.
 
     Gradients that the parameters carry when ``optimize`` is called count as held throughout (as in
     gradient accumulation); without them a step is taken to begin with none.
@@ -94,6 +100,7 @@ def optimize(
         plugins=plugins,
         on_error=on_error,
         step=step,
+        cuda_graphs=cuda_graphs,
     )
 
 
@@ -214,6 +221,7 @@ def make_session(
     emit: str = "auto",
     plugins: Sequence[object] = (),
     on_error: str = "rollback",
+    cuda_graphs: bool = True,
     runs_on: torch.device | None = None,
 ) -> Session:
     """A session with everything looked up by name; raises before any work is done."""
@@ -241,6 +249,7 @@ def make_session(
         passes=chosen.steps,
         allow=frozenset(allow),
         on_error=on_error,
+        cuda_graphs=cuda_graphs,
     )
 
 

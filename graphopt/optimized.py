@@ -147,12 +147,12 @@ class Optimized(torch.nn.Module):
     def measure(self, inputs: Any = None, *, repeats: int = 3) -> Measurement:
         """Run whole steps and measure them: forward and backward in training, else forward.
 
-        ``inputs`` as for ``optimize``; without it the captured example inputs. The peak counts
-        parameters, buffers and inputs; gradients are absent when the step begins (or zero, where
-        the parameters carried some when the model was optimized) and outputs are held until it ends.
-        Gradients and buffers are put back afterwards. The loss is the output's ``loss``, or
-        ``loss_fn(output)``, or the sum of all differentiable outputs. A module that was optimized for a
-        ``step`` runs that, unless ``inputs`` are given.
+        ``inputs`` as for ``optimize``; without it the captured example inputs. The peak counts parameters,
+        buffers and inputs; gradients are absent when the step begins (or zero, where the parameters carried
+        some when the model was optimized) and outputs are held until it ends. Gradients and buffers are put
+        back afterwards. The loss is the output's ``loss``, or ``loss_fn(output)``, or the sum of all
+        differentiable outputs. Kernels are launched one by one, not replayed from a graph. A module that was
+        optimized for a ``step`` runs that, unless ``inputs`` are given.
         """
         whole = self._driver.step if inputs is None else None
         args, kwargs = self._driver.bind(inputs) if whole is None else ((), {})
@@ -170,7 +170,7 @@ class Optimized(torch.nn.Module):
                     torch.autograd.backward(self._loss(output))
             return output
 
-        with restored(self._model, parameters):
+        with restored(self._model, parameters), self._driver.launching():
             state = torch.get_rng_state()
 
             def reset() -> None:

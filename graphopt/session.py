@@ -45,6 +45,7 @@ from graphopt.planner import seconds_bound
 from graphopt.plans import Choice, Plan, Recomputed, SavedValue
 from graphopt.plugins.host import PluginHost
 from graphopt.program import InputSpec, Program, layer_of
+from graphopt.recording import Recorder
 from graphopt.replay import make_random_states_explicit, plain_call
 from graphopt.report import PassRecord
 from graphopt.rewriting import Rewriting, left_out, run_joint_passes, run_passes
@@ -79,7 +80,8 @@ class Session:
     throughout, and a step's own are added to them and go, unless hooks wait for them
     (``watched_gradients``). ``dry_run``: plan, compile no code.
     ``chain``: the present programs as calls that hand values to each other, where they are;
-    ``reruns``: rows of them that the plan runs again.
+    ``reruns``: rows of them that the plan runs again. ``cuda_graphs``: replay steps where they can be
+    recorded; ``recorders`` do that.
     """
 
     budget: Budget
@@ -116,6 +118,8 @@ class Session:
     observer: Observer | None = None
     chain: Callable[[], list[Link]] | None = None
     reruns: tuple[Rerun, ...] = ()
+    cuda_graphs: bool = True
+    recorders: list[Recorder] = field(default_factory=list)
     _seen: tuple[tuple[Captured, ...], ObservedPlan] | None = None
     _counted: tuple[tuple[int | None, ...], tuple[FrontierPoint, ...], Cost] | None = None
 
@@ -228,12 +232,13 @@ class Session:
         auxiliary: Sequence[int],
     ) -> Callable[..., Any]:
         """Repeated blocks planned once and compiled once: the chain of segments is the step."""
+        from graphopt.replayed_steps import replayed
         from graphopt.segmented import SegmentedStep
 
         step = SegmentedStep(self, name, semantic, specs)
         self.current = step.captured
         self.captured.extend(step.captured)
-        run = step.compile()
+        run = replayed(self, step, step.compile(), inputs, specs)
         if auxiliary:
             run = reattach(run, original, auxiliary, lambda: self._used(step.captured[-1]))
 

@@ -11,6 +11,7 @@ import torch.fx as fx
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphopt.emit.fused_memory import fused_live
+from graphopt.emit.fused_time import loops_over
 from graphopt.emit.fusion import Kind, fuse, kind_of
 from graphopt.emit.lowered import compile_lowered
 
@@ -163,3 +164,31 @@ def test_the_guess_is_close_to_what_inductor_does(depth: int) -> None:
     _, memory = compile_lowered(gm, [X, W, up], static_inputs=[1, 2], is_inference=True)
     # At the second layer Inductor holds two dead buffers for reuse, the guess one of them.
     assert guessed == pytest.approx(memory.peak_bytes, rel=0.01 if depth == 1 else 0.15)
+
+
+def _log_softmax(x: torch.Tensor) -> torch.Tensor:
+    largest = x.amax(-1, keepdim=True)
+    return x - largest - (x - largest).exp().sum(-1, keepdim=True).log()
+
+
+def _norm(x: torch.Tensor) -> torch.Tensor:
+    centered = x - x.mean(-1, keepdim=True)
+    return centered * (centered.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+
+
+@pytest.mark.parametrize(
+    ("function", "width", "loops"),
+    [
+        (_log_softmax, 20_000, 2),
+        (_norm, 20_000, 3),
+        (lambda x: x.square().sum(-1), 20_000, 1),
+        (_log_softmax, 16_384, None),
+        (_norm, 4096, None),
+    ],
+)
+def test_rows_that_registers_do_not_hold_are_read_by_each_loop(
+    function: Callable[..., Any], width: int, loops: int | None
+) -> None:
+    _, calls, outputs = trace(function, torch.empty(8, width))
+    (kernel,) = fuse(calls, outputs, device_type="cuda").kernels
+    assert loops_over(kernel) == ({} if loops is None else {"x_1": loops})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -283,3 +283,47 @@ def test_settings_of_functions_can_be_written_to_the_metrics(monkeypatch: pytest
         assert utils._get_dynamo_config_for_logging is as_in_torch_2_11
     finally:
         _torch._config_is_loggable.cache_clear()
+
+
+def _softmax(x: torch.Tensor) -> torch.Tensor:
+    return torch.softmax(x, -1)
+
+
+def _sum(x: torch.Tensor) -> torch.Tensor:
+    return x.square().sum(-1)
+
+
+def _of_many(*x: torch.Tensor) -> torch.Tensor:
+    total = sum(x[1:], x[0])
+    return torch.softmax(total * total.amax(-1, keepdim=True), -1)
+
+
+@pytest.mark.parametrize(
+    ("function", "width", "inputs", "held"),
+    [
+        (_softmax, 4096, 1, True),
+        (_softmax, 16384, 1, True),
+        (_softmax, 16385, 1, False),
+        (_sum, 4096, 1, False),
+        (_of_many, 4096, 4, True),
+        (_of_many, 16384, 4, False),
+    ],
+)
+def test_rows_are_held_where_that_spares_reading_and_registers_reach(
+    monkeypatch: pytest.MonkeyPatch,
+    function: Callable[..., torch.Tensor],
+    width: int,
+    inputs: int,
+    held: bool,
+) -> None:
+    from torch._inductor import config
+
+    seen: list[bool] = []
+    judge = _torch.holds_rows
+    monkeypatch.setattr(_torch, "holds_rows", lambda features: seen.append(judge(features)) or seen[-1])
+    torch._dynamo.reset()
+    settings = config.patch(cpu_backend="triton", fx_graph_cache=False)
+    # Code is generated; there is no driver to run it.
+    with settings, _torch._our_choices(), pytest.raises(Exception, match="active drivers"):
+        torch.compile(function)(*(torch.randn(64, width) for _ in range(inputs)))
+    assert seen and all(found is held for found in seen)

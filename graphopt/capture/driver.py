@@ -282,6 +282,17 @@ class Driver:
             return self.model.training
         return any(captured.mode == "train" for captured in self.session.current)
 
+    @contextmanager
+    def launching(self) -> Iterator[None]:
+        """Steps are launched kernel by kernel: what a replayed one takes is in no allocator's statistics."""
+        for recorder in self.session.recorders:
+            recorder.paused = True
+        try:
+            yield
+        finally:
+            for recorder in self.session.recorders:
+                recorder.paused = False
+
     def gradients_held(self) -> bool:
         """Whether parameters carried gradients when the model was optimized."""
         return self.session.held_gradient_bytes > 0

@@ -145,8 +145,8 @@ class Kernel:
     ``level`` orders it after the kernels that it reads from; ``elements`` and ``reduced`` are the
     size of its loops, and how much of that is reduced to one result (``inner``: from neighbouring
     elements); ``library`` kernels take nothing else in, and those with ``returns`` allocate their
-    own results. ``sources`` has what each member is computed from; ``readers`` are the ids of those
-    that read it.
+    own results. ``sources`` has what each member is computed from, ``reductions`` the operators of those that
+    reduce; ``readers`` are the ids of those that read it.
     """
 
     level: int
@@ -158,6 +158,7 @@ class Kernel:
     members: list[str] = field(default_factory=list)
     reads: set[str] = field(default_factory=set)
     sources: dict[str, frozenset[str]] = field(default_factory=dict)
+    reductions: dict[str, str] = field(default_factory=dict)
     readers: set[int] = field(default_factory=set)
 
     def overwriters(self, name: str, *, on_cpu: bool) -> list[str]:
@@ -301,6 +302,7 @@ def _place(node: fx.Node, kind: Kind, reads: Collection[str], kernels: dict[str,
             home.members[:0] = kernel.members
             home.reads |= kernel.reads
             home.sources |= kernel.sources
+            home.reductions |= kernel.reductions
             for name in kernel.reads & kernels.keys():
                 kernels[name].readers.discard(id(kernel))
                 kernels[name].readers.add(id(home))
@@ -309,6 +311,8 @@ def _place(node: fx.Node, kind: Kind, reads: Collection[str], kernels: dict[str,
     home.members.append(node.name)
     home.reads.update(reads)
     home.sources[node.name] = frozenset(reads)
+    if kind is Kind.REDUCTION:
+        home.reductions[node.name] = _operator(node)
     kernels[node.name] = home
     for name in home.reads & kernels.keys():
         if kernels[name] is not home:
