@@ -16,16 +16,16 @@ from collections.abc import Iterator, Mapping, Sequence
 
 __all__ = ["await_turn", "in_turns"]
 
-READY, GO = "READY", "GO"
+READY = "READY"
 IN_TURN = "GRAPHOPT_BENCHMARK_IN_TURN"
+"""Set where a process is one of several that take turns."""
 
 
 def await_turn() -> None:
     """Say that everything is ready, and wait until it is this process's turn. By hand it always is."""
-    if IN_TURN not in os.environ:
-        return
-    print(READY, flush=True)
-    sys.stdin.readline()
+    if IN_TURN in os.environ:
+        print(READY, flush=True)
+        sys.stdin.readline()
 
 
 def in_turns(
@@ -33,50 +33,55 @@ def in_turns(
 ) -> Iterator[tuple[str, list[str]]]:
     """Each command's name and the lines that it printed, ``at_once`` getting ready side by side.
 
-    What has not ended after ``seconds``, all commands together, is killed; its lines are those until then.
+    All have ``seconds`` together. Of those of a batch, who is not ready after two thirds of what is left is
+    killed, so that the others can measure; its lines are those until then.
     """
     end = time.monotonic() + seconds
     names = list(commands)
     for start in range(0, len(names), at_once):
-        batch = {name: _start(commands[name]) for name in names[start : start + at_once]}
-        killer = _Deadline(list(batch.values()), end)
-        lines: dict[str, list[str]] = {name: _until_ready(child) for name, child in batch.items()}
+        batch = {name: _Child(commands[name]) for name in names[start : start + at_once]}
+        begun = time.monotonic()
+        late = begun + (end - begun) * 2 / 3
+        for child in batch.values():
+            child.wait_for(child.ready, late)
         for name, child in batch.items():
-            try:
-                out, _ = child.communicate(f"{GO}\n")
-            except (BrokenPipeError, ValueError):
-                out = ""
-            yield name, [*lines[name], *(out or "").splitlines()]
-        killer.cancel()
+            child.measure(end)
+            yield name, child.lines
 
 
-def _start(command: Sequence[str]) -> subprocess.Popen[str]:
-    env = {**os.environ, IN_TURN: "1"}
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+class _Child:
+    """A process that takes turns, and the lines that it prints."""
 
+    def __init__(self, command: Sequence[str]) -> None:
+        env = {**os.environ, IN_TURN: "1"}
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
+        )
+        self.lines: list[str] = []
+        self.ready, self.ended = threading.Event(), threading.Event()
+        threading.Thread(target=self._read, daemon=True).start()
 
-def _until_ready(child: subprocess.Popen[str]) -> list[str]:
-    assert child.stdout is not None
-    lines = []
-    for line in iter(child.stdout.readline, ""):
-        if line.strip() == READY:
-            break
-        lines.append(line.rstrip("\n"))
-    return lines
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.strip() == READY:
+                self.ready.set()
+            else:
+                self.lines.append(line.rstrip("\n"))
+        self.ready.set()
+        self.ended.set()
 
+    def wait_for(self, event: threading.Event, end: float) -> None:
+        """Until ``event``; without it at ``end``, the process is killed."""
+        if not event.wait(max(0.0, end - time.monotonic())):
+            self._process.kill()
 
-class _Deadline:
-    """Kills what is left of a batch when its time is up."""
-
-    def __init__(self, children: list[subprocess.Popen[str]], end: float) -> None:
-        def kill() -> None:
-            for child in children:
-                if child.poll() is None:
-                    child.kill()
-
-        self._timer = threading.Timer(max(0.0, end - time.monotonic()), kill)
-        self._timer.daemon = True
-        self._timer.start()
-
-    def cancel(self) -> None:
-        self._timer.cancel()
+    def measure(self, end: float) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write("GO\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # It has ended.
+        self.wait_for(self.ended, end)
+        self._process.wait()

@@ -58,7 +58,8 @@ class Offer:
 def offers(
     program: Program, step: Pass, ctx: PassContext, failed: Callable[[str, GraphoptError], None]
 ) -> list[Offer]:
-    """What a pass offers instead of ``program``. A pass that fails is reported to ``failed``."""
+    """What a pass offers instead of ``program``; without a budget, what is predicted to take no longer. A
+    pass that fails is reported to ``failed``."""
     if step.level is not program.level or not (step.exact or step.name in ctx.allow):
         return []
     try:
@@ -70,11 +71,12 @@ def offers(
     for candidate in found:
         if candidate.exactness != "lossy" or step.name in ctx.allow:
             families.setdefault(candidate.family or candidate.id, []).append(candidate)
-    return [
+    made = [
         Offer(together[0].id if len(together) == 1 else name, together)
         for name, members in families.items()
         if (together := tuple(compatible(members)))
     ]
+    return [offer for offer in made if ctx.bounded or offer.seconds <= 0]
 
 
 def alternatives(
@@ -180,16 +182,21 @@ def joint_alternatives(
             continue
         try:
             # Most programs are offered nothing, and copies of large ones take long.
-            if not compatible(read_proposals(step, program, ctx).candidates):
+            if not _offered(step, program, ctx):
                 continue
             changed = copied(program)
-            _apply_all(compatible(read_proposals(step, changed, ctx).candidates), changed, step.name)
+            _apply_all(_offered(step, changed, ctx), changed, step.name)
         except GraphoptError as error:
             failed(f"{program.name}: alternatives of {step.name} were left out: {error.message}", error)
             continue
         program = changed
         taken.append(step.name)
         yield "+".join(taken), changed
+
+
+def _offered(step: Pass, program: Program, ctx: PassContext) -> list[Candidate]:
+    found = read_proposals(step, program, ctx).candidates
+    return compatible([c for c in found if ctx.bounded or c.delta.seconds <= 0])
 
 
 def compatible(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -7,8 +7,8 @@ the backward of the earlier one has run::
     without:  head's backward -> 501 MiB wait for the whole backward -> embedding's backward -> added to .grad
     with:     head's backward -> added to .grad ...                  -> embedding's backward -> added to .grad
 
-Each call reads its parameters through ``handing_over``, whose backward adds all of the call's gradients in
-one go of ``torch._foreach_add_`` and hands nothing on. Sums are made in another order where ``.grad`` is
+Each call reads its parameters through ``handing_over``, whose backward adds all of the call's gradients at
+once and hands nothing on. Sums are made in another order where ``.grad`` is
 not zero: ``(held + late) + early`` instead of ``held + (late + early)``.
 
 Only where nobody could tell otherwise: ``.grad`` is there already and looks like its parameter, the backward
@@ -26,6 +26,9 @@ import torch
 from graphopt import _torch
 
 __all__ = ["handing_over", "is_watched"]
+
+LARGE = 2 << 20
+"""Bytes of a gradient beyond which a launch of its own costs less than it gains."""
 
 
 def is_watched(parameter: torch.Tensor) -> bool:
@@ -79,10 +82,22 @@ class _HandOver(torch.autograd.Function):
             else:
                 left.append(gradient)
         if into:
-            torch._foreach_add_(into, added)
+            _add(into, added)
             if ctx.stream is not None:
                 _torch.after_backward(lambda: _wait_for(ctx.stream))
         return tuple(left)
+
+
+def _add(into: list[torch.Tensor], added: list[torch.Tensor]) -> None:
+    """Add tensors to others: small ones in one launch, large ones each in its own, which moves more bytes a
+    second."""
+    large = [held.numel() * held.element_size() >= LARGE for held in into]
+    together = [[t for t, alone in zip(ts, large, strict=True) if not alone] for ts in (into, added)]
+    if together[0]:
+        torch._foreach_add_(*together)
+    for held, gradient, alone in zip(into, added, large, strict=True):
+        if alone:
+            held.add_(gradient)
 
 
 def _may_add(leaf: torch.Tensor, gradient: torch.Tensor) -> bool:

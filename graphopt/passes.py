@@ -23,7 +23,8 @@ class PassContext:
 
     ``mode`` is ``"train"`` or ``"infer"``; ``emit`` is the code generator that the program is for;
     ``budget_bytes`` the resolved budget, ``None`` without one. ``curve``: the schedules that passes
-    before this one offer for the program, for one that adds to them (``Frontier.extends``).
+    before this one offer for the program, for one that adds to them (``Frontier.extends``). ``bounded`` is
+    false where the fastest program alone is asked for: what only frees memory need not be looked at.
     """
 
     cost: CostModel
@@ -32,6 +33,7 @@ class PassContext:
     budget_bytes: int | None = None
     allow: frozenset[str] = frozenset()
     curve: Frontier | None = None
+    bounded: bool = True
 
 
 @dataclass(frozen=True)

@@ -217,9 +217,16 @@ class Session:
         self.declined.extend(done.declined)
         self.near_misses.extend(done.near_misses)
 
+    @property
+    def bounded(self) -> bool:
+        """Whether memory counts: there is a budget, or every budget's plan is asked for. Op by op it always
+        does, for the frontier that is shown."""
+        asked = self.budget.memory is not None or self.dry_run or self.replay is not None
+        return asked or not self.emitter.by_segments
+
     def alternatives(self, make: Callable[[], Program], mode: str) -> Iterator[tuple[Offer, Program]]:
         """What the passes offer instead of the semantic program that ``make`` copies."""
-        ctx = PassContext(self.cost, mode, self.emitter.name, None, self.allow)
+        ctx = PassContext(self.cost, mode, self.emitter.name, None, self.allow, bounded=self.bounded)
         return alternatives(make, self.passes, ctx, self._fail)
 
     def _segmented(
@@ -470,7 +477,9 @@ class Session:
     def _frontier(self, captured: Captured) -> Frontier:
         """The curve of schedules that the joint-level passes offer; the baseline is always on it."""
         assert captured.joint is not None and captured.baseline is not None
-        ctx = PassContext(self.cost, captured.mode, self.emitter.name, None, self.allow)
+        ctx = PassContext(
+            self.cost, captured.mode, self.emitter.name, None, self.allow, bounded=self.bounded
+        )
         done = run_joint_passes(
             captured.joint,
             self.passes,
