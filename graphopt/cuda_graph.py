@@ -7,6 +7,7 @@ function takes comes from a pool of its own, which stays the graph's
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
@@ -26,6 +27,11 @@ class Graphs(Protocol):
 
     def record(self, work: Callable[[], Any]) -> tuple[Replayable, Any]:
         """What ``work`` queues, unrun, and what it returns. Raises whatever makes that impossible."""
+        ...
+
+    def watch(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], float]]:
+        """What ``work`` returns, and, to be asked later, the host's share of the time that it took: 1 where
+        the device waits for what the host queues, less where the host is ahead."""
         ...
 
     def pool_bytes(self) -> int:
@@ -59,6 +65,22 @@ class CudaGraphs:
             finally:
                 graph.capture_end()
         return graph, made
+
+    def watch(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], float]]:
+        start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        stream = torch.cuda.current_stream(self._device)
+        start.record(stream)
+        begun = time.perf_counter()
+        made = work()
+        host = time.perf_counter() - begun
+        end.record(stream)
+
+        def share() -> float:
+            end.synchronize()
+            return min(1.0, 1e3 * host / max(float(start.elapsed_time(end)), 1e-3))
+
+        return made, share
 
     def pool_bytes(self) -> int:
         if self._pool is None:

@@ -16,6 +16,8 @@ it as ever where they are not: other shapes, parameters that moved, gradients th
 forward before the backward of the first. A backward that asks for more than adding to ``.grad``
 (``torch.autograd.grad``, ``retain_graph``, hooks of parameters) runs the call again, with the random state
 that it had, and differentiates that.
+
+A graph keeps its memory from step to step, so steps are recorded only where the host is what holds them up.
 """
 
 from __future__ import annotations
@@ -40,6 +42,9 @@ WARM = 2
 
 RETURNED = 16 << 20
 """Bytes of results beyond which copying them out of the pool would take as much again."""
+
+HOST_BOUND = 0.7
+"""Share of a forward's time that the host takes to queue it, from which on replaying is worth its memory."""
 
 MOVES = 3
 """How often a step is recorded again after parameters or gradients have moved."""
@@ -100,6 +105,7 @@ class Recorder:
     paused: bool = False
     _calls: int = 0
     _moved: int = 0
+    _share: Callable[[], float] | None = field(default=None, repr=False)
     _step: _Step | None = field(default=None, repr=False)
     _over: bool = False
 
@@ -109,7 +115,12 @@ class Recorder:
         step = self._step
         if step is None:
             self._calls += 1
-            if self._calls <= WARM or not self._may_record(arguments):
+            if self._calls < WARM:
+                return self.run(*arguments)
+            if self._calls == WARM:
+                made, self._share = self.graphs(self.device).watch(lambda: self.run(*arguments))
+                return made
+            if not self._may_record(arguments):
                 return self.run(*arguments)
             step = self._record(arguments)
             if step is None:
@@ -123,6 +134,9 @@ class Recorder:
     def _may_record(self, arguments: Sequence[Any]) -> bool:
         """Whether the call can be recorded; what never can be is noted."""
         tensors = {k: x for k, x in enumerate(arguments) if isinstance(x, torch.Tensor)}
+        if self._share is not None and (share := self._share()) < HOST_BOUND:
+            queued = f"queueing them takes {100 * share:.0f} % of their time"
+            return self._refuse(f"{queued}, so the GPU never waits")
         if any(x.device != self.device for x in tensors.values()):
             return self._refuse("it reads tensors of another device")
         if any(type(x) not in (torch.Tensor, torch.nn.Parameter) for x in tensors.values()):
@@ -368,7 +382,9 @@ class _Replay(torch.autograd.Function):
             if any(leaf.grad is None for leaf in ctx.leaves) and not ctx.pending.done:
                 # Loops may set gradients to None between forward and backward: running twice never pays.
                 ctx.before.recorder._refuse("gradients are not kept from step to step")
-            return (None, None, *ctx.before.gradients(step, tangents))
+            made = ctx.before.gradients(step, tangents)
+            ctx.pending.done = ctx.pending.done or not _torch.keeps_graph()
+            return (None, None, *made)
         ctx.pending.done = True
         assert step.backward is not None
         for recorded, tangent in zip(step.tangents, tangents, strict=True):

@@ -24,6 +24,7 @@ class HostGraphs:
 
     kept: list[torch.Tensor] = []
     free, pool = 1 << 40, 1 << 10
+    share = 1.0
     recorder: Recorder
 
     def __init__(self, device: torch.device) -> None:
@@ -53,6 +54,9 @@ class HostGraphs:
         assert self.latest is not None and self.recorder._step is not None
         ends = [x for x in self.latest if isinstance(x, torch.Tensor) and x.requires_grad]
         torch.autograd.backward(ends, self.recorder._step.tangents)
+
+    def watch(self, work: Callable[[], Any]) -> tuple[Any, Callable[[], float]]:
+        return work(), lambda: self.share
 
     def pool_bytes(self) -> int:
         return self.pool
@@ -178,6 +182,8 @@ def test_gradients_that_are_only_asked_for_are_those_of_the_same_run(
     loss = case(x)[0]
     buffer = case.buffer.clone()
     torch.testing.assert_close(list(torch.autograd.grad(loss, [case.weight, case.bias])), expected)
+    pending = case.recorder._step.pending()  # type: ignore[union-attr,misc]
+    assert pending is not None and pending.done, "later calls would not be replayed while the loss is held"
     assert torch.equal(case.buffer, buffer), "the second run has written for good"
     assert case.weight.grad is not None and not case.weight.grad.any()
 
@@ -313,6 +319,15 @@ def test_what_cannot_be_replayed_is_run_as_ever_and_the_reason_said(
         case.held()
         case(torch.ones(5, 3))[0].backward()
         assert case.weight.grad is not None and case.weight.grad.any()
+    assert case.notes == [f"steps are launched kernel by kernel: {reason}"]
+
+
+def test_steps_that_do_not_wait_for_the_host_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HostGraphs, "share", 0.4)
+    case = Case(monkeypatch)
+    for _ in range(4):
+        case(torch.randn(5, 3))[0].backward()
+    reason = "queueing them takes 40 % of their time, so the GPU never waits"
     assert case.notes == [f"steps are launched kernel by kernel: {reason}"]
 
 
