@@ -1,21 +1,18 @@
 """Where calibrated figures live: one JSON file for each device in the user's cache folder.
 
-The folder is ``$GRAPHOPT_CACHE_DIR`` if set, else ``graphopt`` in the platform's cache folder
-(``$XDG_CACHE_HOME``, ``~/.cache``). Files are replaced whole; one that is truncated, foreign or
-from another version is left out with a warning that says why.
+Files are replaced whole; one that is truncated, foreign or from another version is left out with a warning
+that says why.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import re
-import sys
 import warnings
 from pathlib import Path
 
 from graphopt.atomic import write_atomically
+from graphopt.cache_folder import cache_folder, file_stem
 from graphopt.device import DeviceSpec
 from graphopt.record_json import RecordFormatError, decode, encode
 
@@ -28,20 +25,6 @@ class CalibrationWarning(UserWarning):
     """Stored figures that were left out, or a kernel that was measured without, and why."""
 
 
-def cache_folder() -> Path:
-    """The folder of everything that graphopt keeps for this user between runs."""
-    named = os.environ.get("GRAPHOPT_CACHE_DIR")
-    if named:
-        return Path(named)
-    if sys.platform == "win32":
-        base = os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local"
-    elif sys.platform == "darwin":
-        base = Path.home() / "Library" / "Caches"
-    else:
-        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "graphopt"
-
-
 def store_calibration(spec: DeviceSpec) -> Path:
     """Write the figures of a device where later runs find them; the path written.
 
@@ -49,7 +32,7 @@ def store_calibration(spec: DeviceSpec) -> Path:
     """
     folder = cache_folder() / "devices"
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (re.sub(r"[^a-z0-9]+", "-", spec.name.lower()).strip("-") + ".json")
+    path = folder / f"{file_stem(spec.name)}.json"
     write_atomically(path, json.dumps({"schema": SCHEMA, "device": encode(spec)}, indent=2) + "\n")
     return path
 
