@@ -237,15 +237,13 @@ def test_the_kernels_compute_what_the_references_do() -> None:
         from graphopt_kernels.row_norm import Launch
 
         torch.manual_seed(0)
-        module._multiprocessors = lambda device: 2
-        torch.cuda.device = lambda device: torch.no_grad()
         kernels = module._kernels()
         for dtype, (rows, width), centered, (ahead, held) in itertools.product(
             (torch.float32, torch.float16), ((7, 37), (5, 16), (1, 9)), (False, True),
             ((False, True), (True, False)),
         ):
             launch = Launch(max(16, 1 << (width - 1).bit_length()), 2, 1, 1, ahead, held)
-            module.forward_launch = module.backward_launch = lambda *_: launch
+            chosen = dict(launch=launch, processors=2)
             x, added, passed, grad = (torch.randn(rows, width, dtype=dtype) for _ in range(4))
             for weight, bias, offset, rounds in (
                 (torch.randn(width), None, 1.0, False),
@@ -256,7 +254,7 @@ def test_the_kernels_compute_what_the_references_do() -> None:
                 near = dict(atol=2e-3, rtol=2e-3) if dtype is torch.float16 else {}
                 settings = (weight, bias, 1e-5, centered, offset, rounds, dtype)
                 for residual in (None, added):
-                    found = module._forward(kernels, x, residual, *settings)
+                    found = module.forward_rows(kernels, x, residual, *settings, **chosen)
                     summand = torch.zeros_like(x) if residual is None else residual
                     right = module.add_row_norm_reference(x, summand, *settings)
                     for number, (a, b) in enumerate(zip(found, right)):
@@ -267,7 +265,7 @@ def test_the_kernels_compute_what_the_references_do() -> None:
                     (None, passed), ([True, True, True], [True, False, False], [False, True, False])
                 ):
                     arguments = (grad, x, weight, bias, mean, rstd, beside, centered, offset, mask)
-                    found = module._backward(kernels, *arguments)
+                    found = module.backward_rows(kernels, *arguments, **chosen)
                     for a, b in zip(found, module.row_norm_backward_reference(*arguments)):
                         torch.testing.assert_close(a, b, **near)
     """
@@ -297,9 +295,12 @@ def test_the_kernels_compile_for_sm_90_without_spills(width: int, centered: bool
     forward = {**flags, "ADDED": True, "BIASED": centered, "ROUNDED": not centered}
     widest = width > 8192
     backward = {**flags, "PASSED": True, "D_DATA": True, "D_WEIGHT": True, "D_BIAS": centered and not widest}
+    half, shift = torch.bfloat16, torch.bfloat16 if centered else None
+    asked = module.ForwardProblem(16384, width, half, half, half, shift, True, centered, not centered)
+    given = module.BackwardProblem(16384, width, half, half, True, centered, True, True, centered)
     for kernel, launch, constants in (
-        (row_norm_triton.forward_kernel, module.forward_launch(width, centered), forward),
-        (row_norm_triton.backward_kernel, module.backward_launch(width, centered), backward),
+        (row_norm_triton.forward_kernel, module.forward_launch(asked), forward),
+        (row_norm_triton.backward_kernel, module.backward_launch(given), backward),
     ):
         constants |= {"BLOCK": launch.block, "ROWS": launch.rows, "AHEAD": launch.ahead, "HELD": launch.held}
         code = compile_function_for_sm90(

@@ -18,6 +18,7 @@ __all__ = [
     "output_option",
     "pipeline_option",
     "plan_options",
+    "step_options",
     "target_argument",
     "write_options",
 ]
@@ -57,8 +58,7 @@ pipeline_option = click.option(
 )
 output_option = click.option("--output", "-o", type=NEW_FILE, help="Write to this file.")
 
-_SHARED = (
-    click.option("--device", metavar="NAME", help="Predict for this device (default: the model's own)."),
+_STEP = (
     click.option(
         "--loss",
         metavar="MODULE:FUNCTION",
@@ -69,6 +69,10 @@ _SHARED = (
         is_flag=True,
         help="The step is a forward without gradients, whatever mode the model is in.",
     ),
+)
+_SHARED = (
+    click.option("--device", metavar="NAME", help="Predict for this device (default: the model's own)."),
+    *_STEP,
 )
 _EMIT = click.option(
     "--emit",
@@ -101,6 +105,14 @@ def write_options(command: F) -> F:
     code
     generators themselves."""
     for option in reversed((*_CHOOSING, *_SHARED)):
+        command = option(command)
+    return command
+
+
+def step_options(command: F) -> F:
+    """As ``optimize_options``, without ``--device``: for verbs that run on a device rather than predict."""
+    command = _EMIT(command)
+    for option in reversed((*_CHOOSING, *_STEP)):
         command = option(command)
     return command
 

@@ -12,6 +12,7 @@ from graphopt.plugins.records import (
     KernelSpec,
     PluginRecord,
     Registered,
+    TunableSpec,
 )
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "PluginHost",
     "PluginRecord",
     "Registered",
+    "TunableSpec",
     "default_host",
     "hookimpl",
 ]

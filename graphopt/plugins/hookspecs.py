@@ -21,7 +21,14 @@ from typing import TYPE_CHECKING
 
 import pluggy
 
-from graphopt.plugins.records import CodecSpec, Command, CostModelFactory, DumpFormat, KernelSpec
+from graphopt.plugins.records import (
+    CodecSpec,
+    Command,
+    CostModelFactory,
+    DumpFormat,
+    KernelSpec,
+    TunableSpec,
+)
 
 if TYPE_CHECKING:
     from graphopt.device import DeviceSpec
@@ -57,6 +64,10 @@ class HookSpecs:
     @_hookspec
     def graphopt_codecs(self) -> Iterable[CodecSpec]:  # type: ignore[empty-body]
         """Codecs for saved values, each with the error that it makes."""
+
+    @_hookspec
+    def graphopt_tunables(self) -> Iterable[TunableSpec]:  # type: ignore[empty-body]
+        """Kernels that ``graphopt tune`` may choose launches for."""
 
     @_hookspec
     def graphopt_pipelines(self) -> Mapping[str, Traversable]:  # type: ignore[empty-body]

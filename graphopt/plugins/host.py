@@ -22,6 +22,7 @@ from graphopt.plugins.records import (
     KernelSpec,
     PluginRecord,
     Registered,
+    TunableSpec,
 )
 from graphopt.plugins.returned import read_passes, read_pipelines, read_records
 
@@ -38,6 +39,7 @@ _FACADE = {
     "graphopt_passes": "passes",
     "graphopt_kernels": "kernels",
     "graphopt_codecs": "codecs",
+    "graphopt_tunables": "tunables",
     "graphopt_pipelines": "pipelines",
     "graphopt_cost_models": "cost_models",
     "graphopt_devices": "devices",
@@ -88,6 +90,10 @@ class PluginHost:
         """Codecs for saved values by name."""
         return self._values("graphopt_codecs", read_records(CodecSpec), "codec")
 
+    def tunables(self) -> Mapping[str, TunableSpec]:
+        """Kernels whose launches can be tuned, by name."""
+        return self._values("graphopt_tunables", read_records(TunableSpec), "tunable kernel")
+
     def pipelines(self) -> Mapping[str, Traversable]:
         """Files of named pipelines."""
         return self._values("graphopt_pipelines", read_pipelines, "pipeline")
@@ -134,6 +140,13 @@ class PluginHost:
             return self.codecs()[name]
         except KeyError:
             raise self._unknown("codec", name, self.codecs()) from None
+
+    def tunable(self, name: str) -> TunableSpec:
+        """The tunable kernel of that name; raises ``UnknownNameError``."""
+        try:
+            return self.tunables()[name]
+        except KeyError:
+            raise self._unknown("tunable kernel", name, self.tunables()) from None
 
     def cost_model(self, name: str) -> CostModelFactory:
         """The cost model of that name; raises ``UnknownNameError``."""

@@ -5,12 +5,13 @@ Nothing here imports torch: a plugin that only adds a command stays cheap to loa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 if TYPE_CHECKING:
     import click
+    import torch
 
     from graphopt.candidate import Reason
     from graphopt.cost import CostModel
@@ -26,6 +27,7 @@ __all__ = [
     "PluginRecord",
     "Registered",
     "Status",
+    "TunableSpec",
 ]
 
 Status = Literal["active", "disabled", "failed", "incompatible"]
@@ -117,6 +119,42 @@ class DumpFormat:
     name: str
     suffix: str
     write: Callable[[Program, IO[str]], None]
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class TunableSpec:
+    """A kernel that can be started in several ways, for ``graphopt tune`` to choose among (docs/tuning.md).
+
+    A problem is a named tuple of what a launch is for (dtypes, sizes, what is asked), its numbers of rows
+    rounded up to a power of two; a configuration is a named tuple of how it is started. Their fields hold
+    ``None``, ``bool``, ``int``, ``str`` or dtypes.
+
+    ``sources``: modules whose code the kernel is; results are forgotten where that changes. ``kernels()``
+    gives the object whose attributes are the jitted functions, and raises ``ModuleNotFoundError`` without
+    triton. ``default(problem)``: a configuration that always works. ``configurations(problem)``: others that
+    may be faster. ``check(problem, configuration)``: ``None``, or why it would compute something else.
+
+    ``operands(problem, device)``: tensors of a launch, on the device ``"meta"`` too. ``run(kernels,
+    processors, problem, operands, configuration)`` launches and returns what is to be compared with
+    ``reference(problem, operands)``; ``processors`` is the number of multiprocessors. It may overwrite
+    operands, and always does the same. ``estimate(problem, configuration)``: registers, spilled and shared
+    bytes before anything is compiled; ``predict(problem, configuration, usage, gpu)``: time in any unit, to
+    rank configurations by. ``shipped()``: the problems that are tuned where none are named.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    kernels: Callable[[], Any]
+    default: Callable[[Any], Any]
+    configurations: Callable[[Any], Iterable[Any]]
+    check: Callable[[Any, Any], Reason | None]
+    operands: Callable[[Any, torch.device], tuple[Any, ...]]
+    run: Callable[[Any, int, Any, tuple[Any, ...], Any], Sequence[torch.Tensor]]
+    reference: Callable[[Any, tuple[Any, ...]], Sequence[torch.Tensor]]
+    estimate: Callable[[Any, Any], Any]
+    predict: Callable[[Any, Any, Any, Any], float]
+    shipped: Callable[[], Iterable[Any]]
     summary: str = ""
 
 

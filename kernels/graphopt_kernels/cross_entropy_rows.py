@@ -8,13 +8,28 @@ ATen operators work on blocks of rows that stay in a core's cache.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["RowSettings", "computes_in", "cross_entropy_rows", "cross_entropy_rows_reference"]
+from graphopt.candidate import Reason
+from graphopt_kernels.tuning.lookup import Choice, rows_class
+
+__all__ = [
+    "ROWS",
+    "RowLaunch",
+    "RowSettings",
+    "RowsProblem",
+    "check_launch",
+    "computes_in",
+    "cross_entropy_rows",
+    "cross_entropy_rows_reference",
+    "launch_rows",
+    "rows_launch",
+]
 
 BLOCK_ELEMENTS = 2**18
 """Elements that the reference handles at a time: 1 MiB in float32."""
@@ -62,7 +77,7 @@ def cross_entropy_rows(
     ``RuntimeError`` on the CPU and gives NaN on CUDA.
     """
     if logits.is_cuda and logits.dtype is not torch.float64 and (kernel := _kernel()) is not None:
-        _launch(kernel, logits, target, settings, log_sum_exp, losses, scale)
+        launch_rows(kernel, logits, target, settings, log_sum_exp, losses, scale)
     else:
         cross_entropy_rows_reference(
             logits, target, settings, log_sum_exp=log_sum_exp, losses=losses, scale=scale
@@ -142,7 +157,47 @@ def _block(
         logits.copy_(z)
 
 
-def _launch(
+class RowsProblem(NamedTuple):
+    """What the kernel is launched for: ``rows`` rounded up (``rows_class``); ``aligned``: every row begins on
+    16 bytes; whether losses and the gradient are asked; which settings are there."""
+
+    rows: int
+    columns: int
+    dtype: torch.dtype
+    aligned: bool
+    statistics: bool
+    gradient: bool
+    smoothed: bool
+    softcapped: bool
+
+
+class RowLaunch(NamedTuple):
+    """How the kernel is started: elements of a row that are read at a time, a power of two."""
+
+    block: int
+    warps: int
+
+
+def rows_launch(problem: RowsProblem) -> RowLaunch:
+    """Blocks of 16 KiB, 16 elements a thread."""
+    block = min(_BLOCK_BYTES // problem.dtype.itemsize, 1 << (problem.columns - 1).bit_length())
+    return RowLaunch(block, max(1, block // _ELEMENTS_PER_WARP))
+
+
+def check_launch(problem: RowsProblem, launch: RowLaunch) -> Reason | None:
+    """``None``, or why the kernel would not compute the same with ``launch``."""
+    for name, value, most in (("elements", launch.block, 2**16), ("warps", launch.warps, 32)):
+        if not 1 <= value <= most or value & (value - 1):
+            return Reason(f"{value} {name} are no power of two up to {most}")
+    return None
+
+
+ROWS = Choice(
+    "cross-entropy-rows", ("graphopt_kernels.cross_entropy_rows_triton",), rows_launch, check_launch
+)
+
+
+def launch_rows(
     kernel: Any,
     logits: torch.Tensor,
     target: torch.Tensor,
@@ -150,15 +205,28 @@ def _launch(
     log_sum_exp: torch.Tensor,
     losses: torch.Tensor | None,
     scale: torch.Tensor | None,
+    launch: RowLaunch | None = None,
 ) -> None:
+    """``cross_entropy_rows`` by the jitted ``kernel``; ``launch`` is looked up where it is not given."""
     rows, columns = logits.shape
     if not rows or not columns:
         return
-    block = min(_BLOCK_BYTES // logits.element_size(), 1 << (columns - 1).bit_length())
+    if launch is None:
+        problem = RowsProblem(
+            rows_class(rows),
+            columns,
+            logits.dtype,
+            logits.stride(0) * logits.element_size() % 16 == 0,
+            losses is not None,
+            scale is not None,
+            settings.label_smoothing != 0,
+            settings.softcap != 0,
+        )
+        launch = ROWS(problem, logits.device)
     if losses is None:
         log_sum_exp = log_sum_exp.contiguous()
     unused = log_sum_exp
-    with torch.cuda.device(logits.device):
+    with torch.cuda.device(logits.device) if logits.is_cuda else contextlib.nullcontext():
         kernel[(rows,)](
             logits,
             target.contiguous(),
@@ -176,8 +244,8 @@ def _launch(
             SMOOTHED=settings.label_smoothing != 0,
             SOFTCAPPED=settings.softcap != 0,
             COLUMNS=columns,
-            BLOCK=block,
-            num_warps=max(1, block // _ELEMENTS_PER_WARP),
+            BLOCK=launch.block,
+            num_warps=launch.warps,
         )
 
 

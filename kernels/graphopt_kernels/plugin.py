@@ -5,9 +5,16 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterable
 
-from graphopt.plugins import CodecSpec, Command, DumpFormat, KernelSpec, hookimpl
+from graphopt.plugins import CodecSpec, Command, DumpFormat, KernelSpec, TunableSpec, hookimpl
 
-__all__ = ["graphopt_api", "graphopt_codecs", "graphopt_commands", "graphopt_formats", "graphopt_kernels"]
+__all__ = [
+    "graphopt_api",
+    "graphopt_codecs",
+    "graphopt_commands",
+    "graphopt_formats",
+    "graphopt_kernels",
+    "graphopt_tunables",
+]
 
 graphopt_api = 1
 
@@ -136,6 +143,15 @@ def graphopt_codecs() -> Iterable[CodecSpec]:
 
 
 @hookimpl
+def graphopt_tunables() -> Iterable[TunableSpec]:
+    """Norms of rows and cross entropy of rows."""
+    from graphopt_kernels.tuning.cross_entropy import cross_entropy_tunable
+    from graphopt_kernels.tuning.row_norms import row_norm_tunables
+
+    return *row_norm_tunables(), cross_entropy_tunable()
+
+
+@hookimpl
 def graphopt_formats() -> Iterable[DumpFormat]:
     """The kernels of a lowered program, as Triton."""
     from graphopt_kernels.emit.listing import write_triton
@@ -145,11 +161,16 @@ def graphopt_formats() -> Iterable[DumpFormat]:
 
 @hookimpl
 def graphopt_commands() -> Iterable[Command]:
-    """``graphopt emit``."""
+    """``graphopt emit`` and ``graphopt tune``."""
     return (
         Command(
             "emit",
             "write TARGET, rewritten, as Python and Triton that run without graphopt",
             lambda: importlib.import_module("graphopt_kernels.emit.command").command,
+        ),
+        Command(
+            "tune",
+            "find the fastest launches of kernels on this GPU and keep them",
+            lambda: importlib.import_module("graphopt_kernels.tuning.command").command,
         ),
     )

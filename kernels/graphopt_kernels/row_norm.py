@@ -20,6 +20,7 @@ notice of that rounding. Results are the same in every run.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -27,14 +28,23 @@ from typing import Any, NamedTuple
 import torch
 
 from graphopt.candidate import Reason
+from graphopt_kernels.tuning.lookup import Choice, rows_class
 
 __all__ = [
+    "BACKWARD",
+    "FORWARD",
+    "WIDEST",
+    "BackwardProblem",
+    "ForwardProblem",
     "Launch",
     "add_row_norm",
     "add_row_norm_reference",
     "add_row_norm_supports",
     "backward_launch",
+    "backward_rows",
+    "check_launch",
     "forward_launch",
+    "forward_rows",
     "row_norm",
     "row_norm_backward",
     "row_norm_backward_reference",
@@ -42,10 +52,11 @@ __all__ = [
     "row_norm_reference",
     "row_norm_supports",
     "statistics_in",
+    "tile",
 ]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_WIDEST = 16384
+WIDEST = 16384
 """Elements of a row that fit the registers of one program."""
 
 _GROUP = 2048
@@ -76,7 +87,7 @@ def row_norm(
     elements.
     """
     if (kernels := _kernels_for(input)) is not None:
-        results = _forward(
+        results = forward_rows(
             kernels, input, None, weight, bias, eps, centered, weight_offset, rounds_first, dtype
         )
         return results[0], results[2], results[3]
@@ -113,7 +124,7 @@ def add_row_norm(
     """The sum of ``input`` and ``residual``, both [..., D] and of one dtype, after its normalized rows and
     before their statistics; the rest as ``row_norm``."""
     if (kernels := _kernels_for(input)) is not None:
-        return _forward(
+        return forward_rows(
             kernels, input, residual, weight, bias, eps, centered, weight_offset, rounds_first, dtype
         )
     return add_row_norm_reference(
@@ -154,7 +165,7 @@ def row_norm_backward(
     """Gradients of input, weight and bias for ``grad`` [..., D] of the output; ``passed``, of the input's
     shape, is added to the first. Those that ``output_mask`` leaves out have no elements."""
     if (kernels := _kernels_for(input)) is not None:
-        return _backward(
+        return backward_rows(
             kernels, grad, input, weight, bias, mean, rstd, passed, centered, weight_offset, output_mask
         )
     return row_norm_backward_reference(
@@ -233,7 +244,7 @@ torch.library.register_autograd("graphopt::add_row_norm", _sum_backward, setup_c
 # --- kernels -----------------------------------------------------------------------------------
 
 
-def _forward(
+def forward_rows(
     kernels: Any,
     input: torch.Tensor,
     residual: torch.Tensor | None,
@@ -244,7 +255,12 @@ def _forward(
     weight_offset: float,
     rounds_first: bool,
     dtype: torch.dtype,
+    *,
+    launch: Launch | None = None,
+    processors: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``add_row_norm`` (``row_norm`` without a residual) by ``kernels``, the module of the jitted functions;
+    ``launch`` and the number of multiprocessors are looked up where they are not given."""
     result = torch.empty(input.shape, dtype=dtype, device=input.device)
     total = torch.empty(input.shape if residual is not None else (0,), dtype=input.dtype, device=input.device)
     mean, rstd = _empty_statistics(input, centered)
@@ -252,10 +268,22 @@ def _forward(
         return result, total, mean, rstd
     width = input.shape[-1]
     rows = input.numel() // width
-    launch = forward_launch(width, centered)
+    if launch is None:
+        problem = ForwardProblem(
+            rows_class(rows),
+            width,
+            input.dtype,
+            dtype,
+            None if weight is None else weight.dtype,
+            None if bias is None else bias.dtype,
+            residual is not None,
+            centered,
+            rounds_first,
+        )
+        launch = FORWARD(problem, input.device)
     data = input.contiguous()
-    with torch.cuda.device(input.device):
-        kernels.forward_kernel[(_grid(launch, rows, input.device),)](
+    with _on(input.device):
+        kernels.forward_kernel[(_grid(launch, rows, processors or _multiprocessors(input.device)),)](
             data,
             data if residual is None else residual.contiguous(),
             data if weight is None else weight,
@@ -282,7 +310,7 @@ def _forward(
     return result, total, mean, rstd
 
 
-def _backward(
+def backward_rows(
     kernels: Any,
     grad: torch.Tensor,
     input: torch.Tensor,
@@ -294,16 +322,32 @@ def _backward(
     centered: bool,
     weight_offset: float,
     output_mask: Sequence[bool],
+    *,
+    launch: Launch | None = None,
+    processors: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``row_norm_backward`` by ``kernels``; the rest as in ``forward_rows``."""
     d_input, d_weight, d_bias = _empty_gradients(input, weight, bias, output_mask)
     if not input.numel():
         return d_input, d_weight.zero_(), d_bias.zero_()
     width = input.shape[-1]
     rows = input.numel() // width
-    launch = backward_launch(width, centered)
-    programs = _grid(launch, rows, input.device)
     has_weight, has_bias = d_weight.numel() > 0, d_bias.numel() > 0
-    if has_bias and launch.block == _WIDEST:
+    if launch is None:
+        problem = BackwardProblem(
+            rows_class(rows),
+            width,
+            input.dtype,
+            None if weight is None else weight.dtype,
+            passed is not None,
+            centered,
+            output_mask[0],
+            has_weight,
+            has_bias,
+        )
+        launch = BACKWARD(problem, input.device)
+    programs = _grid(launch, rows, processors or _multiprocessors(input.device))
+    if has_bias and launch.block == WIDEST:
         # Sums for weight and bias do not both fit the registers.
         d_bias = grad.reshape(rows, width).sum(0, dtype=torch.float32).to(d_bias.dtype)
         has_bias = False
@@ -312,7 +356,7 @@ def _backward(
         for has in (has_weight, has_bias)
     ]
     data = input.contiguous()
-    with torch.cuda.device(input.device):
+    with _on(input.device):
         kernels.backward_kernel[(programs,)](
             grad.contiguous(),
             data,
@@ -368,17 +412,47 @@ class Launch(NamedTuple):
     held: bool
 
 
-def forward_launch(width: int, centered: bool) -> Launch:
+class ForwardProblem(NamedTuple):
+    """What the forward is launched for: ``rows`` rounded up (``rows_class``), dtypes of input, result, weight
+    and bias (``None``: there is none). Rows always lie one behind the other."""
+
+    rows: int
+    width: int
+    dtype: torch.dtype
+    result: torch.dtype
+    weight: torch.dtype | None
+    bias: torch.dtype | None
+    added: bool
+    centered: bool
+    rounded: bool
+
+
+class BackwardProblem(NamedTuple):
+    """What the backward is launched for: as ``ForwardProblem``, and which gradients are asked."""
+
+    rows: int
+    width: int
+    dtype: torch.dtype
+    weight: torch.dtype | None
+    passed: bool
+    centered: bool
+    d_input: bool
+    d_weight: bool
+    d_bias: bool
+
+
+def forward_launch(problem: ForwardProblem) -> Launch:
     """Measured on an H200: many small programs hide each other's loads best, and need not read ahead."""
-    block, rows = _tile(width)
-    if block < _WIDEST:
-        return Launch(block, rows, 4, 0, ahead=False, held=not centered)
-    return Launch(block, rows, 8, 0, ahead=False, held=not centered)
+    block, rows = tile(problem.width)
+    if block < WIDEST:
+        return Launch(block, rows, 4, 0, ahead=False, held=not problem.centered)
+    return Launch(block, rows, 8, 0, ahead=False, held=not problem.centered)
 
 
-def backward_launch(width: int, centered: bool) -> Launch:
+def backward_launch(problem: BackwardProblem) -> Launch:
     """Measured on an H200: reading ahead pays until registers run out."""
-    block, rows = _tile(width)
+    width, centered = problem.width, problem.centered
+    block, rows = tile(width)
     if block <= 2048:
         return Launch(block, rows, 4, 3 if centered else 4, True, True)
     if block == 4096:
@@ -393,14 +467,42 @@ def backward_launch(width: int, centered: bool) -> Launch:
     return Launch(block, rows, 8 if centered else 16, 1, False, False)
 
 
-def _tile(width: int) -> tuple[int, int]:
+def check_launch(problem: ForwardProblem | BackwardProblem, launch: Launch) -> Reason | None:
+    """``None``, or why kernels would not compute the same with ``launch``."""
+    block, _ = tile(problem.width)
+    if launch.block != block:
+        return Reason(f"a block of {launch.block} elements does not hold rows of {problem.width}: {block} do")
+    for name, value, most in (("rows", launch.rows, WIDEST), ("warps", launch.warps, 32)):
+        if not 1 <= value <= most or value & (value - 1):
+            return Reason(f"{value} {name} are no power of two up to {most}")
+    if launch.rows * block > WIDEST:
+        return Reason(f"{launch.rows} rows of {block} elements do not fit the registers of a program")
+    if launch.programs < 0:
+        return Reason(f"{launch.programs} programs cannot be launched")
+    if isinstance(problem, BackwardProblem) and not launch.programs:
+        return Reason("sums over rows need programs that stay")
+    return None
+
+
+_KERNELS = ("graphopt_kernels.row_norm_triton",)
+FORWARD = Choice("row-norm-forward", _KERNELS, forward_launch, check_launch)
+BACKWARD = Choice("row-norm-backward", _KERNELS, backward_launch, check_launch)
+
+
+def tile(width: int) -> tuple[int, int]:
+    """Elements of a block that holds a row of ``width``, and how many rows a program takes at a time."""
     block = max(16, 1 << (width - 1).bit_length())
     return block, max(1, _GROUP // block)
 
 
-def _grid(launch: Launch, rows: int, device: torch.device) -> int:
+def _grid(launch: Launch, rows: int, processors: int) -> int:
     groups = -(-rows // launch.rows)
-    return min(groups, _multiprocessors(device) * launch.programs) if launch.programs else groups
+    return min(groups, processors * launch.programs) if launch.programs else groups
+
+
+def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """Launches go to the present device of CUDA; elsewhere (the interpreter, no memory) there is none."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 @functools.cache
@@ -410,7 +512,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 def _kernels_for(input: torch.Tensor) -> Any:
     """The kernels where they take rows of ``input``, else ``None``."""
-    if not input.is_cuda or input.dtype is torch.float64 or not input.dim() or input.shape[-1] > _WIDEST:
+    if not input.is_cuda or input.dtype is torch.float64 or not input.dim() or input.shape[-1] > WIDEST:
         return None
     return _kernels()
 

@@ -2,7 +2,8 @@
 
 The files are copied with two changes: they import each other from the folder that they lie in, and register
 their operators under a namespace of their own, made from a hash of the files, so that neither graphopt nor a
-second program in the same process is in the way.
+second program in the same process is in the way. What tuning found for their kernels goes with them as
+constants.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from collections.abc import Iterable
 from importlib.resources import files
 
 from graphopt.errors import EmitError
+from graphopt.plugins import default_host
+from graphopt_kernels.tuning.table import carried
 
 __all__ = ["CARRIED", "carried_ops"]
 
@@ -34,6 +37,7 @@ class Reason:
     nodes: tuple[str, ...] = ()
 '''
 
+_TABLE = "graphopt_kernels.tuning.table"
 _IMPORTED = re.compile(r"^\s*from (graphopt_kernels[\w.]*) import (\([^)]*\)|[^\n]*)", re.MULTILINE)
 
 
@@ -59,6 +63,7 @@ def carried_ops(modules: Iterable[str]) -> tuple[str, dict[str, str]]:
 def _closure(modules: Iterable[str]) -> dict[str, str]:
     sources: dict[str, str] = {}
     stack = list(modules)
+    tuned = False
     while stack:
         module = stack.pop()
         package, _, rest = module.partition(".")
@@ -66,6 +71,9 @@ def _closure(modules: Iterable[str]) -> dict[str, str]:
             raise EmitError(
                 f"operators of {module!r} cannot be written out: its source is not part of graphopt"
             )
+        if module == _TABLE:
+            tuned = True
+            continue
         path, text = _source(rest)
         if path in sources:
             continue
@@ -76,6 +84,12 @@ def _closure(modules: Iterable[str]) -> dict[str, str]:
             base, names = match.groups()
             for name in re.findall(r"\w+", names):
                 stack.append(f"{base}.{name}" if _is_module(f"{base}.{name}") else base)
+    if tuned:
+        present = {f"graphopt_kernels.{path.removesuffix('.py').replace('/', '.')}" for path in sources}
+        kernels = default_host().tunables().items()
+        sources[_source(_TABLE.partition(".")[2])[0]] = carried(
+            {name: spec.sources for name, spec in kernels if present.issuperset(spec.sources)}
+        )
     return sources
 
 

@@ -1,0 +1,1 @@
+"""Launches of kernels: which there are, which is fastest, and where that is remembered (docs/tuning.md)."""

@@ -1,0 +1,90 @@
+"""How long launches take on a GPU: replayed from CUDA graphs, in turns, on operands that no cache holds."""
+
+from __future__ import annotations
+
+import statistics
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from graphopt_kernels.tuning.checking import copied
+
+__all__ = ["TURNS", "cold_copies", "seconds_of"]
+
+TURNS = 9
+"""Replays of each configuration, of which the median counts."""
+
+_REPLAY_SECONDS = 1e-3
+_MOST_LAUNCHES = 50
+_MOST_COPIES = 16
+
+
+def cold_copies(operands: tuple[Any, ...], device: torch.device) -> list[tuple[Any, ...]]:
+    """``operands`` and copies of them that together are more than twice the level-2 cache, up to 16."""
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    size = sum(x.untyped_storage().nbytes() for x in operands if isinstance(x, torch.Tensor))
+    sets = max(1, min(_MOST_COPIES, -(-2 * cache // max(size, 1))))
+    return [operands, *(copied(operands) for _ in range(sets - 1))]
+
+
+def seconds_of(
+    runs: Sequence[Callable[[tuple[Any, ...]], object]],
+    copies: Sequence[tuple[Any, ...]],
+    device: torch.device,
+) -> list[float]:
+    """Median seconds of a call of each of ``runs`` with operands out of ``copies``, in turn.
+
+    Every run has been called before: nothing is compiled here. Runs take turns, so that a clock that changes
+    changes all of them. Host time does not count: what is timed is the replay of a graph of several calls.
+    """
+    with torch.cuda.device(device):
+        pool = torch.cuda.graph_pool_handle()
+        launches = _launches(runs[0], copies)
+        graphs = [_graph(run, copies, launches, pool) for run in runs]
+        taken: list[list[float]] = [[] for _ in runs]
+        for turn in range(TURNS + 2):
+            for number, graph in enumerate(graphs):
+                seconds = _timed(graph.replay) / launches
+                if turn >= 2:
+                    taken[number].append(seconds)
+    return [statistics.median(times) for times in taken]
+
+
+def _launches(run: Callable[[tuple[Any, ...]], object], copies: Sequence[tuple[Any, ...]]) -> int:
+    """How many calls a replay of about a millisecond has."""
+
+    def several() -> None:
+        for operands in copies:
+            run(operands)
+
+    several()
+    once = _timed(several) / len(copies)
+    return max(len(copies), 3, min(_MOST_LAUNCHES, round(_REPLAY_SECONDS / once)))
+
+
+def _graph(
+    run: Callable[[tuple[Any, ...]], object],
+    copies: Sequence[tuple[Any, ...]],
+    launches: int,
+    pool: Any,
+) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    # Results are held as long as their operands are new: their memory is then none that was just written.
+    held: deque[object] = deque(maxlen=len(copies))
+    with torch.cuda.graph(graph, pool=pool):
+        for number in range(launches):
+            held.append(run(copies[number % len(copies)]))
+        held.clear()
+    return graph
+
+
+def _timed(run: Callable[[], object]) -> float:
+    start = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    end = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return max(float(start.elapsed_time(end)) / 1e3, 1e-9)
