@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +18,9 @@ from graphopt.candidate import Reason
 from graphopt.plugins import TunableSpec, default_host
 from graphopt_kernels.tuning.checking import difference, poisoned
 from graphopt_kernels.tuning.compiling import calls_of, usage_of
-from graphopt_kernels.tuning.lookup import fields_text
+from graphopt_kernels.tuning.lookup import fields_text, parsed
 from graphopt_kernels.tuning.model import Gpu, Usage, memory_bound, resident
-from graphopt_kernels.tuning.store import all_entries, code_of, versions
+from graphopt_kernels.tuning.store import code_of, read_entries, shipped_file, versions
 from graphopt_kernels.tuning.tuner import MOST, Outcome, Trial, ranked, shortlist, tune
 from tests.tunables import H200, Meter, Sizes, Way, launched, tunable
 
@@ -77,6 +79,17 @@ def test_a_default_that_is_wrong_chooses_nothing() -> None:
     outcome = tuned(tunable(Way(100, "errs"), Way(90)))
     assert outcome.chosen is None and outcome.entry(tunable(Way(100)), H200.name) is None
     assert "is off by" in str(outcome.default.refused)
+
+
+def test_a_problem_that_does_not_fit_is_said() -> None:
+    def operands(problem: Any, device: torch.device) -> tuple[Any, ...]:
+        if device.type != "meta":
+            raise torch.OutOfMemoryError("tried to allocate")
+        return (torch.empty(1, device=device),)
+
+    outcome = tuned(replace(tunable(Way(100), Way(90)), operands=operands))
+    assert outcome.chosen is None
+    assert str(outcome.default.refused) == "the problem does not fit the memory of the device"
 
 
 def test_what_the_kernel_does_not_allow_is_not_tried() -> None:
@@ -209,7 +222,7 @@ def test_a_default_compiles_for_sm_90_without_spills(name: str) -> None:
     spec = default_host().tunable(name)
     problem = next(iter(spec.shipped()))
     usage = compiled(name, problem, spec.default(problem))
-    assert usage.spilled == 0 and 16 <= usage.registers <= 128 and usage.shared <= 8192
+    assert usage.spilled == 0 and 16 <= usage.registers <= 128 and usage.shared <= 16384
 
 
 @pytest.mark.slow
@@ -218,7 +231,7 @@ def test_a_default_compiles_for_sm_90_without_spills(name: str) -> None:
 def test_every_default_compiles_for_sm_90_without_spills(name: str, problem: Any) -> None:
     spec = default_host().tunable(name)
     usage = compiled(name, problem, spec.default(problem))
-    assert usage.spilled <= SPILLED.get(fields_text(problem), 0) and usage.shared <= 8192
+    assert usage.spilled <= SPILLED.get(fields_text(problem), 0) and usage.shared <= 16384
 
 
 @needs_triton
@@ -281,30 +294,82 @@ def test_what_is_compiled_ahead_is_what_a_launch_compiles() -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+@needs_triton
+def test_every_configuration_of_a_kernel_computes_what_its_reference_does() -> None:
+    """In the interpreter, which must be on before triton is imported: in a process of its own."""
+    script = """
+        import torch
+        from graphopt.plugins import default_host
+        from graphopt_kernels.tuning.checking import copied, difference, poisoned
+
+        torch.manual_seed(0)
+        single, half = torch.float32, torch.float16
+        changes = {
+            "row-norm-forward": [
+                dict(rows=5, width=100, dtype=single, result=single, weight=single),
+                dict(rows=32, width=100, dtype=half, result=half, weight=single, added=True, bias=single),
+            ],
+            "row-norm-backward": [
+                dict(rows=8, width=100, dtype=single, weight=single, passed=True, centered=True, d_bias=True),
+                dict(rows=5, width=100, dtype=half, weight=None, d_weight=False),
+            ],
+            "cross-entropy-rows": [
+                dict(rows=4, columns=3000, dtype=single, smoothed=True, softcapped=True),
+                dict(rows=3, columns=3000, dtype=half, statistics=False, aligned=False),
+                dict(rows=3, columns=3000, dtype=single, gradient=False),
+            ],
+        }
+        for name, problems in changes.items():
+            spec = default_host().tunable(name)
+            first = next(iter(spec.shipped()))
+            for problem in (first._replace(**change) for change in problems):
+                operands = spec.operands(problem, torch.device("cpu"))
+                right = spec.reference(problem, copied(operands))
+                tried = [spec.default(problem), *spec.configurations(problem)]
+                assert len(tried) > 4, problem
+                for configuration in tried[:: max(1, len(tried) // 6)]:
+                    with poisoned():
+                        found = spec.run(spec.kernels(), 2, problem, copied(operands), configuration)
+                    reason = difference(found, right)
+                    assert reason is None, (name, problem, configuration, reason)
+    """
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": ":".join(sys.path)}
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
 # --- what is shipped ---------------------------------------------------------------------------
 
 
-def test_shipped_results_are_of_kernels_and_configurations_that_there_are() -> None:
-    """An empty file passes: what is there has to be right."""
-    for entry in all_entries():
-        spec = default_host().tunable(entry.kernel)
-        assert entry.us <= entry.default_us
-        assert entry.code == code_of(spec.sources), f"{entry.kernel} has changed since it was tuned"
+def shipped() -> list[Any]:
+    """Problems and configurations of what is shipped for the present code of kernels; the rest is left out at
+    a launch as well."""
+    found = []
+    for path in sorted(Path(str(shipped_file("any"))).parent.glob("*.json")):
+        for entry in read_entries(path):
+            spec = default_host().tunable(entry.kernel)
+            assert entry.us <= entry.default_us
+            known = {fields_text(problem): problem for problem in spec.shipped()}
+            if entry.code == code_of(spec.sources) and entry.configuration is not None:
+                problem = known[entry.problem]
+                found.append((spec, problem, parsed(spec.default(problem), entry.configuration)))
+    return found
+
+
+def test_shipped_results_are_of_problems_and_configurations_that_there_are() -> None:
+    for spec, problem, configuration in shipped():
+        assert spec.check(problem, configuration) is None
+        assert configuration != spec.default(problem)
 
 
 @pytest.mark.slow
 @needs_triton
 def test_every_shipped_configuration_compiles_for_sm_90_without_spills() -> None:
-    from graphopt_kernels.tuning.lookup import parsed
-
-    for entry in all_entries():
-        spec = default_host().tunable(entry.kernel)
-        for problem in spec.shipped():
-            if fields_text(problem) == entry.problem and entry.configuration is not None:
-                configuration = parsed(spec.default(problem), entry.configuration)
-                assert spec.check(problem, configuration) is None
-                spilled = compiled(entry.kernel, problem, configuration).spilled
-                assert spilled <= SPILLED.get(entry.problem, 0)
+    for spec, problem, configuration in shipped():
+        spilled = compiled(spec.name, problem, configuration).spilled
+        assert spilled <= SPILLED.get(fields_text(problem), 0)
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ reference's. The default stays unless another is faster by more than 2 %.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -180,28 +180,32 @@ def tune(
 ) -> Iterator[Outcome]:
     """An ``Outcome`` for each kernel and problem of ``work``, in order. Nothing is stored.
 
-    Configurations of later problems are compiled while earlier ones are measured. ``progress(step, done,
-    total)`` counts configurations that were compiled and problems that were measured.
+    Everything is compiled before anything is measured: threads that compile would be in the way of the host.
+    ``progress(step, done, total)`` counts configurations that were compiled and problems that were measured.
     """
     lists = [shortlist(spec, problem, gpu) for spec, problem in work]
     total = sum(len(trials) for trials in lists) + len(work)
     done = 0
+    compiled: list[list[Usage | Reason]] = []
     with ThreadPoolExecutor(max_workers=threads) as pool:
-        jobs: list[list[Future[Usage | Reason]]] = []
-        for (spec, problem), trials in zip(work, lists, strict=True):
-            jobs.append([pool.submit(_usage, spec, problem, trial, gpu) for trial in trials])
+        jobs = [
+            [pool.submit(_usage, spec, problem, trial, gpu) for trial in trials]
+            for (spec, problem), trials in zip(work, lists, strict=True)
+        ]
         try:
-            for (spec, problem), trials, futures in zip(work, lists, jobs, strict=True):
+            for (spec, _), futures in zip(work, jobs, strict=True):
                 usages = []
                 for future in futures:
                     progress(f"compiling {spec.name}", done, total)
                     usages.append(future.result())
                     done += 1
-                progress(f"measuring {spec.name}", done, total)
-                yield _measured(spec, problem, ranked(spec, problem, trials, usages, gpu), meter, gpu)
-                done += 1
+                compiled.append(usages)
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+    for (spec, problem), trials, usages in zip(work, lists, compiled, strict=True):
+        progress(f"measuring {spec.name}", done, total)
+        yield _measured(spec, problem, ranked(spec, problem, trials, usages, gpu), meter, gpu)
+        done += 1
     progress("done", total, total)
 
 
@@ -210,8 +214,12 @@ def _usage(spec: TunableSpec, problem: Any, trial: Trial, gpu: Gpu) -> Usage | R
 
 
 def _measured(spec: TunableSpec, problem: Any, trials: Sequence[Trial], meter: Meter, gpu: Gpu) -> Outcome:
-    operands = spec.operands(problem, meter.device)
-    right = spec.reference(problem, copied(operands))
+    try:
+        operands = spec.operands(problem, meter.device)
+        right = spec.reference(problem, copied(operands))
+    except torch.OutOfMemoryError:
+        reason = Reason("the problem does not fit the memory of the device")
+        return Outcome(spec.name, problem, tuple(replace(t, refused=reason) for t in trials), None)
     checked = [
         trial
         if trial.refused is not None

@@ -1,0 +1,84 @@
+"""Tune the kernels of a release on one GPU and write the results that are shipped with the package.
+
+    python benchmarks/gpu_tuning.py
+
+Norms of rows, forward (of a sum too) and backward, RMSNorm and LayerNorm, for the widths of usual models, and
+the row kernel of the cross entropy for usual vocabularies; bf16. The results go to
+``kernels/graphopt_kernels/tuning/results/<device>.json`` (``--out`` for elsewhere), in place of those for the
+same problems; results of kernels whose code has changed since are dropped. ``rank`` is where the model had
+the fastest configuration among those that were measured: 1 is first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from graphopt.plugins import default_host
+from graphopt_kernels.tuning.command import tuning_device
+from graphopt_kernels.tuning.lookup import fields_text
+from graphopt_kernels.tuning.store import code_of, read_entries, shipped_file, write_entries
+from graphopt_kernels.tuning.tuner import GraphMeter, Outcome, TuningError, present_gpu, tune
+from graphopt_kernels.tuning.work import shipped_work
+
+
+def row(outcome: Outcome) -> str:
+    name = f"{outcome.kernel:18} {fields_text(outcome.problem)}"
+    if outcome.chosen is None:
+        return f"{name}\n    FAILED: {outcome.default.refused}"
+    best, default = outcome.best, outcome.default
+    assert best is not None and best.seconds is not None and default.seconds is not None
+    measured = [t for t in outcome.trials if t.seconds is not None]
+    order = sorted(measured, key=lambda trial: trial.predicted or 0.0)
+    chosen = "default" if outcome.chosen is default else fields_text(outcome.chosen.configuration)
+    return (
+        f"{name}\n    {default.seconds * 1e6:8.1f} us -> {best.seconds * 1e6:8.1f} us, "
+        f"rank {order.index(best) + 1} of {len(measured)}: {chosen}"
+    )
+
+
+def main() -> int:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--out", type=Path, help="file for the results (default: the shipped one)")
+    options.add_argument("--kernels", nargs="*", default=[], metavar="NAME", help="some of the kernels only")
+    options.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="compile so many at a time")
+    given = options.parse_args()
+    start = time.perf_counter()
+    try:
+        device = tuning_device("cuda")
+    except TuningError as error:
+        print(error)
+        return 0
+    gpu = present_gpu(device)
+    out = given.out or Path(str(shipped_file(gpu.name)))
+    work = shipped_work(given.kernels, ())
+    specs = {spec.name: spec for spec, _ in work}
+    outcomes = []
+    for outcome in tune(work, GraphMeter(device), gpu, threads=given.threads):
+        outcomes.append(outcome)
+        print(row(outcome), flush=True)
+        for trial in outcome.trials:
+            if trial.refused is not None and not trial.refused.text.startswith("it spills"):
+                print(f"    refused {fields_text(trial.configuration)}: {trial.refused}", flush=True)
+    entries = [e for o in outcomes if (e := o.entry(specs[o.kernel], gpu.name)) is not None]
+    if out.is_file():
+        tunables = default_host().tunables()
+        kept = [e for e in read_entries(out) if e.kernel in tunables]
+        out.unlink()
+        entries = [*(e for e in kept if e.code == code_of(tunables[e.kernel].sources)), *entries]
+    write_entries(out, entries)
+    gains = [o.default.seconds / o.chosen.seconds for o in outcomes if o.chosen and o.chosen is not o.default]
+    print(
+        f"{len(outcomes)} problems, {len(gains)} with another configuration than the default "
+        f"(up to {max(gains, default=1.0):.2f} times faster), in {time.perf_counter() - start:.0f} s: {out}"
+    )
+    return 0 if all(outcome.chosen is not None for outcome in outcomes) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
