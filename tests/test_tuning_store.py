@@ -196,8 +196,9 @@ def test_a_problem_is_written_the_same_in_every_process() -> None:
     assert result.stdout.strip() == code_of(FORWARD.sources)
 
 
-def test_rows_are_rounded_up_to_a_power_of_two() -> None:
-    assert [rows_class(rows) for rows in (1, 2, 3, 1000, 1024, 1025)] == [1, 2, 4, 1024, 1024, 2048]
+def test_rows_are_rounded_up_to_a_power_of_two_and_many_are_alike() -> None:
+    found = [rows_class(rows, 2048) for rows in (1, 2, 3, 1000, 1024, 1025, 2049, 10**6)]
+    assert found == [1, 2, 4, 1024, 1024, 2048, 2048, 2048]
 
 
 def test_code_is_what_runs_not_how_it_is_written_or_explained() -> None:

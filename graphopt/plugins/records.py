@@ -127,8 +127,8 @@ class TunableSpec:
     """A kernel that can be started in several ways, for ``graphopt tune`` to choose among (docs/tuning.md).
 
     A problem is a named tuple of what a launch is for (dtypes, sizes, what is asked), its numbers of rows
-    rounded up to a power of two; a configuration is a named tuple of how it is started. Their fields hold
-    ``None``, ``bool``, ``int``, ``str`` or dtypes.
+    rounded up to a power of two, and from some number on alike; a configuration is a named tuple of how it is
+    started. Their fields hold ``None``, ``bool``, ``int``, ``str`` or dtypes.
 
     ``sources``: modules whose code the kernel is; results are forgotten where that changes. ``kernels()``
     gives the object whose attributes are the jitted functions, and raises ``ModuleNotFoundError`` without

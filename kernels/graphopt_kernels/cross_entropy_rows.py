@@ -38,6 +38,9 @@ _BLOCK_BYTES = 2**14
 _ELEMENTS_PER_WARP = 512
 """16 for each thread: two loads of 16 bytes in flight or more, and no register spilled."""
 
+_MANY = 4096
+"""Rows from which on more are alike for a launch: some for every program that a device holds."""
+
 
 @dataclass(frozen=True, slots=True)
 class RowSettings:
@@ -158,8 +161,8 @@ def _block(
 
 
 class RowsProblem(NamedTuple):
-    """What the kernel is launched for: ``rows`` rounded up (``rows_class``); ``aligned``: every row begins on
-    16 bytes; whether losses and the gradient are asked; which settings are there."""
+    """What the kernel is launched for: ``rows`` by their class (``rows_class``); ``aligned``: each row begins
+    on 16 bytes; whether losses and the gradient are asked; which settings are there."""
 
     rows: int
     columns: int
@@ -213,7 +216,7 @@ def launch_rows(
         return
     if launch is None:
         problem = RowsProblem(
-            rows_class(rows),
+            rows_class(rows, _MANY),
             columns,
             logits.dtype,
             logits.stride(0) * logits.element_size() % 16 == 0,

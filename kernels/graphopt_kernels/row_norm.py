@@ -62,6 +62,9 @@ WIDEST = 16384
 _GROUP = 2048
 """Elements that a program works on at a time, where rows are shorter."""
 
+_MANY = 16384
+"""Groups of rows from which on more are alike for a launch: some for every program of any device."""
+
 _COLUMNS = 32
 
 
@@ -270,7 +273,7 @@ def forward_rows(
     rows = input.numel() // width
     if launch is None:
         problem = ForwardProblem(
-            rows_class(rows),
+            rows_class(rows, _MANY * tile(width)[1]),
             width,
             input.dtype,
             dtype,
@@ -335,7 +338,7 @@ def backward_rows(
     has_weight, has_bias = d_weight.numel() > 0, d_bias.numel() > 0
     if launch is None:
         problem = BackwardProblem(
-            rows_class(rows),
+            rows_class(rows, _MANY * tile(width)[1]),
             width,
             input.dtype,
             None if weight is None else weight.dtype,
@@ -413,8 +416,8 @@ class Launch(NamedTuple):
 
 
 class ForwardProblem(NamedTuple):
-    """What the forward is launched for: ``rows`` rounded up (``rows_class``), dtypes of input, result, weight
-    and bias (``None``: there is none). Rows always lie one behind the other."""
+    """What the forward is launched for: ``rows`` by their class (``rows_class``), dtypes of input, result,
+    weight and bias (``None``: there is none). Rows always lie one behind the other."""
 
     rows: int
     width: int

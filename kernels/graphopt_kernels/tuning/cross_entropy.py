@@ -3,6 +3,7 @@ by how many warps."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -16,8 +17,8 @@ from graphopt_kernels.tuning.model import Gpu, Usage, memory_bound
 __all__ = ["cross_entropy_tunable"]
 
 _COLUMNS = (32000, 50257, 128256, 151936)
-_ROWS = 1024
-"""A chunk of 8,192 rows cut into 8."""
+_ROWS = (1024, 4096)
+"""Chunks of 8,192 rows cut into 8 and of 32,768 rows."""
 
 _PADDED = 64
 _OTHERS = 28
@@ -49,9 +50,9 @@ def _kernels() -> Any:
 
 
 def _shipped() -> Iterable[RowsProblem]:
-    for columns in _COLUMNS:
+    for columns, rows in itertools.product(_COLUMNS, _ROWS):
         for statistics, gradient in ((True, True), (True, False), (False, True)):
-            yield RowsProblem(_ROWS, columns, torch.bfloat16, True, statistics, gradient, False, False)
+            yield RowsProblem(rows, columns, torch.bfloat16, True, statistics, gradient, False, False)
 
 
 def _configurations(problem: RowsProblem) -> Iterator[RowLaunch]:

@@ -1,6 +1,6 @@
 """How a kernel is started: as tuning found best for the device, else by rule.
 
-    problem = ForwardProblem(rows_class(rows), width, ...)
+    problem = ForwardProblem(rows_class(rows, 16384), width, ...)
     launch = FORWARD(problem, input.device)     # a dictionary hit; never tunes, never waits for the device
 
 What was found on disk is used only where the kernel's own ``check`` allows it: a configuration that would
@@ -113,9 +113,11 @@ def forget_choices() -> None:
     _chosen.clear()
 
 
-def rows_class(rows: int) -> int:
-    """``rows``, at least one, rounded up to a power of two: launches in between are taken for alike."""
-    return 1 << (rows - 1).bit_length()
+def rows_class(rows: int, most: int) -> int:
+    """``rows``, at least one, rounded up to a power of two; ``most``, a power of two, stands for more.
+
+    Launches in between, and those with many rows for every program, are taken for alike."""
+    return min(1 << (rows - 1).bit_length(), most)
 
 
 def fields_text(fields: Any) -> str:

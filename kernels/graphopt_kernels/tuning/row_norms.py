@@ -6,6 +6,7 @@ The block is given by the width. What is left: rows of a group, warps, programs 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -19,8 +20,8 @@ from graphopt_kernels.tuning.model import Gpu, Usage, memory_bound
 __all__ = ["row_norm_tunables"]
 
 _EPS = 1e-6
-_WIDTHS = (2048, 3584, 4096, 5120, 7168, 8192, 14336)
-_ROWS = 16384
+_WIDTHS = (1024, 2048, 3584, 4096, 5120, 7168, 8192, 14336)
+_ROWS = (8192, 16384)
 _WARPS = (2, 4, 8, 16)
 _ELEMENTS = (4, 64)
 """Of a thread: fewer make loads narrow, more do not fit its registers."""
@@ -96,8 +97,8 @@ def _words(dtype: torch.dtype | None) -> float:
 
 def _forward_shipped() -> Iterable[ForwardProblem]:
     half = torch.bfloat16
-    for width in _WIDTHS:
-        plain = ForwardProblem(_ROWS, width, half, half, half, None, False, False, True)
+    for width, rows in itertools.product(_WIDTHS, _ROWS):
+        plain = ForwardProblem(rows, width, half, half, half, None, False, False, True)
         yield plain
         yield plain._replace(added=True)
         yield plain._replace(bias=half, centered=True, rounded=False)
@@ -160,8 +161,8 @@ def _predicted_forward(problem: ForwardProblem, launch: Launch, usage: Usage, gp
 
 def _backward_shipped() -> Iterable[BackwardProblem]:
     half = torch.bfloat16
-    for width in _WIDTHS:
-        plain = BackwardProblem(_ROWS, width, half, half, False, False, True, True, False)
+    for width, rows in itertools.product(_WIDTHS, _ROWS):
+        plain = BackwardProblem(rows, width, half, half, False, False, True, True, False)
         yield plain
         yield plain._replace(passed=True)
         yield plain._replace(centered=True, d_bias=True)

@@ -260,4 +260,17 @@ def _wrong(
             found = spec.run(spec.kernels(), gpu.processors, problem, given, trial.configuration)
             return difference(found, right)
     except Exception as error:  # whatever a launch raises: what cannot run is not chosen
+        if operands and any(isinstance(x, torch.Tensor) and x.is_cuda for x in operands):
+            _check_device(spec, trial)
         return Reason(f"it does not run: {brief(error)}")
+
+
+def _check_device(spec: TunableSpec, trial: Trial) -> None:
+    """Some errors leave a device that runs nothing any more, until the process ends."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise TuningError(
+            f"{spec.name} with {fields_text(trial.configuration)} broke the device: {brief(error)}",
+            hint="what was measured before is kept",
+        ) from error
