@@ -264,8 +264,7 @@ def test_what_is_compiled_ahead_is_what_a_launch_compiles() -> None:
         from triton.backends.compiler import GPUTarget
         from triton.runtime.driver import driver
         from graphopt.plugins import default_host
-        from graphopt_kernels.emit import machine_code
-        from graphopt_kernels.tuning.compiling import calls_of
+        from graphopt_kernels.tuning.compiling import calls_of, compiled
 
         driver.set_active(SimpleNamespace(
             get_current_target=lambda: GPUTarget("cuda", 90, 32),
@@ -276,16 +275,13 @@ def test_what_is_compiled_ahead_is_what_a_launch_compiles() -> None:
             spec = default_host().tunable(name)
             problem = next(iter(spec.shipped()))
             for call in calls_of(spec, problem, spec.default(problem), 1):
-                s = call.signature
-                ahead = machine_code._compiled(
-                    call.function, s.types, s.constants, call.options, s.aligned, (9, 0)
-                )
+                ahead = compiled(call, (9, 0))
                 tensors = {
                     name: torch.empty(64, dtype=value.dtype) if isinstance(value, torch.Tensor) else value
                     for name, value in call.arguments.items()
                 }
                 launched = call.function.run(**tensors, **call.options, grid=(1,), warmup=True)
-                assert launched.hash == ahead.hash, (call.function, s, launched.src.attrs)
+                assert launched.hash == ahead.hash, (call.signature, launched.src.attrs)
     """
     environment = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
     result = subprocess.run(

@@ -28,6 +28,7 @@ __all__ = [
     "cross_entropy_rows",
     "cross_entropy_rows_reference",
     "launch_rows",
+    "launch_size",
     "rows_launch",
 ]
 
@@ -181,10 +182,15 @@ class RowLaunch(NamedTuple):
     warps: int
 
 
+def launch_size(columns: int, itemsize: int) -> tuple[int, int]:
+    """Elements that a program handles at a time, and its warps, for rows of ``columns``."""
+    block = min(_BLOCK_BYTES // itemsize, 1 << (columns - 1).bit_length())
+    return block, max(1, block // _ELEMENTS_PER_WARP)
+
+
 def rows_launch(problem: RowsProblem) -> RowLaunch:
     """Blocks of 16 KiB, 16 elements a thread."""
-    block = min(_BLOCK_BYTES // problem.dtype.itemsize, 1 << (problem.columns - 1).bit_length())
-    return RowLaunch(block, max(1, block // _ELEMENTS_PER_WARP))
+    return RowLaunch(*launch_size(problem.columns, problem.dtype.itemsize))
 
 
 def check_launch(problem: RowsProblem, launch: RowLaunch) -> Reason | None:

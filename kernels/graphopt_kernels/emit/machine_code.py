@@ -22,16 +22,9 @@ import torch
 
 from graphopt_kernels.emit.kernel_file import KernelFile
 
-__all__ = [
-    "TYPES",
-    "MachineCode",
-    "compile_for_sm90",
-    "compile_function_for_sm90",
-    "compiled_usage",
-    "import_kernel",
-]
+__all__ = ["MachineCode", "compile_for_sm90", "compile_function_for_sm90", "import_kernel"]
 
-TYPES = {
+_TYPES = {
     torch.float64: "*fp64",
     torch.float32: "*fp32",
     torch.float16: "*fp16",
@@ -43,7 +36,6 @@ TYPES = {
     torch.uint8: "*u8",
     torch.bool: "*i1",
 }
-"""Tensors of a dtype, as triton spells their types."""
 
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 
@@ -100,7 +92,7 @@ def compile_for_sm90(file: KernelFile) -> MachineCode:
             dtype = tensor.dtype
             if number in partial and dtype in (torch.float16, torch.bfloat16):
                 dtype = torch.float32
-            types[name] = TYPES[dtype]
+            types[name] = _TYPES[dtype]
         blocks = {"XBLOCK": file.launch.xblock, "RBLOCK": file.launch.rblock}
         constants = {name: blocks[name] for name in function.arg_names if name in blocks}
         return compile_function_for_sm90(
@@ -118,74 +110,29 @@ def compile_function_for_sm90(
 ) -> MachineCode:
     """Compile a jitted ``function`` for sm_90: ``types`` of arguments by name, as triton spells them (more
     than it has do no harm), values of those that are ``constants``, and which begin on 16 bytes."""
-    attributes = dict.fromkeys(aligned, True)
-    compiled = _compiled(function, types, constants, {"num_warps": warps}, attributes, (9, 0))
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder) / "kernel.cubin"
-        binary.write_bytes(compiled.asm["cubin"])
-        registers, stack, shared, local = _usage(binary)
-        code = _output("-sass", binary)
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
-    return MachineCode(registers, stack, shared, local, Counter(opcodes))
-
-
-def compiled_usage(
-    function: Any,
-    types: Mapping[str, str],
-    constants: Mapping[str, Any],
-    *,
-    options: Mapping[str, Any],
-    aligned: Mapping[str, bool],
-    capability: tuple[int, int],
-) -> tuple[int, int, int]:
-    """Registers of a thread, bytes of it that are spilled, and shared bytes of a program: as
-    ``compile_function_for_sm90``, for any capability, without reading the code. ``options`` are those of a
-    launch (``num_warps``); ``aligned`` says of tensors and whole numbers whether 16 divides them, as a launch
-    does: what it would compile is then in triton's cache."""
-    compiled = _compiled(function, types, constants, options, aligned, capability)
-    with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder) / "kernel.cubin"
-        binary.write_bytes(compiled.asm["cubin"])
-        registers, stack, _, local = _usage(binary)
-    # What the launch asks for; the code itself states what the device keeps for its own use.
-    return registers, stack + local, int(compiled.metadata.shared)
-
-
-def _compiled(
-    function: Any,
-    types: Mapping[str, str],
-    constants: Mapping[str, Any],
-    options: Mapping[str, Any],
-    aligned: Mapping[str, bool],
-    capability: tuple[int, int],
-) -> Any:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     names = function.arg_names
     signature = {name: types.get(name, "constexpr") for name in names}
-    attributes = {
-        (number,): [["tt.divisibility", 16]] if aligned[name] else []
-        for number, name in enumerate(names)
-        if name in aligned
-    }
-    return triton.compile(
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in names if name in aligned}
+    compiled = triton.compile(
         ASTSource(function, signature, {k: v for k, v in constants.items() if k in names}, attributes),
-        target=GPUTarget("cuda", capability[0] * 10 + capability[1], 32),
-        options=dict(options),
+        target=GPUTarget("cuda", 90, 32),
+        options={"num_warps": warps},
     )
-
-
-def _usage(binary: Path) -> tuple[int, int, int, int]:
-    usage = _USAGE.search(_output("-res-usage", binary))
-    assert usage is not None
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder) / "kernel.cubin"
+        binary.write_bytes(compiled.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        usage = _USAGE.search(_output(tool, "-res-usage", binary))
+        assert usage is not None
+        code = _output(tool, "-sass", binary)
     registers, stack, shared, local = map(int, usage.groups())
-    return registers, stack, shared, local
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
+    return MachineCode(registers, stack, shared, local, Counter(opcodes))
 
 
-def _output(flag: str, binary: Path) -> str:
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+def _output(tool: Path, flag: str, binary: Path) -> str:
     return subprocess.run([str(tool), flag, str(binary)], capture_output=True, text=True, check=True).stdout

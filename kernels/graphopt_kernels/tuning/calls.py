@@ -17,8 +17,6 @@ from typing import Any
 
 import torch
 
-from graphopt_kernels.emit.machine_code import TYPES
-
 __all__ = ["KernelCall", "Recorder", "Signature"]
 
 
@@ -60,7 +58,7 @@ class KernelCall:
 def _specialized(value: Any) -> tuple[str, bool | None]:
     if isinstance(value, torch.Tensor):
         # Allocations begin on far more than 16 bytes; tensors without memory are taken as if they had some.
-        return TYPES[value.dtype], value.storage_offset() * value.element_size() % 16 == 0
+        return _pointer(value.dtype), value.storage_offset() * value.element_size() % 16 == 0
     if isinstance(value, bool):
         return "u1", None
     if isinstance(value, int):
@@ -68,6 +66,19 @@ def _specialized(value: Any) -> tuple[str, bool | None]:
     if isinstance(value, float):
         return "fp32", None
     raise TypeError(f"kernels take no {type(value).__name__}")
+
+
+def _pointer(dtype: torch.dtype) -> str:
+    """A tensor of ``dtype`` as triton spells its type."""
+    named = {
+        torch.bool: "i1",
+        torch.uint8: "u8",
+        torch.bfloat16: "bf16",
+        torch.float8_e4m3fn: "fp8e4nv",
+        torch.float8_e5m2: "fp8e5",
+    }
+    kind = "fp" if dtype.is_floating_point else "i"
+    return f"*{named.get(dtype, f'{kind}{8 * dtype.itemsize}')}"
 
 
 class Recorder:
