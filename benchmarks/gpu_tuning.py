@@ -6,7 +6,7 @@ Norms of rows, forward (of a sum too) and backward, RMSNorm and LayerNorm, for t
 the row kernel of the cross entropy for usual vocabularies; bf16. The results go to
 ``kernels/graphopt_kernels/tuning/results/<device>.json`` (``--out`` for elsewhere), in place of those for the
 same problems; results of kernels whose code has changed since are dropped. ``rank`` is where the model had
-the fastest configuration among those that were measured: 1 is first.
+what was chosen among those that were measured: 1 is first.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ def row(outcome: Outcome) -> str:
     name = f"{outcome.kernel:18} {fields_text(outcome.problem)}"
     if outcome.chosen is None:
         return f"{name}\n    FAILED: {outcome.default.refused}"
-    best, default = outcome.best, outcome.default
-    assert best is not None and best.seconds is not None and default.seconds is not None
-    measured = [t for t in outcome.trials if t.seconds is not None]
-    order = sorted(measured, key=lambda trial: trial.predicted or 0.0)
-    chosen = "default" if outcome.chosen is default else fields_text(outcome.chosen.configuration)
+    default, chosen = outcome.default, outcome.chosen
+    assert default.seconds is not None and chosen.seconds is not None
+    times = f"{default.seconds * 1e6:8.1f} us"
+    measured = [trial for trial in outcome.trials if trial.seconds is not None]
+    if chosen is default:
+        return f"{name}\n    {times}, the fastest of {len(measured)}"
+    rank = sorted(measured, key=lambda trial: trial.predicted or 0.0).index(chosen) + 1
     return (
-        f"{name}\n    {default.seconds * 1e6:8.1f} us -> {best.seconds * 1e6:8.1f} us, "
-        f"rank {order.index(best) + 1} of {len(measured)}: {chosen}"
+        f"{name}\n    {times} -> {chosen.seconds * 1e6:8.1f} us, rank {rank} of {len(measured)}: "
+        f"{fields_text(chosen.configuration)}"
     )
 
 
