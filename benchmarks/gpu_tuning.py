@@ -4,9 +4,9 @@
 
 Norms of rows, forward (of a sum too) and backward, RMSNorm and LayerNorm, for the widths of usual models, and
 the row kernel of the cross entropy for usual vocabularies; bf16. The results go to
-``kernels/graphopt_kernels/tuning/results/<device>.json`` (``--out`` for elsewhere), in place of those for the
-same problems; results of kernels whose code has changed since are dropped. ``rank`` is where the model had
-what was chosen among those that were measured: 1 is first.
+``kernels/graphopt_kernels/tuning/results/<device>.json`` (``--out`` for elsewhere), in place of all of
+the same kernels; those of other kernels whose code has changed since are dropped. ``rank`` is where the
+model had what was chosen among those that were measured: 1 is first.
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def main() -> int:
     entries = [e for o in outcomes if (e := o.entry(specs[o.kernel], gpu.name)) is not None]
     if out.is_file():
         tunables = default_host().tunables()
-        kept = [e for e in read_entries(out) if e.kernel in tunables]
+        others = [e for e in read_entries(out) if e.kernel in tunables and e.kernel not in specs]
         out.unlink()
-        entries = [*(e for e in kept if e.code == code_of(tunables[e.kernel].sources)), *entries]
+        entries = [*(e for e in others if e.code == code_of(tunables[e.kernel].sources)), *entries]
     write_entries(out, entries)
     gains = [o.default.seconds / o.chosen.seconds for o in outcomes if o.chosen and o.chosen is not o.default]
     print(

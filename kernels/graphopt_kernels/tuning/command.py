@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ import torch
 from torch.utils import _pytree as pytree
 
 from graphopt.cli.options import NEW_FILE, json_option, step_options
-from graphopt.cli.output import write_json, write_table
+from graphopt.cli.output import talking, write_json, write_table
 from graphopt.plugins import TunableSpec
 from graphopt_kernels.tuning.lookup import fields_text, forget_choices
 from graphopt_kernels.tuning.store import cached_file, write_entries
 from graphopt_kernels.tuning.table import forget_table
 from graphopt_kernels.tuning.tuner import GraphMeter, Outcome, Trial, TuningError, present_gpu, tune
-from graphopt_kernels.tuning.work import launched_by, shipped_work
+from graphopt_kernels.tuning.work import Work, launched_by, shipped_work
 
 __all__ = ["command", "tuning_device"]
 
@@ -65,26 +66,33 @@ def command(
     if target is None:
         work = shipped_work(kernels, shapes)
     else:
-        from graphopt.api import optimize
-        from graphopt.cli.output import talking
-        from graphopt.cli.target import load_loss, load_target, step_mode
-
-        with step_mode(infer), talking(f"optimizing {target} and running one step"):
-            loaded = load_target(target)
-            inputs = pytree.tree_map_only(torch.Tensor, lambda x: x.to(chosen), loaded.inputs)
-            optimized = optimize(
-                loaded.model.to(chosen),
-                inputs,
-                budget=budget,
-                allow=allow,
-                pipeline=pipeline,
-                emit=emit,
-                loss_fn=load_loss(loss),
-            )
-            work = launched_by(lambda: optimized.measure(inputs, repeats=1), kernels, target)
+        options = {"budget": budget, "pipeline": pipeline, "allow": allow, "emit": emit}
+        work = _work_of(target, kernels, chosen, infer, loss, options)
+        # The model is done with: what is tuned needs memory of its own.
+        gc.collect()
+        torch.cuda.empty_cache()
     outcomes = _tuned(work, chosen, path)
     (write_json if as_json else _write_text)(_described(outcomes))
     return 0 if all(outcome.chosen is not None for outcome in outcomes) else 1
+
+
+def _work_of(
+    target: str,
+    kernels: Sequence[str],
+    device: torch.device,
+    infer: bool,
+    loss: str | None,
+    options: Mapping[str, Any],
+) -> Work:
+    """What one step of a target, optimized, launches on ``device``."""
+    from graphopt.api import optimize
+    from graphopt.cli.target import load_loss, load_target, step_mode
+
+    with step_mode(infer), talking(f"optimizing {target} and running one step"):
+        loaded = load_target(target)
+        inputs = pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), loaded.inputs)
+        optimized = optimize(loaded.model.to(device), inputs, loss_fn=load_loss(loss), **options)
+        return launched_by(lambda: optimized.measure(inputs, repeats=1), kernels, target)
 
 
 def tuning_device(name: str) -> torch.device:

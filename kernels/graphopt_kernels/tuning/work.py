@@ -12,9 +12,10 @@ from graphopt.plugins import TunableSpec, default_host
 from graphopt_kernels.tuning.lookup import asked_for
 from graphopt_kernels.tuning.tuner import TuningError
 
-__all__ = ["launched_by", "shipped_work"]
+__all__ = ["Work", "launched_by", "shipped_work"]
 
 Work = list[tuple[TunableSpec, Any]]
+"""Kernels, each with a problem."""
 
 
 def shipped_work(kernels: Sequence[str], shapes: Sequence[str]) -> Work:
