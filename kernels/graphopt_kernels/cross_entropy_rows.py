@@ -214,6 +214,7 @@ def launch_rows(
     log_sum_exp: torch.Tensor,
     losses: torch.Tensor | None,
     scale: torch.Tensor | None,
+    *,
     launch: RowLaunch | None = None,
 ) -> None:
     """``cross_entropy_rows`` by the jitted ``kernel``; ``launch`` is looked up where it is not given."""

@@ -93,9 +93,8 @@ def _run(
     kernels: Any, processors: int, problem: RowsProblem, operands: tuple[Any, ...], launch: RowLaunch
 ) -> Sequence[torch.Tensor]:
     logits, target, log_sum_exps, losses, scale = operands
-    loss.launch_rows(
-        kernels.rows_kernel, logits, target, _settings(problem), log_sum_exps, losses, scale, launch
-    )
+    given = (logits, target, _settings(problem), log_sum_exps, losses, scale)
+    loss.launch_rows(kernels.rows_kernel, *given, launch=launch)
     return _results(problem, operands)
 
 
