@@ -191,7 +191,7 @@ def ours(name: str, shape: argparse.Namespace) -> dict[str, Any]:
     _, _, asked = name.partition("@")
     budget = None
     if asked.endswith("%"):
-        least, most = least_and_most(graphopt.optimize(whole, inputs, emit="inductor"))
+        least, most = least_and_most(graphopt.pareto(whole, inputs, emit="inductor"))
         budget = least + (most - least) * int(asked[:-1]) // 100
         torch._dynamo.reset()
         gc.collect()
@@ -224,10 +224,10 @@ def ours(name: str, shape: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def least_and_most(fast: Any) -> tuple[int, int]:
-    """The feasible range, from the frontier of the plan made without a budget."""
-    curve = fast.frontier()
-    return curve[0].peak_bytes, curve[-1].peak_bytes
+def least_and_most(pareto: Any) -> tuple[int, int]:
+    """The feasible range of budgets."""
+    peaks = [point.peak_bytes for point in pareto.points]
+    return min(peaks), max(peaks)
 
 
 def main() -> None:
