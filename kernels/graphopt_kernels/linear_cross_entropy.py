@@ -12,8 +12,10 @@ never in memory. Two ways to a gradient:
 
 ``graphopt::linear_cross_entropy``
     The forward keeps one log-sum-exp a row; the backward computes the logits again: eight FLOPs, and
-    nothing held (after Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", which
-    does it in blocks of the vocabulary as well).
+    nothing held (after Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models").
+    The log-sum-exps may be differentiated as well.
+
+``graphopt_kernels.linear_cross_entropy_blocks`` cuts the classes instead.
 
 Rounding: logits and their gradient are rounded to the dtype of the input, as separate operators do;
 what happens in between is in float32 (float64 for float64). The gradient of the weight is summed over
@@ -32,27 +34,22 @@ from typing import Any
 
 import torch
 
-from graphopt.candidate import Reason
+from graphopt_kernels.class_blocks import ALIGNED, empty_gradients
 from graphopt_kernels.cross_entropy_rows import RowSettings, computes_in, cross_entropy_rows
+from graphopt_kernels.linear_cross_entropy_reference import check_arguments
 
 __all__ = [
-    "REDUCTIONS",
+    "ALIGNED",
+    "keep_gradients",
+    "keep_statistics",
     "linear_cross_entropy",
     "linear_cross_entropy_backward",
-    "linear_cross_entropy_reference",
-    "linear_cross_entropy_supports",
     "linear_cross_entropy_with_gradients",
-    "with_gradients_reference",
-    "with_gradients_supports",
+    "recomputing_backward",
+    "reduced",
+    "scale_of",
+    "scaling_backward",
 ]
-
-REDUCTIONS = ("none", "mean", "sum")
-
-ALIGNED = 64
-"""Rows of logits on a GPU are padded to a multiple of this many elements: products of matrices
-read and write 16 bytes at a time only where rows begin on such a boundary."""
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @torch.library.custom_op("graphopt::linear_cross_entropy", mutates_args=())
@@ -73,7 +70,8 @@ def linear_cross_entropy(
 
     ``input`` [N, D], ``weight`` [V, D] and ``bias`` [V] are of one floating-point dtype, ``target`` [N] is
     int64; see ``RowSettings`` for ``logit_scale`` and ``softcap``. The loss, of ``dtype``, has shape [],
-    or [N] with reduction "none"; log-sum-exps [N] are float32 (float64 for float64).
+    or [N] with reduction "none"; log-sum-exps [N] are float32 (float64 for float64), those of rows that
+    are ignored included. Both have a gradient.
     """
     settings = RowSettings(ignore_index, label_smoothing, logit_scale, softcap)
     exact = computes_in(input.dtype)
@@ -83,7 +81,7 @@ def linear_cross_entropy(
         cross_entropy_rows(logits, target[part], settings, log_sum_exp=log_sum_exp[part], losses=losses[part])
 
     _each_chunk(input, weight, bias, chunks, visit)
-    return _reduced(losses, target, reduction, ignore_index, dtype), log_sum_exp
+    return reduced(losses, target, reduction, ignore_index, dtype), log_sum_exp
 
 
 @linear_cross_entropy.register_fake
@@ -100,7 +98,7 @@ def _(
     softcap: float,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(input, weight, bias, target, chunks, reduction)
+    check_arguments(input, weight, bias, target, chunks, reduction)
     rows = input.shape[0]
     loss = input.new_empty((rows,) if reduction == "none" else (), dtype=dtype)
     return loss, input.new_empty(rows, dtype=computes_in(input.dtype))
@@ -121,18 +119,24 @@ def linear_cross_entropy_backward(
     logit_scale: float,
     softcap: float,
     output_mask: Sequence[bool],
+    sum_grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of input, weight and bias, for the gradient ``grad`` of the loss ([], or [N] with
-    reduction "none"). Those that ``output_mask`` leaves out have no elements."""
+    reduction "none") and ``sum_grad`` [N] of the log-sum-exps. Those that ``output_mask`` leaves out have
+    no elements."""
     settings = RowSettings(ignore_index, label_smoothing, logit_scale, softcap)
-    scale = grad.to(computes_in(input.dtype))
-    if reduction == "mean":
-        scale = scale / _counted(target, ignore_index)
-    scale = scale.expand(input.shape[0])
+    scale = scale_of(grad, target, reduction, ignore_index, computes_in(input.dtype))
     gradients = _Gradients(input, weight, bias, output_mask)
 
     def visit(part: slice, logits: torch.Tensor) -> None:
-        cross_entropy_rows(logits, target[part], settings, log_sum_exp=log_sum_exp[part], scale=scale[part])
+        cross_entropy_rows(
+            logits,
+            target[part],
+            settings,
+            log_sum_exp=log_sum_exp[part],
+            scale=scale[part],
+            sum_scale=None if sum_grad is None else sum_grad[part],
+        )
         gradients.add(part, logits)
 
     _each_chunk(input, weight, bias, chunks, visit)
@@ -154,8 +158,9 @@ def _(
     logit_scale: float,
     softcap: float,
     output_mask: Sequence[bool],
+    sum_grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _empty_gradients(input, weight, bias, output_mask)
+    return empty_gradients(input, weight, bias, output_mask)
 
 
 @torch.library.custom_op("graphopt::linear_cross_entropy_with_gradients", mutates_args=())
@@ -182,10 +187,7 @@ def linear_cross_entropy_with_gradients(
     exact = computes_in(input.dtype)
     rows = input.shape[0]
     losses, log_sum_exp = (input.new_empty(rows, dtype=exact) for _ in range(2))
-    scale = torch.ones((), dtype=exact, device=input.device)
-    if reduction == "mean":
-        scale = scale / _counted(target, ignore_index)
-    scale = scale.expand(rows)
+    scale = scale_of(input.new_ones((), dtype=exact), target, reduction, ignore_index, exact)
     gradients = _Gradients(input, weight, bias, output_mask)
 
     def visit(part: slice, logits: torch.Tensor) -> None:
@@ -200,7 +202,7 @@ def linear_cross_entropy_with_gradients(
         gradients.add(part, logits)
 
     _each_chunk(input, weight, bias, chunks, visit)
-    return _reduced(losses, target, reduction, ignore_index, dtype), *gradients.results()
+    return reduced(losses, target, reduction, ignore_index, dtype), *gradients.results()
 
 
 @linear_cross_entropy_with_gradients.register_fake
@@ -218,41 +220,51 @@ def _(
     dtype: torch.dtype,
     output_mask: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check(input, weight, bias, target, chunks, reduction)
+    check_arguments(input, weight, bias, target, chunks, reduction)
     if reduction == "none":
         raise ValueError("linear_cross_entropy_with_gradients: reduction is 'none': expected 'mean' or 'sum'")
-    return input.new_empty((), dtype=dtype), *_empty_gradients(input, weight, bias, output_mask)
+    return input.new_empty((), dtype=dtype), *empty_gradients(input, weight, bias, output_mask)
 
 
 # --- autograd ----------------------------------------------------------------------------------
 
 
-def _keep_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+def keep_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    """Keep what computes the logits again, and their log-sum-exps."""
     input, weight, bias, target, *rest = inputs
     ctx.save_for_backward(input, weight, bias, target, output[1])
     ctx.settings = tuple(rest[:-1])
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
-def _recomputing_backward(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * 11
-    input, weight, bias, target, log_sum_exp = ctx.saved_tensors
-    mask = list(ctx.needs_input_grad[:3])
-    operator = torch.ops.graphopt.linear_cross_entropy_backward
-    found = operator(grad, input, weight, bias, target, log_sum_exp, *ctx.settings, mask)
-    return *(g if wanted else None for g, wanted in zip(found, mask, strict=True)), *(None,) * 8
+def recomputing_backward(operator: Any) -> Callable[..., tuple[Any, ...]]:
+    """A backward by ``operator``, which computes the logits again."""
+
+    def backward(ctx: Any, grad: torch.Tensor | None, sum_grad: torch.Tensor | None) -> tuple[Any, ...]:
+        input, weight, bias, target, log_sum_exp = ctx.saved_tensors
+        mask = list(ctx.needs_input_grad[:3])
+        if grad is None and sum_grad is None:
+            return (None,) * 11
+        if grad is None:
+            by_row = ctx.settings[1] == "none"
+            grad = log_sum_exp.new_zeros(log_sum_exp.shape if by_row else ())
+        given = (grad, input, weight, bias, target, log_sum_exp, *ctx.settings, mask)
+        found = operator(*given) if sum_grad is None else operator(*given, sum_grad)
+        return *(g if wanted else None for g, wanted in zip(found, mask, strict=True)), *(None,) * 8
+
+    return backward
 
 
-def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+def keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
+    """Keep the gradients for a loss whose own gradient is 1."""
     ctx.output_mask = tuple(inputs[-1])
     ctx.save_for_backward(*output[1:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 
 
-def _scaling_backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+def scaling_backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+    """The gradients that the forward computed, times that of the loss."""
     if grad is None:
         return (None,) * 12
     # A number on the device: multiplying by it converts nothing.
@@ -266,10 +278,12 @@ def _scaling_backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[Any
 
 
 torch.library.register_autograd(
-    "graphopt::linear_cross_entropy", _recomputing_backward, setup_context=_keep_statistics
+    "graphopt::linear_cross_entropy",
+    recomputing_backward(torch.ops.graphopt.linear_cross_entropy_backward),
+    setup_context=keep_statistics,
 )
 torch.library.register_autograd(
-    "graphopt::linear_cross_entropy_with_gradients", _scaling_backward, setup_context=_keep_gradients
+    "graphopt::linear_cross_entropy_with_gradients", scaling_backward, setup_context=keep_gradients
 )
 
 
@@ -313,7 +327,7 @@ class _Gradients:
         self._sources = (input, weight)
         self._bias = bias
         self._mask = output_mask
-        self._input, self._weight, _ = _empty_gradients(input, weight, None, output_mask)
+        self._input, self._weight, _ = empty_gradients(input, weight, None, output_mask)
         exact = computes_in(input.dtype)
         self._sums = weight.new_zeros(weight.shape[0] if output_mask[2] else 0, dtype=exact)
         self._is_first = True
@@ -338,145 +352,29 @@ class _Gradients:
         return self._input, self._weight, sums
 
 
-def _empty_gradients(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output_mask: Sequence[bool]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    of_input, of_weight, of_bias = output_mask
-    return (
-        input.new_empty(input.shape if of_input else (0,)),
-        weight.new_empty(weight.shape if of_weight else (0,)),
-        weight.new_empty(bias.shape if of_bias and bias is not None else (0,)),
-    )
-
-
 def _counted(target: torch.Tensor, ignore_index: int) -> torch.Tensor:
     """How many rows count, on the device."""
     return (target != ignore_index).sum()
 
 
-def _reduced(
+def scale_of(
+    grad: torch.Tensor, target: torch.Tensor, reduction: str, ignore_index: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """What the loss of each row is multiplied by [N], of ``dtype``, where the whole loss has gradient
+    ``grad``."""
+    scale = grad.to(dtype)
+    if reduction == "mean":
+        scale = scale / _counted(target, ignore_index)
+    return scale.expand(target.shape[0])
+
+
+def reduced(
     losses: torch.Tensor, target: torch.Tensor, reduction: str, ignore_index: int, dtype: torch.dtype
 ) -> torch.Tensor:
+    """The loss, of ``dtype``, of rows with ``losses`` [N]."""
     if reduction == "none":
         return losses.to(dtype)
     total = losses.sum()
     if reduction == "mean":
         total = total / _counted(target, ignore_index)
     return total.to(dtype)
-
-
-# --- what is taken -----------------------------------------------------------------------------
-
-
-def linear_cross_entropy_supports(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    chunks: int,
-    reduction: str,
-    *_: Any,
-) -> Reason | None:
-    """``None``, or why the operators do not take these arguments."""
-    if input.dim() != 2 or weight.dim() != 2 or target.dim() != 1:
-        return Reason("takes a matrix of inputs, a matrix of weights and a vector of targets")
-    if input.shape[1] != weight.shape[1] or input.shape[0] != target.shape[0]:
-        return Reason(
-            f"sizes do not match: input {list(input.shape)}, weight {list(weight.shape)}, "
-            f"target {list(target.shape)}"
-        )
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
-        return Reason(f"the bias has shape {list(bias.shape)}: expected [{weight.shape[0]}]")
-    dtypes = {tensor.dtype for tensor in (input, weight, bias) if tensor is not None}
-    if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
-        return Reason("takes input, weight and bias of one floating-point dtype")
-    if target.dtype is not torch.int64:
-        return Reason(f"takes int64 targets, got {target.dtype}")
-    if chunks < 1:
-        return Reason(f"takes one chunk or more, got {chunks}")
-    if reduction not in REDUCTIONS:
-        return Reason(f"reduction is {reduction!r}: expected one of {', '.join(map(repr, REDUCTIONS))}")
-    return None
-
-
-def with_gradients_supports(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    chunks: int,
-    reduction: str,
-    *_: Any,
-) -> Reason | None:
-    """As ``linear_cross_entropy_supports``; losses of single rows have no single gradient."""
-    if reduction == "none":
-        return Reason("gradients that are computed in the forward need a loss that is one number")
-    return linear_cross_entropy_supports(input, weight, bias, target, chunks, reduction)
-
-
-def _check(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    chunks: int,
-    reduction: str,
-) -> None:
-    reason = linear_cross_entropy_supports(input, weight, bias, target, chunks, reduction)
-    if reason is not None:
-        raise ValueError(f"linear_cross_entropy: {reason}")
-
-
-# --- references --------------------------------------------------------------------------------
-
-
-def linear_cross_entropy_reference(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    chunks: int,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    logit_scale: float,
-    softcap: float,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``linear_cross_entropy`` computes, with the whole logits; differentiable."""
-    logits = torch.nn.functional.linear(input, weight, bias).to(computes_in(input.dtype)) * logit_scale
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    loss = torch.nn.functional.cross_entropy(
-        logits, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-    )
-    return loss.to(dtype), logits.logsumexp(1).masked_fill(target == ignore_index, 0)
-
-
-def with_gradients_reference(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    chunks: int,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    logit_scale: float,
-    softcap: float,
-    dtype: torch.dtype,
-    output_mask: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What ``linear_cross_entropy_with_gradients`` computes, by differentiating the whole logits."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in (input, weight, bias)]
-    settings = (target, chunks, reduction, ignore_index, label_smoothing, logit_scale, softcap, dtype)
-    assert leaves[0] is not None and leaves[1] is not None
-    with torch.enable_grad():
-        loss, _ = linear_cross_entropy_reference(leaves[0], leaves[1], leaves[2], *settings)
-        wanted = [leaf for leaf, has in zip(leaves, output_mask, strict=True) if has and leaf is not None]
-        found = iter(torch.autograd.grad(loss, wanted) if wanted else ())
-    gradients = [
-        next(found) if has and leaf is not None else input.new_empty(0)
-        for leaf, has in zip(leaves, output_mask, strict=True)
-    ]
-    return loss.detach(), gradients[0], gradients[1], gradients[2]
