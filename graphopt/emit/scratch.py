@@ -149,16 +149,29 @@ def _sums_of_rows(input: torch.Tensor, output_mask: Sequence[bool]) -> int:
 
 
 def _chunked_loss(name: str, args: dict[str, Any]) -> int:
-    """The chunk of logits, what is kept of each row until the loss is summed up, and sums of the bias.
+    """The chunk or block of logits, what is kept of each row until the loss is summed up, and sums of the
+    bias or the input.
 
-    Hand-counted from ``graphopt_kernels.linear_cross_entropy``; cuBLAS takes its workspace elsewhere.
+    Hand-counted from ``graphopt_kernels.linear_cross_entropy`` and ``linear_cross_entropy_blocks``; cuBLAS
+    takes its workspace elsewhere.
     """
     rows, columns = int(args["input"].shape[0]), int(args["weight"].shape[0])
     dtype = args["input"].dtype
     exact = torch.float64 if dtype is torch.float64 else torch.float32
-    step = min(-(-rows // args["chunks"]), rows)
-    width = -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+    mask = args.get("output_mask", (False,) * 3)
+    by_class = "block" in args
+    step = rows if by_class else min(-(-rows // args["chunks"]), rows)
+    width = min(args["block"], columns) if by_class else columns
+    width = -(-width // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
     total: int = step * width * dtype.itemsize
+    if by_class:
+        if not name.endswith("_backward"):
+            # Sums of exponentials, until the last block has come.
+            total += rows * exact.itemsize
+        taken = -(-rows * exact.itemsize // dtype.itemsize)
+        fits = mask[1] and columns - taken >= _ROW_ALIGNMENT
+        if mask[0] and exact is not dtype and not fits:
+            total += rows * int(args["input"].shape[1]) * exact.itemsize
     is_mean = args["reduction"] == "mean"
     if name.endswith("_backward"):
         grad = args["grad"]
@@ -168,7 +181,7 @@ def _chunked_loss(name: str, args: dict[str, Any]) -> int:
         total += (2 * rows + 1) * exact.itemsize
     elif args["reduction"] != "none" or args["dtype"] is not exact:
         total += rows * exact.itemsize
-    if args.get("output_mask", (False,) * 3)[2]:
+    if mask[2] and not by_class:
         # Each chunk's sum, and where they are added up in place of the output that comes in the end.
         total += columns * exact.itemsize
     return total

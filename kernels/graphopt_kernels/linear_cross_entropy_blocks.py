@@ -78,8 +78,9 @@ def linear_cross_entropy_blocks(
     settings = RowSettings(ignore_index, label_smoothing, logit_scale, softcap)
     # Within a region, autocast would take the products for its own.
     with torch.amp.autocast(input.device.type, enabled=False):
-        blocks = ClassBlocks(input, weight, bias, block)
-        losses, log_sum_exp = _losses(blocks, input, target, settings, [weight.shape[0]], None)
+        losses, log_sum_exp = _losses(
+            ClassBlocks(input, weight, bias, block), input, target, settings, [weight.shape[0]], None
+        )
     return reduced(losses, target, reduction, ignore_index, dtype), log_sum_exp
 
 
@@ -214,35 +215,51 @@ def linear_cross_entropy_blocks_with_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """As ``graphopt::linear_cross_entropy_with_gradients``, with the classes in blocks of ``block``."""
     settings = RowSettings(ignore_index, label_smoothing, logit_scale, softcap)
-    exact, classes = computes_in(input.dtype), weight.shape[0]
+    exact = computes_in(input.dtype)
     scale = scale_of(input.new_ones((), dtype=exact), target, reduction, ignore_index, exact)
     with torch.amp.autocast(input.device.type, enabled=False):
-        blocks = ClassBlocks(input, weight, bias, block)
-        gradients = BlockGradients(blocks, input, weight, bias, output_mask)
-        held = HeldLogits(blocks, gradients, output_mask)
-        ends = [gradients.front, classes]
-        losses, log_sum_exp = _losses(blocks, input, target, settings, ends, held)
+        losses, gradients = _losses_and_gradients(
+            ClassBlocks(input, weight, bias, block), input, weight, bias, target, scale, settings, output_mask
+        )
+    return reduced(losses, target, reduction, ignore_index, dtype), *gradients
 
-        def gradient(part: slice) -> torch.Tensor:
-            logits = held.place(part)
-            if logits is None:
-                logits = blocks.logits(part)
-            elif held.is_in_the_way(part):
-                logits = blocks.buffer(part).copy_(logits)
-            cross_entropy_rows(
-                logits,
-                target,
-                settings,
-                log_sum_exp=log_sum_exp,
-                scale=scale,
-                first=part.start,
-                classes=classes,
-            )
-            return logits
 
-        if any(output_mask):
-            gradients.finish(gradient, held.order())
-    return reduced(losses, target, reduction, ignore_index, dtype), *gradients.results
+def _losses_and_gradients(
+    blocks: ClassBlocks,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    scale: torch.Tensor,
+    settings: RowSettings,
+    output_mask: Sequence[bool],
+) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Losses of rows, and the gradients of ``(scale * losses).sum()``."""
+    classes = weight.shape[0]
+    gradients = BlockGradients(blocks, input, weight, bias, output_mask)
+    held = HeldLogits(blocks, gradients, output_mask)
+    losses, log_sum_exp = _losses(blocks, input, target, settings, [gradients.front, classes], held)
+
+    def gradient(part: slice) -> torch.Tensor:
+        logits = held.place(part)
+        if logits is None:
+            logits = blocks.logits(part)
+        elif held.is_in_the_way(part):
+            logits = blocks.buffer(part).copy_(logits)
+        cross_entropy_rows(
+            logits,
+            target,
+            settings,
+            log_sum_exp=log_sum_exp,
+            scale=scale,
+            first=part.start,
+            classes=classes,
+        )
+        return logits
+
+    if any(output_mask):
+        gradients.finish(gradient, held.order())
+    return losses, gradients.results
 
 
 @linear_cross_entropy_blocks_with_gradients.register_fake
