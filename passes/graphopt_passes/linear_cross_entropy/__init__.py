@@ -60,7 +60,7 @@ class LinearCrossEntropy(Pass):
     two of them."""
 
     chunks: tuple[int, ...] = (2, 4, 8, 16)
-    blocks: tuple[int, ...] = (1024, 4096)
+    blocks: tuple[int, ...] = (4096,)
     least_rows: int = 256
 
     name: ClassVar[str] = "linear-cross-entropy"

@@ -44,22 +44,24 @@ class LossPrices:
     def delta(self, mode: str, cuts: int) -> CostDelta:
         """Predicted change of the step by ``mode``, in ``cuts`` chunks of rows or blocks of so many classes.
 
-        Bytes are of the moment at which the whole logits would be held, the end of the forward.
+        Bytes are of the largest moment of the loss, above its gradients: every form has these, if not for
+        the backward then in it. Where no code generator multiplies held gradients in place, there are two
+        of each.
         """
         match = self._match
         if cuts_classes(mode):
             part = match.rows * min(cuts, match.columns) * match.dtype.itemsize
         else:
             part = -(-match.rows // cuts) * match.columns * match.dtype.itemsize
-        held = 0
-        if holds_gradients(mode):
-            held = sum(
+        twice = 0
+        if holds_gradients(mode) and not self._fused:
+            twice = sum(
                 tensor.numel() * tensor.element_size()
                 for tensor, needed in zip((self._rows, self._weight), self._mask, strict=False)
                 if needed
             )
         seconds = self._pieces_seconds(mode, cuts) - self._whole
-        return CostDelta(peak_bytes=part + held - self._whole_bytes(), seconds=seconds)
+        return CostDelta(peak_bytes=part + twice - self._whole_bytes(), seconds=seconds)
 
     def _whole_bytes(self) -> int:
         """Logits and what is made of them, tokens by vocabulary, alive at once."""
