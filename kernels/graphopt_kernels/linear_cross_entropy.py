@@ -36,6 +36,7 @@ import torch
 
 from graphopt_kernels.class_blocks import ALIGNED, empty_gradients
 from graphopt_kernels.cross_entropy_rows import RowSettings, computes_in, cross_entropy_rows
+from graphopt_kernels.held_gradients import scaled
 from graphopt_kernels.linear_cross_entropy_reference import check_arguments
 
 __all__ = [
@@ -263,18 +264,32 @@ def keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor
     ctx.set_materialize_grads(False)
 
 
-def scaling_backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
-    """The gradients that the forward computed, times that of the loss."""
-    if grad is None:
-        return (None,) * 12
-    # A number on the device: multiplying by it converts nothing.
-    scaled = [g * grad if has else None for g, has in zip(ctx.saved_tensors, ctx.output_mask, strict=True)]
-    for name, found, needed in zip(("input", "weight", "bias"), scaled, ctx.needs_input_grad, strict=False):
-        if needed and found is None:
-            raise RuntimeError(
-                f"linear_cross_entropy_with_gradients: output_mask lacks {name}, which requires a gradient"
-            )
-    return *scaled, *(None,) * 9
+def scaling_backward(operator: Any) -> Callable[..., tuple[Any, ...]]:
+    """A backward by the gradients that the forward of ``operator`` computed, times that of the loss."""
+
+    def small() -> None:
+        with torch.enable_grad():
+            floats: Any = {"dtype": torch.float32, "device": "cpu", "requires_grad": True}
+            leaves = [torch.ones(2, 2, **floats) for _ in range(2)]
+            target = torch.zeros(2, dtype=torch.int64, device="cpu")
+            settings = (1, "sum", -100, 0.0, 1.0, 0.0, torch.float32, [True, True, False])
+            loss = operator(*leaves, None, target, *settings)[0]
+            torch.autograd.grad(loss, leaves)
+
+    def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
+        if grad is None:
+            return (None,) * 12
+        found = scaled(ctx.saved_tensors, grad, small)
+        gradients = [g if has else None for g, has in zip(found, ctx.output_mask, strict=True)]
+        for name, gradient, needed in zip(
+            ("input", "weight", "bias"), gradients, ctx.needs_input_grad, strict=False
+        ):
+            if needed and gradient is None:
+                kind = str(operator).removeprefix("graphopt.")
+                raise RuntimeError(f"{kind}: output_mask lacks {name}, which requires a gradient")
+        return *gradients, *(None,) * 9
+
+    return backward
 
 
 torch.library.register_autograd(
@@ -283,7 +298,9 @@ torch.library.register_autograd(
     setup_context=keep_statistics,
 )
 torch.library.register_autograd(
-    "graphopt::linear_cross_entropy_with_gradients", scaling_backward, setup_context=keep_gradients
+    "graphopt::linear_cross_entropy_with_gradients",
+    scaling_backward(torch.ops.graphopt.linear_cross_entropy_with_gradients),
+    setup_context=keep_gradients,
 )
 
 

@@ -284,7 +284,9 @@ def _(
 
 
 torch.library.register_autograd(
-    "graphopt::linear_cross_entropy_blocks_with_gradients", scaling_backward, setup_context=keep_gradients
+    "graphopt::linear_cross_entropy_blocks_with_gradients",
+    scaling_backward(torch.ops.graphopt.linear_cross_entropy_blocks_with_gradients),
+    setup_context=keep_gradients,
 )
 torch.library.register_autograd(
     "graphopt::linear_cross_entropy_blocks",
