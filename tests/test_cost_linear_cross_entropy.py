@@ -176,6 +176,8 @@ def test_the_cost_model_knows_where_blocks_are() -> None:
         assert counted.front == gradients.front
         places = [held.place(part) for part in blocks.within(0, gradients.front)]
         assert counted.held == sum(place is not None for place in places)
+        kept = None if held.at_hand is None else (held.at_hand.start, held.at_hand.stop - held.at_hand.start)
+        assert counted.at_hand == kept
 
 
 def test_flops_and_bytes_of_blocks_by_hand() -> None:
@@ -192,11 +194,14 @@ def test_flops_and_bytes_of_blocks_by_hand() -> None:
     # Logits, their gradient; gradients of the input, added to from the second block on, of weight and bias.
     assert moved.read == 3 * x + weight + logits + (logits + weight + 2 * x) + (logits + 3 * x) + logits
     assert moved.written == logits + logits + 3 * x + weight + 50 * 4
-    # 50 x 8 floats hold no 100 x 20 logits: all are computed again.
-    assert flops(node_of(BLOCKS_WITH_GRADIENTS, 100, 8, 50, cuts=20)) == 4 * one
-    # 200 x 50 hold five blocks of 100 x 20 of those of 200 classes, 500 x 50 all.
+    # 50 x 8 floats hold no 100 x 20 logits: all are computed again but for one of 20, which is at hand.
+    assert flops(node_of(BLOCKS_WITH_GRADIENTS, 100, 8, 50, cuts=20)) == 3 * one + one * 30 // 50
+    # 200 x 50 hold five blocks of 100 x 20 of those of 200 classes; 210 x 50 too, and the last full one lies
+    # behind them.
     half = flops(node_of(BLOCKS_WITH_GRADIENTS, 100, 50, 200, cuts=20))
-    assert half == (6 + 1) * 100 * 50 * 200
+    assert half == 2 * 100 * 50 * (3 * 200 + 100)
+    more = flops(node_of(BLOCKS_WITH_GRADIENTS, 100, 50, 230, cuts=20))
+    assert more == 2 * 100 * 50 * (3 * 230 + 230 - 100 - 20)
     assert flops(node_of(BLOCKS_WITH_GRADIENTS, 20, 50, 200, cuts=20)) == 6 * 20 * 50 * 200
     # In bfloat16 the sum of 100 x 8 takes the place of 200 classes; those of 832 - 1,000 come once more,
     # but for the last block.

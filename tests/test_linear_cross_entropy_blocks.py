@@ -81,13 +81,21 @@ def test_what_is_held_where() -> None:
     assert held.count == 896 * 4 // (32 * 16) == 7
     parts = held.order()
     assert [held.place(part) is not None for part in parts] == [index < 7 for index in range(56)]
+    # They take all rows up to 896, so that no other block could be written before them.
+    assert held.at_hand is None and held.arrival(1000)[0] == slice(896, 912)
     # Rows 0 to 15 would be written over their own logits; those of the next block lie before them.
     assert [held.is_in_the_way(part) for part in parts[:3]] == [True, False, False]
+    blocks = ClassBlocks(*leaves, 24)
+    held = HeldLogits(blocks, BlockGradients(blocks, *leaves, (True, True, False)), (True, True, False))
+    # Four blocks of 32 x 24 take 768 rows. The last full block lies behind: it comes last, is written first.
+    assert held.count == 4 and held.at_hand == slice(864, 888)
+    assert held.arrival(1000)[-1] == held.order()[0] == held.at_hand
+    assert sorted(held.order(), key=lambda part: part.start) == blocks.within(0, 896)
     wide, _ = operands(4, 32, 1000, torch.bfloat16)
     gradients = BlockGradients(ClassBlocks(*wide, 16), *wide, (True, True, False))
     held = HeldLogits(ClassBlocks(*wide, 16), gradients, (True, True, False))
     assert gradients.front == 960 and held.count == 960 // 16
-    assert held.order() == ClassBlocks(*wide, 16).within(0, 960)[::-1]
+    assert held.order() == ClassBlocks(*wide, 16).within(0, 960)[::-1] and held.at_hand is None
     assert front_classes(600, 1000, torch.bfloat16) == 0
     assert front_classes(600, 1000, torch.float32) == 1000
 
@@ -281,16 +289,19 @@ def test_the_triton_kernels_compute_what_the_references_do() -> None:
             expected, found = ([torch.full((rows,), 7.0) for _ in range(3)] for _ in range(2))
             weights, sums = torch.rand(rows), torch.randn(rows)
             buffer = torch.full((rows, padded), 7.0, dtype=dtype)
-            for part in parts:
+            order = parts if scale == 1.0 else (parts[2], *parts[:2])
+            for part in order:
                 columns = part.stop - part.start
                 fold_block(
                     logits[:, part].clone(), target, settings, losses=expected[0], log_sum_exp=expected[1],
                     totals=expected[2], first=part.start, classes=classes,
+                    begins=part == order[0], ends=part == order[-1],
                 )
                 buffer[:, :columns] = logits[:, part]
                 fold_kernel[(rows,)](
                     buffer, target, *found, padded, part.start, classes, -100, smoothing, scale, softcap,
-                    SMOOTHED=smoothing != 0, SOFTCAPPED=softcap != 0, COLUMNS=columns, BLOCK=tile,
+                    BEGINS=part == order[0], ENDS=part == order[-1], SMOOTHED=smoothing != 0,
+                    SOFTCAPPED=softcap != 0, COLUMNS=columns, BLOCK=tile,
                 )
                 assert torch.equal(buffer[:, :columns], logits[:, part])
             assert not torch.stack(expected[:2]).isnan().any()
@@ -316,7 +327,8 @@ def test_the_triton_kernels_compute_what_the_references_do() -> None:
             fold_kernel[(rows,)](
                 logits[:, part].contiguous(), torch.tensor([classes, -1, 0, 36, -100]), *state,
                 part.stop - part.start, part.start, classes, -100, 0.0, 1.0, 0.0,
-                SMOOTHED=False, SOFTCAPPED=False, COLUMNS=part.stop - part.start, BLOCK=16,
+                BEGINS=part.start == 0, ENDS=part.stop == classes, SMOOTHED=False, SOFTCAPPED=False,
+                COLUMNS=part.stop - part.start, BLOCK=16,
             )
         for result in state[:2]:
             assert result.isnan().tolist() == [True, True, False, False, False]
@@ -332,7 +344,10 @@ def test_the_triton_kernel_compiles_for_sm_90_without_spills() -> None:
     for dtype, columns in itertools.product(("bf16", "fp32"), (2048, 8192, 1280)):
         for smoothed, softcapped in itertools.product((False, True), repeat=2):
             block = min(2**14 // (2 if dtype == "bf16" else 4), 1 << (columns - 1).bit_length())
-            constants = {"SMOOTHED": smoothed, "SOFTCAPPED": softcapped, "COLUMNS": columns, "BLOCK": block}
+            constants = {
+                "BEGINS": columns == 1280, "ENDS": columns == 8192, "SMOOTHED": smoothed,
+                "SOFTCAPPED": softcapped, "COLUMNS": columns, "BLOCK": block,
+            }  # fmt: skip
             check_machine_code(fold_kernel, dtype, constants)
 
 

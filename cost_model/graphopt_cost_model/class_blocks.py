@@ -102,17 +102,38 @@ class _Blocks:
         """Bytes that the sum takes beside the gradients."""
         return self.rows * self.width * self.wide if self.sums and self.front == self.classes else 0
 
+    @property
+    def _of_block(self) -> int:
+        """Elements of a block of logits."""
+        padded = self.step if self._input.device == "cpu" else -(-self.step // _ALIGNED) * _ALIGNED
+        return self.rows * padded
+
+    @cached_property
+    def in_weight(self) -> int:
+        """Blocks whose logits the weight's gradient holds from the first visit to the second."""
+        if not (self.holds_logits and self.mask[1] and self.rows):
+            return 0
+        return min(self.front // self.step, self.front * self.width // self._of_block)
+
     @cached_property
     def held(self) -> int:
-        """Blocks whose logits are held from the first visit to the second."""
-        if not self.holds_logits or not self.rows:
-            return 0
-        padded = self.step if self._input.device == "cpu" else -(-self.step // _ALIGNED) * _ALIGNED
-        of_block, count = self.rows * padded, 0
-        if self.mask[1]:
-            count = min(self.front // self.step, self.front * self.width // of_block)
-        fits = (count + 1) * self.step <= self.front and self.rows * self.width >= of_block
-        return count + (self.sums and fits)
+        """Those, and one in the input's gradient."""
+        fits = (self.in_weight + 1) * self.step <= self.front and self.rows * self.width >= self._of_block
+        return self.in_weight + bool(self.holds_logits and self.rows and self.sums and fits)
+
+    @cached_property
+    def at_hand(self) -> tuple[int, int] | None:
+        """The block before ``front`` that is still there at its second visit: of the last two the larger
+        whose rows lie behind those."""
+        if not (self.holds_logits and any(self.mask)):
+            return None
+        last = sorted(self.parts(0, self.front)[-2:], key=lambda part: part[1], reverse=True)
+        for start, count in last:
+            index = start // self.step
+            rows = start * self.width if self.mask[1] else 0
+            if index >= self.held and rows >= self.in_weight * self._of_block:
+                return start, count
+        return None
 
     def parts(self, begin: int, end: int) -> list[tuple[int, int]]:
         """First class and number of classes of each block."""
@@ -134,8 +155,10 @@ def _phases(blocks: _Blocks) -> Iterator[Phase]:
             yield Phase(0, blocks.rows * count, blocks.rows * count * blocks.size, 0, "float32")
     if not any(blocks.mask):
         return
-    for index, (_, count) in enumerate(blocks.parts(0, front)):
-        yield from _gradient(blocks, count, is_held=index < blocks.held)
+    first = blocks.parts(0, front)
+    for index, (start, count) in enumerate(first):
+        is_held = index < blocks.held or (start, count) == blocks.at_hand
+        yield from _gradient(blocks, count, is_held=is_held)
         yield from _added(blocks, count, is_first=index == 0)
         yield from _written(blocks, count)
     last = blocks.parts(front, classes)
@@ -225,6 +248,7 @@ def _folded(blocks: _Blocks, count: int) -> int:
     """While a block is taken in: its rows in the dtype of the arithmetic, and what is kept of each."""
     together = _together(blocks, count)
     is_held = blocks.held > 0 and count == blocks.step
+    is_held = is_held or (blocks.at_hand is not None and count == blocks.at_hand[1])
     converted = is_held or blocks.size < blocks.wide
     return together * (9 + 2 * blocks.wide + converted * count * blocks.wide)
 

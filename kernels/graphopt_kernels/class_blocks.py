@@ -51,6 +51,10 @@ class ClassBlocks:
         """The memory that all blocks share, as far as ``part`` needs it."""
         return self._buffer[:, : part.stop - part.start]
 
+    def of_rows(self) -> torch.Tensor:
+        """A number for each row, of the dtype that rows are computed in; its values are arbitrary."""
+        return self._buffer.new_empty(self.rows, dtype=computes_in(self._buffer.dtype))
+
     def logits(self, part: slice, into: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [N, v] of the classes ``part``, in memory of their own or in what all blocks share."""
         input, weight, bias = self._operands
@@ -147,7 +151,8 @@ class HeldLogits:
     The rows of the weight's gradient up to ``front`` hold as many blocks of logits as fit, one after the
     other. Each block's rows are written where blocks lay that are done with: in the order of ``order``,
     which begins with the largest class where a block's rows take more than its logits. The gradient of the
-    input holds one more, where it is not added up in place.
+    input holds one more, where it is not added up in place. And the memory that all blocks share holds the
+    block that comes last in ``arrival``, one whose rows lie behind all that is held.
     """
 
     def __init__(self, blocks: ClassBlocks, gradients: BlockGradients, output_mask: Sequence[bool]) -> None:
@@ -163,12 +168,27 @@ class HeldLogits:
         sums_elsewhere = output_mask[0] and computes_in(of_input.dtype) is not of_input.dtype
         fits = (self.count + 1) * blocks.size <= self._front and of_input.numel() >= self._of_block
         self._extra = of_input.view(-1) if sums_elsewhere and fits else None
+        self.at_hand: slice | None = None
+        # The largest, which the last one may not be.
+        parts = blocks.within(0, self._front) if any(output_mask) else []
+        for part in sorted(parts[-2:], key=lambda part: part.stop - part.start, reverse=True):
+            index = part.start // blocks.size
+            is_clear = index * self._of_rows >= self.count * self._of_block
+            if self.at_hand is None and is_clear and self.place(part) is None:
+                self.at_hand = part
+
+    def arrival(self, classes: int) -> list[slice]:
+        """All blocks of ``classes`` in the order to fold them."""
+        parts = [*self._blocks.within(self._front, classes), *self._blocks.within(0, self._front)]
+        return sorted(parts, key=lambda part: part == self.at_hand)
 
     def order(self) -> list[slice]:
         """The blocks up to the last class that is not set aside, in the order to write their rows."""
         parts = self._blocks.within(0, self._front)
         if self._of_rows > self._of_block:
-            return [*reversed(parts[: self.count]), *parts[self.count :]]
+            parts = [*reversed(parts[: self.count]), *parts[self.count :]]
+        if self.at_hand is not None:
+            parts = [self.at_hand, *(part for part in parts if part != self.at_hand)]
         return parts
 
     def place(self, part: slice) -> torch.Tensor | None:

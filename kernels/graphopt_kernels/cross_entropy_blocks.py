@@ -28,18 +28,20 @@ def fold_block(
     totals: torch.Tensor,
     first: int,
     classes: int,
+    begins: bool,
+    ends: bool,
     keeps: bool = False,
 ) -> None:
     """Take in ``logits`` [n, v] of classes ``first`` to ``first + v``, of ``classes`` in all.
 
-    Blocks come in the order of classes. ``losses``, ``log_sum_exp`` and ``totals`` [n], of
+    Blocks come in any order. ``losses``, ``log_sum_exp`` and ``totals`` [n], of
     ``computes_in(logits.dtype)``, carry what is known from one to the next: whatever they held before the
-    first is overwritten, and after the last the former two are results. Rows that are ignored have loss 0
-    and the log-sum-exp that they have. On CUDA a ``target`` that names no class gives NaN; on the CPU see
-    ``check_labels``. Unless it ``keeps`` them, ``logits`` may be overwritten.
+    one that ``begins`` is overwritten, and after the one that ``ends`` the former two are results. Rows that
+    are ignored have loss 0 and the log-sum-exp that they have. On CUDA a ``target`` that names no class gives
+    NaN; on the CPU see ``check_labels``. Unless it ``keeps`` them, ``logits`` may be overwritten.
     """
     if logits.is_cuda and logits.dtype is not torch.float64 and (kernel := _kernel()) is not None:
-        _launch(kernel, logits, target, settings, losses, log_sum_exp, totals, first, classes)
+        _launch(kernel, logits, target, settings, losses, log_sum_exp, totals, first, classes, begins, ends)
         return
     rows, columns = logits.shape
     step = max(1, BLOCK_ELEMENTS // max(columns, 1))
@@ -54,6 +56,8 @@ def fold_block(
             totals[part],
             first,
             classes,
+            begins,
+            ends,
             keeps,
         )
 
@@ -78,6 +82,8 @@ def _fold(
     totals: torch.Tensor,
     first: int,
     classes: int,
+    begins: bool,
+    ends: bool,
     keeps: bool,
 ) -> None:
     dtype = computes_in(logits.dtype)
@@ -87,7 +93,7 @@ def _fold(
         z.mul_(settings.logit_scale)
     if settings.softcap:
         z.div_(settings.softcap).tanh_().mul_(settings.softcap)
-    if first == 0:
+    if begins:
         # The maximum starts finite: a block of nothing but -inf makes no NaN.
         log_sum_exp.fill_(torch.finfo(dtype).min)
         totals.zero_()
@@ -102,7 +108,7 @@ def _fold(
     totals.mul_(log_sum_exp.sub_(peak).exp_())
     totals.add_(z.sub_(peak[:, None]).exp_().sum(1))
     log_sum_exp.copy_(peak)
-    if first + columns == classes:
+    if ends:
         log_sum_exp.add_(totals.log_())
         losses.add_(log_sum_exp).masked_fill_(target == settings.ignore_index, 0)
 
@@ -117,6 +123,8 @@ def _launch(
     totals: torch.Tensor,
     first: int,
     classes: int,
+    begins: bool,
+    ends: bool,
 ) -> None:
     rows, columns = logits.shape
     if not rows:
@@ -136,6 +144,8 @@ def _launch(
             settings.label_smoothing,
             settings.logit_scale,
             settings.softcap,
+            BEGINS=begins,
+            ENDS=ends,
             SMOOTHED=settings.label_smoothing != 0,
             SOFTCAPPED=settings.softcap != 0,
             COLUMNS=columns,

@@ -24,6 +24,8 @@ def fold_kernel(  # type: ignore[no-untyped-def]
     smoothing,
     logit_scale,
     softcap,
+    BEGINS: tl.constexpr,
+    ENDS: tl.constexpr,
     SMOOTHED: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -32,17 +34,21 @@ def fold_kernel(  # type: ignore[no-untyped-def]
     """The columns from class ``first`` on of one row of logits for each program.
 
     Between blocks ``log_sum_exps`` holds the maximum so far, ``totals`` the sum of exponentials beside it
-    and ``losses`` what the label and the smoothing add. The last block turns them into results.
+    and ``losses`` what the label and the smoothing add. The block that ``ENDS`` turns them into results.
     """
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * row_stride
     label = tl.load(target + row)
     ignored = label == ignore_index
-    later = first > 0
-    # The maximum starts finite: a block of nothing but -inf makes no NaN.
-    top = tl.load(log_sum_exps + row, mask=later, other=-3.0e38)
-    total = tl.load(totals + row, mask=later, other=0.0)
-    value = tl.load(losses + row, mask=later, other=0.0)
+    if BEGINS:
+        # The maximum starts finite: a block of nothing but -inf makes no NaN.
+        top = -3.0e38
+        total = 0.0
+        value = 0.0
+    else:
+        top = tl.load(log_sum_exps + row)
+        total = tl.load(totals + row)
+        value = tl.load(losses + row)
     for block in range((COLUMNS + BLOCK - 1) // BLOCK):
         at = block * BLOCK + tl.arange(0, BLOCK)
         inside = at < COLUMNS
@@ -59,7 +65,7 @@ def fold_kernel(  # type: ignore[no-untyped-def]
     picked = transformed(picked, logit_scale, softcap, SOFTCAPPED)
     # Where the label is elsewhere nothing is read, and the logit 0 adds nothing.
     value -= (1.0 - smoothing) * picked
-    if first + COLUMNS == classes:
+    if ENDS:
         log_sum_exp = top + tl.log(total)
         # A label that names no class spoils its row, instead of passing for a right one.
         named = (label >= 0) & (label < classes)

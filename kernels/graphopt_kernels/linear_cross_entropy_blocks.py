@@ -24,7 +24,6 @@ D / N of them, and these are not computed again. That makes between six FLOPs an
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,39 +77,40 @@ def linear_cross_entropy_blocks(
     settings = RowSettings(ignore_index, label_smoothing, logit_scale, softcap)
     # Within a region, autocast would take the products for its own.
     with torch.amp.autocast(input.device.type, enabled=False):
-        losses, log_sum_exp = _losses(
-            ClassBlocks(input, weight, bias, block), input, target, settings, [weight.shape[0]], None
-        )
+        blocks = ClassBlocks(input, weight, bias, block)
+        classes = weight.shape[0]
+        losses, log_sum_exp = _losses(blocks, blocks.within(0, classes), target, settings, classes, None)
+        # The block is not to be held while losses are summed up.
+        del blocks
     return reduced(losses, target, reduction, ignore_index, dtype), log_sum_exp
 
 
 def _losses(
     blocks: ClassBlocks,
-    input: torch.Tensor,
+    parts: Sequence[slice],
     target: torch.Tensor,
     settings: RowSettings,
-    ends: Sequence[int],
+    classes: int,
     held: HeldLogits | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses and log-sum-exps of rows. No block reaches across one of ``ends``, the last of which is the
-    number of classes."""
-    exact, classes = computes_in(input.dtype), ends[-1]
+    """Losses and log-sum-exps of rows, from the blocks ``parts``, some of which are held."""
     check_labels(target, settings.ignore_index, classes)
-    losses, log_sum_exp, totals = (input.new_empty(blocks.rows, dtype=exact) for _ in range(3))
-    for begin, end in itertools.pairwise([0, *ends]):
-        for part in blocks.within(begin, end):
-            place = None if held is None else held.place(part)
-            fold_block(
-                blocks.logits(part, place),
-                target,
-                settings,
-                losses=losses,
-                log_sum_exp=log_sum_exp,
-                totals=totals,
-                first=part.start,
-                classes=classes,
-                keeps=place is not None,
-            )
+    losses, log_sum_exp, totals = (blocks.of_rows() for _ in range(3))
+    for index, part in enumerate(parts):
+        place = None if held is None else held.place(part)
+        fold_block(
+            blocks.logits(part, place),
+            target,
+            settings,
+            losses=losses,
+            log_sum_exp=log_sum_exp,
+            totals=totals,
+            first=part.start,
+            classes=classes,
+            begins=index == 0,
+            ends=index == len(parts) - 1,
+            keeps=held is not None and (place is not None or part == held.at_hand),
+        )
     return losses, log_sum_exp
 
 
@@ -238,11 +238,13 @@ def _losses_and_gradients(
     classes = weight.shape[0]
     gradients = BlockGradients(blocks, input, weight, bias, output_mask)
     held = HeldLogits(blocks, gradients, output_mask)
-    losses, log_sum_exp = _losses(blocks, input, target, settings, [gradients.front, classes], held)
+    losses, log_sum_exp = _losses(blocks, held.arrival(classes), target, settings, classes, held)
 
     def gradient(part: slice) -> torch.Tensor:
         logits = held.place(part)
-        if logits is None:
+        if part == held.at_hand:
+            logits = blocks.buffer(part)
+        elif logits is None:
             logits = blocks.logits(part)
         elif held.is_in_the_way(part):
             logits = blocks.buffer(part).copy_(logits)
