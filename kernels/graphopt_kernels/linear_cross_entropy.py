@@ -30,26 +30,28 @@ number of rows that count stays on the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
 from graphopt_kernels.class_blocks import ALIGNED, empty_gradients
 from graphopt_kernels.cross_entropy_rows import RowSettings, computes_in, cross_entropy_rows
-from graphopt_kernels.held_gradients import scaled
-from graphopt_kernels.linear_cross_entropy_reference import check_arguments
+from graphopt_kernels.linear_cross_entropy_arguments import check_arguments
+from graphopt_kernels.linear_cross_entropy_autograd import (
+    keep_gradients,
+    keep_statistics,
+    recomputing_backward,
+    reduced,
+    scale_of,
+    scaling_backward,
+)
 
 __all__ = [
     "ALIGNED",
-    "keep_gradients",
-    "keep_statistics",
     "linear_cross_entropy",
     "linear_cross_entropy_backward",
+    "linear_cross_entropy_reference",
     "linear_cross_entropy_with_gradients",
-    "recomputing_backward",
-    "reduced",
-    "scale_of",
-    "scaling_backward",
+    "with_gradients_reference",
 ]
 
 
@@ -227,71 +229,6 @@ def _(
     return input.new_empty((), dtype=dtype), *empty_gradients(input, weight, bias, output_mask)
 
 
-# --- autograd ----------------------------------------------------------------------------------
-
-
-def keep_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    """Keep what computes the logits again, and their log-sum-exps."""
-    input, weight, bias, target, *rest = inputs
-    ctx.save_for_backward(input, weight, bias, target, output[1])
-    ctx.settings = tuple(rest[:-1])
-    ctx.set_materialize_grads(False)
-
-
-def recomputing_backward(operator: Any) -> Callable[..., tuple[Any, ...]]:
-    """A backward by ``operator``, which computes the logits again."""
-
-    def backward(ctx: Any, grad: torch.Tensor | None, sum_grad: torch.Tensor | None) -> tuple[Any, ...]:
-        input, weight, bias, target, log_sum_exp = ctx.saved_tensors
-        mask = list(ctx.needs_input_grad[:3])
-        if grad is None and sum_grad is None:
-            return (None,) * 11
-        if grad is None:
-            by_row = ctx.settings[1] == "none"
-            grad = log_sum_exp.new_zeros(log_sum_exp.shape if by_row else ())
-        given = (grad, input, weight, bias, target, log_sum_exp, *ctx.settings, mask)
-        found = operator(*given) if sum_grad is None else operator(*given, sum_grad)
-        return *(g if wanted else None for g, wanted in zip(found, mask, strict=True)), *(None,) * 8
-
-    return backward
-
-
-def keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    """Keep the gradients for a loss whose own gradient is 1."""
-    ctx.output_mask = tuple(inputs[-1])
-    ctx.save_for_backward(*output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def scaling_backward(operator: Any) -> Callable[..., tuple[Any, ...]]:
-    """A backward by the gradients that the forward of ``operator`` computed, times that of the loss."""
-
-    def small() -> None:
-        with torch.enable_grad():
-            floats: Any = {"dtype": torch.float32, "device": "cpu", "requires_grad": True}
-            leaves = [torch.ones(2, 2, **floats) for _ in range(2)]
-            target = torch.zeros(2, dtype=torch.int64, device="cpu")
-            settings = (1, "sum", -100, 0.0, 1.0, 0.0, torch.float32, [True, True, False])
-            loss = operator(*leaves, None, target, *settings)[0]
-            torch.autograd.grad(loss, leaves)
-
-    def backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
-        if grad is None:
-            return (None,) * 12
-        found = scaled(ctx.saved_tensors, grad, small)
-        gradients = [g if has else None for g, has in zip(found, ctx.output_mask, strict=True)]
-        for name, gradient, needed in zip(
-            ("input", "weight", "bias"), gradients, ctx.needs_input_grad, strict=False
-        ):
-            if needed and gradient is None:
-                kind = str(operator).removeprefix("graphopt.")
-                raise RuntimeError(f"{kind}: output_mask lacks {name}, which requires a gradient")
-        return *gradients, *(None,) * 9
-
-    return backward
-
-
 torch.library.register_autograd(
     "graphopt::linear_cross_entropy",
     recomputing_backward(torch.ops.graphopt.linear_cross_entropy_backward),
@@ -369,29 +306,56 @@ class _Gradients:
         return self._input, self._weight, sums
 
 
-def _counted(target: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """How many rows count, on the device."""
-    return (target != ignore_index).sum()
+# --- references --------------------------------------------------------------------------------
 
 
-def scale_of(
-    grad: torch.Tensor, target: torch.Tensor, reduction: str, ignore_index: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """What the loss of each row is multiplied by [N], of ``dtype``, where the whole loss has gradient
-    ``grad``."""
-    scale = grad.to(dtype)
-    if reduction == "mean":
-        scale = scale / _counted(target, ignore_index)
-    return scale.expand(target.shape[0])
+def linear_cross_entropy_reference(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    chunks: int,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    logit_scale: float,
+    softcap: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What ``linear_cross_entropy`` computes, with the whole logits; differentiable."""
+    logits = torch.nn.functional.linear(input, weight, bias).to(computes_in(input.dtype)) * logit_scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    loss = torch.nn.functional.cross_entropy(
+        logits, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+    )
+    return loss.to(dtype), logits.logsumexp(1)
 
 
-def reduced(
-    losses: torch.Tensor, target: torch.Tensor, reduction: str, ignore_index: int, dtype: torch.dtype
-) -> torch.Tensor:
-    """The loss, of ``dtype``, of rows with ``losses`` [N]."""
-    if reduction == "none":
-        return losses.to(dtype)
-    total = losses.sum()
-    if reduction == "mean":
-        total = total / _counted(target, ignore_index)
-    return total.to(dtype)
+def with_gradients_reference(
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    chunks: int,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    logit_scale: float,
+    softcap: float,
+    dtype: torch.dtype,
+    output_mask: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What ``linear_cross_entropy_with_gradients`` computes, by differentiating the whole logits."""
+    leaves = [None if t is None else t.detach().requires_grad_() for t in (input, weight, bias)]
+    settings = (target, chunks, reduction, ignore_index, label_smoothing, logit_scale, softcap, dtype)
+    assert leaves[0] is not None and leaves[1] is not None
+    with torch.enable_grad():
+        loss, _ = linear_cross_entropy_reference(leaves[0], leaves[1], leaves[2], *settings)
+        wanted = [leaf for leaf, has in zip(leaves, output_mask, strict=True) if has and leaf is not None]
+        found = iter(torch.autograd.grad(loss, wanted) if wanted else ())
+    gradients = [
+        next(found) if has and leaf is not None else input.new_empty(0)
+        for leaf, has in zip(leaves, output_mask, strict=True)
+    ]
+    return loss.detach(), gradients[0], gradients[1], gradients[2]

@@ -33,19 +33,18 @@ from graphopt.candidate import Reason
 from graphopt_kernels.class_blocks import BlockGradients, ClassBlocks, HeldLogits, empty_gradients
 from graphopt_kernels.cross_entropy_blocks import check_labels, fold_block
 from graphopt_kernels.cross_entropy_rows import RowSettings, computes_in, cross_entropy_rows
-from graphopt_kernels.linear_cross_entropy import (
+from graphopt_kernels.linear_cross_entropy import linear_cross_entropy_reference, with_gradients_reference
+from graphopt_kernels.linear_cross_entropy_arguments import (
+    linear_cross_entropy_supports,
+    with_gradients_supports,
+)
+from graphopt_kernels.linear_cross_entropy_autograd import (
     keep_gradients,
     keep_statistics,
     recomputing_backward,
     reduced,
     scale_of,
     scaling_backward,
-)
-from graphopt_kernels.linear_cross_entropy_reference import (
-    linear_cross_entropy_reference,
-    linear_cross_entropy_supports,
-    with_gradients_reference,
-    with_gradients_supports,
 )
 
 __all__ = [

@@ -18,9 +18,9 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
     # Imported when asked: they need torch, and `graphopt --help` loads this module.
     from graphopt_kernels import (
         bandwidth,
-        linear_cross_entropy,  # noqa: F401  (registers the operators)
+        linear_cross_entropy,
+        linear_cross_entropy_arguments,
         linear_cross_entropy_blocks,
-        linear_cross_entropy_reference,
         row_norm,
     )
     from graphopt_kernels.saved_codecs import codes, groups, levels
@@ -43,15 +43,15 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
         KernelSpec(
             name="linear-cross-entropy",
             op="graphopt::linear_cross_entropy",
-            reference=linear_cross_entropy_reference.linear_cross_entropy_reference,
-            supports=linear_cross_entropy_reference.linear_cross_entropy_supports,
+            reference=linear_cross_entropy.linear_cross_entropy_reference,
+            supports=linear_cross_entropy_arguments.linear_cross_entropy_supports,
             summary="linear layer and cross entropy in chunks of rows, logits computed again in the backward",
         ),
         KernelSpec(
             name="linear-cross-entropy-with-gradients",
             op="graphopt::linear_cross_entropy_with_gradients",
-            reference=linear_cross_entropy_reference.with_gradients_reference,
-            supports=linear_cross_entropy_reference.with_gradients_supports,
+            reference=linear_cross_entropy.with_gradients_reference,
+            supports=linear_cross_entropy_arguments.with_gradients_supports,
             summary="linear layer and cross entropy in chunks of rows, gradients computed in the forward",
         ),
         KernelSpec(

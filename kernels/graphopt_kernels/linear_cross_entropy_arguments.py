@@ -1,21 +1,17 @@
-"""What the operators for linear + cross entropy take, and what they compute with the whole logits."""
+"""What the operators for linear + cross entropy take."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from graphopt.candidate import Reason
-from graphopt_kernels.cross_entropy_rows import computes_in
 
 __all__ = [
     "REDUCTIONS",
     "check_arguments",
-    "linear_cross_entropy_reference",
     "linear_cross_entropy_supports",
-    "with_gradients_reference",
     "with_gradients_supports",
 ]
 
@@ -82,55 +78,3 @@ def check_arguments(
     reason = linear_cross_entropy_supports(input, weight, bias, target, chunks, reduction)
     if reason is not None:
         raise ValueError(f"linear_cross_entropy: {reason}")
-
-
-def linear_cross_entropy_reference(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    chunks: int,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    logit_scale: float,
-    softcap: float,
-    dtype: torch.dtype,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``linear_cross_entropy`` computes, with the whole logits; differentiable."""
-    logits = torch.nn.functional.linear(input, weight, bias).to(computes_in(input.dtype)) * logit_scale
-    if softcap:
-        logits = softcap * torch.tanh(logits / softcap)
-    loss = torch.nn.functional.cross_entropy(
-        logits, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
-    )
-    return loss.to(dtype), logits.logsumexp(1)
-
-
-def with_gradients_reference(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    chunks: int,
-    reduction: str,
-    ignore_index: int,
-    label_smoothing: float,
-    logit_scale: float,
-    softcap: float,
-    dtype: torch.dtype,
-    output_mask: Sequence[bool],
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What ``linear_cross_entropy_with_gradients`` computes, by differentiating the whole logits."""
-    leaves = [None if t is None else t.detach().requires_grad_() for t in (input, weight, bias)]
-    settings = (target, chunks, reduction, ignore_index, label_smoothing, logit_scale, softcap, dtype)
-    assert leaves[0] is not None and leaves[1] is not None
-    with torch.enable_grad():
-        loss, _ = linear_cross_entropy_reference(leaves[0], leaves[1], leaves[2], *settings)
-        wanted = [leaf for leaf, has in zip(leaves, output_mask, strict=True) if has and leaf is not None]
-        found = iter(torch.autograd.grad(loss, wanted) if wanted else ())
-    gradients = [
-        next(found) if has and leaf is not None else input.new_empty(0)
-        for leaf, has in zip(leaves, output_mask, strict=True)
-    ]
-    return loss.detach(), gradients[0], gradients[1], gradients[2]
