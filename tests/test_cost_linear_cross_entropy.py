@@ -236,6 +236,19 @@ def test_the_scratch_on_a_gpu_by_hand() -> None:
     assert scratch(BLOCKS_BACKWARD, **beside) == block + 4 + 50 * 8 * 4
 
 
+@pytest.mark.parametrize("op", [*NAMES, *BLOCK_NAMES], ids=(NAMES | BLOCK_NAMES).get)
+def test_the_scratch_on_a_cpu_is_no_less_than_the_workspace(op: Any) -> None:
+    """Generated code is judged by it: what a call takes is never understated, and hardly overstated."""
+    for dtype, bias, softcap, (rows, width, columns) in itertools.product(
+        (torch.float32, torch.bfloat16), (False, True), (0.0, 5.0), ((2048, 64, 20000), (600, 512, 9000))
+    ):
+        cuts = 2048 if op in BLOCK_NAMES else 2
+        node = node_of(op, rows, width, columns, cuts=cuts, dtype=dtype, bias=bias, softcap=softcap)
+        stated = stated_workspace(call_of(node))
+        found = scratch_bytes(node.target, [getattr(arg, "meta", {}).get("val", arg) for arg in node.args])
+        assert stated is not None and stated <= found <= 1.1 * stated, (dtype, bias, softcap, rows)
+
+
 def test_the_operators_are_priced_as_captured() -> None:
     """Names by which the cost model knows them are those under which they are registered."""
     with _torch.fake_mode():

@@ -25,6 +25,9 @@ _CONVOLUTIONS = ("convolution", "convolution_backward")
 _MULTIPROCESSORS = 132
 """Of an H100 or H200, where the GPU is not there to be asked."""
 
+_CPU_ELEMENTS = 2**18
+"""Elements of logits that a chunked loss handles at a time on a CPU."""
+
 _ROW_ALIGNMENT = 64
 """Elements to which rows of a chunk of logits are padded (``graphopt::linear_cross_entropy``)."""
 
@@ -181,7 +184,22 @@ def _chunked_loss(name: str, args: dict[str, Any]) -> int:
         total += (2 * rows + 1) * exact.itemsize
     elif args["reduction"] != "none" or args["dtype"] is not exact:
         total += rows * exact.itemsize
+    if args["input"].device.type == "cpu":
+        total += _converted(args, width, exact, name, by_class and bool(mask[0]))
     if mask[2] and not by_class:
         # Each chunk's sum, and where they are added up in place of the output that comes in the end.
         total += columns * exact.itemsize
     return total
+
+
+def _converted(args: dict[str, Any], width: int, exact: torch.dtype, name: str, adds: bool) -> int:
+    """On a CPU some rows at a time are converted, and a block of the weight for a product that ``adds`` to
+    a wider sum; slopes of a softcap and logits that are held come on top."""
+    dtype, (rows, size) = args["input"].dtype, map(int, args["input"].shape)
+    together = min(rows, max(1, _CPU_ELEMENTS // max(width, 1)))
+    copies = (dtype is not exact) + bool(args["softcap"] and "output_mask" in args)
+    if name.endswith("_blocks_with_gradients"):
+        copies = max(copies, 1)
+    product = (size + together) * width if adds and dtype is not exact else 0
+    # What is kept of each row beside its logits: at most eight numbers, of all rows where a block is small.
+    return (max(copies * together * width, product) + 8 * rows) * exact.itemsize
