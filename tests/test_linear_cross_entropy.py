@@ -393,7 +393,7 @@ def test_on_cuda_they_compute_what_whole_logits_give(mode: str, dtype: torch.dty
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", ["forward", "recompute"])
 def test_on_cuda_they_take_the_scratch_that_is_stated(mode: str) -> None:
     rows, width, columns = 4000, 64, 20011
     x, weight = (torch.randn(n, width, device="cuda").bfloat16() for n in (rows, columns))

@@ -12,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import graphopt
 from graphopt._torch import quiet_capture
 from graphopt.candidate import Candidate, NearMiss
 from graphopt.capture.semantic import semantic_program
+from graphopt.measure import allocator_peak
 from graphopt.passes import Proposal
 from graphopt.plugins import PluginHost
 from graphopt.program import InputSpec, Program
@@ -584,3 +586,46 @@ def test_without_the_kernels_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(module, "default_host", lambda: PluginHost(entry_points=()))
     program, _ = captured(classes_second, X, W, T)
     assert str(refusal(program).reason) == "no plugin offers kernel 'linear-cross-entropy'"
+
+
+# --- under a budget ----------------------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """A z-loss too, where ``z``."""
+
+    def __init__(self, z: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.z, self.linear = z, nn.Linear(32, 16384, bias=False)
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = self.linear(x)
+        loss = F.cross_entropy(logits, target)
+        return loss + 0.01 * logits.logsumexp(-1).square().mean() if self.z else loss
+
+
+@pytest.mark.parametrize(
+    ("emit", "z", "mode"),
+    [
+        ("eager", True, "blocks"),
+        pytest.param("inductor", False, "forward-blocks", marks=pytest.mark.slow),
+    ],
+)
+def test_blocks_are_what_fits_the_least_memory(emit: str, z: bool, mode: str) -> None:
+    """Half of the rows of logits are 16 MiB, a block of 4,096 classes 8; gradients 2 and a little."""
+    x, target = torch.randn(512, 32, requires_grad=True), torch.randint(0, 16384, (512,))
+    model = Head(z)
+    static = 2 * (x.nbytes + model.linear.weight.nbytes) + target.nbytes
+    fast = graphopt.optimize(model, (x, target), budget=static + 10 * 2**20, emit=emit, on_error="raise")
+    assert fast.plan.choices[0].alternative == f"linear-cross-entropy@cross_entropy_loss/{mode}/4096"
+
+    def step(loss: Any) -> tuple[torch.Tensor, ...]:
+        value = loss(x, target)
+        return value.detach(), *torch.autograd.grad(value, (x, model.linear.weight))
+
+    torch.testing.assert_close(step(fast), step(model), rtol=1e-4, atol=1e-7)
+    # Inputs and weights are there before.
+    held = x.nbytes + model.linear.weight.nbytes + target.nbytes
+    peaks = sorted(allocator_peak(lambda: step(fast), torch.device("cpu")) for _ in range(3))
+    assert static < peaks[1] + held <= fast.plan.predicted.peak_bytes <= fast.plan.budget
