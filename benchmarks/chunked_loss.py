@@ -1,10 +1,12 @@
-"""Linear layer and cross entropy in chunks of rows, beside whole logits, on one thread of the CPU.
+"""Linear layer and cross entropy in pieces, beside whole logits, on one thread of the CPU.
 
     python benchmarks/chunked_loss.py
 
-``memory``: peak above the inputs and median time of forward and backward, 1,024 x 256 x 16,384, 8 chunks.
+Pieces are chunks of rows (``forward``, ``recompute``) or blocks of classes (``forward-blocks``, ``blocks``).
+``memory``: peak above the inputs and median time of forward and backward, 1,024 x 256 x 16,384, 8 pieces.
 ``rounding``: 512 x 64 x 997 in bfloat16, the norm of the difference from float64 in the weight's gradient,
-over the one that whole logits in bfloat16 make; ``spread`` is the standard deviation of the logits.
+over the one that whole logits in bfloat16 make, for several numbers of ``pieces``; ``spread`` is the standard
+deviation of the logits.
 """
 
 from __future__ import annotations
@@ -18,25 +20,33 @@ import torch
 import torch.nn.functional as F
 from harness import figure, parser
 
-import graphopt_kernels.linear_cross_entropy  # noqa: F401  (registers the operators)
+import graphopt_kernels.linear_cross_entropy_blocks  # noqa: F401  (registers the operators)
 from graphopt.measure import allocator_peak
 
 Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 ITEMS = ("memory", "rounding")
 REPEATS = 5
+OPERATORS = {
+    "forward": "linear_cross_entropy_with_gradients",
+    "recompute": "linear_cross_entropy",
+    "forward-blocks": "linear_cross_entropy_blocks_with_gradients",
+    "blocks": "linear_cross_entropy_blocks",
+}
 
 
 def whole(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32)), target)
 
 
-def chunked(mode: str, chunks: int) -> Loss:
+def pieces(mode: str, count: int) -> Loss:
+    """The loss in so many chunks of rows, or blocks of classes."""
+    packet = getattr(torch.ops.graphopt, OPERATORS[mode])
+
     def loss(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        settings = (chunks, "mean", -100, 0.0, 1.0, 0.0, torch.float32)
-        if mode == "forward":
-            operator = torch.ops.graphopt.linear_cross_entropy_with_gradients
-            return operator(x, weight, None, target, *settings, [True, True, False])[0]
-        return torch.ops.graphopt.linear_cross_entropy(x, weight, None, target, *settings)[0]
+        cuts = -(-weight.shape[0] // count) if "blocks" in mode else count
+        settings = (cuts, "mean", -100, 0.0, 1.0, 0.0, torch.float32)
+        mask = ([True, True, False],) if mode.startswith("forward") else ()
+        return packet(x, weight, None, target, *settings, *mask)[0]
 
     return loss
 
@@ -56,7 +66,7 @@ def memory() -> Iterator[dict[str, Any]]:
     x, weight, target = operands(1024, 256, 16384)
     for dtype in (torch.float32, torch.bfloat16):
         given = (x.to(dtype), weight.to(dtype), target)
-        for name, loss in (("whole", whole), *((m, chunked(m, 8)) for m in ("forward", "recompute"))):
+        for name, loss in (("whole", whole), *((mode, pieces(mode, 8)) for mode in OPERATORS)):
             seconds = []
             for _ in range(REPEATS):
                 begun = time.perf_counter()
@@ -75,10 +85,14 @@ def rounding() -> Iterator[dict[str, Any]]:
         x, weight = x.bfloat16(), weight.bfloat16()
         exact = gradient(whole, x.double(), weight.double(), target)
         error = float((gradient(whole, x, weight, target).double() - exact).norm())
-        for chunks in (2, 4, 8, 16):
-            found = gradient(chunked("recompute", chunks), x, weight, target).double()
-            times = float((found - exact).norm()) / error
-            yield {"model": "rounding", "spread": spread, "chunks": chunks, "error_of_whole": times}
+        for cut, mode in (("rows", "recompute"), ("classes", "blocks")):
+            for count in (2, 4, 8, 16):
+                found = gradient(pieces(mode, count), x, weight, target).double()
+                times = float((found - exact).norm()) / error
+                yield {
+                    "model": "rounding", "spread": spread, "cut": cut, "pieces": count,
+                    "error_of_whole": times,
+                }  # fmt: skip
 
 
 def rows(item: str) -> Iterator[dict[str, Any]]:

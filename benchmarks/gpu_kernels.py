@@ -9,9 +9,13 @@ copy bandwidth that the same run measures, on the least bytes: each tensor that 
 The GPU is kept busy while the host gets a call ready, so that host time does not count; medians after
 warm-up.
 
-Linear + cross entropy: 8,192 x 4,096 x 128,256, forward and backward; ``extra_mib`` is the peak above input
-and weight, both gradients (1,067 MiB) included. ``error`` is the distance of the weight's gradient from
-float64 over that of whole bf16 logits, on 8,192 x 512 x 4,096.
+Linear + cross entropy: 8,192 x 4,096 x 128,256, forward and backward; ``extra_mib`` is the peak above input,
+weight and targets, both gradients (1,067 MiB) included. ``error`` is the distance of the weight's gradient
+from float64 over that of whole bf16 logits, ``input_error`` the same of the input's. Rows of chunks and
+blocks call the operators in eager mode. ``graphopt.optimize`` is given what a user has, a module of a
+weight and ``F.cross_entropy`` of float logits, with a budget of input, weight, targets, ``budget_mib`` for
+all else, and the 72 MiB that a budget sets aside for libraries (a workspace of 32 MiB for each of two
+threads) and for the allocator, which ``extra_mib`` leaves out; ``plan`` is what it chose.
 """
 
 from __future__ import annotations
@@ -240,28 +244,40 @@ def measured(case: Case, copy: float) -> dict[str, Any]:
 # --- linear + cross entropy --------------------------------------------------------------------
 
 
-def losses() -> dict[str, Callable[..., torch.Tensor]]:
+ROWS, WIDTH, CLASSES = 8192, 4096, 128256
+BUDGETS = {"fast": 1400, "least memory": 1132}
+"""MiB above input, weight and targets."""
+LIBRARIES = 72 * MIB
+
+Loss = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def losses() -> dict[str, Loss]:
     from graphopt.plugins import default_host
 
     default_host().kernels()
     ops = torch.ops.graphopt
 
-    def held(chunks: int) -> Callable[..., torch.Tensor]:
-        settings = (chunks, "mean", -100, 0.0, 1.0, 0.0, torch.float32, [True, True, False])
-        return lambda x, w, t: ops.linear_cross_entropy_with_gradients(x, w, None, t, *settings)[0]
-
-    def again(chunks: int) -> Callable[..., torch.Tensor]:
-        settings = (chunks, "mean", -100, 0.0, 1.0, 0.0, torch.float32)
-        return lambda x, w, t: ops.linear_cross_entropy(x, w, None, t, *settings)[0]
+    def of(operator: Any, cuts: int, *mask: list[bool]) -> Loss:
+        settings = (cuts, "mean", -100, 0.0, 1.0, 0.0, torch.float32, *mask)
+        return lambda x, w, t: operator(x, w, None, t, *settings)[0]
 
     def whole(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy((x @ w.t()).float(), t)
 
+    both = [True, True, False]
+    held, blocks_held = (
+        ops.linear_cross_entropy_with_gradients,
+        ops.linear_cross_entropy_blocks_with_gradients,
+    )
+    again, blocks_again = ops.linear_cross_entropy, ops.linear_cross_entropy_blocks
     found = {
         "eager": whole,
         "compile": torch.compile(whole),
-        **{f"graphopt, {n} chunks": held(n) for n in (4, 8, 16, 32)},
-        **{f"graphopt, {n} chunks, recomputed": again(n) for n in (8, 32)},
+        **{f"graphopt, {n} chunks": of(held, n, both) for n in (4, 8, 16, 32)},
+        **{f"graphopt, {n} chunks, recomputed": of(again, n) for n in (8, 32)},
+        **{f"graphopt, blocks of {n}": of(blocks_held, n, both) for n in (2048, 4096, 8192)},
+        **{f"graphopt, blocks of {n}, recomputed": of(blocks_again, n) for n in (2048, 4096, 8192)},
     }
     try:
         from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
@@ -270,54 +286,99 @@ def losses() -> dict[str, Callable[..., torch.Tensor]]:
     return found | {"liger": liger_fused_linear_cross_entropy}
 
 
+class Head(torch.nn.Module):
+    """What a user writes."""
+
+    def __init__(self, weight: torch.nn.Parameter) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(F.linear(x, self.weight).float(), target)
+
+
+def exact_gradients(x: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, rows: int = 1024) -> Tensors:
+    """In float64, some rows at a time."""
+    wide = weight.detach().double().requires_grad_()
+    of_input = torch.empty(x.shape, dtype=torch.float64, device=x.device)
+    for start in range(0, len(x), rows):
+        part = slice(start, start + rows)
+        leaf = x[part].detach().double().requires_grad_()
+        (F.cross_entropy(leaf @ wide.t(), target[part], reduction="sum") / len(x)).backward()
+        of_input[part] = leaf.grad
+    assert wide.grad is not None
+    return of_input, wide.grad
+
+
 def linear_cross_entropy(report: Callable[[dict[str, Any]], None]) -> None:
-    rows, width, columns = 8192, 4096, 128256
+    torch.manual_seed(0)
+    x = torch.randn(ROWS, WIDTH, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.nn.Parameter(
+        torch.randn(CLASSES, WIDTH, device="cuda", dtype=torch.bfloat16) * WIDTH**-0.5
+    )
+    target = torch.randint(0, CLASSES, (ROWS,), device="cuda")
+    truth = exact_gradients(x, weight, target)
 
-    def operands(*sizes: int) -> Tensors:
-        rows, width, columns = sizes
-        torch.manual_seed(0)
-        x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        weight = (
-            torch.randn(columns, width, device="cuda", dtype=torch.bfloat16) * width**-0.5
-        ).requires_grad_()
-        return x, weight, torch.randint(0, columns, (rows,), device="cuda")
-
-    small = operands(8192, 512, 4096)
-    exact = [small[0].detach().double().requires_grad_(), small[1].detach().double().requires_grad_()]
-    truth = torch.autograd.grad(F.cross_entropy(exact[0] @ exact[1].t(), small[2]), exact[1])[0]
-
-    def error(loss: Callable[..., torch.Tensor]) -> float:
-        found = torch.autograd.grad(loss(*small), small[1])[0]
-        return float((found.double() - truth).norm() / truth.norm())
+    def errors(loss: Loss) -> tuple[float, ...]:
+        found = torch.autograd.grad(loss(x, weight, target), (x, weight))
+        return tuple(
+            float((gradient.double() - exact).norm() / exact.norm())
+            for gradient, exact in zip(found, truth, strict=True)
+        )
 
     functions = losses()
-    least = error(functions["eager"])
-    x, weight, target = operands(rows, width, columns)
-    for name, loss in functions.items():
+    least = errors(functions["eager"])
 
-        def step(loss: Callable[..., torch.Tensor] = loss) -> None:
+    def measure(name: str, loss: Loss, **more: Any) -> None:
+        def step() -> None:
             torch.autograd.grad(loss(x, weight, target), (x, weight))
 
+        of_input, of_weight = errors(loss)
+        step()
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        extra = torch.cuda.max_memory_allocated() - before
+        report(
+            {
+                "loss": name,
+                "ms": round(milliseconds(step, 7), 2),
+                "extra_mib": round(extra / MIB),
+                "error": round(of_weight / least[1], 2),
+                "input_error": round(of_input / least[0], 2),
+                **more,
+            }
+        )
+
+    def guarded(name: str, run: Callable[[], None]) -> None:
         try:
-            off = error(loss)
-            step()
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            step()
-            torch.cuda.synchronize()
-            extra = torch.cuda.max_memory_allocated() - before
-            took = milliseconds(step, 7)
-            report(
-                {
-                    "loss": name,
-                    "ms": round(took, 2),
-                    "extra_mib": round(extra / MIB),
-                    "error": round(off / least, 2),
-                }
-            )
+            run()
         except Exception as problem:
             report({"loss": name, "error_text": f"{type(problem).__name__}: {problem}"[:200]})
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    for name, loss in functions.items():
+        guarded(name, lambda name=name, loss=loss: measure(name, loss))
+    held = sum(tensor.numel() * tensor.element_size() for tensor in (x, weight, target))
+
+    def optimized(name: str, mib: int) -> None:
+        torch._dynamo.reset()
+        budget = held + mib * MIB + LIBRARIES
+        # Gradients that are held from forward to backward are multiplied in place.
+        with functorch_config.patch(donated_buffer=True):
+            fast = graphopt.optimize(
+                Head(weight), (x, target), budget=budget, emit="inductor", on_error="raise"
+            )
+            plan = fast.plan
+            more = {"budget_mib": mib, "plan": ", ".join(c.alternative or "whole" for c in plan.choices)}
+            measure(name, lambda x, w, t: fast(x, t), **more)
+
+    for kind, mib in BUDGETS.items():
+        name = f"graphopt.optimize, {kind}"
+        guarded(name, lambda name=name, mib=mib: optimized(name, mib))
 
 
 def copy_bandwidth() -> float:

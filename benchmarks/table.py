@@ -266,18 +266,20 @@ def chunked_loss(record: dict[str, Any]) -> str:
         for row in good(record)
         if "mode" in row
     ]
-    errors = [
-        (f"{row['spread']:.0f}", row["chunks"], f"{row['error_of_whole']:.2f}")
-        for row in good(record)
-        if "chunks" in row
-    ]
+    errors: dict[tuple[str, int], dict[str, float]] = {}
+    for row in good(record):
+        if "pieces" in row:
+            key = (f"{row['spread']:.0f}", row["pieces"])
+            errors.setdefault(key, {})[row["cut"]] = row["error_of_whole"]
+    cells = [(*key, *(f"{found[cut]:.2f}" for cut in ("rows", "classes"))) for key, found in errors.items()]
     return (
-        "## Linear layer and cross entropy in chunks\n\n"
-        "One thread of the CPU, 1,024 x 256 x 16,384, 8 chunks, forward and backward; peak above the inputs, "
-        "gradients included:\n\n"
+        "## Linear layer and cross entropy in pieces\n\n"
+        "One thread of the CPU, 1,024 x 256 x 16,384, 8 chunks of rows or blocks of classes, forward and "
+        "backward; peak above the inputs, gradients included:\n\n"
         + table(("dtype", "logits", "peak", "seconds"), sizes)
         + "\n\nRounding of the weight's gradient in bfloat16, 512 x 64 x 997: norm of its error over that of "
-        "whole logits:\n\n" + table(("deviation of logits", "chunks", "error"), errors)
+        "whole logits:\n\n"
+        + table(("deviation of logits", "pieces", "chunks of rows", "blocks of classes"), cells)
     )
 
 

@@ -11,6 +11,7 @@ import inspect
 import itertools
 import logging
 import math
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -1028,6 +1029,28 @@ def compile_with_inductor(
 def keeps_graph() -> bool:
     """Whether the backward that runs now was asked to keep the graph for another one."""
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
+
+
+def holders(tensor: torch.Tensor) -> tuple[int, ...]:
+    """References to a tensor and to its storage, those of Python and those of C++. To be compared with those
+    of another tensor in the same place of the same code."""
+    storage = tensor.untyped_storage()
+    return (
+        sys.getrefcount(tensor),
+        tensor._use_count(),  # type: ignore[attr-defined]
+        sys.getrefcount(storage),
+        torch._C._storage_Use_Count(storage._cdata),
+    )
+
+
+def runs_at_once(tensor: torch.Tensor) -> bool:
+    """Whether operators on ``tensor`` compute and are seen by nobody: it is no subclass, and neither modes
+    nor function transforms are in force."""
+    return (
+        type(tensor) is torch.Tensor
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+    )
 
 
 def adds_to_gradient_of(leaf: torch.Tensor) -> bool:

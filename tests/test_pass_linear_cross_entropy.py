@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import graphopt
 from graphopt._torch import quiet_capture
 from graphopt.candidate import Candidate, NearMiss
 from graphopt.capture.semantic import semantic_program
+from graphopt.measure import allocator_peak
 from graphopt.passes import Proposal
 from graphopt.plugins import PluginHost
 from graphopt.program import InputSpec, Program
@@ -21,7 +25,8 @@ from graphopt_passes.linear_cross_entropy import LinearCrossEntropy
 from tests.programs import context
 from tests.semantic import capture
 
-PASS = LinearCrossEntropy(chunks=(2, 3), least_rows=4)
+PASS = LinearCrossEntropy(chunks=(2, 3), blocks=(20,), least_rows=4)
+CUTS = {"forward": 3, "recompute": 3, "forward-blocks": 20, "blocks": 20}
 VOCABULARY = 61
 ops = torch.ops.graphopt
 
@@ -62,16 +67,17 @@ def run(program: Program, inputs: list[Any]) -> tuple[Any, list[Any]]:
 def rewritten(
     function: Callable[..., Any], *args: Any, mode: str, tolerance: float = 1e-5, dynamic: bool | None = None
 ) -> Program:
-    """The program with its loss in three chunks, its numbers compared with those of before."""
+    """The program with its loss in three chunks or four blocks, its numbers compared with those of before."""
     program, inputs = captured(function, *args, dynamic=dynamic)
     before = run(program, inputs)
-    candidate = next(c for id_, c in offers(program).items() if id_.endswith(f"/{mode}/3"))
+    candidate = next(c for id_, c in offers(program).items() if id_.endswith(f"/{mode}/{CUTS[mode]}"))
     with program.edit("linear-cross-entropy") as edit:
         candidate.apply(edit)
     found = run(program, inputs)
     torch.testing.assert_close(found, before, rtol=tolerance, atol=tolerance)
     targets = {str(node.target) for node in program.nodes()}
-    assert not targets & {"aten.cross_entropy_loss.default", "aten._log_softmax.default"}
+    gone = {"aten.cross_entropy_loss.default", "aten._log_softmax.default", "aten.logsumexp.default"}
+    assert not targets & gone
     assert any("graphopt.linear_cross_entropy" in target for target in targets)
     return program
 
@@ -130,12 +136,18 @@ def tokens() -> torch.Tensor:
     return torch.randint(1, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("mode", ["forward", "recompute"])
-@pytest.mark.parametrize("name", ["llama", "gemma2", "granite", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        *itertools.product(("llama", "gemma2", "granite", "gpt2", "bert", "t5"), ("forward", "recompute")),
+        ("gemma2", "blocks"),
+        ("bert", "forward-blocks"),
+    ],
+)
 def test_losses_of_transformers_are_found_and_keep_their_numbers(name: str, mode: str) -> None:
     program = rewritten(LossOnly(transformer(name)), tokens(), mode=mode)
     node = fused(program)
-    assert node.args[4:8] == (3, "mean", -100, 0.0)
+    assert node.args[4:8] == (CUTS[mode], "mean", -100, 0.0)
     scale, softcap = node.args[8:10]
     assert (scale, softcap) == {"gemma2": (1.0, 30.0), "granite": (0.25, 0.0)}.get(name, (1.0, 0.0))
     assert (node.args[2] is not None) == (name == "bert")
@@ -205,19 +217,19 @@ def one_step(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     "loss", [sliced, classes_second, classes_permuted, product, turned, softcapped, one_step]
 )
 def test_forms_of_a_loss(loss: Callable[..., torch.Tensor], dynamic: bool) -> None:
-    for mode in ("forward", "recompute"):
+    for mode in ("forward", "blocks") if dynamic else CUTS:
         rewritten(loss, X, W, T, mode=mode, dynamic=dynamic)
 
 
 def test_losses_of_single_rows_are_computed_again_only() -> None:
     program, _ = captured(each_row, X, W, T)
-    assert {id_.split("/")[1] for id_ in offers(program)} == {"recompute"}
+    assert {id_.split("/")[1] for id_ in offers(program)} == {"recompute", "blocks"}
     assert tuple(fused(rewritten(each_row, X, W, T, mode="recompute")).meta["val"][0].shape) == (14,)
 
 
 def test_float16_is_not_scaled_after_it_was_rounded() -> None:
     program, _ = captured(classes_second, X.detach().half().requires_grad_(), W.half(), T)
-    assert {id_.split("/")[1] for id_ in offers(program)} == {"recompute"}
+    assert {id_.split("/")[1] for id_ in offers(program)} == {"recompute", "blocks"}
 
 
 def test_slices_of_the_logits_become_slices_of_the_input() -> None:
@@ -252,10 +264,64 @@ def test_without_gradients_the_loss_alone_is_computed() -> None:
         program, inputs = captured(classes_second, X, W, T)
     expected = program.gm(*inputs)
     found = offers(program, mode="infer")
-    assert {id_.split("/")[1] for id_ in found} == {"recompute"}
+    assert {id_.split("/")[1] for id_ in found} == {"recompute", "blocks"}
     with program.edit("linear-cross-entropy") as edit:
         next(iter(found.values())).apply(edit)
     torch.testing.assert_close(program.gm(*inputs), expected)
+
+
+# --- log-sum-exps ------------------------------------------------------------------------------
+
+
+def z_loss(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    logits = F.linear(x, w).float()
+    loss = F.cross_entropy(logits.view(-1, VOCABULARY), t.view(-1), ignore_index=3)
+    return loss + 0.01 * torch.logsumexp(logits, -1).square().mean()
+
+
+def z_loss_first(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    logits = F.linear(x, w).view(-1, VOCABULARY)
+    penalty = 0.01 * torch.logsumexp(logits, 1, keepdim=True).square().mean()
+    return penalty + F.cross_entropy(logits, t.view(-1) * 1, label_smoothing=0.1)
+
+
+def z_loss_of_rows(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    logits = torch.tanh(F.linear(x, w)[:, :-1] / 5.0) * 5.0
+    sums = torch.logsumexp(logits, 2)
+    losses = F.cross_entropy(logits.transpose(1, 2), t[:, 1:], reduction="none")
+    return (losses + sums * sums * torch.arange(6.0)).sum()
+
+
+def z_loss_of_columns(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    logits = F.linear(x, w).transpose(1, 2)
+    sums = torch.logsumexp(logits, 1, keepdim=True)
+    return F.cross_entropy(logits, t) + (sums.sum(2) ** 2).mean() + torch.logsumexp(logits, 1).amax()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("loss", [z_loss, z_loss_first, z_loss_of_rows, z_loss_of_columns])
+def test_forms_of_a_z_loss(loss: Callable[..., torch.Tensor], dynamic: bool) -> None:
+    assert {id_.split("/")[1] for id_ in offers(captured(loss, X, W, T)[0])} == {"recompute", "blocks"}
+    for mode in ("recompute", "blocks"):
+        rewritten(loss, X, W, T, mode=mode, dynamic=dynamic)
+
+
+def test_log_sum_exps_of_bfloat16_logits_stay_bfloat16() -> None:
+    def loss(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(x, w)
+        return classes_last(logits.float(), t) + logits.logsumexp(-1).float().square().mean()
+
+    x, w = X.detach().bfloat16().requires_grad_(), W.detach().bfloat16().requires_grad_()
+    program = rewritten(loss, x, w, T, mode="blocks", tolerance=5e-2)
+    casts = [node for node in program.nodes(torch.ops.aten.to.dtype) if node.args[1] is torch.bfloat16]
+    assert len(casts) == 1
+
+
+def test_a_z_loss_of_a_model_is_in_its_gradients() -> None:
+    """Without it they would be others."""
+    program, inputs = captured(z_loss, X, W, T)
+    plain, plain_inputs = captured(lambda x, w, t: z_loss(x, w, t).detach() + sliced(x, w, t), X, W, T)
+    assert not torch.allclose(run(program, inputs)[1][0], run(plain, plain_inputs)[1][0])
 
 
 # --- what it offers ----------------------------------------------------------------------------
@@ -265,9 +331,14 @@ def test_each_number_of_chunks_and_each_mode_is_an_alternative() -> None:
     program, _ = captured(classes_second, X, W, T)
     found = offers(program)
     assert list(found) == [
-        f"linear-cross-entropy@cross_entropy_loss/{mode}/{count}"
-        for mode in ("forward", "recompute")
-        for count in (2, 3)
+        f"linear-cross-entropy@cross_entropy_loss/{mode}/{cuts}"
+        for mode, offered in (
+            ("forward", (2, 3)),
+            ("recompute", (2, 3)),
+            ("forward-blocks", (20,)),
+            ("blocks", (20,)),
+        )
+        for cuts in offered
     ]
     for id_, candidate in found.items():
         assert candidate.alternative and candidate.exactness == "reassociated"
@@ -287,6 +358,34 @@ def test_more_chunks_leave_less_and_holding_gradients_takes_more() -> None:
     assert deltas["recompute", "2"].peak_bytes == logits // 2 - 3 * logits
     assert deltas["recompute", "4"].peak_bytes == logits // 4 - 3 * logits
     assert deltas["forward", "4"].peak_bytes == logits // 4 + gradients - 3 * logits
+
+
+def test_a_block_is_offered_where_there_are_two_or_more() -> None:
+    program, _ = captured(classes_second, X, W, T)
+    step = LinearCrossEntropy(chunks=(2,), blocks=(30, 31), least_rows=4)
+    assert [id_ for id_ in offers(program, step=step) if "blocks" in id_] == [
+        f"linear-cross-entropy@cross_entropy_loss/{mode}/30" for mode in ("forward-blocks", "blocks")
+    ]
+    assert not any("blocks" in id_ for id_ in offers(program, step=LinearCrossEntropy(least_rows=4)))
+
+
+def test_blocks_leave_a_block_and_holding_gradients_takes_more() -> None:
+    x, w = torch.randn(1, 64, 8, requires_grad=True), torch.randn(1000, 8, requires_grad=True)
+    program, _ = captured(classes_second, x, w, torch.zeros(1, 64, dtype=torch.int64))
+    step = LinearCrossEntropy(chunks=(2,), blocks=(100,), least_rows=1)
+    deltas = {id_.split("/")[1]: candidate.delta for id_, candidate in offers(program, step=step).items()}
+    logits, gradients = 64 * 1000 * 4, (64 * 8 + 1000 * 8) * 4
+    assert deltas["blocks"].peak_bytes == logits // 10 - 3 * logits
+    assert deltas["forward-blocks"].peak_bytes == logits // 10 + gradients - 3 * logits
+    # Generated code multiplies in place what is held.
+    found = list(step.propose(program, replace(context(), emit="inductor")))
+    fused = {item.id.split("/")[1]: item.delta for item in found if isinstance(item, Candidate)}
+    assert {mode: delta.peak_bytes for mode, delta in fused.items()} == {
+        "forward": logits // 2 - logits,
+        "recompute": logits // 2 - logits,
+        "forward-blocks": logits // 10 - logits,
+        "blocks": logits // 10 - logits,
+    }
 
 
 def test_recomputing_costs_a_product_more_where_arithmetic_counts() -> None:
@@ -368,6 +467,55 @@ def joined(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(F.linear(x, w).reshape(1, -1), t[:1, 0])
 
 
+def classes_last(logits: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(flat(logits), t.view(-1))
+
+
+def sums_of_unscaled(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    logits = F.linear(x, w)
+    return classes_last(logits * 0.5, t) + logits.logsumexp(-1).mean()
+
+
+def sums_of_more_rows(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    logits = F.linear(x, w)
+    return classes_last(logits[:, 1:], t[:, 1:].contiguous()) + logits.logsumexp(-1).mean()
+
+
+def sums_over_rows(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    logits = F.linear(x, w)
+    return classes_last(logits, t) + logits.logsumexp(1).mean()
+
+
+def sums_of_another_shape(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    logits = F.linear(x, w).view(7, 2, VOCABULARY)
+    return classes_last(logits, t) + logits.logsumexp(2).mean()
+
+
+def sums_in_the_targets(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    logits = F.linear(x, w)
+    return classes_last(logits, t * (logits.logsumexp(-1) > 4).long())
+
+
+def sums_that_are_written(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    logits = F.linear(x, w)
+    return classes_last(logits, t) + logits.logsumexp(-1).mul_(2).sum()
+
+
+def sums_without_gradient(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    logits = F.linear(x, w)
+    loss = classes_last(logits, t)
+    with torch.no_grad():
+        sums = logits.logsumexp(-1)
+    return loss + sums.mean()
+
+
+def sums_before_an_effect(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    logits, held = F.linear(x, w), t * 1
+    penalty = (logits.logsumexp(-1) * held).mean()
+    held.zero_()
+    return classes_last(logits, t) + penalty
+
+
 def cut_off(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     with torch.no_grad():
         logits = F.linear(x, w)
@@ -397,6 +545,17 @@ def overwritten(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tens
         (swapped, "the logits are rearranged before the loss"),
         (late_slice, "rows are taken of logits that were reshaped"),
         (joined, "a view cuts or joins rows of the logits"),
+        (sums_of_unscaled, "the log-sum-exps are of other logits than those of the loss"),
+        (sums_of_more_rows, "the log-sum-exps are of other logits than those of the loss"),
+        (sums_over_rows, "the log-sum-exps are not over the classes"),
+        (sums_of_another_shape, "the log-sum-exps have another shape than the rows of the product"),
+        (sums_in_the_targets, "the targets are computed from the log-sum-exps"),
+        (sums_that_are_written, "the log-sum-exps are written in place"),
+        (sums_without_gradient, "it cuts off a gradient"),
+        (
+            sums_before_an_effect,
+            "the log-sum-exps are read before the loss, and a call between has an effect",
+        ),
         (cut_off, "it cuts off a gradient"),
         (overwritten, "what the product reads is written before the loss"),
     ],
@@ -427,3 +586,46 @@ def test_without_the_kernels_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(module, "default_host", lambda: PluginHost(entry_points=()))
     program, _ = captured(classes_second, X, W, T)
     assert str(refusal(program).reason) == "no plugin offers kernel 'linear-cross-entropy'"
+
+
+# --- under a budget ----------------------------------------------------------------------------
+
+
+class Head(nn.Module):
+    """A z-loss too, where ``z``."""
+
+    def __init__(self, z: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.z, self.linear = z, nn.Linear(32, 16384, bias=False)
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        logits = self.linear(x)
+        loss = F.cross_entropy(logits, target)
+        return loss + 0.01 * logits.logsumexp(-1).square().mean() if self.z else loss
+
+
+@pytest.mark.parametrize(
+    ("emit", "z", "mode"),
+    [
+        ("eager", True, "blocks"),
+        pytest.param("inductor", False, "forward-blocks", marks=pytest.mark.slow),
+    ],
+)
+def test_blocks_are_what_fits_the_least_memory(emit: str, z: bool, mode: str) -> None:
+    """Half of the rows of logits are 16 MiB, a block of 4,096 classes 8; gradients 2 and a little."""
+    x, target = torch.randn(512, 32, requires_grad=True), torch.randint(0, 16384, (512,))
+    model = Head(z)
+    static = 2 * (x.nbytes + model.linear.weight.nbytes) + target.nbytes
+    fast = graphopt.optimize(model, (x, target), budget=static + 10 * 2**20, emit=emit, on_error="raise")
+    assert fast.plan.choices[0].alternative == f"linear-cross-entropy@cross_entropy_loss/{mode}/4096"
+
+    def step(loss: Any) -> tuple[torch.Tensor, ...]:
+        value = loss(x, target)
+        return value.detach(), *torch.autograd.grad(value, (x, model.linear.weight))
+
+    torch.testing.assert_close(step(fast), step(model), rtol=1e-4, atol=1e-7)
+    # Inputs and weights are there before.
+    held = x.nbytes + model.linear.weight.nbytes + target.nbytes
+    peaks = sorted(allocator_peak(lambda: step(fast), torch.device("cpu")) for _ in range(3))
+    assert static < peaks[1] + held <= fast.plan.predicted.peak_bytes <= fast.plan.budget

@@ -198,6 +198,36 @@ def test_a_backward_knows_whether_its_graph_is_kept() -> None:
     assert seen == [True, False]
 
 
+def test_holders_of_a_tensor_and_of_its_memory_are_counted() -> None:
+    tensor = torch.ones(3)
+    alone = _torch.holders(tensor)
+    other = tensor
+    assert _torch.holders(tensor) == (alone[0] + 1, *alone[1:])
+    del other
+    view = tensor[1:]
+    assert _torch.holders(tensor)[3] > alone[3]
+    del view
+    storage = tensor.untyped_storage()
+    assert _torch.holders(tensor)[2] > alone[2]
+    del storage
+    weight = torch.ones(3, requires_grad=True)
+    saved = weight * tensor
+    assert _torch.holders(tensor)[1] > alone[1]
+    del saved
+    assert _torch.holders(tensor) == alone
+
+
+def test_who_sees_operators_run_is_told() -> None:
+    plain = torch.ones(2)
+    assert _torch.runs_at_once(plain)
+    assert not _torch.runs_at_once(nn.Parameter(plain))
+    seen: list[bool] = []
+    torch.func.grad(lambda x: seen.append(_torch.runs_at_once(plain)) or x.sum())(torch.ones(2))
+    with _torch.fake_mode():
+        seen += [_torch.runs_at_once(plain), _torch.runs_at_once(torch.ones(2))]
+    assert seen == [False, False, False]
+
+
 def test_a_function_is_traced_on_fakes_of_their_own_mode() -> None:
     mode = _torch.fake_mode()
     x = mode.from_tensor(torch.randn(3, 4))

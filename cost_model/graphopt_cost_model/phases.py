@@ -10,23 +10,12 @@ Operators are known by name, since they belong to packages that may be absent.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from graphopt_cost_model.call import Call, TensorSpec
+from graphopt_cost_model.class_blocks import PREFIX, block_phases
+from graphopt_cost_model.phase import Phase
 
 __all__ = ["Phase", "phases_of"]
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """One kernel: FLOPs of matrix products, elements touched, bytes read and written, and the dtype that
-    it computes in, as torch names it."""
-
-    flops: int
-    elements: int
-    read: int
-    written: int
-    dtype: str
 
 
 def phases_of(call: Call) -> tuple[Phase, ...]:
@@ -107,6 +96,9 @@ _FORMULAS: dict[str, Callable[[Call], tuple[Phase, ...]]] = {
     "graphopt.linear_cross_entropy": _loss,
     "graphopt.linear_cross_entropy_backward": _loss_backward,
     "graphopt.linear_cross_entropy_with_gradients": _loss_with_gradients,
+    PREFIX: block_phases,
+    f"{PREFIX}_backward": block_phases,
+    f"{PREFIX}_with_gradients": block_phases,
     "graphopt.pack_bits": _packed,
     "graphopt.unpack_bits": _packed,
     "graphopt.quantize_groups": _converted(20),

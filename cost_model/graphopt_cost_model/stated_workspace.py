@@ -11,11 +11,10 @@ import torch
 
 from graphopt.collectives import is_collective, staged_bytes
 from graphopt_cost_model.call import Call, TensorSpec
+from graphopt_cost_model.class_blocks import BLOCK_ELEMENTS, block_workspace
+from graphopt_cost_model.class_blocks import PREFIX as BLOCKS
 
-__all__ = ["BLOCK_ELEMENTS", "stated_workspace"]
-
-BLOCK_ELEMENTS = 2**18
-"""Elements of the rows that are handled at a time."""
+__all__ = ["stated_workspace"]
 
 _PREFIX = "graphopt.linear_cross_entropy"
 
@@ -29,6 +28,8 @@ def stated_workspace(call: Call) -> int | None:
             *(max((s.stored_bytes for s in side), default=0) for side in (call.inputs, call.outputs)),
         )
     name = str(call.packet)
+    if name.startswith(BLOCKS):
+        return block_workspace(call)
     if not name.startswith(_PREFIX):
         return None
     data: TensorSpec = call.argument("input")
@@ -47,6 +48,8 @@ def stated_workspace(call: Call) -> int | None:
         grad: TensorSpec = call.argument("grad")
         scales = 1 if call.argument("reduction") == "mean" else grad.elements * (grad.dtype.itemsize != wide)
         of_rows, of_block = scales * wide, (9 + 2 * wide) * block + 8 + wide
+        if call.argument("sum_grad") is not None:
+            of_block += wide * block
     else:
         of_rows = (2 * rows + 1) * wide - call.outputs[0].stored_bytes
     mask = (False,) * 3 if name == _PREFIX else call.argument("output_mask")

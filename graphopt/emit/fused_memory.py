@@ -20,9 +20,7 @@ from graphopt.program import tensor_leaves
 __all__ = ["fused_live"]
 
 
-def fused_live(
-    fused: Fused, owned: Collection[str] = (), *, granularity: int = 1
-) -> list[tuple[str, int]]:
+def fused_live(fused: Fused, owned: Collection[str] = (), *, granularity: int = 1) -> list[tuple[str, int]]:
     """Expected (last value computed, live bytes) at each kernel, above the graph inputs.
 
     ``owned`` names the inputs that nobody else holds: they go at their last use. ``granularity`` is
@@ -34,7 +32,12 @@ def fused_live(
         sizes=_sizes(fused.nodes, granularity, {*alive, *owned}),
         releasable=frozenset({*alive, *owned} - kept),
         on_cpu=on_cpu,
-        scratch={} if on_cpu else {node.name: _scratch(node) for node in fused.nodes},
+        scratch={
+            node.name: _scratch(node)
+            for node in fused.nodes
+            # What is known of a library's calls is of those on a GPU.
+            if not on_cpu or getattr(node.target, "namespace", "") == "graphopt"
+        },
     )
     reads = _dependencies(kernels)
     orders = (_stated_order(kernels, reads), _least_peak_first(kernels, reads, books))

@@ -25,6 +25,9 @@ _CONVOLUTIONS = ("convolution", "convolution_backward")
 _MULTIPROCESSORS = 132
 """Of an H100 or H200, where the GPU is not there to be asked."""
 
+_CPU_ELEMENTS = 2**18
+"""Elements of logits that a chunked loss handles at a time on a CPU."""
+
 _ROW_ALIGNMENT = 64
 """Elements to which rows of a chunk of logits are padded (``graphopt::linear_cross_entropy``)."""
 
@@ -149,16 +152,29 @@ def _sums_of_rows(input: torch.Tensor, output_mask: Sequence[bool]) -> int:
 
 
 def _chunked_loss(name: str, args: dict[str, Any]) -> int:
-    """The chunk of logits, what is kept of each row until the loss is summed up, and sums of the bias.
+    """The chunk or block of logits, what is kept of each row until the loss is summed up, and sums of the
+    bias or the input.
 
-    Hand-counted from ``graphopt_kernels.linear_cross_entropy``; cuBLAS takes its workspace elsewhere.
+    Hand-counted from ``graphopt_kernels.linear_cross_entropy`` and ``linear_cross_entropy_blocks``; cuBLAS
+    takes its workspace elsewhere.
     """
     rows, columns = int(args["input"].shape[0]), int(args["weight"].shape[0])
     dtype = args["input"].dtype
     exact = torch.float64 if dtype is torch.float64 else torch.float32
-    step = min(-(-rows // args["chunks"]), rows)
-    width = -(-columns // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+    mask = args.get("output_mask", (False,) * 3)
+    by_class = "block" in args
+    step = rows if by_class else min(-(-rows // args["chunks"]), rows)
+    width = min(args["block"], columns) if by_class else columns
+    width = -(-width // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
     total: int = step * width * dtype.itemsize
+    if by_class:
+        if not name.endswith("_backward"):
+            # Sums of exponentials, until the last block has come.
+            total += rows * exact.itemsize
+        taken = -(-rows * exact.itemsize // dtype.itemsize)
+        fits = mask[1] and columns - taken >= _ROW_ALIGNMENT
+        if mask[0] and exact is not dtype and not fits:
+            total += rows * int(args["input"].shape[1]) * exact.itemsize
     is_mean = args["reduction"] == "mean"
     if name.endswith("_backward"):
         grad = args["grad"]
@@ -168,7 +184,22 @@ def _chunked_loss(name: str, args: dict[str, Any]) -> int:
         total += (2 * rows + 1) * exact.itemsize
     elif args["reduction"] != "none" or args["dtype"] is not exact:
         total += rows * exact.itemsize
-    if args.get("output_mask", (False,) * 3)[2]:
+    if args["input"].device.type == "cpu":
+        total += _converted(args, width, exact, name, by_class and bool(mask[0]))
+    if mask[2] and not by_class:
         # Each chunk's sum, and where they are added up in place of the output that comes in the end.
         total += columns * exact.itemsize
     return total
+
+
+def _converted(args: dict[str, Any], width: int, exact: torch.dtype, name: str, adds: bool) -> int:
+    """On a CPU some rows at a time are converted, and a block of the weight for a product that ``adds`` to
+    a wider sum; slopes of a softcap and logits that are held come on top."""
+    dtype, (rows, size) = args["input"].dtype, map(int, args["input"].shape)
+    together = min(rows, max(1, _CPU_ELEMENTS // max(width, 1)))
+    copies = (dtype is not exact) + bool(args["softcap"] and "output_mask" in args)
+    if name.endswith("_blocks_with_gradients"):
+        copies = max(copies, 1)
+    product = (size + together) * width if adds and dtype is not exact else 0
+    # What is kept of each row beside its logits: at most eight numbers, of all rows where a block is small.
+    return (max(copies * together * width, product) + 8 * rows) * exact.itemsize

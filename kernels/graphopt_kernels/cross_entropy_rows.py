@@ -71,20 +71,37 @@ def cross_entropy_rows(
     log_sum_exp: torch.Tensor,
     losses: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
+    sum_scale: torch.Tensor | None = None,
+    first: int = 0,
+    classes: int | None = None,
 ) -> None:
     """Losses and the gradient of rows ``logits`` [n, V], which are scratch and are overwritten.
 
     With ``losses`` [n], writes each row's loss there and its log-sum-exp to ``log_sum_exp`` [n]; without,
     reads ``log_sum_exp``. With ``scale`` [n] (it may be expanded), leaves the gradient of
-    ``(scale * losses).sum()`` in ``logits``. ``losses``, ``log_sum_exp`` and ``scale`` are of
-    ``computes_in(logits.dtype)``; ``target`` [n] is int64. A target outside of [0, V) raises
-    ``RuntimeError`` on the CPU and gives NaN on CUDA.
+    ``(scale * losses).sum()`` in ``logits``, with ``sum_scale`` [n] beside it that of
+    ``(scale * losses + sum_scale * log_sum_exp).sum()``. All four are of ``computes_in(logits.dtype)``;
+    ``target`` [n] is int64. A target outside of [0, V) raises ``RuntimeError`` on the CPU and gives NaN
+    on CUDA. Where both losses and gradient are computed, rows that are ignored have log-sum-exp 0.
+
+    Without ``losses``, ``logits`` may be the columns from ``first`` on of rows of ``classes`` columns.
     """
+    if losses is not None and (sum_scale is not None or first or classes is not None):
+        raise ValueError("cross_entropy_rows: losses need whole rows and come before their gradient")
+    whole = logits.shape[1] if classes is None else classes
     if logits.is_cuda and logits.dtype is not torch.float64 and (kernel := _kernel()) is not None:
-        launch_rows(kernel, logits, target, settings, log_sum_exp, losses, scale)
+        launch_rows(kernel, logits, target, settings, log_sum_exp, losses, scale, sum_scale, first, whole)
     else:
         cross_entropy_rows_reference(
-            logits, target, settings, log_sum_exp=log_sum_exp, losses=losses, scale=scale
+            logits,
+            target,
+            settings,
+            log_sum_exp=log_sum_exp,
+            losses=losses,
+            scale=scale,
+            sum_scale=sum_scale,
+            first=first,
+            classes=whole,
         )
 
 
@@ -96,9 +113,13 @@ def cross_entropy_rows_reference(
     log_sum_exp: torch.Tensor,
     losses: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
+    sum_scale: torch.Tensor | None = None,
+    first: int = 0,
+    classes: int | None = None,
 ) -> None:
     """``cross_entropy_rows`` with ATen operators, in place, some rows at a time."""
     rows, columns = logits.shape
+    whole = columns if classes is None else classes
     step = max(1, BLOCK_ELEMENTS // max(columns, 1))
     for start in range(0, rows, step):
         part = slice(start, start + step)
@@ -109,6 +130,9 @@ def cross_entropy_rows_reference(
             log_sum_exp[part],
             None if losses is None else losses[part],
             None if scale is None else scale[part],
+            None if sum_scale is None else sum_scale[part],
+            first,
+            whole,
         )
 
 
@@ -119,12 +143,19 @@ def _block(
     log_sum_exp: torch.Tensor,
     losses: torch.Tensor | None,
     scale: torch.Tensor | None,
+    sum_scale: torch.Tensor | None,
+    first: int,
+    classes: int,
 ) -> None:
     dtype = computes_in(logits.dtype)
     z = logits if logits.dtype is dtype else logits.to(dtype)
+    columns = logits.shape[1]
     ignored = target == settings.ignore_index
-    label = target.masked_fill(ignored, 0)[:, None]
-    smoothing, columns = settings.label_smoothing, logits.shape[1]
+    is_part = columns != classes
+    # A label in another block of the columns is none of these rows' business.
+    elsewhere = ignored | (target < first) | (target >= first + columns) if is_part else ignored
+    label = (target - first if first else target).masked_fill(elsewhere, 0)[:, None]
+    smoothing = settings.label_smoothing
     slope = None
     if settings.logit_scale != 1.0:
         z.mul_(settings.logit_scale)
@@ -141,29 +172,37 @@ def _block(
         total = z.sum(1, keepdim=True)
         log_sum_exp.copy_((top + total.log()).squeeze(1))
         losses.copy_(value.add_(log_sum_exp).masked_fill_(ignored, 0))
-        log_sum_exp.masked_fill_(ignored, 0)
+        if scale is not None:
+            log_sum_exp.masked_fill_(ignored, 0)
     else:
         z.sub_(log_sum_exp[:, None]).exp_()
         total = torch.ones_like(log_sum_exp)[:, None]
     if scale is None:
         return
     weight = scale[:, None]
-    z.mul_(weight / total)
-    z.scatter_add_(1, label, (weight * (smoothing - 1)).expand_as(label))
+    if sum_scale is None:
+        z.mul_(weight / total)
+    else:
+        weight = weight.masked_fill(ignored[:, None], 0)
+        z.mul_(weight + sum_scale[:, None])
+    hot = weight * (smoothing - 1)
+    z.scatter_add_(1, label, hot.masked_fill(elsewhere[:, None], 0) if is_part else hot.expand_as(label))
     if smoothing:
-        z.sub_(weight * (smoothing / columns))
+        z.sub_(weight * (smoothing / classes))
     if slope is not None:
         z.mul_(slope)
     if settings.logit_scale != 1.0:
         z.mul_(settings.logit_scale)
-    z.masked_fill_(ignored[:, None], 0)
+    if sum_scale is None:
+        z.masked_fill_(ignored[:, None], 0)
     if z is not logits:
         logits.copy_(z)
 
 
 class RowsProblem(NamedTuple):
     """What the kernel is launched for: ``rows`` by their class (``rows_class``); ``aligned``: each row begins
-    on 16 bytes; whether losses and the gradient are asked; which settings are there."""
+    on 16 bytes; whether losses, the gradient and that of the log-sum-exp are asked; which settings are
+    there."""
 
     rows: int
     columns: int
@@ -171,6 +210,7 @@ class RowsProblem(NamedTuple):
     aligned: bool
     statistics: bool
     gradient: bool
+    summed: bool
     smoothed: bool
     softcapped: bool
 
@@ -214,6 +254,9 @@ def launch_rows(
     log_sum_exp: torch.Tensor,
     losses: torch.Tensor | None,
     scale: torch.Tensor | None,
+    sum_scale: torch.Tensor | None = None,
+    first: int = 0,
+    classes: int | None = None,
     *,
     launch: RowLaunch | None = None,
 ) -> None:
@@ -229,6 +272,7 @@ def launch_rows(
             logits.stride(0) * logits.element_size() % 16 == 0,
             losses is not None,
             scale is not None,
+            sum_scale is not None,
             settings.label_smoothing != 0,
             settings.softcap != 0,
         )
@@ -243,14 +287,19 @@ def launch_rows(
             unused if losses is None else losses,
             log_sum_exp,
             unused if scale is None else scale,
+            unused if sum_scale is None else sum_scale,
             logits.stride(0),
             0 if scale is None else scale.stride(0),
+            0 if sum_scale is None else sum_scale.stride(0),
+            first,
+            columns if classes is None else classes,
             settings.ignore_index,
             settings.label_smoothing,
             settings.logit_scale,
             settings.softcap,
             STATISTICS=losses is not None,
             GRADIENT=scale is not None,
+            SUMMED=sum_scale is not None,
             SMOOTHED=settings.label_smoothing != 0,
             SOFTCAPPED=settings.softcap != 0,
             COLUMNS=columns,

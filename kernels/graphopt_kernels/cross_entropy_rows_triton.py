@@ -9,11 +9,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["rows_kernel"]
+__all__ = ["rows_kernel", "transformed"]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _transformed(z, logit_scale, softcap, SOFTCAPPED: tl.constexpr):  # type: ignore[no-untyped-def]
+def transformed(z, logit_scale, softcap, SOFTCAPPED: tl.constexpr):  # type: ignore[no-untyped-def]
     z = z.to(tl.float32) * logit_scale
     if SOFTCAPPED:
         # tanh(u) = 1 - 2 / (exp(2 u) + 1): exact in the limits, and needs no device library.
@@ -28,14 +28,19 @@ def rows_kernel(  # type: ignore[no-untyped-def]
     losses,
     log_sum_exps,
     scales,
+    sum_scales,
     row_stride,
     scale_stride,
+    sum_scale_stride,
+    first,
+    classes,
     ignore_index,
     smoothing,
     logit_scale,
     softcap,
     STATISTICS: tl.constexpr,
     GRADIENT: tl.constexpr,
+    SUMMED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -44,22 +49,24 @@ def rows_kernel(  # type: ignore[no-untyped-def]
     """One row of logits for each program.
 
     ``STATISTICS``: write the row's loss and log-sum-exp, else read the latter. ``GRADIENT``: write
-    the gradient over the logits. The second loop runs backwards, since what the first has read last
-    is what the cache still holds.
+    the gradient over the logits; ``SUMMED``: that of the log-sum-exp as well. The second loop runs
+    backwards, since what the first has read last is what the cache still holds. ``first`` is the class of
+    the first column, of ``classes`` in all; with ``STATISTICS`` the columns are all classes.
     """
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * row_stride
     label = tl.load(target + row)
     blocks: tl.constexpr = (COLUMNS + BLOCK - 1) // BLOCK
-    if label == ignore_index:
+    ignored = label == ignore_index
+    # Whoever asks for the log-sum-exp alone gets that of every row.
+    if ignored & (GRADIENT and not SUMMED):
         if STATISTICS:
             tl.store(losses + row, 0.0)
             tl.store(log_sum_exps + row, 0.0)
-        if GRADIENT:
-            for block in range(blocks):
-                at = block * BLOCK + tl.arange(0, BLOCK)
-                zeros = tl.zeros([BLOCK], logits.dtype.element_ty)
-                tl.store(start + at, zeros, mask=at < COLUMNS)
+        for block in range(blocks):
+            at = block * BLOCK + tl.arange(0, BLOCK)
+            zeros = tl.zeros([BLOCK], logits.dtype.element_ty)
+            tl.store(start + at, zeros, mask=at < COLUMNS)
     else:
         if STATISTICS:
             # Each lane keeps its own maximum and sum: one exponential an element. The maximum starts
@@ -71,7 +78,7 @@ def rows_kernel(  # type: ignore[no-untyped-def]
                 at = block * BLOCK + tl.arange(0, BLOCK)
                 inside = at < COLUMNS
                 z = tl.load(start + at, mask=inside, other=0.0, eviction_policy="evict_last")
-                z = _transformed(z, logit_scale, softcap, SOFTCAPPED)
+                z = transformed(z, logit_scale, softcap, SOFTCAPPED)
                 if SMOOTHED:
                     plain += tl.where(inside, z, 0.0)
                 z = tl.where(inside, z, float("-inf"))
@@ -81,15 +88,15 @@ def rows_kernel(  # type: ignore[no-untyped-def]
                 top = tl.maximum(top, z)
             named = (label >= 0) & (label < COLUMNS)
             picked = tl.load(start + label, mask=named, other=float("nan"))
-            picked = _transformed(picked, logit_scale, softcap, SOFTCAPPED)
+            picked = transformed(picked, logit_scale, softcap, SOFTCAPPED)
             peak = tl.max(top, axis=0)
             log_sum_exp = peak + tl.log(tl.sum(total * tl.exp(top - peak), axis=0))
             loss = log_sum_exp - (1.0 - smoothing) * picked
             if SMOOTHED:
-                loss -= smoothing / COLUMNS * tl.sum(plain, axis=0)
-            tl.store(losses + row, loss)
+                loss -= smoothing / classes * tl.sum(plain, axis=0)
+            tl.store(losses + row, tl.where(ignored, 0.0, loss))
             # A label that names no column spoils its row, instead of passing for a right one.
-            log_sum_exp = tl.where(named, log_sum_exp, float("nan"))
+            log_sum_exp = tl.where(named | ignored, log_sum_exp, float("nan"))
             tl.store(log_sum_exps + row, log_sum_exp)
         else:
             log_sum_exp = tl.load(log_sum_exps + row)
@@ -97,15 +104,26 @@ def rows_kernel(  # type: ignore[no-untyped-def]
             # Every thread has read the target's logit before any writes over it.
             tl.debug_barrier()
             scale = tl.load(scales + row * scale_stride) * logit_scale
-            hot = label.to(tl.int32)
+            share = scale
+            if SUMMED:
+                scale = tl.where(ignored, 0.0, scale)
+                share = scale + tl.load(sum_scales + row * sum_scale_stride) * logit_scale
+            hot = (label - first).to(tl.int32)
+            named_by = scale * (1.0 - smoothing)
             for back in range(blocks):
                 at = (blocks - 1 - back) * BLOCK + tl.arange(0, BLOCK)
                 inside = at < COLUMNS
                 z = tl.load(start + at, mask=inside, other=0.0, eviction_policy="evict_first")
-                z = _transformed(z, logit_scale, softcap, SOFTCAPPED)
-                gradient = tl.exp(z - log_sum_exp) - tl.where(at == hot, 1.0 - smoothing, 0.0)
-                if SMOOTHED:
-                    gradient -= smoothing / COLUMNS
+                z = transformed(z, logit_scale, softcap, SOFTCAPPED)
+                if SUMMED:
+                    gradient = tl.exp(z - log_sum_exp) * share - tl.where(at == hot, named_by, 0.0)
+                    if SMOOTHED:
+                        gradient -= scale * (smoothing / classes)
+                else:
+                    gradient = tl.exp(z - log_sum_exp) - tl.where(at == hot, 1.0 - smoothing, 0.0)
+                    if SMOOTHED:
+                        gradient -= smoothing / classes
+                    gradient *= scale
                 if SOFTCAPPED:
                     gradient *= 1.0 - (z / softcap) * (z / softcap)
-                tl.store(start + at, (gradient * scale).to(logits.dtype.element_ty), mask=inside)
+                tl.store(start + at, gradient.to(logits.dtype.element_ty), mask=inside)

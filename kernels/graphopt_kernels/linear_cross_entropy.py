@@ -12,8 +12,10 @@ never in memory. Two ways to a gradient:
 
 ``graphopt::linear_cross_entropy``
     The forward keeps one log-sum-exp a row; the backward computes the logits again: eight FLOPs, and
-    nothing held (after Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models", which
-    does it in blocks of the vocabulary as well).
+    nothing held (after Wijmans et al. 2024, "Cut Your Losses in Large-Vocabulary Language Models").
+    The log-sum-exps may be differentiated as well.
+
+``graphopt_kernels.linear_cross_entropy_blocks`` cuts the classes instead.
 
 Rounding: logits and their gradient are rounded to the dtype of the input, as separate operators do;
 what happens in between is in float32 (float64 for float64). The gradient of the weight is summed over
@@ -28,31 +30,30 @@ number of rows that count stays on the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 
-from graphopt.candidate import Reason
+from graphopt_kernels import even_products
+from graphopt_kernels.class_blocks import ALIGNED, empty_gradients
 from graphopt_kernels.cross_entropy_rows import RowSettings, computes_in, cross_entropy_rows
+from graphopt_kernels.linear_cross_entropy_arguments import check_arguments
+from graphopt_kernels.linear_cross_entropy_autograd import (
+    keep_gradients,
+    keep_statistics,
+    recomputing_backward,
+    reduced,
+    scale_of,
+    scaling_backward,
+)
 
 __all__ = [
-    "REDUCTIONS",
+    "ALIGNED",
     "linear_cross_entropy",
     "linear_cross_entropy_backward",
     "linear_cross_entropy_reference",
-    "linear_cross_entropy_supports",
     "linear_cross_entropy_with_gradients",
     "with_gradients_reference",
-    "with_gradients_supports",
 ]
-
-REDUCTIONS = ("none", "mean", "sum")
-
-ALIGNED = 64
-"""Rows of logits on a GPU are padded to a multiple of this many elements: products of matrices
-read and write 16 bytes at a time only where rows begin on such a boundary."""
-
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 @torch.library.custom_op("graphopt::linear_cross_entropy", mutates_args=())
@@ -73,7 +74,8 @@ def linear_cross_entropy(
 
     ``input`` [N, D], ``weight`` [V, D] and ``bias`` [V] are of one floating-point dtype, ``target`` [N] is
     int64; see ``RowSettings`` for ``logit_scale`` and ``softcap``. The loss, of ``dtype``, has shape [],
-    or [N] with reduction "none"; log-sum-exps [N] are float32 (float64 for float64).
+    or [N] with reduction "none"; log-sum-exps [N] are float32 (float64 for float64), those of rows that
+    are ignored included. Both have a gradient.
     """
     settings = RowSettings(ignore_index, label_smoothing, logit_scale, softcap)
     exact = computes_in(input.dtype)
@@ -83,7 +85,7 @@ def linear_cross_entropy(
         cross_entropy_rows(logits, target[part], settings, log_sum_exp=log_sum_exp[part], losses=losses[part])
 
     _each_chunk(input, weight, bias, chunks, visit)
-    return _reduced(losses, target, reduction, ignore_index, dtype), log_sum_exp
+    return reduced(losses, target, reduction, ignore_index, dtype), log_sum_exp
 
 
 @linear_cross_entropy.register_fake
@@ -100,7 +102,7 @@ def _(
     softcap: float,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    _check(input, weight, bias, target, chunks, reduction)
+    check_arguments(input, weight, bias, target, chunks, reduction)
     rows = input.shape[0]
     loss = input.new_empty((rows,) if reduction == "none" else (), dtype=dtype)
     return loss, input.new_empty(rows, dtype=computes_in(input.dtype))
@@ -121,18 +123,24 @@ def linear_cross_entropy_backward(
     logit_scale: float,
     softcap: float,
     output_mask: Sequence[bool],
+    sum_grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of input, weight and bias, for the gradient ``grad`` of the loss ([], or [N] with
-    reduction "none"). Those that ``output_mask`` leaves out have no elements."""
+    reduction "none") and ``sum_grad`` [N] of the log-sum-exps. Those that ``output_mask`` leaves out have
+    no elements."""
     settings = RowSettings(ignore_index, label_smoothing, logit_scale, softcap)
-    scale = grad.to(computes_in(input.dtype))
-    if reduction == "mean":
-        scale = scale / _counted(target, ignore_index)
-    scale = scale.expand(input.shape[0])
+    scale = scale_of(grad, target, reduction, ignore_index, computes_in(input.dtype))
     gradients = _Gradients(input, weight, bias, output_mask)
 
     def visit(part: slice, logits: torch.Tensor) -> None:
-        cross_entropy_rows(logits, target[part], settings, log_sum_exp=log_sum_exp[part], scale=scale[part])
+        cross_entropy_rows(
+            logits,
+            target[part],
+            settings,
+            log_sum_exp=log_sum_exp[part],
+            scale=scale[part],
+            sum_scale=None if sum_grad is None else sum_grad[part],
+        )
         gradients.add(part, logits)
 
     _each_chunk(input, weight, bias, chunks, visit)
@@ -154,8 +162,9 @@ def _(
     logit_scale: float,
     softcap: float,
     output_mask: Sequence[bool],
+    sum_grad: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return _empty_gradients(input, weight, bias, output_mask)
+    return empty_gradients(input, weight, bias, output_mask)
 
 
 @torch.library.custom_op("graphopt::linear_cross_entropy_with_gradients", mutates_args=())
@@ -182,10 +191,7 @@ def linear_cross_entropy_with_gradients(
     exact = computes_in(input.dtype)
     rows = input.shape[0]
     losses, log_sum_exp = (input.new_empty(rows, dtype=exact) for _ in range(2))
-    scale = torch.ones((), dtype=exact, device=input.device)
-    if reduction == "mean":
-        scale = scale / _counted(target, ignore_index)
-    scale = scale.expand(rows)
+    scale = scale_of(input.new_ones((), dtype=exact), target, reduction, ignore_index, exact)
     gradients = _Gradients(input, weight, bias, output_mask)
 
     def visit(part: slice, logits: torch.Tensor) -> None:
@@ -200,7 +206,7 @@ def linear_cross_entropy_with_gradients(
         gradients.add(part, logits)
 
     _each_chunk(input, weight, bias, chunks, visit)
-    return _reduced(losses, target, reduction, ignore_index, dtype), *gradients.results()
+    return reduced(losses, target, reduction, ignore_index, dtype), *gradients.results()
 
 
 @linear_cross_entropy_with_gradients.register_fake
@@ -218,58 +224,21 @@ def _(
     dtype: torch.dtype,
     output_mask: Sequence[bool],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    _check(input, weight, bias, target, chunks, reduction)
+    check_arguments(input, weight, bias, target, chunks, reduction)
     if reduction == "none":
         raise ValueError("linear_cross_entropy_with_gradients: reduction is 'none': expected 'mean' or 'sum'")
-    return input.new_empty((), dtype=dtype), *_empty_gradients(input, weight, bias, output_mask)
-
-
-# --- autograd ----------------------------------------------------------------------------------
-
-
-def _keep_statistics(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    input, weight, bias, target, *rest = inputs
-    ctx.save_for_backward(input, weight, bias, target, output[1])
-    ctx.settings = tuple(rest[:-1])
-    ctx.mark_non_differentiable(output[1])
-    ctx.set_materialize_grads(False)
-
-
-def _recomputing_backward(ctx: Any, grad: torch.Tensor | None, _: Any) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * 11
-    input, weight, bias, target, log_sum_exp = ctx.saved_tensors
-    mask = list(ctx.needs_input_grad[:3])
-    operator = torch.ops.graphopt.linear_cross_entropy_backward
-    found = operator(grad, input, weight, bias, target, log_sum_exp, *ctx.settings, mask)
-    return *(g if wanted else None for g, wanted in zip(found, mask, strict=True)), *(None,) * 8
-
-
-def _keep_gradients(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    ctx.output_mask = tuple(inputs[-1])
-    ctx.save_for_backward(*output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-
-
-def _scaling_backward(ctx: Any, grad: torch.Tensor | None, *_: Any) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * 12
-    # A number on the device: multiplying by it converts nothing.
-    scaled = [g * grad if has else None for g, has in zip(ctx.saved_tensors, ctx.output_mask, strict=True)]
-    for name, found, needed in zip(("input", "weight", "bias"), scaled, ctx.needs_input_grad, strict=False):
-        if needed and found is None:
-            raise RuntimeError(
-                f"linear_cross_entropy_with_gradients: output_mask lacks {name}, which requires a gradient"
-            )
-    return *scaled, *(None,) * 9
+    return input.new_empty((), dtype=dtype), *empty_gradients(input, weight, bias, output_mask)
 
 
 torch.library.register_autograd(
-    "graphopt::linear_cross_entropy", _recomputing_backward, setup_context=_keep_statistics
+    "graphopt::linear_cross_entropy",
+    recomputing_backward(torch.ops.graphopt.linear_cross_entropy_backward),
+    setup_context=keep_statistics,
 )
 torch.library.register_autograd(
-    "graphopt::linear_cross_entropy_with_gradients", _scaling_backward, setup_context=_keep_gradients
+    "graphopt::linear_cross_entropy_with_gradients",
+    scaling_backward(torch.ops.graphopt.linear_cross_entropy_with_gradients),
+    setup_context=keep_gradients,
 )
 
 
@@ -288,15 +257,13 @@ def _each_chunk(
     step = max(1, -(-rows // chunks))
     width = -(-columns // ALIGNED) * ALIGNED if input.is_cuda else columns
     buffer = input.new_empty(min(step, rows), width)[:, :columns]
+    even = even_products.even_classes(columns, input.dtype, input.device)
     # Within a region, autocast would take the products for its own.
     with torch.amp.autocast(input.device.type, enabled=False):
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
             logits = buffer[: part.stop - start]
-            if bias is None:
-                torch.mm(input[part], weight.t(), out=logits)
-            else:
-                torch.addmm(bias, input[part], weight.t(), out=logits)
+            even_products.logits(input[part], weight, bias, logits, even)
             visit(part, logits)
 
 
@@ -313,20 +280,20 @@ class _Gradients:
         self._sources = (input, weight)
         self._bias = bias
         self._mask = output_mask
-        self._input, self._weight, _ = _empty_gradients(input, weight, None, output_mask)
+        self._input, self._weight, _ = empty_gradients(input, weight, None, output_mask)
         exact = computes_in(input.dtype)
         self._sums = weight.new_zeros(weight.shape[0] if output_mask[2] else 0, dtype=exact)
+        self._even = even_products.even_classes(weight.shape[0], weight.dtype, weight.device)
         self._is_first = True
 
     def add(self, part: slice, logits: torch.Tensor) -> None:
         input, weight = self._sources
         if self._mask[0]:
-            torch.mm(logits, weight, out=self._input[part])
+            even_products.gradient_of_input(logits, weight, self._input[part], self._even)
         if self._mask[1]:
-            if self._is_first:
-                torch.mm(logits.t(), input[part], out=self._weight)
-            else:
-                self._weight.addmm_(logits.t(), input[part])
+            even_products.gradient_of_weight(
+                logits, input[part], self._weight, self._even, adds=not self._is_first
+            )
         if self._mask[2]:
             self._sums += logits.sum(0)
         self._is_first = False
@@ -336,95 +303,6 @@ class _Gradients:
             self._weight.zero_()
         sums = self._sums if self._bias is None else self._sums.to(self._bias.dtype)
         return self._input, self._weight, sums
-
-
-def _empty_gradients(
-    input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, output_mask: Sequence[bool]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    of_input, of_weight, of_bias = output_mask
-    return (
-        input.new_empty(input.shape if of_input else (0,)),
-        weight.new_empty(weight.shape if of_weight else (0,)),
-        weight.new_empty(bias.shape if of_bias and bias is not None else (0,)),
-    )
-
-
-def _counted(target: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """How many rows count, on the device."""
-    return (target != ignore_index).sum()
-
-
-def _reduced(
-    losses: torch.Tensor, target: torch.Tensor, reduction: str, ignore_index: int, dtype: torch.dtype
-) -> torch.Tensor:
-    if reduction == "none":
-        return losses.to(dtype)
-    total = losses.sum()
-    if reduction == "mean":
-        total = total / _counted(target, ignore_index)
-    return total.to(dtype)
-
-
-# --- what is taken -----------------------------------------------------------------------------
-
-
-def linear_cross_entropy_supports(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    chunks: int,
-    reduction: str,
-    *_: Any,
-) -> Reason | None:
-    """``None``, or why the operators do not take these arguments."""
-    if input.dim() != 2 or weight.dim() != 2 or target.dim() != 1:
-        return Reason("takes a matrix of inputs, a matrix of weights and a vector of targets")
-    if input.shape[1] != weight.shape[1] or input.shape[0] != target.shape[0]:
-        return Reason(
-            f"sizes do not match: input {list(input.shape)}, weight {list(weight.shape)}, "
-            f"target {list(target.shape)}"
-        )
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
-        return Reason(f"the bias has shape {list(bias.shape)}: expected [{weight.shape[0]}]")
-    dtypes = {tensor.dtype for tensor in (input, weight, bias) if tensor is not None}
-    if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
-        return Reason("takes input, weight and bias of one floating-point dtype")
-    if target.dtype is not torch.int64:
-        return Reason(f"takes int64 targets, got {target.dtype}")
-    if chunks < 1:
-        return Reason(f"takes one chunk or more, got {chunks}")
-    if reduction not in REDUCTIONS:
-        return Reason(f"reduction is {reduction!r}: expected one of {', '.join(map(repr, REDUCTIONS))}")
-    return None
-
-
-def with_gradients_supports(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    chunks: int,
-    reduction: str,
-    *_: Any,
-) -> Reason | None:
-    """As ``linear_cross_entropy_supports``; losses of single rows have no single gradient."""
-    if reduction == "none":
-        return Reason("gradients that are computed in the forward need a loss that is one number")
-    return linear_cross_entropy_supports(input, weight, bias, target, chunks, reduction)
-
-
-def _check(
-    input: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    target: torch.Tensor,
-    chunks: int,
-    reduction: str,
-) -> None:
-    reason = linear_cross_entropy_supports(input, weight, bias, target, chunks, reduction)
-    if reason is not None:
-        raise ValueError(f"linear_cross_entropy: {reason}")
 
 
 # --- references --------------------------------------------------------------------------------
@@ -450,7 +328,7 @@ def linear_cross_entropy_reference(
     loss = torch.nn.functional.cross_entropy(
         logits, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
     )
-    return loss.to(dtype), logits.logsumexp(1).masked_fill(target == ignore_index, 0)
+    return loss.to(dtype), logits.logsumexp(1)
 
 
 def with_gradients_reference(

@@ -23,7 +23,13 @@ graphopt_api = 1
 def graphopt_kernels() -> Iterable[KernelSpec]:
     """The bandwidth probes that ``graphopt calibrate`` uses, linear + cross entropy in chunks, and norms."""
     # Imported when asked: they need torch, and `graphopt --help` loads this module.
-    from graphopt_kernels import bandwidth, linear_cross_entropy, row_norm
+    from graphopt_kernels import (
+        bandwidth,
+        linear_cross_entropy,
+        linear_cross_entropy_arguments,
+        linear_cross_entropy_blocks,
+        row_norm,
+    )
     from graphopt_kernels.saved_codecs import codes, groups, levels
 
     return (
@@ -45,15 +51,29 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             name="linear-cross-entropy",
             op="graphopt::linear_cross_entropy",
             reference=linear_cross_entropy.linear_cross_entropy_reference,
-            supports=linear_cross_entropy.linear_cross_entropy_supports,
+            supports=linear_cross_entropy_arguments.linear_cross_entropy_supports,
             summary="linear layer and cross entropy in chunks of rows, logits computed again in the backward",
         ),
         KernelSpec(
             name="linear-cross-entropy-with-gradients",
             op="graphopt::linear_cross_entropy_with_gradients",
             reference=linear_cross_entropy.with_gradients_reference,
-            supports=linear_cross_entropy.with_gradients_supports,
+            supports=linear_cross_entropy_arguments.with_gradients_supports,
             summary="linear layer and cross entropy in chunks of rows, gradients computed in the forward",
+        ),
+        KernelSpec(
+            name="linear-cross-entropy-blocks",
+            op="graphopt::linear_cross_entropy_blocks",
+            reference=linear_cross_entropy_blocks.blocks_reference,
+            supports=linear_cross_entropy_blocks.blocks_supports,
+            summary="linear layer and cross entropy in blocks of classes, each gradient rounded once",
+        ),
+        KernelSpec(
+            name="linear-cross-entropy-blocks-with-gradients",
+            op="graphopt::linear_cross_entropy_blocks_with_gradients",
+            reference=linear_cross_entropy_blocks.blocks_with_gradients_reference,
+            supports=linear_cross_entropy_blocks.blocks_with_gradients_supports,
+            summary="linear layer and cross entropy in blocks of classes, gradients computed in the forward",
         ),
         KernelSpec(
             name="row-norm",

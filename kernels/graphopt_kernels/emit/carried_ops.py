@@ -2,17 +2,19 @@
 
 The files are copied with two changes: they import each other from the folder that they lie in, and register
 their operators under a namespace of their own, made from a hash of the files, so that neither graphopt nor a
-second program in the same process is in the way. What tuning found for their kernels goes with them as
-constants.
+second program in the same process is in the way. What they use of the core, a record and functions that touch
+private torch APIs, comes with them; what tuning found for their kernels goes with them as constants.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import re
 from collections.abc import Iterable
 from importlib.resources import files
 
+from graphopt import _torch
 from graphopt.errors import EmitError
 from graphopt.plugins import default_host
 from graphopt_kernels.tuning.table import carried
@@ -38,6 +40,16 @@ class Reason:
 '''
 
 _TABLE = "graphopt_kernels.tuning.table"
+
+_PRIVATE = '''"""Private torch APIs that the operators touch."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+'''
+
 _IMPORTED = re.compile(r"^\s*from (graphopt_kernels[\w.]*) import (\([^)]*\)|[^\n]*)", re.MULTILINE)
 
 
@@ -57,6 +69,10 @@ def carried_ops(modules: Iterable[str]) -> tuple[str, dict[str, str]]:
     )
     rewritten["__init__.py"] = f'"""Operators that the program calls."""\n\n{first}\n'
     rewritten["reason.py"] = _REASON
+    used = sorted({use for text in sources.values() for use in re.findall(r"\b_torch\.(\w+)", text)})
+    if used:
+        functions = [inspect.getsource(getattr(_torch, use)) for use in used]
+        rewritten["private_torch.py"] = "\n\n".join([_PRIVATE, *functions])
     return name, rewritten
 
 
@@ -106,5 +122,6 @@ def _source(rest: str) -> tuple[str, str]:
 
 def _rewritten(text: str, name: str) -> str:
     text = text.replace("from graphopt.candidate import Reason", f"from {name}.reason import Reason")
+    text = text.replace("from graphopt import _torch", f"from {name} import private_torch as _torch")
     text = re.sub(r"\bgraphopt_kernels\b", name, text)
     return text.replace('"graphopt::', f'"{name}::').replace("torch.ops.graphopt.", f"torch.ops.{name}.")

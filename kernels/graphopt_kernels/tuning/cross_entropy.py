@@ -52,7 +52,7 @@ def _kernels() -> Any:
 def _shipped() -> Iterable[RowsProblem]:
     for columns, rows in itertools.product(_COLUMNS, _ROWS):
         for statistics, gradient in ((True, True), (True, False), (False, True)):
-            yield RowsProblem(rows, columns, torch.bfloat16, True, statistics, gradient, False, False)
+            yield RowsProblem(rows, columns, torch.bfloat16, True, statistics, gradient, False, False, False)
 
 
 def _configurations(problem: RowsProblem) -> Iterator[RowLaunch]:
@@ -64,7 +64,7 @@ def _configurations(problem: RowsProblem) -> Iterator[RowLaunch]:
 
 
 def _operands(problem: RowsProblem, device: torch.device) -> tuple[Any, ...]:
-    """Logits, targets, log-sum-exps, losses, scales."""
+    """Logits, targets, log-sum-exps, losses, scales of losses and of log-sum-exps."""
     columns = problem.columns
     stride = -(-columns // _PADDED) * _PADDED if problem.aligned else columns | 1
     whole = torch.randn(problem.rows, stride, device=device, dtype=problem.dtype)
@@ -80,7 +80,8 @@ def _operands(problem: RowsProblem, device: torch.device) -> tuple[Any, ...]:
         )
     losses = unknown if problem.statistics else None
     scale = torch.rand(problem.rows, device=device, dtype=exact) if problem.gradient else None
-    return logits, target, log_sum_exps, losses, scale
+    sum_scale = torch.rand(problem.rows, device=device, dtype=exact) if problem.summed else None
+    return logits, target, log_sum_exps, losses, scale, sum_scale
 
 
 def _settings(problem: RowsProblem) -> RowSettings:
@@ -92,22 +93,28 @@ def _settings(problem: RowsProblem) -> RowSettings:
 def _run(
     kernels: Any, processors: int, problem: RowsProblem, operands: tuple[Any, ...], launch: RowLaunch
 ) -> Sequence[torch.Tensor]:
-    logits, target, log_sum_exps, losses, scale = operands
-    given = (logits, target, _settings(problem), log_sum_exps, losses, scale)
+    logits, target, log_sum_exps, losses, scale, sum_scale = operands
+    given = (logits, target, _settings(problem), log_sum_exps, losses, scale, sum_scale)
     loss.launch_rows(kernels.rows_kernel, *given, launch=launch)
     return _results(problem, operands)
 
 
 def _reference(problem: RowsProblem, operands: tuple[Any, ...]) -> Sequence[torch.Tensor]:
-    logits, target, log_sum_exps, losses, scale = operands
+    logits, target, log_sum_exps, losses, scale, sum_scale = operands
     loss.cross_entropy_rows_reference(
-        logits, target, _settings(problem), log_sum_exp=log_sum_exps, losses=losses, scale=scale
+        logits,
+        target,
+        _settings(problem),
+        log_sum_exp=log_sum_exps,
+        losses=losses,
+        scale=scale,
+        sum_scale=sum_scale,
     )
     return _results(problem, operands)
 
 
 def _results(problem: RowsProblem, operands: tuple[Any, ...]) -> Sequence[torch.Tensor]:
-    logits, _, log_sum_exps, losses, _ = operands
+    logits, _, log_sum_exps, losses, *_ = operands
     # Without the gradient logits are scratch: what is left there is nobody's.
     return (
         *((logits,) if problem.gradient else ()),

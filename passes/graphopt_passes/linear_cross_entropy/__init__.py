@@ -14,12 +14,14 @@ After::
     %5 = getitem(%4, 0) : f32[]
 
 Views, casts to a wider type, constant scales and a softcap between the two go into the operator; slices
-of rows are taken of the input instead. Labels stay as they are computed.
+of rows are taken of the input instead. Labels stay as they are computed. Log-sum-exps of the same logits,
+which a z-loss adds to the loss, are the operator's second result.
 
 Whether that pays depends on the budget and on what else would make room, so each candidate is an
-alternative, which the planner weighs: one for each number of chunks and each way to the gradients
-(docs/kernels.md). ``forward`` computes them with the loss, at no more arithmetic; they are then held
-until the backward. ``recompute`` computes the logits twice and holds nothing.
+alternative, which the planner weighs (docs/kernels.md). ``forward`` computes the gradients with the loss, at
+no more arithmetic, in chunks of rows; they are then held until the backward. ``recompute`` computes the
+logits twice and holds nothing. ``forward-blocks`` and ``blocks`` do the like in blocks of classes, each
+gradient rounded once.
 """
 
 from __future__ import annotations
@@ -37,30 +39,33 @@ from graphopt.capture.structure import Line, line_of
 from graphopt.capture.trained import trained_values
 from graphopt.edit import Edit
 from graphopt.errors import PassError
+from graphopt.order import has_effect
 from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.plugins import default_host
 from graphopt.program import Level, Program
 from graphopt_passes.linear_cross_entropy.match import Match, match_loss
+from graphopt_passes.linear_cross_entropy.modes import KERNELS, MODES, cuts_classes, holds_gradients
 from graphopt_passes.linear_cross_entropy.price import LossPrices
 from graphopt_passes.linear_cross_entropy.rewrite import rewrite
 
 __all__ = ["LinearCrossEntropy"]
 
 _LOSS = torch.ops.aten.cross_entropy_loss.default
-_KERNELS = ("linear-cross-entropy", "linear-cross-entropy-with-gradients")
 
 
 @dataclass(frozen=True)
 class LinearCrossEntropy(Pass):
     """Offers to compute a loss in so many ``chunks``, each of ``least_rows`` rows or more: with fewer,
-    the products of matrices are far from a device's peak."""
+    the products of matrices are far from a device's peak. And in ``blocks`` of so many classes, at least
+    two of them."""
 
     chunks: tuple[int, ...] = (2, 4, 8, 16)
+    blocks: tuple[int, ...] = (4096,)
     least_rows: int = 256
 
     name: ClassVar[str] = "linear-cross-entropy"
     level: ClassVar[Level] = Level.SEMANTIC
-    summary: ClassVar[str] = "compute the loss in chunks of rows, so that the whole logits are never held"
+    summary: ClassVar[str] = "compute the loss in pieces, so that the whole logits are never held"
     after: ClassVar[dict[str, str]] = {
         "normalize": "views and casts that do nothing hide which rows are read"
     }
@@ -94,25 +99,31 @@ class LinearCrossEntropy(Pass):
     def _counts(self, match: Match) -> list[int]:
         return [count for count in self.chunks if match.rows >= count * self.least_rows]
 
+    def _cuts(self, match: Match, mode: str) -> list[int]:
+        if cuts_classes(mode):
+            return [block for block in self.blocks if match.columns >= 2 * block]
+        return self._counts(match)
+
     def _candidates(
         self, match: Match, output_mask: tuple[bool, bool, bool], ctx: PassContext
     ) -> Iterable[Candidate]:
         # A loss scale would come too late for gradients in float16 that are rounded in the forward.
+        # And who reads log-sum-exps adds to the gradient.
         ahead = any(output_mask) and match.reduction != "none" and match.dtype is not torch.float16
-        modes = ("forward", "recompute") if ahead else ("recompute",)
         ids = {
-            (mode, count): f"{self.name}@{match.loss.name}/{mode}/{count}"
-            for mode in modes
-            for count in self._counts(match)
+            (mode, cuts): f"{self.name}@{match.loss.name}/{mode}/{cuts}"
+            for mode in MODES
+            if not holds_gradients(mode) or (ahead and not match.sums)
+            for cuts in self._cuts(match, mode)
         }
         prices = LossPrices(match, ctx.cost, ctx.emit, output_mask)
-        for (mode, count), id_ in ids.items():
+        for (mode, cuts), id_ in ids.items():
             yield Candidate(
                 id_,
                 self.name,
                 tuple(node.name for node in match.nodes),
-                prices.delta(mode, count),
-                _writing(match.loss.name, mode, count, output_mask),
+                prices.delta(mode, cuts),
+                _writing(match.loss.name, mode, cuts, output_mask),
                 exactness="reassociated",
                 conflicts=tuple(other for other in ids.values() if other != id_),
                 alternative=True,
@@ -150,27 +161,35 @@ class _Facts:
             written = {root for ref in written_inputs(node) for root in self.line.aliases.roots[ref]}
             if written & roots:
                 return Reason("what the product reads is written before the loss", (node.name,))
+        early = [position[node] for node in match.sums if position[node] < position[match.loss]]
+        for node in self.line.nodes[min(early) : position[match.loss]] if early else ():
+            if has_effect(node):
+                why = "the log-sum-exps are read before the loss, and a call between has an effect"
+                return Reason(why, (node.name,))
+        # The operator's backward needs its log-sum-exps as they were.
+        sums = {root for node in match.sums for root in self.line.aliases.roots[node]}
+        for node in self.line.nodes[position[match.product] + 1 :] if sums else ():
+            if sums & {root for ref in written_inputs(node) for root in self.line.aliases.roots[ref]}:
+                return Reason("the log-sum-exps are written in place", (node.name,))
         return None
 
 
 def _no_kernels(match: Match) -> Reason | None:
     """Asking for the kernels also registers their operators."""
-    missing = [name for name in _KERNELS if name not in default_host().kernels()]
+    missing = [name for name in sorted(KERNELS.values()) if name not in default_host().kernels()]
     if missing:
         return Reason(f"no plugin offers kernel {missing[0]!r}")
     return None
 
 
-def _writing(
-    name: str, mode: str, chunks: int, output_mask: tuple[bool, bool, bool]
-) -> Callable[[Edit], None]:
+def _writing(name: str, mode: str, cuts: int, output_mask: tuple[bool, bool, bool]) -> Callable[[Edit], None]:
     def apply(edit: Edit) -> None:
         # Matched again: the program may be another copy of the one that this was proposed for.
         found = match_loss(edit.node(name), LinearCrossEntropy.name)
         if not isinstance(found, Match):
             why = "it is not the loss of a linear layer" if found is None else str(found.reason)
             raise PassError(f"{LinearCrossEntropy.name}: {name!r} no longer matches: {why}")
-        edit.rule = f"{mode}/{chunks}"
-        rewrite(edit, found, mode, chunks, output_mask)
+        edit.rule = f"{mode}/{cuts}"
+        rewrite(edit, found, mode, cuts, output_mask)
 
     return apply

@@ -1,4 +1,7 @@
-"""Finding ``linear -> (slice, view, cast, scale, softcap) -> cross_entropy`` in a semantic graph."""
+"""Finding ``linear -> (slice, view, cast, scale, softcap) -> cross_entropy`` in a semantic graph.
+
+Log-sum-exps of the same logits, as a z-loss reads them, are found with it.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ import torch.fx as fx
 from graphopt import _torch
 from graphopt.candidate import NearMiss, Reason
 from graphopt.rules import argument
+from graphopt_passes.linear_cross_entropy.sums import ORDERS, ROWS, SCALES, SUM, sum_refused
 
 __all__ = ["Match", "match_loss"]
 
@@ -32,11 +36,6 @@ _RESHAPES = frozenset(
      _aten.squeeze.default, _aten.squeeze.dim, _aten.unsqueeze.default, _aten.view_as.default,
      _aten.reshape_as.default}
 )  # fmt: skip
-_ROWS = frozenset({_aten.slice.Tensor, _aten.narrow.default, _aten.select.int})
-_ORDERS = frozenset({_aten.transpose.int, _aten.permute.default, _aten.movedim.int, _aten.swapaxes.default})
-_SCALES: dict[Any, bool] = {
-    _aten.mul.Tensor: False, _aten.mul.Scalar: False, _aten.div.Tensor: True, _aten.div.Scalar: True,
-}  # fmt: skip
 _SIZES = frozenset({_aten.sym_size.int, _aten.sym_numel.default})
 
 
@@ -44,7 +43,8 @@ _SIZES = frozenset({_aten.sym_size.int, _aten.sym_numel.default})
 class Match:
     """A loss that may be computed in chunks.
 
-    ``chain`` holds the calls from the ``product`` to the ``loss``, both left out. ``weight`` is [V, D],
+    ``chain`` holds the calls from the ``product`` to the ``loss``, both left out, ``sums`` those that give
+    log-sum-exps of the logits that the loss reads. ``weight`` is [V, D],
     or [D, V] if ``transposed``. ``row_steps`` select rows of the logits and are to be applied to the
     ``input`` instead. ``rows``, ``width`` and ``columns`` are N, D and V as traced.
     """
@@ -52,6 +52,7 @@ class Match:
     loss: fx.Node
     product: fx.Node
     chain: tuple[fx.Node, ...]
+    sums: tuple[fx.Node, ...]
     input: fx.Node
     weight: fx.Node
     transposed: bool
@@ -69,7 +70,7 @@ class Match:
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
-        return (self.product, *self.chain, self.loss)
+        return (self.product, *self.chain, *self.sums, self.loss)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -105,8 +106,11 @@ def match_loss(loss: fx.Node, rule: str) -> Match | NearMiss | None:
     def miss(matched: int, reason: Reason) -> NearMiss:
         return NearMiss(rule, loss.name, matched, len(found), reason)
 
+    sums: list[tuple[fx.Node, int]] = []
     for index, (call, reader) in enumerate(itertools.pairwise(found)):
-        if (read := _read_elsewhere(call, reader)) is not None:
+        others = [user for user in call.users if user is not reader]
+        sums += [(user, index) for user in others if user.target is SUM]
+        if (read := _read_elsewhere(call, [user for user in others if user.target is not SUM])) is not None:
             return miss(index + 1, read)
     if (refused := _loss_refused(loss)) is not None:
         return miss(len(found) - 1, refused)
@@ -123,8 +127,11 @@ def match_loss(loss: fx.Node, rule: str) -> Match | NearMiss | None:
     if values.dim() != 2 and not walk.moved:
         return miss(len(found) - 1, Reason("the classes are not the columns of the product", (loss.name,)))
     target = argument(loss, "target")
+    for call, index in sums:
+        if (other := sum_refused(call, chain[:index], chain[index:], node, target)) is not None:
+            return miss(index + 1, other)
     return Match(
-        loss, node, tuple(chain), input, weight, transposed, bias, target,
+        loss, node, tuple(chain), tuple(call for call, _ in sums), input, weight, transposed, bias, target,
         _REDUCTIONS[argument(loss, "reduction")], argument(loss, "ignore_index"),
         float(argument(loss, "label_smoothing")), _rounded(walk.scale), walk.softcap,
         tuple(walk.row_steps), _torch.hint(target.meta["val"].numel()),
@@ -132,9 +139,8 @@ def match_loss(loss: fx.Node, rule: str) -> Match | NearMiss | None:
     )  # fmt: skip
 
 
-def _read_elsewhere(call: fx.Node, reader: fx.Node) -> Reason | None:
+def _read_elsewhere(call: fx.Node, others: Sequence[fx.Node]) -> Reason | None:
     """Whoever reads logits beside the loss needs them whole."""
-    others = [user for user in call.users if user is not reader]
     if not others:
         return None
     returned = [user for user in others if _reaches_output(user)]
@@ -228,7 +234,7 @@ def _follow(walk: _Walk, call: fx.Node, columns: Any, rest: Sequence[fx.Node]) -
         if not value.is_floating_point() or torch.promote_types(value.dtype, source.dtype) is not value.dtype:
             return Reason("the logits are rounded before the loss", (call.name,))
         return None
-    if target in _SCALES or target is _aten.tanh.default:
+    if target in SCALES or target is _aten.tanh.default:
         return _follow_scale(walk, call, rest)
     if walk.moved:
         return Reason("the logits are rearranged before the loss", (call.name,))
@@ -237,7 +243,7 @@ def _follow(walk: _Walk, call: fx.Node, columns: Any, rest: Sequence[fx.Node]) -
             return Reason("a view cuts or joins rows of the logits", (call.name,))
         walk.reshaped = walk.reshaped or str(value.shape) != str(source.shape)
         return None
-    if target in _ROWS:
+    if target in ROWS:
         return _follow_rows(walk, call, value, source)
     return _follow_order(walk, call, source)
 
@@ -276,7 +282,7 @@ def _follow_order(walk: _Walk, call: fx.Node, source: torch.Tensor) -> Reason | 
 def _follow_scale(walk: _Walk, call: fx.Node, rest: Sequence[fx.Node]) -> Reason | None:
     if call.target is _aten.tanh.default:
         # tanh of scaled logits, times the softcap: that factor must follow.
-        following = next((other for other in rest if other.target in _SCALES), None)
+        following = next((other for other in rest if other.target in SCALES), None)
         softcap = None if following is None else _factor(following)
         if walk.softcap or softcap is None or softcap <= 0:
             return Reason("the logits go through a tanh that is no softcap", (call.name,))
@@ -294,7 +300,7 @@ def _follow_scale(walk: _Walk, call: fx.Node, rest: Sequence[fx.Node]) -> Reason
 
 
 def _factor(call: fx.Node) -> float | None:
-    divides, other = _SCALES[call.target], call.args[1]
+    divides, other = SCALES[call.target], call.args[1]
     if type(other) not in (int, float) or (divides and other == 0):
         return None
     assert isinstance(other, (int, float))
@@ -306,5 +312,5 @@ def _rounded(scale: float) -> float:
     return 1.0 if math.isclose(scale, 1.0, rel_tol=1e-12) else scale
 
 
-_PASSED = frozenset({*_CASTS, *_SAME, *_RESHAPES, *_ROWS, *_ORDERS, *_SCALES, _aten.tanh.default})
+_PASSED = frozenset({*_CASTS, *_SAME, *_RESHAPES, *ROWS, *ORDERS, *SCALES, _aten.tanh.default})
 """Calls that may stand between the product and the loss."""

@@ -1,4 +1,4 @@
-"""What a loss costs with whole logits and in chunks, by the cost model.
+"""What a loss costs with whole logits and in pieces, by the cost model.
 
 Nodes are made up for the calls, each with its values under ``meta["val"]``, and priced like any other.
 """
@@ -14,6 +14,12 @@ import torch.fx as fx
 from graphopt.candidate import CostDelta
 from graphopt.cost import CostModel
 from graphopt_passes.linear_cross_entropy.match import Match
+from graphopt_passes.linear_cross_entropy.modes import (
+    backward_of,
+    cuts_classes,
+    holds_gradients,
+    operator_of,
+)
 
 __all__ = ["LossPrices"]
 
@@ -35,22 +41,27 @@ class LossPrices:
         self._target = self._tensor((n,), torch.int64)
         self._whole = self._whole_seconds()
 
-    def delta(self, mode: str, chunks: int) -> CostDelta:
-        """Predicted change of the step by ``chunks`` in ``mode`` ("forward" or "recompute").
+    def delta(self, mode: str, cuts: int) -> CostDelta:
+        """Predicted change of the step by ``mode``, in ``cuts`` chunks of rows or blocks of so many classes.
 
-        Bytes are of the moment at which the whole logits would be held, the end of the forward.
+        Bytes are of the largest moment of the loss, above its gradients: every form has these, if not for
+        the backward then in it. Where no code generator multiplies held gradients in place, there are two
+        of each.
         """
         match = self._match
-        part = -(-match.rows // chunks) * match.columns * match.dtype.itemsize
-        held = 0
-        if mode == "forward":
-            held = sum(
+        if cuts_classes(mode):
+            part = match.rows * min(cuts, match.columns) * match.dtype.itemsize
+        else:
+            part = -(-match.rows // cuts) * match.columns * match.dtype.itemsize
+        twice = 0
+        if holds_gradients(mode) and not self._fused:
+            twice = sum(
                 tensor.numel() * tensor.element_size()
                 for tensor, needed in zip((self._rows, self._weight), self._mask, strict=False)
                 if needed
             )
-        seconds = self._chunked_seconds(mode, chunks) - self._whole
-        return CostDelta(peak_bytes=part + held - self._whole_bytes(), seconds=seconds)
+        seconds = self._pieces_seconds(mode, cuts) - self._whole
+        return CostDelta(peak_bytes=part + twice - self._whole_bytes(), seconds=seconds)
 
     def _whole_bytes(self) -> int:
         """Logits and what is made of them, tokens by vocabulary, alive at once."""
@@ -59,9 +70,10 @@ class LossPrices:
         if self._fused:
             # Inductor writes the gradient over the logits, and keeps what lies between in registers.
             return elements * match.dtype.itemsize
-        # Log-probabilities, their gradient and that of the logits; without gradients, logits and those.
+        # Log-probabilities, their gradient and that of the logits, and what each log-sum-exp adds to that;
+        # without gradients, logits and log-probabilities.
         size: int = match.loss.meta["val"].dtype.itemsize
-        return (3 if any(self._mask) else 2) * elements * size
+        return (3 + len(match.sums) if any(self._mask) else 2) * elements * size
 
     def _whole_seconds(self) -> float:
         match = self._match
@@ -88,37 +100,37 @@ class LossPrices:
                 seconds += self._seconds(_aten.nll_loss_backward.default, (*nll, one), scores)
                 softmax = (scores, scores, 1, loss_dtype)
                 seconds += self._seconds(_aten._log_softmax_backward_data.default, softmax, scores)
+        for _ in match.sums:
+            # Logits are read; their share of the gradient is computed and added.
+            seconds += copy * (3 if trains else 1)
         if self._mask[0]:
             seconds += self._seconds(_aten.mm.default, (logits, weight), rows)
         if self._mask[1]:
             seconds += self._seconds(_aten.mm.default, (logits.t(), rows), weight)
         return seconds
 
-    def _chunked_seconds(self, mode: str, chunks: int) -> float:
+    def _pieces_seconds(self, mode: str, cuts: int) -> float:
         match = self._match
         one = self._tensor((), match.loss.meta["val"].dtype)
         wide = torch.float64 if match.dtype is torch.float64 else torch.float32
         log_sum_exp = self._tensor((match.rows,), wide)
         operands = (self._rows, self._weight, self._bias, self._target)
-        settings = (chunks, match.reduction, match.ignore_index, match.label_smoothing, match.logit_scale)
+        settings = (cuts, match.reduction, match.ignore_index, match.label_smoothing, match.logit_scale)
         settings = (*settings, match.softcap)  # type: ignore[assignment]
         empty = self._tensor((0,), match.dtype)
         gradients = tuple(
             tensor if needed and tensor is not None else empty
             for tensor, needed in zip((self._rows, self._weight, self._bias), self._mask, strict=True)
         )
-        ops, mask = torch.ops.graphopt, list(self._mask)
-        if mode == "forward":
-            arguments = (*operands, *settings, one.dtype, mask)
-            chunked = ops.linear_cross_entropy_with_gradients.default
-            seconds = self._seconds(chunked, arguments, (one, *gradients))
+        op, mask = operator_of(mode), list(self._mask)
+        if holds_gradients(mode):
+            seconds = self._seconds(op, (*operands, *settings, one.dtype, mask), (one, *gradients))
             scaled = [tensor for tensor, needed in zip(gradients, mask, strict=True) if needed]
             return seconds + sum(self._seconds(_aten.mul.Tensor, (t, one), t) for t in scaled)
-        chunked = ops.linear_cross_entropy.default
-        seconds = self._seconds(chunked, (*operands, *settings, one.dtype), (one, log_sum_exp))
+        seconds = self._seconds(op, (*operands, *settings, one.dtype), (one, log_sum_exp))
         if any(mask):
-            backward = ops.linear_cross_entropy_backward.default
-            seconds += self._seconds(backward, (one, *operands, log_sum_exp, *settings, mask), gradients)
+            arguments = (one, *operands, log_sum_exp, *settings, mask)
+            seconds += self._seconds(backward_of(mode), arguments, gradients)
         return seconds
 
     def _tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Writing the chunked operator into a program in the place of a match."""
+"""Writing the operator into a program in the place of a match."""
 
 from __future__ import annotations
 
@@ -13,17 +13,19 @@ from graphopt import _torch
 from graphopt.edit import Edit
 from graphopt.rules import argument
 from graphopt_passes.linear_cross_entropy.match import Match
+from graphopt_passes.linear_cross_entropy.modes import holds_gradients, operator_of
 
 __all__ = ["rewrite"]
 
 _aten = torch.ops.aten
 
 
-def rewrite(edit: Edit, match: Match, mode: str, chunks: int, output_mask: Sequence[bool]) -> None:
-    """Let the readers of ``match.loss`` read a loss that is computed in ``chunks``.
+def rewrite(edit: Edit, match: Match, mode: str, cuts: int, output_mask: Sequence[bool]) -> None:
+    """Let the readers of ``match.loss`` and ``match.sums`` read what is computed piece by piece.
 
-    ``mode`` is "forward" or "recompute", ``output_mask`` says whether input, weight and bias need a
-    gradient. The nodes of the match go as dead code.
+    ``mode`` is one of ``modes.MODES``, ``cuts`` the number of chunks or the classes of a block,
+    ``output_mask`` says whether input, weight and bias need a gradient. The nodes of the match go as dead
+    code.
     """
 
     def call(target: Any, *args: Any) -> fx.Node:
@@ -41,6 +43,7 @@ def rewrite(edit: Edit, match: Match, mode: str, chunks: int, output_mask: Seque
         arguments = [argument(step, parameter.name) for parameter in others]
         rows = call(step.target, rows, *arguments)
         rank -= step.target is _aten.select.int
+    shaped = rows
     if rank == 1:
         rows = call(_aten.unsqueeze.default, rows, 0)
     elif rank > 2:
@@ -53,7 +56,7 @@ def rewrite(edit: Edit, match: Match, mode: str, chunks: int, output_mask: Seque
     if target.meta["val"].dim() != 1:
         target = call(_aten.flatten.using_ints, target, 0, -1)
     settings = (
-        chunks,
+        cuts,
         match.reduction,
         match.ignore_index,
         match.label_smoothing,
@@ -61,13 +64,22 @@ def rewrite(edit: Edit, match: Match, mode: str, chunks: int, output_mask: Seque
         match.softcap,
         match.loss.meta["val"].dtype,
     )
-    if mode == "forward":
-        chunked = torch.ops.graphopt.linear_cross_entropy_with_gradients.default
-        results = call(chunked, rows, weight, bias, target, *settings, list(output_mask))
-    else:
-        chunked = torch.ops.graphopt.linear_cross_entropy.default
-        results = call(chunked, rows, weight, bias, target, *settings)
+    if holds_gradients(mode):
+        settings = (*settings, list(output_mask))  # type: ignore[assignment]
+    results = call(operator_of(mode), rows, weight, bias, target, *settings)
     loss = call(operator.getitem, results, 0)
     if match.reduction == "none" and match.target.meta["val"].dim() != 1:
         loss = call(_aten.view_as.default, loss, match.target)
     edit.replace(match.loss, loss)
+    for summed in match.sums:
+        found = call(operator.getitem, results, 1)
+        value = summed.meta["val"]
+        keeps = bool(argument(summed, "keepdim"))
+        if value.dim() - keeps != 1:
+            # Any column of the input has the shape of its rows, whatever the symbols.
+            found = call(_aten.view_as.default, found, call(_aten.select.int, shaped, -1, 0))
+        if keeps:
+            found = call(_aten.unsqueeze.default, found, argument(summed, "dim")[0])
+        if value.dtype is not torch.float32:
+            found = call(_aten.to.dtype, found, value.dtype)
+        edit.replace(summed, found)
