@@ -20,6 +20,7 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.chunk:Chunk",
         "graphopt_passes.compress_saved:CompressSaved",
         "graphopt_passes.compress_saved.lossy:QuantizeSaved",
+        "graphopt_passes.fold_batch_norm:FoldBatchNorm",
         "graphopt_passes.fuse_attention:FuseAttention",
         "graphopt_passes.fuse_norm:FuseNorm",
         "graphopt_passes.fuse_norm_gradient:FuseNormGradient",
