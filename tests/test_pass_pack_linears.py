@@ -70,6 +70,12 @@ def rotated(m: Siblings, x: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).square().mean()
 
 
+def copied(m: Siblings, x: Tensor) -> Tensor:
+    x = x.tanh()
+    q, k, v = (heads(layer(x)).contiguous() for layer in (m.q, m.k, m.v))
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).square().mean()
+
+
 def gated(m: Siblings, x: Tensor) -> Tensor:
     x = x.tanh()
     return (F.silu(m.k(x)) * m.v(x) + m.q(x)[..., : WIDTH // 2]).square().mean()
@@ -96,7 +102,7 @@ def reasons(model: nn.Module, x: Tensor = X, step: PackLinears = EVERYWHERE) -> 
     return [found.reason.text for found in step.propose(program, context()) if isinstance(found, NearMiss)]
 
 
-@pytest.mark.parametrize("forward", [attention, rotated, gated, with_matmul, with_addmm])
+@pytest.mark.parametrize("forward", [attention, rotated, copied, gated, with_matmul, with_addmm])
 def test_layers_of_one_value_are_one_product(forward: Forward) -> None:
     model = Siblings(forward)
     checked = check_pass(EVERYWHERE, model, (X,), dtypes=(torch.float64,))

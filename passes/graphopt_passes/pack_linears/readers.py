@@ -64,9 +64,10 @@ def _spoiled(root: fx.Node, node: fx.Node, value: Any, line: Line) -> Reason | N
         except (RuntimeError, ValueError) as error:
             first = str(error).partition("\n")[0]
             return Reason(f"a view of it cannot be taken of rows with gaps: {first}", where)
-        mine = {_torch.storage_key(tensor) for tensor in tensor_leaves(value)}
-        if not all(_torch.storage_key(tensor) in mine for tensor in tensor_leaves(seen)):
-            return Reason("a reader would copy rows with gaps", where)
+        if not _memory(seen) <= _memory(value):
+            if _memory(user.meta["val"]) <= _memory(node.meta["val"]):
+                return Reason("a reader would copy rows with gaps", where)
+            continue  # it makes a copy in any case
         reason = _spoiled(root, user, seen, line)
         if reason is not None:
             return reason
@@ -79,6 +80,10 @@ def _called(user: fx.Node, node: fx.Node, value: Any) -> Any:
 
     args, kwargs = fx.node.map_arg((user.args, user.kwargs), load)
     return user.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _memory(value: Any) -> set[int]:
+    return {_torch.storage_key(tensor) for tensor in tensor_leaves(value)}
 
 
 def _is_aten(target: Any) -> bool:
@@ -95,8 +100,9 @@ def readers_of(node: fx.Node, line: Line, *, through_casts: bool = False) -> lis
     for user in node.users:
         if user.op == "output":
             continue
-        shares = bool(line.aliases.roots.get(user, frozenset()) & line.aliases.roots[node])
-        if shares or (through_casts and user.target in _CASTS):
+        shares = line.aliases.roots.get(user, frozenset()) & line.aliases.roots[node]
+        is_view = bool(shares) and _memory(user.meta["val"]) <= _memory(node.meta["val"])
+        if is_view or (through_casts and user.target in _CASTS):
             found += readers_of(user, line, through_casts=through_casts)
         else:
             found.append(user)
