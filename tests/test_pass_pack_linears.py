@@ -16,6 +16,7 @@ from graphopt.candidate import Candidate, NearMiss
 from graphopt.passes import PassContext
 from graphopt.program import Program
 from graphopt.testing import check_pass, semantic_programs
+from graphopt_passes.chunk import Chunk
 from graphopt_passes.pack_linears import PackLinears
 from graphopt_passes.pack_linears.price import Pack, ProductTimes
 from tests.programs import context, host, semantic
@@ -180,6 +181,16 @@ def test_repeated_blocks_are_compiled_once() -> None:
     blocks = [program for program in fast.programs if program.name == "g0.block0"]
     assert blocks and all(packed(program) == [[32, 16, 16], [64, 64]] for program in blocks)
     assert fast.plan.predicted.peak_bytes >= fast.measure((x,), repeats=1).peak_bytes
+
+
+def test_regions_are_cut_through_packs() -> None:
+    """What reads the parts of a pack row by row is computed in slices as it would be without."""
+    found = []
+    for steps in ([], [EVERYWHERE]):
+        (program,) = semantic_programs(Stack(1), (X,), steps)
+        cuts = Chunk(least_elements=64).propose(program, context())
+        found.append({proposal.id for proposal in cuts if isinstance(proposal, Candidate)})
+    assert found[0] and len(found[0]) == len(found[1])
 
 
 def test_autocast_packs_what_it_rounds() -> None:
