@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.candidate import Candidate, NearMiss
+from graphopt.capture.structure import line_of
+from graphopt.capture.trained import trained_values
 from graphopt.passes import PassContext
 from graphopt.program import Program
 from graphopt.testing import check_pass, semantic_programs
 from graphopt_passes.chunk import Chunk
 from graphopt_passes.pack_linears import PackLinears
 from graphopt_passes.pack_linears.price import Pack, ProductTimes
+from graphopt_passes.pack_linears.readers import waits
 from tests.programs import context, host, semantic
 from tests.steps import assert_close, budgeted, run_step
 
@@ -413,7 +416,17 @@ def times() -> ProductTimes:
 def pack(rows: int, depth: int, *columns: int, trained: bool = True, **options: object) -> Pack:
     bf16 = torch.bfloat16
     made = Pack(
-        rows, depth, columns, (False,) * len(columns), bf16, bf16, False, trained, trained, fused=True
+        rows,
+        depth,
+        columns,
+        (False,) * len(columns),
+        (False,) * len(columns),
+        bf16,
+        bf16,
+        False,
+        trained,
+        trained,
+        fused=True,
     )
     return replace(made, **options)  # type: ignore[arg-type]
 
@@ -447,11 +460,27 @@ def test_packs_gain_by_what_they_read_and_write_less() -> None:
     assert (
         delta(pack(8192, 2048, 512, 512, trained=False)).seconds > delta(pack(8192, 2048, 512, 512)).seconds
     )
+    # A result that waits for the backward holds the others.
+    held = delta(pack(8192, 2048, 2048, 512, 512, waits=(False, False, True))).peak_bytes
+    assert held - delta(attention_of_llama).peak_bytes == 8192 * 2560 * 2
     # A gradient that a library writes has to be copied.
     assert (
         delta(pack(8192, 2048, 512, 512, copied=(False, True))).seconds
         > delta(pack(8192, 2048, 512, 512)).seconds
     )
+
+
+@pytest.mark.parametrize(
+    ("forward", "expected"),
+    [(attention, [True] * 3), (rotated, [False, False, True]), (gated, [True, True, False])],
+)
+def test_what_the_backward_needs_waits(forward: Forward, expected: list[bool]) -> None:
+    """Fused attention keeps what it reads; a rotation, a sum or a slice keeps nothing."""
+    (program,) = semantic_programs(Siblings(forward), (X,))
+    line = line_of(program.graph)
+    layers = list(program.nodes(aten.linear.default))[:3]
+    assert [waits(layer, line, trained_values(line)) for layer in layers] == expected
+    assert not any(waits(layer, line, frozenset()) for layer in layers)
 
 
 def test_wide_layers_are_left_out_of_a_pack_that_gains_without_them() -> None:

@@ -36,7 +36,7 @@ from graphopt.edit import Edit
 from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.program import Level, Program
 from graphopt_passes.pack_linears.price import Pack, ProductTimes
-from graphopt_passes.pack_linears.readers import readers_of
+from graphopt_passes.pack_linears.readers import readers_of, waits
 from graphopt_passes.pack_linears.siblings import (
     Product,
     difference,
@@ -157,15 +157,15 @@ def _names(group: Sequence[Product]) -> tuple[str, ...]:
 def _best(
     group: Sequence[Product], line: Line, trained: Set[fx.Node], times: ProductTimes, ctx: PassContext
 ) -> tuple[CostDelta, list[Product]]:
-    """Those of the group whose pack gains most: all of them, or the narrowest. Every one saves the same sums
-    of gradients, and costs its weight."""
+    """Those of the group whose pack gains most, bytes counted: all of them, or the narrowest. Every one saves
+    the same sums of gradients, and costs its weight."""
     ranked = sorted(group, key=lambda product: product.columns)
     priced = []
     for count in range(len(ranked), 1, -1):
         narrow = ranked[:count]
         chosen = [product for product in group if product in narrow]
         priced.append((times.delta(_pack(chosen, line, trained, ctx)), chosen))
-    return min(priced, key=lambda item: item[0].seconds)
+    return max(priced, key=lambda item: times.worth(item[0]))
 
 
 def _pack(group: Sequence[Product], line: Line, trained: Set[fx.Node], ctx: PassContext) -> Pack:
@@ -177,6 +177,7 @@ def _pack(group: Sequence[Product], line: Line, trained: Set[fx.Node], ctx: Pass
         depth=first.depth,
         columns=tuple(product.columns for product in group),
         copied=tuple(_read_by_library(product.node, line, ctx) for product in group),
+        waits=tuple(waits(product.node, line, trained) for product in group),
         stored=first.weight.meta["val"].dtype,
         computed=result.dtype,
         biased=any(product.bias is not None for product in group),

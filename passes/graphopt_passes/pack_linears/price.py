@@ -34,15 +34,17 @@ class Pack:
     """Products of one value, all of whose ``rows`` and ``depth`` they read.
 
     ``columns`` of each; ``copied``: whether its gradient has to be copied next to the others', because what
-    makes it writes to memory of its own. ``stored`` is the dtype of the weights, ``computed`` that of the
-    products. ``input_trained`` and ``weights_trained`` say which gradients the backward makes. ``fused``:
-    a code generator makes one kernel of neighbouring pointwise calls.
+    makes it writes to memory of its own; ``waits``: whether the backward needs it, and so holds all that lies
+    beside it. ``stored`` is the dtype of the weights, ``computed`` that of the products. ``input_trained``
+    and ``weights_trained`` say which gradients the backward makes. ``fused``: a code generator makes one
+    kernel of neighbouring pointwise calls.
     """
 
     rows: int
     depth: int
     columns: tuple[int, ...]
     copied: tuple[bool, ...]
+    waits: tuple[bool, ...]
     stored: torch.dtype
     computed: torch.dtype
     biased: bool
@@ -63,15 +65,22 @@ class ProductTimes:
         return self._cost.device
 
     def delta(self, pack: Pack) -> CostDelta:
-        """Predicted change of a step by packing. Bytes are of the pack that waits for the backward, where the
-        weights alone would not."""
+        """Predicted change of a step by packing. Bytes are of what waits for the backward and would not
+        apart: the packed weights, and results beside those that the backward needs."""
         seconds = self._forward(pack)
         kept = 0
         if pack.input_trained or pack.weights_trained:
             seconds += self._backward(pack)
         if pack.input_trained and pack.stored is pack.computed:
             kept = sum(pack.columns) * pack.depth * pack.stored.itemsize
+        if any(pack.waits):
+            beside = sum(n for n, waits in zip(pack.columns, pack.waits, strict=True) if not waits)
+            kept += pack.rows * beside * pack.computed.itemsize
         return CostDelta(peak_bytes=kept, seconds=seconds)
+
+    def worth(self, delta: CostDelta) -> float:
+        """Seconds gained, less those that the device takes to copy the bytes that are held."""
+        return -delta.seconds - self._copied(delta.peak_bytes)
 
     def product(self, rows: int, columns: int, depth: int, dtype: torch.dtype) -> float:
         """Seconds of one product, a launch included."""

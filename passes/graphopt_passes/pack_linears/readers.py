@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from graphopt.candidate import Reason
 from graphopt.capture.structure import Line
 from graphopt.program import tensor_leaves
 
-__all__ = ["readers_of", "spoiled"]
+__all__ = ["readers_of", "spoiled", "waits"]
 
 _aten = torch.ops.aten
 _BY_LAYOUT = frozenset(
@@ -30,6 +31,32 @@ _BY_LAYOUT = frozenset(
     }
 )  # fmt: skip
 """Calls whose meaning depends on where elements lie."""
+
+
+_LINEAR = frozenset(
+    {
+        _aten.add.Tensor, _aten.sub.Tensor, _aten.neg.default, _aten.cat.default, _aten.stack.default,
+        _aten.clone.default, _aten.contiguous.default, _aten.reshape.default, _aten.to.dtype,
+        _aten._to_copy.default, _aten.type_as.default, _aten.sum.default, _aten.sum.dim_IntList,
+        _aten.mean.default, _aten.mean.dim, _aten.mul.Scalar, _aten.div.Scalar,
+    }
+)  # fmt: skip
+"""Calls whose gradient needs nothing of what they read."""
+_PRODUCTS = frozenset({_aten.mul.Tensor, _aten.div.Tensor})
+
+
+def waits(node: fx.Node, line: Line, trained: Set[fx.Node]) -> bool:
+    """Whether a reader's gradient needs the value, which so waits for the backward."""
+
+    def needs(reader: fx.Node) -> bool:
+        if reader.target in _LINEAR or reader not in trained:
+            return False
+        if reader.target not in _PRODUCTS:
+            return True
+        factors = [other for other in reader.args if isinstance(other, fx.Node)]
+        return len(factors) == 2 and all(factor in trained for factor in factors)
+
+    return any(needs(reader) for reader in readers_of(node, line))
 
 
 _CASTS = frozenset({_aten.to.dtype, _aten._to_copy.default, _aten.type_as.default})
