@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphopt
+from graphopt import _torch
 from graphopt.candidate import Candidate, NearMiss
 from graphopt.capture.structure import line_of
 from graphopt.capture.trained import trained_values
 from graphopt.passes import PassContext
-from graphopt.program import Program
+from graphopt.program import Program, Signature
 from graphopt.testing import check_pass, semantic_programs
 from graphopt_passes.chunk import Chunk
 from graphopt_passes.pack_linears import PackLinears
@@ -88,6 +89,12 @@ def gated(m: Siblings, x: Tensor) -> Tensor:
 def with_matmul(m: Siblings, x: Tensor) -> Tensor:
     x = x.tanh()
     return (x @ m.k.weight.t() * (x @ m.v.weight.transpose(0, 1))).square().mean() + m.q(x).mean()
+
+
+def with_wide(m: Siblings, x: Tensor) -> Tensor:
+    x = x.tanh()
+    wide = F.linear(x, m.q.weight.repeat(256, 1))
+    return (m.k(x) * m.v(x)).mean() + wide.mean()
 
 
 def with_addmm(m: Siblings, x: Tensor) -> Tensor:
@@ -292,6 +299,22 @@ def made_between(m: Siblings, x: Tensor) -> Tensor:
     return (k * F.linear(x, m.v.weight * k.mean())).mean()
 
 
+def one_bias(m: Siblings, x: Tensor) -> Tensor:
+    x, bias = x.tanh(), m.v.bias[:1].sin()
+    return (m.k(x) * F.linear(x, m.v.weight, bias)).mean()
+
+
+def same_type(m: Siblings, x: Tensor) -> Tensor:
+    x = x.tanh()
+    return (m.k(x).type_as(x) * m.v(x)).mean()
+
+
+def two_regions(m: Siblings, x: Tensor) -> Tensor:
+    x = x.tanh()
+    k, v = (torch.utils.checkpoint.checkpoint(f, x, use_reentrant=False) for f in (m.k, m.v))
+    return (k * v).mean()
+
+
 def loss_of_logits(m: Siblings, x: Tensor) -> Tensor:
     x = x.tanh().view(-1, WIDTH)
     target = torch.zeros(x.shape[0], dtype=torch.int64)
@@ -315,6 +338,9 @@ def loss_of_logits(m: Siblings, x: Tensor) -> Tensor:
             ["its weight is stored by columns: gradients of weights next to each other would be copied"] * 2,
         ),
         (same_weight, ["it has the weight of another one"]),
+        (one_bias, ["its bias is not one number for each column"]),
+        (same_type, ["it is read as part of a call that may hand it on"]),
+        (two_regions, ["they lie in other regions that the model checkpoints itself"]),
         (made_between, ["its weight or bias is made after the first of them"]),
         (loss_of_logits, ["a loss over its columns may be computed in chunks"] * 2),
     ],
@@ -362,6 +388,47 @@ def test_weights_of_other_types_stay_apart() -> None:
     model.v.bfloat16()
     steps = graphopt.optimize(model, (X,), pipeline=[EVERYWHERE], emit="eager").report
     assert [miss.reason.text for miss in steps.near_misses] == ["its weight is of another type"]
+
+
+def test_autocast_rounds_float32_alone() -> None:
+    def rounded(m: Siblings, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return (m.k(x) * m.v(x)).float().mean()
+
+    model = Siblings(rounded)
+    model.k.half(), model.v.half()
+    assert reasons(model) == ["autocast cannot lay its weight beside others"] * 2
+
+
+def test_weights_of_unknown_size_stay_apart() -> None:
+    def of_inputs(x: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.linear(x, k).mean() + F.linear(x, v).mean()
+
+    program = semantic(of_inputs, *(torch.randn(n, WIDTH) for n in (3, 4, 8)), dynamic=True)
+    found = [miss.reason.text for miss in EVERYWHERE.propose(program, context())]  # type: ignore[union-attr]
+    assert found == ["the size of its weight is known at run time alone"] * 2
+
+
+def test_an_unknown_gradient_mode_keeps_them_apart() -> None:
+    graph = torch.fx.Graph()
+    x, *weights = (graph.placeholder(name) for name in "xkv")
+    switch = graph.call_function(_torch.set_grad_enabled(), (False,))
+    made = [graph.call_function(aten.linear.default, (x, weight)) for weight in weights]
+    output = graph.output(tuple(graph.call_function(aten.neg.default, (node,)) for node in made))
+    with _torch.fake_mode():
+        for node in graph.nodes:
+            node.meta["val"] = torch.ones(4, 4) if node not in (switch, output) else None
+    program = Program("g0", graphopt.Level.SEMANTIC, torch.fx.GraphModule({}, graph), Signature((), ()))
+    found = [miss.reason.text for miss in EVERYWHERE.propose(program, context())]  # type: ignore[union-attr]
+    assert found == ["the gradient mode is not known"] * 2
+
+
+def test_a_pack_is_not_packed_again() -> None:
+    (program,) = semantic_programs(Siblings(with_wide), (X,), [EVERYWHERE])
+    assert packed(program) == [[16, 16]]
+    found = EVERYWHERE.propose(program, context())
+    texts = [miss.reason.text for miss in found if isinstance(miss, NearMiss)]
+    assert texts == ["it is packed already"]
 
 
 def test_columns_that_do_not_end_on_16_bytes_stay_apart() -> None:

@@ -128,7 +128,7 @@ class PackLinears(Pass):
         ctx: PassContext,
     ) -> Iterator[Proposal]:
         taken: list[Product] = []
-        width = sum(product.columns for product in row if isinstance(product.columns, int))
+        width = sum(product.columns for product in row)
         for product in row:
             first = taken[0] if taken else product
             reason = refusal(product, first, taken, width, line, self.name)

@@ -63,6 +63,8 @@ def products(nodes: Iterable[fx.Node]) -> Iterator[Product | tuple[fx.Node, Reas
         source, weight, bias = parts
         if isinstance(weight, Reason):
             yield source, weight
+        elif not all(isinstance(size, int) for size in weight.meta["val"].shape):
+            yield source, Reason("the size of its weight is known at run time alone", (node.name,))
         else:
             yield Product(node, source, weight, bias)
 
@@ -145,8 +147,6 @@ def refusal(
     for known in (note_of(product.node), note_of(first.node)):
         if known is not None and known.pass_id == pass_id:
             return Reason("it is packed already", here)
-    if not all(isinstance(size, int) for size in weight.shape):
-        return Reason("the size of its weight is known at run time alone", here)
     if not weight.is_contiguous():
         return Reason("its weight is not laid out by rows", here)
     if product.columns * node.meta["val"].element_size() % _ALIGNED:
