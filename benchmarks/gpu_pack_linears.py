@@ -4,9 +4,9 @@
 
 ``products``: seconds of single products of bf16 matrices, forward and both gradients, measured and by the
 waves of tiles that the pass counts. ``layers``: a norm, layers that read its result, and what reads them
-(causal attention over rotated heads, a gate), forward and backward, in code by Inductor; with every pack that
-the pass finds and with none, and the change that it predicts. ``autocast``: float32 weights, rounded at every
-call.
+(causal attention over rotated heads, a gate), forward and backward, in code by Inductor: apart, packed with
+every pack that the pass finds, beside the change that it predicts, and apart with the gradients of what they
+read added up by sum-products. ``autocast``: float32 weights, rounded at every call.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Model(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.case, self.head = case, head
-        self.norm = torch.nn.RMSNorm(case.width)
+        self.norm = torch.nn.RMSNorm(case.width, eps=1e-6)
         self.layers = torch.nn.ModuleList(torch.nn.Linear(case.width, n, bias=False) for n in case.columns)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -121,14 +121,18 @@ def layers(case: Layers) -> dict[str, Any]:
     dtype = torch.float32 if case.autocast else torch.bfloat16
     x = torch.randn(4, case.rows // 4, case.width, device="cuda", dtype=dtype, requires_grad=case.trains)
     results: dict[str, torch.Tensor] = {}
-    for kind, pipeline in {"apart": [], "packed": [Always()]}.items():
+    norms = ["fuse-norm", "fuse-norm-gradient"]
+    kinds = {
+        "apart": ["normalize", *norms],
+        "packed": ["normalize", Always(), *norms],
+        "summed": ["normalize", *norms, "sum-products"],
+    }
+    for kind, pipeline in kinds.items():
         torch._dynamo.reset()
         model = Model(case).to("cuda", dtype)
         PREDICTED.clear()
         with torch.set_grad_enabled(case.trains):
-            fast = graphopt.optimize(
-                model, (x,), pipeline=["normalize", *pipeline], emit="inductor", on_error="raise"
-            )
+            fast = graphopt.optimize(model, (x,), pipeline=pipeline, emit="inductor", on_error="raise")
             y = fast(x)
         gradient = torch.randn_like(y)
         wanted = (x, *model.parameters())
@@ -143,8 +147,9 @@ def layers(case: Layers) -> dict[str, Any]:
         results[kind] = y.detach()
         if kind == "packed":
             row["predicted_change_us"] = [round(1e6 * seconds, 1) for seconds in PREDICTED]
-    row["change_us"] = round(row["packed_us"] - row["apart_us"], 1)
-    row["difference"] = float((results["packed"] - results["apart"]).abs().max())
+    for kind in ("packed", "summed"):
+        row[f"{kind}_change_us"] = round(row[f"{kind}_us"] - row["apart_us"], 1)
+        row[f"{kind}_difference"] = float((results[kind] - results["apart"]).abs().max())
     return row
 
 

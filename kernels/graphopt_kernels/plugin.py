@@ -14,9 +14,10 @@ graphopt_api = 1
 
 @hookimpl
 def graphopt_kernels() -> Iterable[KernelSpec]:
-    """The bandwidth probes that ``graphopt calibrate`` uses, linear + cross entropy in chunks, and norms."""
+    """The bandwidth probes that ``graphopt calibrate`` uses, linear + cross entropy in chunks, norms, sums of
+    products."""
     # Imported when asked: they need torch, and `graphopt --help` loads this module.
-    from graphopt_kernels import bandwidth, linear_cross_entropy, row_norm
+    from graphopt_kernels import bandwidth, linear_cross_entropy, row_norm, sum_products
     from graphopt_kernels.saved_codecs import codes, groups, levels
 
     return (
@@ -68,6 +69,13 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=row_norm.row_norm_backward_reference,
             supports=row_norm.row_norm_backward_supports,
             summary="gradients of input, weight and bias of a norm of rows, in one reading",
+        ),
+        KernelSpec(
+            name="sum-products",
+            op="graphopt::sum_products",
+            reference=sum_products.sum_products_reference,
+            supports=sum_products.sum_products_supports,
+            summary="the sum of products of matrices, each added to the one before as it is computed",
         ),
         KernelSpec(
             name="pack-bits",

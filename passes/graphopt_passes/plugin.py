@@ -32,6 +32,7 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.offload:Offload",
         "graphopt_passes.order_backward:OrderBackward",
         "graphopt_passes.pack_linears:PackLinears",
+        "graphopt_passes.sum_products:SumProducts",
         "graphopt_passes.tile_convolutions:TileConvolutions",
     ]
 
