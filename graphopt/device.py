@@ -17,7 +17,8 @@ class DeviceSpec:
     allocator rounds each storage up to. ``workspace_bytes`` is what libraries hold from the
     same allocator for each calling thread (cuBLAS on CUDA). ``allocator_slack_bytes`` is what the
     allocator hands out beyond what is asked for, over a whole run: it gives a cached block whole
-    rather than leave a small remainder. ``source`` names where the figures are from.
+    rather than leave a small remainder. ``multiprocessors``: how many tiles of a product of matrices run
+    at once, 0 where products are not cut that way. ``source`` names where the figures are from.
     """
 
     name: str
@@ -32,5 +33,6 @@ class DeviceSpec:
     allocation_granularity: int = 1
     workspace_bytes: int = 0
     allocator_slack_bytes: int = 0
+    multiprocessors: int = 0
     source: str = ""
     aliases: tuple[str, ...] = field(default=())

@@ -41,7 +41,9 @@ def test_every_figure_is_plausible_and_has_a_source(name):
     assert 1e-7 < spec.launch_seconds < 1e-4
     assert spec.matmul_flops["bfloat16"] > 1e11
     assert spec.allocation_granularity == (1 if name == "cpu" else 512)
-    for figure in ("copy_bytes_per_second", "matmul_flops", "launch_seconds", "workspace_bytes"):
+    assert spec.multiprocessors == 0 if name == "cpu" else 100 <= spec.multiprocessors <= 200
+    figures = ("copy_bytes_per_second", "matmul_flops", "launch_seconds", "workspace_bytes")
+    for figure in (*figures, "multiprocessors"):
         assert f"{figure}: " in spec.source
 
 

@@ -95,6 +95,7 @@ def calibrate(
         allocation_granularity=512 if target.type == "cuda" else 1,
         workspace_bytes=_library_workspace(target),
         allocator_slack_bytes=8 * 2**20 if target.type == "cuda" else 0,
+        multiprocessors=_multiprocessors(target),
         source=f"graphopt calibrate on {reported}, torch {torch.__version__}, {date.today()}",
         aliases=tuple(alias for alias in aliases if alias != name),
     )
@@ -132,6 +133,12 @@ def _memory_bytes(target: torch.device) -> int:
     if target.type == "cuda":
         return int(torch.cuda.get_device_properties(target).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _multiprocessors(target: torch.device) -> int:
+    if target.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(target).multi_processor_count)
 
 
 def _library_workspace(target: torch.device) -> int:

@@ -28,7 +28,9 @@ _NUMBERS = {
     "allocation_granularity": int,
     "workspace_bytes": int,
     "allocator_slack_bytes": int,
+    "multiprocessors": int,
 }
+_MAY_BE_ZERO = ("workspace_bytes", "allocator_slack_bytes", "multiprocessors")
 _TABLES = ("matmul_flops", "vector_flops")
 
 
@@ -102,7 +104,7 @@ def _positive(file: Traversable, name: str, value: Any) -> float:
         number = float(value)
     except (TypeError, ValueError):
         raise DeviceFileError(f"{file.name}: {name!r} is no number: {value!r}") from None
-    if number < 0 or (number == 0 and name not in ("workspace_bytes", "allocator_slack_bytes")):
+    if number < 0 or (number == 0 and name not in _MAY_BE_ZERO):
         raise DeviceFileError(f"{file.name}: {name!r} must be positive, got {value!r}")
     return number
 

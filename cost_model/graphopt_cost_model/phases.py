@@ -67,6 +67,19 @@ def _chunked(
     return tuple(phases)
 
 
+def _summed_products(call: Call) -> tuple[Phase, ...]:
+    """One product after the other; all but the first read what they add to."""
+    phases: list[Phase] = []
+    for left, right in zip(call.argument("lefts"), call.argument("rights"), strict=True):
+        (rows, depth), columns = left.shape, right.shape[1]
+        size, dtype = left.dtype.itemsize, str(left.dtype).removeprefix("torch.")
+        result = rows * columns * size
+        read = left.stored_bytes + right.stored_bytes + (result if phases else 0)
+        touched = max(rows * depth, depth * columns, rows * columns)
+        phases.append(Phase(2 * rows * depth * columns, touched, read, result, dtype))
+    return tuple(phases)
+
+
 def _packed(call: Call) -> tuple[Phase, ...]:
     """Bits and small codes: a pass for each of the eight places in a byte, over memory at that stride.
 
@@ -99,6 +112,7 @@ _FORMULAS: dict[str, Callable[[Call], tuple[Phase, ...]]] = {
     PREFIX: block_phases,
     f"{PREFIX}_backward": block_phases,
     f"{PREFIX}_with_gradients": block_phases,
+    "graphopt.sum_products": _summed_products,
     "graphopt.pack_bits": _packed,
     "graphopt.unpack_bits": _packed,
     "graphopt.quantize_groups": _converted(20),

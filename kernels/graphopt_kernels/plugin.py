@@ -21,7 +21,8 @@ graphopt_api = 1
 
 @hookimpl
 def graphopt_kernels() -> Iterable[KernelSpec]:
-    """The bandwidth probes that ``graphopt calibrate`` uses, linear + cross entropy in chunks, and norms."""
+    """The bandwidth probes that ``graphopt calibrate`` uses, linear + cross entropy in chunks, norms, sums of
+    products."""
     # Imported when asked: they need torch, and `graphopt --help` loads this module.
     from graphopt_kernels import (
         bandwidth,
@@ -29,6 +30,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
         linear_cross_entropy_arguments,
         linear_cross_entropy_blocks,
         row_norm,
+        sum_products,
     )
     from graphopt_kernels.saved_codecs import codes, groups, levels
 
@@ -95,6 +97,13 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=row_norm.row_norm_backward_reference,
             supports=row_norm.row_norm_backward_supports,
             summary="gradients of input, weight and bias of a norm of rows, in one reading",
+        ),
+        KernelSpec(
+            name="sum-products",
+            op="graphopt::sum_products",
+            reference=sum_products.sum_products_reference,
+            supports=sum_products.sum_products_supports,
+            summary="the sum of products of matrices, each added to the one before as it is computed",
         ),
         KernelSpec(
             name="pack-bits",

@@ -20,6 +20,7 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.chunk:Chunk",
         "graphopt_passes.compress_saved:CompressSaved",
         "graphopt_passes.compress_saved.lossy:QuantizeSaved",
+        "graphopt_passes.fold_batch_norm:FoldBatchNorm",
         "graphopt_passes.fuse_attention:FuseAttention",
         "graphopt_passes.fuse_norm:FuseNorm",
         "graphopt_passes.fuse_norm_gradient:FuseNormGradient",
@@ -30,6 +31,8 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.normalize:Normalize",
         "graphopt_passes.offload:Offload",
         "graphopt_passes.order_backward:OrderBackward",
+        "graphopt_passes.pack_linears:PackLinears",
+        "graphopt_passes.sum_products:SumProducts",
         "graphopt_passes.tile_convolutions:TileConvolutions",
     ]
 
