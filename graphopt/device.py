@@ -17,7 +17,9 @@ class DeviceSpec:
     allocator rounds each storage up to. ``workspace_bytes`` is what libraries hold from the
     same allocator for each calling thread (cuBLAS on CUDA). ``allocator_slack_bytes`` is what the
     allocator hands out beyond what is asked for, over a whole run: it gives a cached block whole
-    rather than leave a small remainder. ``source`` names where the figures are from.
+    rather than leave a small remainder. ``emitted_matmul_share`` maps dtypes to the share of
+    ``matmul_flops`` that products in emitted Triton kernels reach. ``source`` names where the
+    figures are from.
     """
 
     name: str
@@ -34,3 +36,4 @@ class DeviceSpec:
     allocator_slack_bytes: int = 0
     source: str = ""
     aliases: tuple[str, ...] = field(default=())
+    emitted_matmul_share: Mapping[str, float] = field(default_factory=dict)

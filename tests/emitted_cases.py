@@ -153,6 +153,11 @@ CASES: dict[str, Case] = {
     "softmax backward": Case(
         lambda g, y: aten._softmax_backward_data(g, y, -1, torch.float32), _normal((9, 64), (9, 64)), "rows"
     ),
+    "rows of one element": Case(
+        lambda x: (torch.softmax(x * 0.5, -1), x.sum(-1), x.var(-1, unbiased=False)),
+        _normal((17, 1)),
+        "pointwise",
+    ),
     "mean of everything": Case(lambda x: (x * x).mean(), _normal((20, 30)), "rows"),
     "mean along the middle": Case(lambda x: x.exp().mean(1), _normal((4, 33, 5)), "rows"),
     "cross entropy": Case(

@@ -11,9 +11,9 @@ from graphopt_kernels.emit.build import Built, NotFusible
 from graphopt_kernels.emit.index import Affine, Axis
 from graphopt_kernels.emit.tile import Value
 
-__all__ = ["Loop", "Loops", "Shape", "loops_of", "power_of_two"]
+__all__ = ["Loop", "Loops", "Shape", "loops_of", "merged", "power_of_two"]
 
-Shape = Literal["pointwise", "rows", "looped rows", "columns"]
+Shape = Literal["pointwise", "rows", "looped rows", "columns", "product"]
 
 PERSISTENT = 16384
 """Longest row that one program holds: 16 warps of 32 elements a thread. Longer rows are read again for each
@@ -100,9 +100,9 @@ def loops_of(built: Built) -> Loops:
     # Neighbours in the largest output go to neighbouring threads. Sums over rows are written in the order
     # of axes.
     ordered = sorted(built.tile.axes, key=lambda a: -steps.get(a, 0))
-    outer = _merged([a for a in ordered if not a.reduced], positions, single, "x")
+    outer = merged([a for a in ordered if not a.reduced], positions, single, "x")
     rows = built.tile.axes if "column" in kinds else ordered
-    inner = _merged([a for a in rows if a.reduced], positions, single, "r")
+    inner = merged([a for a in rows if a.reduced], positions, single, "r")
     shape: Shape = "pointwise"
     columns = prod(loop.extent for loop in inner)
     if "column" in kinds:
@@ -119,7 +119,7 @@ def loops_of(built: Built) -> Loops:
     return loops
 
 
-def _merged(axes: Sequence[Axis], positions: Iterable[Affine], single: set[Axis], letter: str) -> list[Loop]:
+def merged(axes: Sequence[Axis], positions: Iterable[Affine], single: set[Axis], letter: str) -> list[Loop]:
     """Axes that every position steps through as through one axis become one loop."""
     factors = [dict(position.terms) for position in positions]
     groups: list[list[Axis]] = []

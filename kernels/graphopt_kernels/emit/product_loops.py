@@ -1,0 +1,226 @@
+"""How the kernel of a product runs over its axes, and the shape of its tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Literal
+
+import torch
+
+from graphopt_kernels.emit.index import Affine, Axis
+from graphopt_kernels.emit.loops import Loop, Loops, merged, power_of_two
+from graphopt_kernels.emit.product_build import BuiltProduct
+from graphopt_kernels.emit.tile import Value
+
+__all__ = ["ProductLoops", "Tiling", "product_loops", "tiling_of"]
+
+_PROCESSORS = 132
+"""Of an H100 or H200. Fixed, so that kernels do not depend on the device."""
+
+_FEW_PROGRAMS = 96
+"""Fewer programs than this leave a quarter of the processors idle: the sums are then split."""
+
+_PARTS = 16
+_PART = 512
+"""Sums are split in at most so many parts, each of at least so many products."""
+
+_MANY_PARTIAL = 2**22
+"""Elements of all parts together; beyond, writing and reading them costs more than what splitting gains."""
+
+Kind = Literal["tiles", "row", "column"]
+
+
+@dataclass(frozen=True)
+class ProductLoops(Loops):
+    """``outer`` are the loops of ``batch``, ``of_rows`` and ``of_columns``, ``inner`` those along which
+    products are added up."""
+
+    batch: tuple[Loop, ...] = ()
+    of_rows: tuple[Loop, ...] = ()
+    of_columns: tuple[Loop, ...] = ()
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int]:
+        """(batch, rows, columns, inner)."""
+        parts = (self.batch, self.of_rows, self.of_columns, self.inner)
+        batch, rows, columns, inner = (prod(loop.extent for loop in loops) for loops in parts)
+        return batch, rows, columns, inner
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """``kind``: ``tiles`` of the result by tensor cores; a result of one ``row`` or one ``column`` by
+    multiplying and adding. ``rows`` x ``columns``: elements of a program's tile; ``inner``: products in a
+    step; ``tall``: rows of tiles that follow each other, so that what they read stays in the cache;
+    ``parts``: programs that share the sums of a tile; ``warps`` of a program, ``stages`` of its loads."""
+
+    kind: Kind
+    rows: int
+    columns: int
+    inner: int
+    tall: int
+    parts: int
+    warps: int
+    stages: int
+
+    def programs(self, loops: ProductLoops) -> int:
+        """Tiles of the result, of all of its matrices."""
+        batch, rows, columns, _ = loops.sizes
+        return batch * -(-rows // self.rows) * -(-columns // self.columns)
+
+
+def product_loops(built: BuiltProduct) -> ProductLoops:
+    """The loops of a product's kernel."""
+    positions = [store.position for store in built.stores]
+    single: set[Axis] = set()
+    for value in built.values:
+        if value.kind == "load":
+            positions.append(value.payload[1])
+            single.update(condition.axis for condition in value.payload[2])
+        elif value.kind == "index":
+            positions.append(value.payload)
+        elif value.kind == "within":
+            single.add(value.payload.axis)
+    roles = built.roles
+    batch, rows, columns, inner = (
+        _named(merged(axes, positions, single, letter), index)
+        for axes, letter, index in (
+            (roles.batch, "b", "batch"),
+            (roles.rows, "m", "mindex"),
+            (roles.columns, "n", "nindex"),
+            (roles.inner, "k", "kindex"),
+        )
+    )
+    return ProductLoops("product", (*batch, *rows, *columns), inner, False, batch, rows, columns)
+
+
+def _named(loops: Sequence[Loop], index: str) -> tuple[Loop, ...]:
+    """Loops; one by itself is called what the index is that runs through it."""
+    return (Loop(index, loops[0].axes),) if len(loops) == 1 else tuple(loops)
+
+
+def tiling_of(built: BuiltProduct, loops: ProductLoops) -> Tiling:
+    """The tiles of a kernel, by the sizes of its product and the way its operands lie in memory."""
+    _, rows, columns, inner = loops.sizes
+    if rows == 1:
+        return _vector(built, loops, "row", columns)
+    if columns == 1:
+        return _vector(built, loops, "column", rows)
+    if built.dtype == torch.float32:
+        # Without tensor cores: operands of a step are held in registers.
+        tile = _tile(rows, columns, 64, 64)
+        return _split(loops, Tiling("tiles", *tile, 16, 8, 1, 4, 3))
+    least = 32 if built.dtype == torch.int8 else 16
+    depth = 128 // built.dtype.itemsize
+    if min(rows, columns) <= 32:
+        few = max(least if columns <= rows else 16, power_of_two(min(rows, columns)))
+        tile = (few, 32) if rows <= columns else (32, few)
+        return _split(loops, Tiling("tiles", *tile, _depth(inner, 4 * depth, least), 8, 1, 4, 4))
+    if not _aligned(built):
+        # Elements are loaded one by one, and each takes a pointer.
+        tile = _tile(rows, columns, 64, 64)
+        return _split(loops, Tiling("tiles", *tile, _depth(inner, depth // 2, least), 8, 1, 4, 2))
+    narrow = _is_full_of_values(built)
+    for tile, warps, stages in (((128, 256), 8, 3), ((128, 128), 8, 3), ((64, 128), 4, 4), ((64, 64), 4, 4)):
+        if tile[1] == 256 and narrow:
+            continue
+        if rows >= tile[0] and columns >= tile[1]:
+            tiling = Tiling("tiles", *tile, _depth(inner, depth, least), 8, 1, warps, stages)
+            if tiling.programs(loops) >= _PROCESSORS:
+                return tiling
+    tile = _tile(rows, columns, 64, 64)
+    return _split(loops, Tiling("tiles", *tile, _depth(inner, depth, least), 8, 1, 4, 4))
+
+
+def _tile(rows: int, columns: int, most_rows: int, most_columns: int) -> tuple[int, int]:
+    return (
+        max(16, min(most_rows, power_of_two(rows))),
+        max(16, min(most_columns, power_of_two(columns))),
+    )
+
+
+def _depth(inner: int, most: int, least: int) -> int:
+    return max(least, min(most, power_of_two(inner)))
+
+
+def _is_full_of_values(built: BuiltProduct) -> bool:
+    """Whether the widest tiles leave too few registers: something is computed before it is multiplied, or
+    much from the result, the more so where tiles of other tensors are at hand meanwhile."""
+    if any(operand.kind != "load" for operand in built.dot.args):
+        return True
+    tile = set(built.roles.rows), set(built.roles.columns)
+    after = [v for v in built.values if v.number > built.dot.number and not v.axes & set(built.roles.inner)]
+    ops = sum(value.kind == "op" for value in after)
+    loads = sum(value.kind == "load" and all(value.axes & axes for axes in tile) for value in after)
+    tiles = loads + len(built.stores)
+    return ops > (20 if tiles == 1 else 8 if tiles == 2 else 0)
+
+
+def _aligned(built: BuiltProduct) -> bool:
+    """Whether what is loaded for the operands can be loaded 16 bytes at a time, along one axis of each."""
+    stack, seen = list(built.dot.args), set()
+    inner = set(built.roles.inner)
+    while stack:
+        value = stack.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        stack += value.args
+        if value.kind == "load" and value.axes & inner:
+            position: Affine = value.payload[1]
+            steps = [abs(factor) * value.dtype.itemsize for _, factor in position.terms]
+            if sum(step % 16 != 0 for step in steps) > 1 or position.constant * value.dtype.itemsize % 16:
+                return False
+    return True
+
+
+def _vector(built: BuiltProduct, loops: ProductLoops, kind: Kind, length: int) -> Tiling:
+    """A matrix by a vector: as fast as the matrix is read, along the way in which it lies in memory."""
+    matrix = built.dot.args[1 if kind == "row" else 0]
+    along = _neighbours(matrix, loops)
+    inner = loops.sizes[-1]
+    if along == "inner":
+        block, depth = 8, 512
+    else:
+        block, depth = 64, 64
+    block, depth = min(block, power_of_two(length)), min(depth, power_of_two(inner))
+    tile = (1, block) if kind == "row" else (block, 1)
+    return _split(loops, Tiling(kind, *tile, depth, 1, 1, 4, 3))
+
+
+def _neighbours(value: Value, loops: ProductLoops) -> str:
+    """Along which loops the largest tensor that ``value`` is made from steps by one element."""
+    inner = {axis for loop in loops.inner for axis in loop.axes}
+    stack, steps = [value], {"inner": 0, "other": 0}
+    while stack:
+        found = stack.pop()
+        if found.kind == "load":
+            position: Affine = found.payload[1]
+            for atom, factor in position.terms:
+                if factor == 1 and isinstance(atom, Axis):
+                    steps["inner" if atom in inner else "other"] += len(position.terms)
+        stack += found.args
+    return "inner" if steps["inner"] >= steps["other"] else "other"
+
+
+def _split(loops: ProductLoops, tiling: Tiling) -> Tiling:
+    """``tiling`` with the sums in parts where its tiles are too few for the processors of a GPU."""
+    programs = tiling.programs(loops)
+    batch, rows, columns, inner = loops.sizes
+    if programs >= _FEW_PROGRAMS:
+        return tiling
+    steps = -(-inner // tiling.inner)
+    parts = min(
+        -(-2 * _PROCESSORS // programs),
+        _PARTS,
+        inner // _PART,
+        steps,
+        _MANY_PARTIAL // (batch * rows * columns),
+    )
+    if parts < 2:
+        return tiling
+    # Every part has the same number of steps, the last perhaps fewer: none has nothing to do.
+    each = -(-steps // parts)
+    return replace(tiling, parts=-(-steps // each))
