@@ -154,8 +154,7 @@ def _is_full_of_values(built: BuiltProduct) -> bool:
     after = [v for v in built.values if v.number > built.dot.number and not v.axes & set(built.roles.inner)]
     ops = sum(value.kind == "op" for value in after)
     loads = sum(value.kind == "load" and all(value.axes & axes for axes in tile) for value in after)
-    tiles = loads + len(built.stores)
-    return ops > (20 if tiles == 1 else 8 if tiles == 2 else 0)
+    return len(built.stores) > 1 or loads > 1 or ops > (8 if loads else 20)
 
 
 def _aligned(built: BuiltProduct) -> bool:
@@ -181,10 +180,7 @@ def _vector(built: BuiltProduct, loops: ProductLoops, kind: Kind, length: int) -
     matrix = built.dot.args[1 if kind == "row" else 0]
     along = _neighbours(matrix, loops)
     inner = loops.sizes[-1]
-    if along == "inner":
-        block, depth = 8, 512
-    else:
-        block, depth = 64, 64
+    block, depth = (8, 512) if along == "inner" else (32, 128)
     block, depth = min(block, power_of_two(length)), min(depth, power_of_two(inner))
     tile = (1, block) if kind == "row" else (block, 1)
     return _split(loops, Tiling(kind, *tile, depth, 1, 1, 4, 3))
