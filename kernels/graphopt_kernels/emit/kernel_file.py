@@ -63,14 +63,15 @@ class Kernel:
         return tuple(dict.fromkeys(layer for node in self.nodes if (layer := layer_of(node))))
 
 
-def kernel_of(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Kernel:
-    """The kernel that computes ``outputs`` of a group of nodes, in order. Raises ``NotFusible``."""
+def kernel_of(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], tiling: Tiling | None = None) -> Kernel:
+    """The kernel that computes ``outputs`` of a group of nodes, in order. ``tiling``: that of its product of
+    matrices, in place of the one that its sizes suggest. Raises ``NotFusible``."""
     graph, inputs = group_graph(nodes, outputs)
-    file = _file_of(graph)
+    file = _file_of(graph, tiling)
     return Kernel(file, tuple(nodes), tuple(inputs), tuple(outputs))
 
 
-def _file_of(graph: fx.Graph) -> KernelFile:
+def _file_of(graph: fx.Graph, wanted: Tiling | None = None) -> KernelFile:
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     calls = [node for node in graph.nodes if node.op == "call_function"]
     (output,) = [node for node in graph.nodes if node.op == "output"]
@@ -85,7 +86,7 @@ def _file_of(graph: fx.Graph) -> KernelFile:
     if products_of(whole):
         built = product = build_product(whole)
         loops = product_loops(product)
-        tiling = tiling_of(product, loops)
+        tiling = wanted or tiling_of(product, loops)
         text = product_text(product, tiling, title, *pointers)
         launch = product_launch(product, loops, tiling)
         started = launcher_lines(names, results, product, text, loops, tiling, launch)
