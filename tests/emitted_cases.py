@@ -255,11 +255,11 @@ def compared(function: Callable[..., Any], inputs: Sequence[torch.Tensor], folde
     for value, reference in zip(made, wanted, strict=True):
         layout = (value.shape, value.dtype, value.stride())
         assert layout == (reference.shape, reference.dtype, reference.stride()), (layout, reference.stride())
-        worst = max(worst, _distance(value, reference))
+        worst = max(worst, distance(value, reference))
     return worst, kernel.file.text.loops.shape
 
 
-def _distance(value: torch.Tensor, reference: torch.Tensor) -> float:
+def distance(value: torch.Tensor, reference: torch.Tensor) -> float:
     a, b = value.double(), reference.double()
     same = (a == b) | (a.isnan() & b.isnan())
     error = torch.where(same, torch.zeros_like(a), (a - b).abs())

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 from graphopt_kernels.emit.build import NotFusible
 from graphopt_kernels.emit.machine_code import import_kernel
-from tests.emitted_cases import kernel_for
+from tests.emitted_cases import distance, kernel_for
 
 aten = torch.ops.aten
 
@@ -213,16 +213,6 @@ class _Wide(torch.overrides.TorchFunctionMode):
         if func is torch._int_mm:
             return args[0] @ args[1]
         return func(*args, **(kwargs or {}))
-
-
-def distance(value: torch.Tensor, reference: torch.Tensor) -> float:
-    """The largest error relative to the largest finite element; infinite where other elements are special."""
-    a, b = value.double(), reference.double()
-    same = (a == b) | (a.isnan() & b.isnan())
-    error = torch.where(same, torch.zeros_like(a), (a - b).abs())
-    finite = b[b.isfinite()].abs()
-    scale = float(finite.max()) if finite.numel() else 1.0
-    return float(error.nan_to_num(nan=float("inf")).max()) / (scale or 1.0)
 
 
 def main(names: Sequence[str]) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,43 +18,24 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from graphopt.plugins import default_host
 from graphopt_kernels.emit.build import NotFusible
 from graphopt_kernels.emit.groups import Grouping, grouped
-from graphopt_kernels.emit.kernel_file import Kernel
 from graphopt_kernels.emit.machine_code import import_kernel
 from graphopt_kernels.emit.product_choice import Prices, prices_for
 from tests.emitted_cases import kernel_for
+from tests.interpreted import interpreted
 from tests.product_cases import CASES
+from tests.test_emit_kernels import Shaped, shaped
 
 pytest.importorskip("triton")
 
 aten = torch.ops.aten
-ROOT = Path(__file__).parent.parent
 BF16, FP16, FP32, INT8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
-
-Shaped = tuple[tuple[int, ...], torch.dtype]
-
-
-def shaped(function: Callable[..., Any], *inputs: Shaped) -> Kernel:
-    """The kernel for inputs of shapes and dtypes: no memory is taken for them."""
-    with FakeTensorMode():
-        tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in inputs]
-    return kernel_for(function, tensors)[0]
-
 
 # --- numbers --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(ROOT / "tests" / "product_cases.py")],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
+    return interpreted("product_cases.py")
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,27 +11,13 @@ import pytest
 import torch
 
 from tests.drawn_programs import by_kernels, distances, drawn, exact, traced
+from tests.interpreted import interpreted
 
 pytest.importorskip("triton")
-
-ROOT = Path(__file__).parent.parent
 
 HALF, SINGLE = 1e-3, 4e-6
 """Beside the error of eager operators, of the largest element: a unit of float16, which values are rounded to
 between operators in another order of additions; and some of float32. A wrong operator is off by far more."""
-
-
-def interpreted(first: int, last: int) -> dict[str, Any]:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(ROOT / "tests" / "drawn_programs.py"), str(first), str(last)],
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=3600,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found: dict[str, Any] = json.loads(done.stdout)
-    return found
 
 
 def check(found: dict[str, Any]) -> None:
@@ -45,7 +29,7 @@ def check(found: dict[str, Any]) -> None:
 
 
 def test_random_programs() -> None:
-    found = interpreted(0, 10)
+    found = interpreted("drawn_programs.py", 0, 10)
     check(found)
     # The programs are worth something: kernels of several operators, products among them.
     assert sum(outcome["kernels"] for outcome in found.values()) >= 30
@@ -54,7 +38,7 @@ def test_random_programs() -> None:
 
 @pytest.mark.slow
 def test_many_random_programs() -> None:
-    check(interpreted(10, 400))
+    check(interpreted("drawn_programs.py", 10, 400))
 
 
 def inductor_and_references(seed: int, folder: Path) -> None:

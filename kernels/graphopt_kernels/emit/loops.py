@@ -11,7 +11,7 @@ from graphopt_kernels.emit.build import Built, NotFusible
 from graphopt_kernels.emit.index import Affine, Axis
 from graphopt_kernels.emit.tile import Value
 
-__all__ = ["Loop", "Loops", "Shape", "loops_of", "merged", "power_of_two"]
+__all__ = ["Loop", "Loops", "Shape", "loops_of", "merged", "power_of_two", "stepped_through"]
 
 Shape = Literal["pointwise", "rows", "looped rows", "columns", "product"]
 
@@ -84,16 +84,7 @@ def power_of_two(number: int) -> int:
 def loops_of(built: Built) -> Loops:
     """The loops of a kernel."""
     values = built.values
-    positions = [store.position for store in built.stores]
-    single: set[Axis] = set()
-    for value in values:
-        if value.kind == "load":
-            positions.append(value.payload[1])
-            single.update(condition.axis for condition in value.payload[2])
-        elif value.kind == "index":
-            positions.append(value.payload)
-        elif value.kind == "within":
-            single.add(value.payload.axis)
+    positions, single = stepped_through(built)
     kinds = {value.kind for value in values}
     largest = max(built.stores, key=lambda s: built.outputs[s.output].numel())
     steps = dict(largest.position.terms)
@@ -117,6 +108,21 @@ def loops_of(built: Built) -> Loops:
     if "row" in kinds and loops.rows < FEW and columns > PERSISTENT:
         raise NotFusible.because(f"{columns} elements are reduced by {loops.rows} programs alone")
     return loops
+
+
+def stepped_through(built: Built) -> tuple[list[Affine], set[Axis]]:
+    """All positions of a kernel, and the axes that conditions tell apart from their neighbours."""
+    positions = [store.position for store in built.stores]
+    single: set[Axis] = set()
+    for value in built.values:
+        if value.kind == "load":
+            positions.append(value.payload[1])
+            single.update(condition.axis for condition in value.payload[2])
+        elif value.kind == "index":
+            positions.append(value.payload)
+        elif value.kind == "within":
+            single.add(value.payload.axis)
+    return positions, single
 
 
 def merged(axes: Sequence[Axis], positions: Iterable[Affine], single: set[Axis], letter: str) -> list[Loop]:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 
 from graphopt_kernels.emit.index import Affine, Axis
-from graphopt_kernels.emit.loops import Loop, Loops, merged, power_of_two
+from graphopt_kernels.emit.loops import Loop, Loops, merged, power_of_two, stepped_through
 from graphopt_kernels.emit.product_build import BuiltProduct
 from graphopt_kernels.emit.tile import Value
 
@@ -26,8 +26,8 @@ _PARTS = 16
 _PART = 512
 """Sums are split in at most so many parts, each of at least so many products."""
 
-_MANY_PARTIAL = 2**22
-"""Elements of all parts together; beyond, writing and reading them costs more than what splitting gains."""
+_MANY_PARTIAL = 2**20
+"""Elements of all parts together: what a kernel holds beside its inputs and outputs, 4 MiB at most."""
 
 Kind = Literal["tiles", "row", "column"]
 
@@ -73,16 +73,7 @@ class Tiling:
 
 def product_loops(built: BuiltProduct) -> ProductLoops:
     """The loops of a product's kernel."""
-    positions = [store.position for store in built.stores]
-    single: set[Axis] = set()
-    for value in built.values:
-        if value.kind == "load":
-            positions.append(value.payload[1])
-            single.update(condition.axis for condition in value.payload[2])
-        elif value.kind == "index":
-            positions.append(value.payload)
-        elif value.kind == "within":
-            single.add(value.payload.axis)
+    positions, single = stepped_through(built)
     roles = built.roles
     batch, rows, columns, inner = (
         _named(merged(axes, positions, single, letter), index)
