@@ -128,6 +128,9 @@ CASES: dict[str, Case] = {
         lambda a, b, c: torch.cat((a, b * 2, c), 1), _normal((6, 5), (6, 9), (6, 2)), "pointwise"
     ),
     "padding": Case(lambda x: F.pad(x, (2, 3, 1, 0), value=7.0) * 2, _normal((5, 6)), "pointwise"),
+    "nothing but padding": Case(
+        lambda x: F.pad(x, (2, 3), value=7.0)[:, :1] * x, _normal((5, 6)), "pointwise"
+    ),
     "lookup": Case(
         lambda i, t: F.embedding(i, t) * 2,
         lambda: [torch.randint(0, 9, (3, 4)), torch.randn(9, 16)],

@@ -569,6 +569,8 @@ def _pad(b: Builder, node: fx.Node, at: At) -> Value:
         index = indices[dim] + -amounts[2 * k]
         indices[dim] = index
         low, high = bounds.of(index)
+        if high < 0 or low >= shape[dim]:
+            return b.rounded(b.tile.constant(fill, computed_in(result)), result)  # type: ignore[arg-type]
         if low < 0 or high >= shape[dim]:
             added.append(_part(index, 0, shape[dim], bounds, node))
     inside = b.converted(b.element(source, At(tuple(indices), (*conditions, *added))), result)
