@@ -44,8 +44,8 @@ _USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 @dataclass(frozen=True)
 class MachineCode:
     """``registers`` of a thread; ``stack`` and ``local``: bytes of a thread that do not fit into them;
-    ``shared``: bytes of a program that the code has, ``asked``: those that its launch asks for beside them.
-    ``instructions``: how many of each opcode, with its widths (``LDG.E.128``)."""
+    ``shared``:
+    bytes of a program. ``instructions``: how many of each opcode, with its widths (``LDG.E.128``)."""
 
     registers: int
     stack: int
@@ -53,6 +53,7 @@ class MachineCode:
     local: int
     instructions: Mapping[str, int]
     asked: int = 0
+    """Bytes of shared memory that a launch asks for, which the assembler does not see."""
 
     @property
     def spills(self) -> bool:
@@ -94,7 +95,7 @@ def compile_for_sm90(file: KernelFile) -> MachineCode:
             {name: types[name] for name in function.arg_names if name in types} | numbers,
             file.launch.constants,
             warps=file.launch.warps,
-            stages=file.launch.stages,
+            stages=file.launch.stages or 3,
             aligned=tuple(types),
         )
 
@@ -119,10 +120,11 @@ def compile_function_for_sm90(
     *,
     warps: int,
     aligned: Collection[str] = (),
-    stages: int | None = None,
+    stages: int = 3,
 ) -> MachineCode:
     """Compile a jitted ``function`` for sm_90: ``types`` of arguments by name, as triton spells them (more
-    than it has do no harm), values of those that are ``constants``, and which begin on 16 bytes."""
+    than it has do no harm), values of those that are ``constants``, which begin on 16 bytes, or are a
+    multiple of 16, and how many ``stages`` loops are pipelined in."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -133,7 +135,7 @@ def compile_function_for_sm90(
     compiled = triton.compile(
         ASTSource(function, signature, {k: v for k, v in constants.items() if k in names}, attributes),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": warps} | ({"num_stages": stages} if stages is not None else {}),
+        options={"num_warps": warps, "num_stages": stages},
     )
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
