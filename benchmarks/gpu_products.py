@@ -39,6 +39,8 @@ from graphopt_kernels.emit.product_loops import Tiling
 BUSY_CYCLES = 2_000_000
 """About a millisecond: longer than the host takes for a call."""
 
+DEVICE = "cuda"
+
 FLUSHED = 512 * 2**20
 
 TILES = (
@@ -84,7 +86,7 @@ class Case:
 
     def inputs(self) -> list[torch.Tensor]:
         torch.manual_seed(0)
-        device, dtype = "cuda", torch.bfloat16
+        device, dtype = DEVICE, torch.bfloat16
         x = torch.randn(self.rows, self.inner, device=device).to(dtype)
         w = torch.randn(self.columns, self.inner, device=device) / self.inner**0.5
         weight = (w * 40 * self.inner**0.5).clamp(-127, 127) if self.weight == torch.int8 else w
@@ -242,7 +244,8 @@ def error(case: Case, made: torch.Tensor, inputs: Sequence[torch.Tensor]) -> flo
     eager = eager[0] if isinstance(eager, tuple) else eager
     count = min(64, case.rows)
     wide = [x.double() for x in inputs]
-    wide = [x[:count] if x.shape[0] == case.rows and x.shape != wide[1].shape else x for x in wide]
+    by_row = [number for number, x in enumerate(wide) if number != 1 and tuple(x.shape)[:-1] == (case.rows,)]
+    wide = [x[:count] if number in by_row else x for number, x in enumerate(wide)]
     right = case.function(*wide)
     right = right[0] if isinstance(right, tuple) else right
     ours, theirs = ((value[:count].double() - right).norm() for value in (made, eager))

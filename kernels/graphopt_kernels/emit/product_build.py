@@ -58,7 +58,7 @@ def build_product(graph: fx.Graph) -> BuiltProduct:
     """The kernel of a graph with one product of matrices (see ``build.build``). Raises ``NotFusible``."""
     found = products_of(graph)
     if len(found) != 1:
-        raise _no(f"{len(found)} products of matrices")
+        raise _no(f"{len(found)} products of matrices: a kernel computes one")
     if any(is_reduction(node.target) for node in graph.nodes):
         raise _no("a reduction beside a product of matrices")
     product = product_of(found[0])
