@@ -30,11 +30,11 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from graphopt.atomic import write_atomically
-from graphopt_kernels.emit.build import NotFusible
 from graphopt_kernels.emit.kernel_file import Kernel, kernel_of
 from graphopt_kernels.emit.machine_code import import_kernel
+from graphopt_kernels.emit.product_build import BuiltProduct
 from graphopt_kernels.emit.product_choice import prices_for
-from graphopt_kernels.emit.product_loops import Tiling
+from graphopt_kernels.emit.product_loops import ProductLoops, Tiling, tilings_for
 
 BUSY_CYCLES = 2_000_000
 """About a millisecond: longer than the host takes for a call."""
@@ -42,34 +42,6 @@ BUSY_CYCLES = 2_000_000
 DEVICE = "cuda"
 
 FLUSHED = 512 * 2**20
-
-TILES = (
-    (128, 256, 64, 8, 3),
-    (128, 256, 64, 8, 4),
-    (256, 128, 64, 8, 3),
-    (128, 128, 64, 4, 4),
-    (128, 128, 64, 8, 4),
-    (64, 256, 64, 4, 4),
-    (64, 128, 64, 4, 4),
-    (64, 64, 128, 4, 4),
-)
-"""Rows, columns, products in a step, warps, stages."""
-
-FEW_TILES = (
-    (16, 32, 256, 4, 4),
-    (16, 32, 128, 4, 6),
-    (16, 64, 128, 4, 4),
-    (16, 64, 256, 4, 3),
-    (16, 16, 512, 4, 3),
-)
-
-ROW_TILES = (
-    (1, 4, 1024, 4, 3),
-    (1, 8, 512, 4, 3),
-    (1, 16, 256, 4, 3),
-    (1, 8, 1024, 8, 3),
-    (1, 16, 512, 8, 3),
-)
 
 
 @dataclass(frozen=True)
@@ -214,27 +186,21 @@ def best(
     case: Case, kernel: Kernel, inputs: Sequence[torch.Tensor], folder: Path, flushed: torch.Tensor
 ) -> dict[str, Any]:
     """The fastest of other tiles, with its time."""
-    usual = kernel.file.tiling
-    assert usual is not None
-    tried = ROW_TILES if usual.kind == "row" else FEW_TILES if case.rows <= 16 else TILES
+    built, loops = kernel.file.built, kernel.file.text.loops
+    assert isinstance(built, BuiltProduct) and isinstance(loops, ProductLoops)
     found: dict[str, Any] = {}
-    for rows, columns, inner, warps, stages in tried:
-        for parts in (1, 2, 4) if case.rows <= 64 else (1,):
-            tiling = Tiling(usual.kind, rows, columns, inner, usual.tall, parts, warps, stages)
-            try:
-                made, taken = emitted(case.function, inputs, tiling)
-                launch = import_kernel(made.file, folder).launch
-                time = microseconds(lambda launch=launch, taken=taken: launch(*taken), flushed, 11)  # type: ignore[misc]
-            except (NotFusible, RuntimeError, AssertionError) as failed:
-                print(f"  {tiling}: {type(failed).__name__}", flush=True)
-                continue
-            except Exception as failed:
-                # Tiles that do not fit into shared memory: triton has a class of its own for it.
-                if type(failed).__name__ != "OutOfResources":
-                    raise
-                continue
-            if not found or time < found["microseconds"]:
-                found = {**asdict(tiling), "microseconds": time}
+    for tiling in tilings_for(built, loops):
+        try:
+            made, taken = emitted(case.function, inputs, tiling)
+            launch = import_kernel(made.file, folder).launch
+            time = microseconds(lambda launch=launch, taken=taken: launch(*taken), flushed, 11)  # type: ignore[misc]
+        except Exception as failed:
+            # Tiles that do not fit into shared memory: triton has a class of its own for it.
+            if type(failed).__name__ != "OutOfResources":
+                raise
+            continue
+        if not found or time < found["microseconds"]:
+            found = {**asdict(tiling), "microseconds": time}
     return found
 
 

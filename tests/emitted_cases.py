@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from graphopt_kernels.emit.build import NotFusible
 from graphopt_kernels.emit.kernel_file import Kernel, kernel_of
 from graphopt_kernels.emit.machine_code import import_kernel
+from graphopt_kernels.emit.product_loops import Tiling
 
 aten = torch.ops.aten
 
@@ -37,7 +38,9 @@ class Case:
     tolerance: float = 2e-6
 
 
-def kernel_for(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> tuple[Kernel, list[int]]:
+def kernel_for(
+    function: Callable[..., Any], inputs: Sequence[torch.Tensor], tiling: Tiling | None = None
+) -> tuple[Kernel, list[int]]:
     """The kernel of all operators of ``function``, and which of ``inputs`` it takes, in order."""
     mode = FakeTensorMode()
     with mode:
@@ -46,7 +49,8 @@ def kernel_for(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> 
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     (output,) = [node for node in graph.nodes if node.op == "output"]
     outputs = output.args[0]
-    kernel = kernel_of(nodes, list(outputs) if isinstance(outputs, (tuple, list)) else [outputs])
+    results = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+    kernel = kernel_of(nodes, results, tiling)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     return kernel, [placeholders.index(node) for node in kernel.inputs]
 

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 
 from graphopt_kernels.emit.build import NotFusible
 from graphopt_kernels.emit.machine_code import import_kernel
+from graphopt_kernels.emit.product_build import BuiltProduct
+from graphopt_kernels.emit.product_loops import ProductLoops, Tiling, tilings_for
 from tests.emitted_cases import distance, kernel_for
 
 aten = torch.ops.aten
@@ -129,6 +131,9 @@ CASES: dict[str, ProductCase] = {
         normal((18, 24), (24, 20)),
     ),
     "special values": ProductCase(lambda x, w, b: (x @ w + b).relu(), _special),
+    "large tiles": ProductCase(
+        lambda x, w, g: F.silu(g) * (x @ w), halves((70, 136), (136, 72), (70, 72)), tolerance=HALF
+    ),
     "products of integers": ProductCase(
         lambda x, w, s: torch._int_mm(x, w).float() * s,
         lambda: [
@@ -142,15 +147,15 @@ CASES: dict[str, ProductCase] = {
     ),
     "few rows in parts": ProductCase(
         lambda x, w, r: F.linear(x, w) * 2 + r,
-        halves((5, 2050), (40, 2050), (5, 40)),
-        parts=3,
+        halves((5, 5000), (40, 5000), (5, 40)),
+        parts=5,
         tolerance=HALF,
     ),
     "one row": ProductCase(
         lambda x, w, b: F.gelu(F.linear(x, w, b)), normal((1, 300), (70, 300), (70,)), "row"
     ),
     "one row in parts": ProductCase(
-        lambda x, w, b: F.linear(x.exp(), w, b).relu(), normal((1, 2050), (10, 2050), (10,)), "row", 3, 1e-5
+        lambda x, w, b: F.linear(x.exp(), w, b).relu(), normal((1, 9000), (10, 9000), (10,)), "row", 6, 1e-5
     ),
     "one row by columns": ProductCase(
         lambda x, w, r: (F.silu(x) @ w) + r, normal((1, 100), (100, 70), (1, 70)), "row", tolerance=1e-5
@@ -167,17 +172,28 @@ CASES: dict[str, ProductCase] = {
     "one element": ProductCase(lambda x, w: (x @ w) * 2, normal((1, 700), (700, 1)), "row", tolerance=1e-5),
     "an outer product": ProductCase(lambda x, w: (x @ w) * 2, normal((33, 1), (1, 20))),
     "small in parts": ProductCase(
-        lambda x, w: (x @ w).tanh(), normal((20, 1100), (1100, 24)), parts=2, tolerance=1e-5
+        lambda x, w: (x @ w).tanh(), normal((20, 1100), (1100, 24)), parts=14, tolerance=1e-5
     ),
 }
 """By what they show."""
 
 
-def outcome(case: ProductCase, folder: Path) -> dict[str, Any]:
+TILED = (
+    "few rows",
+    "few rows in parts",
+    "large tiles",
+    "one row by columns",
+    "one column",
+    "heads joined before",
+)
+"""Cases that are run with every tiling that there is for them."""
+
+
+def outcome(case: ProductCase, folder: Path, tiling: Tiling | None = None) -> dict[str, Any]:
     torch.manual_seed(0)
     inputs = list(case.inputs())
     try:
-        kernel, order = kernel_for(case.function, inputs)
+        kernel, order = kernel_for(case.function, inputs, tiling)
         made = import_kernel(kernel.file, folder).launch(*[inputs[i] for i in order])
     except NotFusible as refused:
         return {"refused": str(refused.reason)}
@@ -215,11 +231,23 @@ class _Wide(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def tilings(case: ProductCase) -> list[Tiling]:
+    """All tilings that a case may have."""
+    file = kernel_for(case.function, case.inputs())[0].file
+    assert isinstance(file.built, BuiltProduct) and isinstance(file.text.loops, ProductLoops)
+    return tilings_for(file.built, file.text.loops)
+
+
 def main(names: Sequence[str]) -> None:
+    found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        found = {
-            name: outcome(case, Path(folder)) for name, case in CASES.items() if not names or name in names
-        }
+        for name, case in CASES.items():
+            if names and name not in names:
+                continue
+            found[name] = outcome(case, Path(folder))
+            if name in TILED:
+                others = tilings(case)[1:]
+                found[name]["tilings"] = [outcome(case, Path(folder), tiling) for tiling in others]
     print(json.dumps(found))
 
 

@@ -22,7 +22,7 @@ from graphopt_kernels.emit.machine_code import import_kernel
 from graphopt_kernels.emit.product_choice import Prices, prices_for
 from tests.emitted_cases import kernel_for
 from tests.interpreted import interpreted
-from tests.product_cases import CASES
+from tests.product_cases import CASES, TILED
 from tests.test_emit_kernels import Shaped, shaped
 
 pytest.importorskip("triton")
@@ -46,6 +46,15 @@ def test_a_kernel_is_as_near_to_float64_as_its_operators(name: str, outcomes: di
     assert found["error"] <= case.tolerance
     # The order of additions differs: what remains beside rounding is a few units of float32.
     assert found["error"] <= 1.1 * found["eager"] + 4e-6
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_the_result_does_not_depend_on_the_tiles(name: str, outcomes: dict[str, Any]) -> None:
+    found = outcomes[name]
+    assert len(found["tilings"]) >= 3
+    for other in found["tilings"]:
+        assert "error" in other, other
+        assert other["error"] <= 1.1 * found["eager"] + 4e-6
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 
 from graphopt_kernels.emit.machine_code import MachineCode, compile_for_sm90
+from graphopt_kernels.emit.product_build import BuiltProduct
+from graphopt_kernels.emit.product_loops import ProductLoops, tilings_for
+from tests.emitted_cases import kernel_for
 from tests.test_emit_kernels import shaped
 
 triton = pytest.importorskip("triton")
@@ -76,6 +80,10 @@ FEW: Corpus = {
     "sixteen rows, weight by columns": (
         lambda x, w, r: x @ w + r,
         [((16, K), BF16), ((K, K), BF16), ((16, K), BF16)],
+    ),
+    "sixteen rows in parts": (
+        _linear(lambda y, r: y + r),
+        [((16, K), BF16), ((1024, K), BF16), ((16, 1024), BF16)],
     ),
     "sixteen rows, dequantized": (
         lambda x, w, s: x @ (w.to(BF16) * s).t(),
@@ -189,3 +197,19 @@ def test_the_second_kernel_of_sums_in_parts_compiles(tmp_path: Path) -> None:
         finish, types, file.launch.constants, warps=file.launch.warps, aligned=tuple(types)
     )
     assert not code.spills and code.widths("LDG")[128] and code.widths("STG")[128]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name", ["gated", "sixteen rows in parts", "a row, dequantized", "not aligned", "float32"]
+)
+def test_no_tiling_that_is_tried_spills(name: str) -> None:
+    function, inputs = CORPUS[name]
+    with FakeTensorMode():
+        tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in inputs]
+    file = shaped(function, *inputs).file
+    assert isinstance(file.built, BuiltProduct) and isinstance(file.text.loops, ProductLoops)
+    for tiling in tilings_for(file.built, file.text.loops):
+        code = compile_for_sm90(kernel_for(function, tensors, tiling)[0].file)
+        assert not code.spills, tiling
+        assert code.shared + code.asked <= 227 * 1024, tiling

@@ -14,7 +14,7 @@ from graphopt_kernels.emit.loops import Loop, Loops, merged, power_of_two, stepp
 from graphopt_kernels.emit.product_build import BuiltProduct
 from graphopt_kernels.emit.tile import Value
 
-__all__ = ["ProductLoops", "Tiling", "product_loops", "tiling_of"]
+__all__ = ["ProductLoops", "Tiling", "product_loops", "tiling_of", "tilings_for"]
 
 _PROCESSORS = 132
 """Of an H100 or H200. Fixed, so that kernels do not depend on the device."""
@@ -23,8 +23,10 @@ _FEW_PROGRAMS = 96
 """Fewer programs than this leave a quarter of the processors idle: the sums are then split."""
 
 _PARTS = 16
-_PART = 512
-"""Sums are split in at most so many parts, each of at least so many products."""
+"""Sums are split in at most so many parts, each of at least as many steps as there are loads under way."""
+
+_WORTH = 160 * 1024
+"""Bytes that one processor reads in the five microseconds of the launch that parts cost."""
 
 _MANY_PARTIAL = 2**20
 """Elements of all parts together: what a kernel holds beside its inputs and outputs, 4 MiB at most."""
@@ -94,6 +96,10 @@ def _named(loops: Sequence[Loop], index: str) -> tuple[Loop, ...]:
 
 def tiling_of(built: BuiltProduct, loops: ProductLoops) -> Tiling:
     """The tiles of a kernel, by the sizes of its product and the way its operands lie in memory."""
+    return _split(loops, _in_one_part(built, loops), built.dtype.itemsize)
+
+
+def _in_one_part(built: BuiltProduct, loops: ProductLoops) -> Tiling:
     _, rows, columns, inner = loops.sizes
     if rows == 1:
         return _vector(built, loops, "row", columns)
@@ -102,17 +108,17 @@ def tiling_of(built: BuiltProduct, loops: ProductLoops) -> Tiling:
     if built.dtype == torch.float32:
         # Without tensor cores: operands of a step are held in registers.
         tile = _tile(rows, columns, 64, 64)
-        return _split(loops, Tiling("tiles", *tile, 16, 8, 1, 4, 3))
+        return Tiling("tiles", *tile, 16, 8, 1, 4, 3)
     least = 32 if built.dtype == torch.int8 else 16
     depth = 128 // built.dtype.itemsize
     if min(rows, columns) <= 32:
         few = max(least if columns <= rows else 16, power_of_two(min(rows, columns)))
         tile = (few, 32) if rows <= columns else (32, few)
-        return _split(loops, Tiling("tiles", *tile, _depth(inner, 4 * depth, least), 8, 1, 4, 4))
+        return Tiling("tiles", *tile, _depth(inner, 4 * depth, least), 8, 1, 4, 4)
     if not _aligned(built):
         # Elements are loaded one by one, and each takes a pointer.
         tile = _tile(rows, columns, 64, 64)
-        return _split(loops, Tiling("tiles", *tile, _depth(inner, depth // 2, least), 8, 1, 4, 2))
+        return Tiling("tiles", *tile, _depth(inner, depth // 2, least), 8, 1, 4, 2)
     narrow = _is_full_of_values(built)
     for tile, warps, stages in (((128, 256), 8, 3), ((128, 128), 8, 3), ((64, 128), 4, 4), ((64, 64), 4, 4)):
         if tile[1] == 256 and narrow:
@@ -122,7 +128,56 @@ def tiling_of(built: BuiltProduct, loops: ProductLoops) -> Tiling:
             if tiling.programs(loops) >= _PROCESSORS:
                 return tiling
     tile = _tile(rows, columns, 64, 64)
-    return _split(loops, Tiling("tiles", *tile, _depth(inner, depth, least), 8, 1, 4, 4))
+    return Tiling("tiles", *tile, _depth(inner, depth, least), 8, 1, 4, 4)
+
+
+_LARGE = (
+    (128, 256, 1, 8, 3),
+    (128, 256, 1, 8, 4),
+    (256, 128, 1, 8, 3),
+    (128, 128, 1, 4, 4),
+    (128, 128, 1, 8, 3),
+    (64, 256, 1, 4, 4),
+    (64, 128, 1, 4, 4),
+    (64, 64, 2, 4, 4),
+)
+_SMALL = ((32, 4, 4, 4), (32, 2, 4, 6), (64, 2, 4, 4), (64, 4, 4, 3), (16, 8, 4, 3))
+_VECTOR = ((4, 1024, 4), (8, 512, 4), (16, 256, 4), (8, 1024, 8), (32, 128, 4), (64, 64, 4))
+
+
+def tilings_for(built: BuiltProduct, loops: ProductLoops) -> list[Tiling]:
+    """Tilings worth trying for a kernel, the usual one first: other tiles, depths, warps and stages, and the
+    sums of few tiles whole and in parts."""
+    usual = tiling_of(built, loops)
+    _, rows, columns, _ = loops.sizes
+    found = [usual]
+    depth = 128 // built.dtype.itemsize
+    if usual.kind != "tiles":
+        for block, deep, warps in _VECTOR:
+            tile = (1, block) if usual.kind == "row" else (block, 1)
+            found.append(replace(usual, rows=tile[0], columns=tile[1], inner=deep, warps=warps, parts=1))
+    elif built.dtype == torch.float32 or not _aligned(built):
+        for tile in ((64, 64), (64, 32), (32, 64), (128, 64)):
+            found.append(replace(usual, rows=tile[0], columns=tile[1], parts=1))
+    elif min(rows, columns) <= 32:
+        for wide, times, warps, stages in _SMALL:
+            tile = (usual.rows, wide) if rows <= columns else (wide, usual.columns)
+            found.append(
+                replace(
+                    usual,
+                    rows=tile[0],
+                    columns=tile[1],
+                    inner=times * depth,
+                    warps=warps,
+                    stages=stages,
+                    parts=1,
+                )
+            )
+    else:
+        for high, wide, times, warps, stages in _LARGE:
+            found.append(Tiling("tiles", high, wide, times * depth, usual.tall, 1, warps, stages))
+    in_parts = [_split(loops, tiling, built.dtype.itemsize) for tiling in found]
+    return list(dict.fromkeys(found + in_parts))
 
 
 def _tile(rows: int, columns: int, most_rows: int, most_columns: int) -> tuple[int, int]:
@@ -174,7 +229,7 @@ def _vector(built: BuiltProduct, loops: ProductLoops, kind: Kind, length: int) -
     block, depth = (8, 512) if along == "inner" else (32, 128)
     block, depth = min(block, power_of_two(length)), min(depth, power_of_two(inner))
     tile = (1, block) if kind == "row" else (block, 1)
-    return _split(loops, Tiling(kind, *tile, depth, 1, 1, 4, 3))
+    return Tiling(kind, *tile, depth, 1, 1, 4, 3)
 
 
 def _neighbours(value: Value, loops: ProductLoops) -> str:
@@ -192,21 +247,21 @@ def _neighbours(value: Value, loops: ProductLoops) -> str:
     return "inner" if steps["inner"] >= steps["other"] else "other"
 
 
-def _split(loops: ProductLoops, tiling: Tiling) -> Tiling:
+def _split(loops: ProductLoops, tiling: Tiling, itemsize: int) -> Tiling:
     """``tiling`` with the sums in parts where its tiles are too few for the processors of a GPU."""
     programs = tiling.programs(loops)
     batch, rows, columns, inner = loops.sizes
     if programs >= _FEW_PROGRAMS:
         return tiling
+    read = (tiling.rows + tiling.columns) * inner * itemsize
     steps = -(-inner // tiling.inner)
     parts = min(
         -(-2 * _PROCESSORS // programs),
         _PARTS,
-        inner // _PART,
-        steps,
+        steps // tiling.stages,
         _MANY_PARTIAL // (batch * rows * columns),
     )
-    if parts < 2:
+    if parts < 2 or read - read // parts < _WORTH:
         return tiling
     # Every part has the same number of steps, the last perhaps fewer: none has nothing to do.
     each = -(-steps // parts)
