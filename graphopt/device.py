@@ -13,13 +13,12 @@ class DeviceSpec:
     """Ceilings of one device. Rates are per second, memory in bytes, times in seconds.
 
     ``matmul_flops`` and ``vector_flops`` map a torch dtype name (``"bfloat16"``) to FLOP/s; a
-    dtype that is missing falls back to ``"float32"``. ``allocation_granularity`` is what the
+    dtype that is missing falls back to ``"float32"``. ``emitted_matmul_share``: by dtype, the share
+    of ``matmul_flops`` that products in emitted Triton kernels reach. ``allocation_granularity`` is what the
     allocator rounds each storage up to. ``workspace_bytes`` is what libraries hold from the
     same allocator for each calling thread (cuBLAS on CUDA). ``allocator_slack_bytes`` is what the
     allocator hands out beyond what is asked for, over a whole run: it gives a cached block whole
-    rather than leave a small remainder. ``emitted_matmul_share`` maps dtypes to the share of
-    ``matmul_flops`` that products in emitted Triton kernels reach. ``source`` names where the
-    figures are from.
+    rather than leave a small remainder. ``source`` names where the figures are from.
     """
 
     name: str
