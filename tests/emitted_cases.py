@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from graphopt_kernels.emit.build import NotFusible
 from graphopt_kernels.emit.kernel_file import Kernel, kernel_of
 from graphopt_kernels.emit.machine_code import import_kernel
+from graphopt_kernels.emit.product_loops import Tiling
 
 aten = torch.ops.aten
 
@@ -37,7 +38,9 @@ class Case:
     tolerance: float = 2e-6
 
 
-def kernel_for(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> tuple[Kernel, list[int]]:
+def kernel_for(
+    function: Callable[..., Any], inputs: Sequence[torch.Tensor], tiling: Tiling | None = None
+) -> tuple[Kernel, list[int]]:
     """The kernel of all operators of ``function``, and which of ``inputs`` it takes, in order."""
     mode = FakeTensorMode()
     with mode:
@@ -46,7 +49,8 @@ def kernel_for(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> 
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     (output,) = [node for node in graph.nodes if node.op == "output"]
     outputs = output.args[0]
-    kernel = kernel_of(nodes, list(outputs) if isinstance(outputs, (tuple, list)) else [outputs])
+    results = list(outputs) if isinstance(outputs, (tuple, list)) else [outputs]
+    kernel = kernel_of(nodes, results, tiling)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     return kernel, [placeholders.index(node) for node in kernel.inputs]
 
@@ -128,6 +132,9 @@ CASES: dict[str, Case] = {
         lambda a, b, c: torch.cat((a, b * 2, c), 1), _normal((6, 5), (6, 9), (6, 2)), "pointwise"
     ),
     "padding": Case(lambda x: F.pad(x, (2, 3, 1, 0), value=7.0) * 2, _normal((5, 6)), "pointwise"),
+    "nothing but padding": Case(
+        lambda x: F.pad(x, (2, 3), value=7.0)[:, :1] * x, _normal((5, 6)), "pointwise"
+    ),
     "lookup": Case(
         lambda i, t: F.embedding(i, t) * 2,
         lambda: [torch.randint(0, 9, (3, 4)), torch.randn(9, 16)],
@@ -152,6 +159,11 @@ CASES: dict[str, Case] = {
     ),
     "softmax backward": Case(
         lambda g, y: aten._softmax_backward_data(g, y, -1, torch.float32), _normal((9, 64), (9, 64)), "rows"
+    ),
+    "rows of one element": Case(
+        lambda x: (torch.softmax(x * 0.5, -1), x.sum(-1), x.var(-1, unbiased=False)),
+        _normal((17, 1)),
+        "pointwise",
     ),
     "mean of everything": Case(lambda x: (x * x).mean(), _normal((20, 30)), "rows"),
     "mean along the middle": Case(lambda x: x.exp().mean(1), _normal((4, 33, 5)), "rows"),
@@ -250,11 +262,11 @@ def compared(function: Callable[..., Any], inputs: Sequence[torch.Tensor], folde
     for value, reference in zip(made, wanted, strict=True):
         layout = (value.shape, value.dtype, value.stride())
         assert layout == (reference.shape, reference.dtype, reference.stride()), (layout, reference.stride())
-        worst = max(worst, _distance(value, reference))
+        worst = max(worst, distance(value, reference))
     return worst, kernel.file.text.loops.shape
 
 
-def _distance(value: torch.Tensor, reference: torch.Tensor) -> float:
+def distance(value: torch.Tensor, reference: torch.Tensor) -> float:
     a, b = value.double(), reference.double()
     same = (a == b) | (a.isnan() & b.isnan())
     error = torch.where(same, torch.zeros_like(a), (a - b).abs())

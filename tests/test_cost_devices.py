@@ -85,6 +85,9 @@ def test_the_present_device_is_recognised_by_its_reported_name(monkeypatch):
         ({"launch_seconds": -1}, "'launch_seconds' must be positive, got -1"),
         ({"matmul_flops": {"bfloat16": 1e12}}, "'matmul_flops' needs at least a rate for 'float32'"),
         ({"sources": {}}, "'memory_bytes' has no source"),
+        ({"emitted_matmul_share": 0.5}, "'emitted_matmul_share' needs a share for each dtype"),
+        ({"emitted_matmul_share": {"float16": 75}}, "a share in 'emitted_matmul_share' is above 1"),
+        ({"emitted_matmul_share": {"float16": 0}}, "'emitted_matmul_share' must be positive, got 0"),
     ],
 )
 def test_a_bad_device_file_says_what_is_wrong(tmp_path, change, message):
@@ -103,6 +106,17 @@ def test_a_device_file_that_lacks_an_entry_names_it(tmp_path):
     path.write_text(yaml.safe_dump(good))
     with pytest.raises(DeviceFileError, match="entry 'launch_seconds' is missing"):
         read_device(path)
+
+
+def test_devices_may_leave_out_how_fast_emitted_products_are(cache):
+    table = load_devices()
+    assert table["a100"].emitted_matmul_share == {}
+    assert table["h200"].emitted_matmul_share["bfloat16"] == 0.75
+    assert "emitted_matmul_share: " in table["h200"].source
+    # A calibration does not measure it.
+    store_calibration(replace(table["h200"], copy_bytes_per_second=123.0, emitted_matmul_share={}))
+    found = load_devices()["h200"]
+    assert (found.copy_bytes_per_second, found.emitted_matmul_share["bfloat16"]) == (123.0, 0.75)
 
 
 def test_calibrated_figures_replace_the_table_and_add_to_it(cache):

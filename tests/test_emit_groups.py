@@ -39,24 +39,21 @@ def names(grouping: Grouping) -> list[str]:
     return [kernel.file.text.name for kernel in grouping.kernels]
 
 
-def test_a_chain_becomes_one_kernel_and_products_stay() -> None:
-    grouping = grouped(traced(lambda x, w: F.gelu(x @ w) * 2 + 1, (16, 16), (16, 16)))
-    assert names(grouping) == ["gelu_mul_add"]
-    assert [(name, str(reason)) for name, reason in grouping.left] == [
-        ("mm", "aten.mm.default has no Triton expression")
-    ]
+def test_a_chain_becomes_one_kernel() -> None:
+    grouping = grouped(traced(lambda x: F.gelu(x) * 2 + 1, (16, 16)))
+    assert names(grouping) == ["gelu_mul_add"] and not grouping.left
 
 
 def test_an_operator_by_itself_stays_with_the_library() -> None:
-    assert not grouped(traced(lambda x, w: (x @ w).relu() @ w, (16, 16), (16, 16))).kernels
+    assert not grouped(traced(lambda x: x.relu().t().cumsum(0), (16, 16))).kernels
 
 
 def test_nothing_is_merged_around_what_has_to_run_in_between() -> None:
-    def function(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    def function(x: torch.Tensor) -> torch.Tensor:
         a = F.silu(x) * 2
-        return (a @ w + a).exp() * a
+        return (a.cumsum(0) + a).exp() * a
 
-    grouping = grouped(traced(function, (16, 16), (16, 16)))
+    grouping = grouped(traced(function, (16, 16)))
     assert names(grouping) == ["silu_mul", "add_exp_mul"]
 
 
@@ -66,7 +63,7 @@ def test_readers_of_one_value_share_a_kernel() -> None:
 
 
 def test_a_view_of_what_a_kernel_makes_stays_one() -> None:
-    grouping = grouped(traced(lambda x, w: (x.exp() * 2).t() @ w, (16, 16), (16, 16)))
+    grouping = grouped(traced(lambda x: (x.exp() * 2).t().cumsum(0), (16, 16)))
     (kernel,) = grouping.kernels
     assert [node.name for node in kernel.outputs] == ["mul"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from typing import Any
@@ -32,6 +33,8 @@ _NUMBERS = {
 }
 _MAY_BE_ZERO = ("workspace_bytes", "allocator_slack_bytes", "multiprocessors")
 _TABLES = ("matmul_flops", "vector_flops")
+_SHARES = "emitted_matmul_share"
+"""A table that devices may leave out: shares by dtype, of which none is above 1."""
 
 
 class DeviceFileError(GraphoptError, ValueError):
@@ -47,7 +50,10 @@ def load_devices(*, calibrated: bool = True) -> dict[str, DeviceSpec]:
     """
     table = dict(_table())
     if calibrated:
-        table.update(stored_calibrations())
+        for name, spec in stored_calibrations().items():
+            # Not calibrated: a property of the kernels as much as of the device.
+            shares = table[name].emitted_matmul_share if name in table else {}
+            table[name] = replace(spec, emitted_matmul_share=shares)
     return table
 
 
@@ -67,8 +73,8 @@ def read_device(file: Traversable) -> DeviceSpec:
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else type(data).__name__
         raise DeviceFileError(f"{file.name}: expected schema {SCHEMA!r}, got {found!r}")
-    figures = (*_NUMBERS, *_TABLES)
-    known = {"schema", "name", "kind", "aliases", "sources", *figures}
+    figures = (*_NUMBERS, *_TABLES, *((_SHARES,) if _SHARES in data else ()))
+    known = {"schema", "name", "kind", "aliases", "sources", _SHARES, *figures}
     for entry in data:
         if entry not in known:
             raise DeviceFileError(f"{file.name}: {UnknownNameError('entry', str(entry), known).message}")
@@ -89,6 +95,12 @@ def read_device(file: Traversable) -> DeviceSpec:
         if not isinstance(rates, dict) or "float32" not in rates:
             raise DeviceFileError(f"{file.name}: {name!r} needs at least a rate for 'float32'")
         values[name] = {str(dtype): _positive(file, name, rate) for dtype, rate in rates.items()}
+    shares = data.get(_SHARES, {})
+    if not isinstance(shares, dict):
+        raise DeviceFileError(f"{file.name}: {_SHARES!r} needs a share for each dtype")
+    values[_SHARES] = {str(dtype): _positive(file, _SHARES, share) for dtype, share in shares.items()}
+    if any(share > 1 for share in values[_SHARES].values()):
+        raise DeviceFileError(f"{file.name}: a share in {_SHARES!r} is above 1")
     return DeviceSpec(
         name=str(data["name"]),
         kind=str(data["kind"]),

@@ -29,10 +29,11 @@ from graphopt_kernels.emit.index import (
     unflat,
 )
 from graphopt_kernels.emit.pointwise import Pointwise, pointwise_of
+from graphopt_kernels.emit.products import is_product
 from graphopt_kernels.emit.reductions import Reduction, is_reduction, reduction_of
 from graphopt_kernels.emit.tile import Condition, Store, Tile, Value, computed_in
 
-__all__ = ["Built", "NotFusible", "build", "is_supported"]
+__all__ = ["At", "Builder", "Built", "NotFusible", "build", "built_over", "is_supported", "space_of_outputs"]
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -70,10 +71,18 @@ class Built:
 def build(graph: fx.Graph) -> Built:
     """The kernel of a graph of placeholders, supported operators and a tuple of outputs, each with a fake
     tensor of static shape in ``meta["val"]``. Raises ``NotFusible``."""
-    axes = _named(_space(graph))
+    return built_over(graph, _space(graph), Builder)
+
+
+def built_over(
+    graph: fx.Graph, space: Sequence[tuple[int, bool]], builder: Callable[[fx.Graph, list[Axis]], Builder]
+) -> Built:
+    """The kernel of a graph over axes of the extents ``space`` (each with whether it is reduced), or over
+    finer ones where views ask for them. Raises ``NotFusible``."""
+    axes = _named(space)
     for _ in range(_SPLITS):
         try:
-            return _Builder(graph, axes).built()
+            return builder(graph, axes).built()
         except Split as split:
             axes = _split(axes, split)
         except Unindexable as error:
@@ -124,6 +133,8 @@ def _space(graph: fx.Graph) -> list[tuple[int, bool]]:
         if found is not None:
             shape = _shape(found.source)
             gone = {d % len(shape) for d in found.dims if shape and shape[d] > 1}
+            if not gone:
+                continue  # The only element there is.
             kept = {d for d, n in enumerate(shape) if n > 1 and d not in gone}
             leading = bool(gone) and bool(kept) and max(gone) < min(kept)
             reductions.append((shape, kept if leading else gone, leading))
@@ -132,6 +143,11 @@ def _space(graph: fx.Graph) -> list[tuple[int, bool]]:
         largest = [r for r in reductions if prod(r[0]) == most]
         shape, along, _ = next((r for r in largest if not r[2]), largest[0])
         return [(n, d in along) for d, n in enumerate(shape) if n > 1]
+    return space_of_outputs(graph)
+
+
+def space_of_outputs(graph: fx.Graph) -> list[tuple[int, bool]]:
+    """The extents of the largest output, none of them reduced."""
     (output,) = [node for node in graph.nodes if node.op == "output"]
     shapes = [_shape(node) for node in output.args[0]]
     largest_shape = max(shapes, key=lambda s: (prod(s), len(s)))
@@ -139,21 +155,21 @@ def _space(graph: fx.Graph) -> list[tuple[int, bool]]:
 
 
 @dataclass(frozen=True)
-class _At:
+class At:
     """Which element of a node is asked for, and within which part of a concatenation."""
 
     indices: Indices
     conditions: tuple[Condition, ...] = ()
 
-    def with_indices(self, indices: Indices) -> _At:
-        return _At(indices, self.conditions)
+    def with_indices(self, indices: Indices) -> At:
+        return At(indices, self.conditions)
 
 
-class _Builder:
+class Builder:
     def __init__(self, graph: fx.Graph, axes: Sequence[Axis]) -> None:
         self._graph = graph
         self.tile = Tile(axes)
-        self._known: dict[tuple[fx.Node, _At], Value] = {}
+        self._known: dict[tuple[fx.Node, At], Value] = {}
         self._sizes: dict[Value, int] = {}
         self._inputs = [node for node in graph.nodes if node.op == "placeholder"]
         self._number = {node: i for i, node in enumerate(self._inputs)}
@@ -178,24 +194,28 @@ class _Builder:
             tuple(_value(node) for node in self._outputs),
         )
 
+    def spaces(self) -> list[list[Axis]]:
+        """The axes that an output may be stored along, in the order in which they are tried."""
+        axes = list(self.tile.axes)
+        return [axes, [a for a in axes if not a.reduced], [a for a in axes if a.reduced]]
+
     def _stored(self, number: int, node: fx.Node) -> Store:
         """What is stored of an output, and where."""
         shape = _shape(node)
-        axes, numel = self.tile.axes, prod(shape)
-        outer = [a for a in axes if not a.reduced]
-        inner = [a for a in axes if a.reduced]
+        numel = prod(shape)
+        spaces = self.spaces()
         refused = _no(f"{tuple(shape)} is not what the loops of the kernel run over")
         best: Store | None = None
         fewest = 0
-        for loops in (list(axes), outer, inner):
+        for number_of_space, loops in enumerate(spaces):
             extents = [a.extent for a in loops]
-            if prod(extents) != numel or (best is not None and loops is not inner):
+            if prod(extents) != numel or (best is not None and number_of_space < 2):
                 continue
             position = flat([Affine.atom(a) for a in loops], strides_of(extents))
             indices = unflat(position, shape, self._bounds(()))
             before = len(self.tile)
             try:
-                value = self.element(node, _At(indices))
+                value = self.element(node, At(indices))
             except NotFusible as error:
                 refused = error
                 continue
@@ -215,7 +235,7 @@ class _Builder:
             bounds = bounds.narrow(condition.axis, condition.low, condition.high)
         return bounds
 
-    def element(self, node: fx.Node, at: _At) -> Value:
+    def element(self, node: fx.Node, at: At) -> Value:
         """The element of ``node`` at ``at``."""
         # An index along a dimension of one element is 0.
         at = at.with_indices(
@@ -226,7 +246,7 @@ class _Builder:
             self._known[key] = self._element(node, at)
         return self._known[key]
 
-    def _element(self, node: fx.Node, at: _At) -> Value:
+    def _element(self, node: fx.Node, at: At) -> Value:
         if node.op == "placeholder":
             value = _value(node)
             position = flat(at.indices, value.stride())
@@ -243,11 +263,15 @@ class _Builder:
         reduction = reduction_of(node)
         if reduction is not None:
             return self._reduce(node, reduction, at)
+        return self.product(node, at)
+
+    def product(self, node: fx.Node, at: At) -> Value:
+        """The element of a product of matrices: for builders of kernels that have one."""
         raise _no(f"{node.target} has no Triton expression")
 
     # --- pointwise ---------------------------------------------------------------------------
 
-    def operand(self, argument: Any, node: fx.Node, at: _At, dtype: torch.dtype) -> Value:
+    def operand(self, argument: Any, node: fx.Node, at: At, dtype: torch.dtype) -> Value:
         """``argument`` of ``node`` at the element that belongs to ``at``, in ``dtype``."""
         if isinstance(argument, fx.Node):
             indices = views.broadcast(at.indices, _shape(node), _shape(argument))
@@ -269,7 +293,7 @@ class _Builder:
             return value if value.dtype == dtype else self.tile.op("to", (value,), dtype)
         return self.tile.op("to", (value,), wanted)
 
-    def _pointwise(self, node: fx.Node, rule: Pointwise, at: _At) -> Value:
+    def _pointwise(self, node: fx.Node, rule: Pointwise, at: At) -> Value:
         result = _value(node).dtype
         arguments = list(node.args)
         dtype = computed_in(result)
@@ -295,16 +319,20 @@ class _Builder:
     # --- reductions --------------------------------------------------------------------------
 
     def along(
-        self, node: fx.Node, source: fx.Node, dims: Sequence[int], keepdim: bool, at: _At
-    ) -> tuple[_At, int, bool]:
+        self, node: fx.Node, source: fx.Node, dims: Sequence[int], keepdim: bool, at: At
+    ) -> tuple[At, int, bool]:
         """The elements of ``source`` that are reduced to the element ``at`` of ``node``, how many there are,
         and whether they lie across the rows of the kernel."""
-        if at.conditions:
-            raise _no("a reduction within a part of a concatenation")
         shape = _shape(source)
         along = sorted({d % len(shape) for d in dims}) if shape else []
         kept = [i for d, i in enumerate(at.indices) if not (keepdim and d in along)]
         extents = [shape[d] for d in along]
+        if prod(extents) == 1:
+            rest = iter(kept)
+            only = tuple(Affine() if d in along else next(rest) for d in range(len(shape)))
+            return at.with_indices(only), 1, False
+        if at.conditions:
+            raise _no("a reduction within a part of a concatenation")
         column = self._is_column(kept, extents)
         loops = [a for a in self.tile.axes if a.reduced != column]
         if prod(extents) != prod(a.extent for a in loops):
@@ -312,7 +340,7 @@ class _Builder:
         position = flat([Affine.atom(a) for a in loops], strides_of([a.extent for a in loops]))
         gone, rest = iter(unflat(position, extents, self._bounds(()))), iter(kept)
         indices = tuple(next(gone) if d in along else next(rest) for d in range(len(shape)))
-        return _At(indices), prod(extents), column
+        return At(indices), prod(extents), column
 
     def _is_column(self, kept: Sequence[Affine], extents: Sequence[int]) -> bool:
         if any(isinstance(atom, Value) for index in kept for atom, _ in index.terms):
@@ -325,7 +353,7 @@ class _Builder:
         # Nothing is kept: along the rows if that is all there is.
         return prod(a.extent for a in self.tile.reduced) != prod(extents)
 
-    def _reduce(self, node: fx.Node, reduction: Reduction, at: _At) -> Value:
+    def _reduce(self, node: fx.Node, reduction: Reduction, at: At) -> Value:
         dtype = reduction.dtype or _value(node).dtype
         source = reduction.source
         elements, count, column = self.along(node, source, reduction.dims, reduction.keepdim, at)
@@ -334,7 +362,7 @@ class _Builder:
         name = "sum" if reduction.name == "mean" else reduction.name
         if column and name != reduction.name:
             raise _no(f"{node.name} is a mean over the rows of the kernel")
-        made = self.tile.reduce(name, value, column=column, dtype=held)
+        made = value if count == 1 else self.tile.reduce(name, value, column=column, dtype=held)
         if column:
             # The launcher adds up the parts and rounds the sum.
             return made
@@ -343,7 +371,7 @@ class _Builder:
         return self.rounded(made, dtype)
 
     def variance(
-        self, node: fx.Node, source: fx.Node, dims: Sequence[int], keepdim: bool, correction: float, at: _At
+        self, node: fx.Node, source: fx.Node, dims: Sequence[int], keepdim: bool, correction: float, at: At
     ) -> tuple[Value, Value]:
         """Variance and mean in two passes: as exact as Welford's, and the row is at hand anyway."""
         dtype = computed_in(_value(node).dtype)
@@ -352,10 +380,14 @@ class _Builder:
             raise _no(f"{node.name} is a variance over the rows of the kernel")
         tile = self.tile
         value = self.converted(self.element(source, elements), dtype, rounds=False)
-        total = tile.reduce("sum", value, column=False, dtype=dtype)
+
+        def total_of(value: Value) -> Value:
+            return value if count == 1 else tile.reduce("sum", value, column=False, dtype=dtype)
+
+        total = total_of(value)
         mean = tile.op("div", (total, tile.constant(float(count), dtype)), dtype)
         distance = tile.op("sub", (value, mean), dtype)
-        squares = tile.reduce("sum", tile.op("mul", (distance, distance), dtype), column=False, dtype=dtype)
+        squares = total_of(tile.op("mul", (distance, distance), dtype))
         divisor = tile.constant(float(max(count - correction, 0)), dtype)
         return tile.op("div", (squares, divisor), dtype), mean
 
@@ -383,10 +415,10 @@ def _reached(tile: Tile, stores: Sequence[Store]) -> tuple[Value, ...]:
 
 # --- operators of their own -----------------------------------------------------------------
 
-_Special = Callable[[_Builder, fx.Node, _At], Value]
+_Special = Callable[[Builder, fx.Node, At], Value]
 
 
-def _divide(b: _Builder, node: fx.Node, at: _At) -> Value:
+def _divide(b: Builder, node: fx.Node, at: At) -> Value:
     result = _value(node).dtype
     mode = node.kwargs.get("rounding_mode")
     dtype = computed_in(result)
@@ -401,14 +433,14 @@ def _divide(b: _Builder, node: fx.Node, at: _At) -> Value:
     return b.tile.op("floordiv", (left, right), dtype)
 
 
-def _where(b: _Builder, node: fx.Node, at: _At) -> Value:
+def _where(b: Builder, node: fx.Node, at: At) -> Value:
     result = _value(node).dtype
     condition = b.operand(node.args[0], node, at, torch.bool)
     branches = [b.operand(a, node, at, result) for a in node.args[1:3]]
     return b.tile.op("where", (condition, *branches), computed_in(result))
 
 
-def _convert(b: _Builder, node: fx.Node, at: _At) -> Value:
+def _convert(b: Builder, node: fx.Node, at: At) -> Value:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     wanted = _value(node).dtype
@@ -420,7 +452,7 @@ def _convert(b: _Builder, node: fx.Node, at: _At) -> Value:
     return b.converted(value, wanted)
 
 
-def _clamp(b: _Builder, node: fx.Node, at: _At) -> Value:
+def _clamp(b: Builder, node: fx.Node, at: At) -> Value:
     result = _value(node).dtype
     value = b.operand(node.args[0], node, at, result)
     bounds = list(node.args[1:]) + [None] * (3 - len(node.args))
@@ -432,7 +464,7 @@ def _clamp(b: _Builder, node: fx.Node, at: _At) -> Value:
     return value
 
 
-def _power(b: _Builder, node: fx.Node, at: _At) -> Value:
+def _power(b: Builder, node: fx.Node, at: At) -> Value:
     result, exponent = _value(node).dtype, node.args[1]
     if not isinstance(exponent, (int, float)) or not result.is_floating_point:
         raise _no(f"{node.name}: a power that is not a number")
@@ -458,7 +490,7 @@ def _power(b: _Builder, node: fx.Node, at: _At) -> Value:
 
 
 def _fill(number: Callable[[fx.Node], Any]) -> _Special:
-    def make(b: _Builder, node: fx.Node, at: _At) -> Value:
+    def make(b: Builder, node: fx.Node, at: At) -> Value:
         value = number(node)
         if not isinstance(value, (bool, int, float)):
             raise _no(f"{node.name} is filled with {value!r}")
@@ -467,7 +499,7 @@ def _fill(number: Callable[[fx.Node], Any]) -> _Special:
     return make
 
 
-def _arange(b: _Builder, node: fx.Node, at: _At) -> Value:
+def _arange(b: Builder, node: fx.Node, at: At) -> Value:
     dtype = _value(node).dtype
     if node.target is prims.iota.default:
         start, step = node.kwargs.get("start", 0), node.kwargs.get("step", 1)
@@ -481,7 +513,7 @@ def _arange(b: _Builder, node: fx.Node, at: _At) -> Value:
     return b.converted(index, dtype)
 
 
-def _concatenate(b: _Builder, node: fx.Node, at: _At) -> Value:
+def _concatenate(b: Builder, node: fx.Node, at: At) -> Value:
     parts: Sequence[fx.Node] = node.args[0]  # type: ignore[assignment]
     dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[arg-type]
     dim %= len(_shape(node))
@@ -498,7 +530,7 @@ def _concatenate(b: _Builder, node: fx.Node, at: _At) -> Value:
             if start <= low and high < end:
                 return b.converted(b.element(part, at.with_indices(shifted)), result)
             condition = _part(index, start, end, bounds, node)
-            inside = _At(shifted, (*at.conditions, condition))
+            inside = At(shifted, (*at.conditions, condition))
             pieces.append((condition, b.converted(b.element(part, inside), result, rounds=True)))
         start = end
     value = pieces[-1][1]
@@ -524,7 +556,7 @@ def _part(index: Affine, start: int, end: int, bounds: Bounds, node: fx.Node) ->
     raise _no(f"parts of {node.name} end within an axis")
 
 
-def _pad(b: _Builder, node: fx.Node, at: _At) -> Value:
+def _pad(b: Builder, node: fx.Node, at: At) -> Value:
     source, amounts = node.args[0], list(node.args[1])  # type: ignore[arg-type]
     fill = node.args[2] if len(node.args) > 2 else node.kwargs.get("value", 0)
     assert isinstance(source, fx.Node)
@@ -537,9 +569,11 @@ def _pad(b: _Builder, node: fx.Node, at: _At) -> Value:
         index = indices[dim] + -amounts[2 * k]
         indices[dim] = index
         low, high = bounds.of(index)
+        if high < 0 or low >= shape[dim]:
+            return b.rounded(b.tile.constant(fill, computed_in(result)), result)  # type: ignore[arg-type]
         if low < 0 or high >= shape[dim]:
             added.append(_part(index, 0, shape[dim], bounds, node))
-    inside = b.converted(b.element(source, _At(tuple(indices), (*conditions, *added))), result)
+    inside = b.converted(b.element(source, At(tuple(indices), (*conditions, *added))), result)
     value = inside
     for condition in added:
         outside = b.tile.constant(fill, computed_in(result))  # type: ignore[arg-type]
@@ -547,7 +581,7 @@ def _pad(b: _Builder, node: fx.Node, at: _At) -> Value:
     return value
 
 
-def _looked_up(b: _Builder, node: fx.Node, source: fx.Node, at: _At, dim: int, picked: Value) -> Value:
+def _looked_up(b: Builder, node: fx.Node, source: fx.Node, at: At, dim: int, picked: Value) -> Value:
     """The element of ``source`` whose index along ``dim`` is the value ``picked``."""
     size = _shape(source)[dim]
     zero, count = b.tile.constant(0, picked.dtype), b.tile.constant(size, picked.dtype)
@@ -561,7 +595,7 @@ def _looked_up(b: _Builder, node: fx.Node, source: fx.Node, at: _At, dim: int, p
     return b.element(source, at.with_indices(indices))
 
 
-def _embedding(b: _Builder, node: fx.Node, at: _At) -> Value:
+def _embedding(b: Builder, node: fx.Node, at: At) -> Value:
     table, where = node.args[0], node.args[1]
     assert isinstance(table, fx.Node) and isinstance(where, fx.Node)
     rank = len(_shape(where))
@@ -569,7 +603,7 @@ def _embedding(b: _Builder, node: fx.Node, at: _At) -> Value:
     return _looked_up(b, node, table, at.with_indices(at.indices[rank:]), 0, picked)
 
 
-def _index(b: _Builder, node: fx.Node, at: _At) -> Value:
+def _index(b: Builder, node: fx.Node, at: At) -> Value:
     source, lists = node.args[0], node.args[1]
     assert isinstance(source, fx.Node)
     given = [(d, i) for d, i in enumerate(lists) if i is not None]  # type: ignore[arg-type]
@@ -582,7 +616,7 @@ def _index(b: _Builder, node: fx.Node, at: _At) -> Value:
     return _looked_up(b, node, source, at.with_indices(rest), dim, picked)
 
 
-def _gather(b: _Builder, node: fx.Node, at: _At) -> Value:
+def _gather(b: Builder, node: fx.Node, at: At) -> Value:
     source, dim, where = node.args[0], int(node.args[1]), node.args[2]  # type: ignore[arg-type]
     assert isinstance(source, fx.Node) and isinstance(where, fx.Node)
     if not _shape(source):
@@ -593,7 +627,7 @@ def _gather(b: _Builder, node: fx.Node, at: _At) -> Value:
     return _looked_up(b, node, source, at.with_indices(rest), dim, picked)
 
 
-def _item(b: _Builder, node: fx.Node, at: _At) -> Value:
+def _item(b: Builder, node: fx.Node, at: At) -> Value:
     """One of the results of an operator that gives several."""
     made, number = node.args[0], node.args[1]
     assert isinstance(made, fx.Node)
@@ -607,7 +641,7 @@ def _item(b: _Builder, node: fx.Node, at: _At) -> Value:
     return b.rounded(both[int(number)], _value(node).dtype)  # type: ignore[arg-type]
 
 
-def _variance(b: _Builder, node: fx.Node, at: _At) -> Value:
+def _variance(b: Builder, node: fx.Node, at: At) -> Value:
     found = reduction_of(node)
     assert found is not None
     correction = node.args[2] if len(node.args) > 2 else node.kwargs.get("correction", 1)
@@ -651,5 +685,5 @@ _SPECIAL: dict[Any, _Special] = {
 
 def is_supported(target: Any) -> bool:
     """Whether an operator can be part of a kernel at all."""
-    known = target in _SPECIAL or views.is_view(target) or is_reduction(target)
+    known = target in _SPECIAL or views.is_view(target) or is_reduction(target) or is_product(target)
     return known or pointwise_of(target) is not None

@@ -5,6 +5,9 @@ value in between first, wherever no other operator has to run between them and o
 readers of the same large value follow. A group stays if its kernel moves fewer bytes than its operators one
 by one. Views are taken along into kernels and stay outside as well: they cost nothing there.
 
+Products of matrices come last: each may take in the groups that read its result and those that make its
+operands, where one kernel is faster by the figures of a device (``product_choice``).
+
 Merged operators run together, so what they read is held for longer and what they make is there earlier.
 Where others
 run in between, a merge has to leave the peak of the program within a limit.
@@ -23,8 +26,9 @@ import torch.fx as fx
 
 from graphopt.candidate import Reason
 from graphopt_kernels.emit.build import NotFusible
-from graphopt_kernels.emit.kernel_file import Kernel, kernel_of
+from graphopt_kernels.emit.kernel_file import Kernel, KernelFile, kernel_of
 from graphopt_kernels.emit.order import Step, is_free, live_bytes, ordered, peak_bytes, root, size
+from graphopt_kernels.emit.product_choice import Prices, prices_for
 
 __all__ = ["Grouping", "grouped", "peak_ungrouped"]
 
@@ -36,25 +40,33 @@ MOST_NODES = 96
 
 @dataclass(frozen=True)
 class Grouping:
-    """``kernels`` by the position of their last node. ``left``: operators that stay calls, and why."""
+    """``kernels`` by the position of their last node. ``left``: operators that stay calls, and why.
+    ``taken``: products that kernels compute, and why."""
 
     kernels: tuple[Kernel, ...]
     left: tuple[tuple[str, Reason], ...]
+    taken: tuple[tuple[str, Reason], ...] = ()
 
 
-def grouped(graph: fx.Graph, owned: Collection[fx.Node] = (), limit: int | None = None) -> Grouping:
+def grouped(
+    graph: fx.Graph,
+    owned: Collection[fx.Node] = (),
+    limit: int | None = None,
+    prices: Prices | None = None,
+) -> Grouping:
     """Kernels for the graph of a lowered program.
 
     ``owned``: inputs that the program lets go after their last use. ``limit``: the bytes that may be alive
     at once
-    (``order.peak_bytes``); ``None`` for what the operators one by one take.
+    (``order.peak_bytes``); ``None`` for what the operators one by one take. ``prices``: of the device that
+    products of matrices are decided for; ``None`` for an H200.
     """
-    return _Search(graph, owned, limit).found()
+    return _Search(graph, owned, limit, prices).found()
 
 
 def peak_ungrouped(graph: fx.Graph, owned: Collection[fx.Node] = ()) -> int:
     """The most that is alive at once with every operator by itself, in bytes."""
-    return _Search(graph, owned, None).limit
+    return _Search(graph, owned, None, None).limit
 
 
 class _Group:
@@ -64,12 +76,17 @@ class _Group:
 
 
 class _Search:
-    def __init__(self, graph: fx.Graph, owned: Collection[fx.Node], limit: int | None) -> None:
+    def __init__(
+        self, graph: fx.Graph, owned: Collection[fx.Node], limit: int | None, prices: Prices | None
+    ) -> None:
         self._nodes = [node for node in graph.nodes if node.op == "call_function"]
         self._place = {node: i for i, node in enumerate(self._nodes)}
         self._of: dict[fx.Node, _Group] = {}
-        self._left: list[tuple[str, Reason]] = []
-        self._tried: dict[Any, NotFusible | bool] = {}
+        self._left: dict[fx.Node, Reason] = {}
+        self._taken: dict[fx.Node, Reason] = {}
+        self._products: list[fx.Node] = []
+        self._prices = prices
+        self._tried: dict[Any, NotFusible | KernelFile] = {}
         (output,) = [node for node in graph.nodes if node.op == "output"]
         self._results = list(dict.fromkeys(output.all_input_nodes))
         self._owned = frozenset(owned)
@@ -85,25 +102,38 @@ class _Search:
             if is_free(node) or node.target is operator.getitem:
                 continue
             unit = [node, *(user for user in node.users if user.target is operator.getitem)]
-            why = self._refused(unit)
-            if why is None:
+            file = self._file(unit)
+            if isinstance(file, NotFusible):
+                self._left[node] = file.reason
+            elif file.tiling is not None:
+                self._products.append(node)
+            else:
                 group = self._group(unit)
                 self._of.update(dict.fromkeys(unit, group))
-            else:
-                self._left.append((node.name, why))
         self._merge_along(self._edges())
         self._merge_along(self._siblings())
+        for product in self._products:
+            self._take_in(product)
         found = {}
         for group in self._groups():
             kernel = self._kernel(group.nodes)
-            if kernel is not None and self._pays(kernel):
+            if kernel is not None and (kernel.file.tiling is not None or self._pays(kernel)):
                 found[group] = kernel
         while found and self._peak(found) > self.limit:
             # Groups that did not stay took values with them that others counted on.
             del found[min(found, key=lambda g: self._peak([other for other in found if other is not g]))]
         kernels = list(found.values())
         kernels.sort(key=lambda k: self._place[k.nodes[-1]])
-        return Grouping(tuple(kernels), tuple(self._left))
+        inside = {node for kernel in kernels for node in kernel.nodes}
+        for product in [node for node in self._taken if node not in inside]:
+            del self._taken[product]
+            self._left[product] = Reason("its kernel would hold more at once than the program may")
+        left = sorted(self._left, key=self._place.__getitem__)
+        return Grouping(
+            tuple(kernels),
+            tuple((node.name, self._left[node]) for node in left),
+            tuple((node.name, reason) for node, reason in self._taken.items()),
+        )
 
     def _groups(self) -> list[_Group]:
         return list(dict.fromkeys(self._of.values()))
@@ -118,14 +148,83 @@ class _Search:
             if self._between(a, b) or self._between(b, a):
                 continue
             nodes = a.nodes | b.nodes
-            if len(nodes) <= MOST_NODES and self._refused(nodes) is None:
-                merged = self._group(nodes)
-                local = self._adjoining(nodes)
-                if local and self._before(nodes) + sum(map(size, merged.step.makes)) <= self.limit:
-                    self._of.update(dict.fromkeys(nodes, merged))
-                elif self._peak([merged, *(g for g in self._groups() if g not in (a, b))]) <= self.limit:
-                    self._of.update(dict.fromkeys(nodes, merged))
-                    self._alive = None
+            if len(nodes) <= MOST_NODES and not isinstance(self._file(nodes), NotFusible):
+                self._merge(nodes, (a, b))
+
+    def _merge(self, nodes: set[fx.Node], parts: Collection[_Group]) -> bool:
+        """Have ``nodes`` run together, in place of ``parts``, where memory allows it."""
+        merged = self._group(nodes)
+        local = self._adjoining(nodes)
+        if local and self._before(nodes) + sum(map(size, merged.step.makes)) <= self.limit:
+            self._of.update(dict.fromkeys(nodes, merged))
+            return True
+        if self._peak([merged, *(g for g in self._groups() if g not in parts)]) <= self.limit:
+            self._of.update(dict.fromkeys(nodes, merged))
+            self._alive = None
+            return True
+        return False
+
+    def _take_in(self, product: fx.Node) -> None:
+        """The kernel of a product and its neighbours, if there is one and it pays."""
+        prices = self._prices = self._prices or prices_for()
+        alone = self._file([product])
+        assert isinstance(alone, KernelFile)
+        nodes, file = {product}, alone
+        parts: list[_Group] = []
+        apart = prices.library(alone, product)
+        for group in self._neighbours(product):
+            if any(node in self._taken for node in group.nodes):
+                self._left.setdefault(product, Reason("its neighbours are in the kernel of another product"))
+                continue
+            whole = self._group(nodes)
+            if self._between(whole, group) or self._between(group, whole):
+                continue
+            together = self._file(nodes | group.nodes)
+            if isinstance(together, NotFusible):
+                self._left.setdefault(product, together.reason)
+                continue
+            separate = self._apart(group, prices)
+            if prices.emitted(together) < prices.emitted(file) + separate:
+                nodes, file, parts = nodes | group.nodes, together, [*parts, group]
+                apart += separate
+        if not parts:
+            self._left.setdefault(product, Reason("nothing goes into one kernel with this product"))
+            return
+        emitted = prices.emitted(file)
+        arithmetic = (
+            f"in one kernel with {_listed(parts)} {emitted * 1e6:.1f} us at {prices.share(file):g} of the "
+            f"library's rate, apart {apart * 1e6:.1f} us on {prices.device.name}"
+        )
+        if emitted >= apart:
+            self._left[product] = Reason(arithmetic)
+        elif not self._merge(nodes, parts):
+            self._left[product] = Reason("its kernel would hold more at once than the program may")
+        else:
+            self._left.pop(product, None)
+            self._taken[product] = Reason(arithmetic)
+
+    def _neighbours(self, product: fx.Node) -> list[_Group]:
+        """Groups that read a product's result, then those that make its operands, largest value first."""
+        readers = [user for node in self._shown(product) for user in node.users if user in self._of]
+        makers = [source for source in self._sources(product) if source in self._of]
+        readers.sort(key=lambda n: (-size(n), self._place[n]))
+        makers.sort(key=lambda n: (-size(n), self._place[n]))
+        return list(dict.fromkeys(self._of[node] for node in (*readers, *makers)))
+
+    def _shown(self, node: fx.Node) -> list[fx.Node]:
+        """A node and all views of it."""
+        found = [node]
+        for shown in found:
+            found += [user for user in shown.users if user.op == "call_function" and is_free(user)]
+        return found
+
+    def _apart(self, group: _Group, prices: Prices) -> float:
+        """Seconds of a group by itself: its kernel if it has one, else its operators."""
+        file = self._file(group.nodes)
+        members, _ = self._members(group.nodes)
+        if isinstance(file, KernelFile) and file.bytes < _bytes_one_by_one(members):
+            return prices.moved(file.bytes)
+        return prices.one_by_one([n for n in members if not is_free(n) and n.target is not operator.getitem])
 
     def _before(self, nodes: Iterable[fx.Node]) -> int:
         """Bytes alive before the first of ``nodes`` runs. Merging neighbours only takes values away: what was
@@ -252,31 +351,38 @@ class _Search:
         except NotFusible:
             return None
 
-    def _refused(self, nodes: Iterable[fx.Node]) -> Reason | None:
-        """Why nodes do not make one kernel; groups alike are tried once."""
+    def _file(self, nodes: Iterable[fx.Node]) -> KernelFile | NotFusible:
+        """The kernel of nodes, or why they make none; groups alike are tried once."""
         members, outputs = self._members(nodes)
         if not outputs:
-            return Reason("nothing reads it")
+            return NotFusible.because("nothing reads it")
         key = _signature(members, outputs)
         if key not in self._tried:
             try:
                 kernel = kernel_of(members, outputs)
                 if len(kernel.inputs) > MOST_INPUTS:
                     raise NotFusible.because(f"{len(kernel.inputs)} inputs")
-                self._tried[key] = True
+                self._tried[key] = kernel.file
             except NotFusible as error:
                 self._tried[key] = error
-        found = self._tried[key]
-        return found.reason if isinstance(found, NotFusible) else None
+        return self._tried[key]
 
     def _pays(self, kernel: Kernel) -> bool:
         """Whether a kernel moves fewer bytes than its operators do one by one."""
-        separate = 0
-        for node in kernel.nodes:
-            if is_free(node) or node.target is operator.getitem:
-                continue
-            separate += sum(size(source) for source in node.all_input_nodes) + size(node)
-        return kernel.file.bytes < separate
+        return kernel.file.bytes < _bytes_one_by_one(kernel.nodes)
+
+
+def _bytes_one_by_one(nodes: Iterable[fx.Node]) -> int:
+    """What operators read and write, each by itself."""
+    calls = [node for node in nodes if not is_free(node) and node.target is not operator.getitem]
+    return sum(sum(size(source) for source in node.all_input_nodes) + size(node) for node in calls)
+
+
+def _listed(groups: Iterable[_Group]) -> str:
+    """The operators of groups by name, each once."""
+    nodes = [n for group in groups for n in group.step.nodes if not is_free(n)]
+    words = dict.fromkeys(str(getattr(n.target, "_opname", "")).strip("_") for n in nodes)
+    return ", ".join(word for word in words if word and word != "getitem")
 
 
 def _signature(members: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Any:

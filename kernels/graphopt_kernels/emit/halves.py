@@ -17,6 +17,7 @@ from graphopt_kernels.emit.build import NotFusible
 from graphopt_kernels.emit.groups import Grouping, grouped
 from graphopt_kernels.emit.kernel_file import Kernel
 from graphopt_kernels.emit.order import Step, is_free, ordered, root
+from graphopt_kernels.emit.product_choice import Prices
 
 __all__ = ["Half", "half_of", "owned_inputs"]
 
@@ -37,12 +38,19 @@ class Half:
     replays: bool
 
 
-def half_of(program: Program, name: str, names: Mapping[str, str], limit: int | None = None) -> Half:
-    """The function of one half. ``names``: what inputs are to be called; ``limit``: bytes that may be
-    alive at
-    once, without those that the caller holds anyway. Raises ``NotFusible`` for a call that cannot be written
-    down."""
-    grouping = grouped(program.graph, owned_inputs(program), limit)
+def half_of(
+    program: Program,
+    name: str,
+    names: Mapping[str, str],
+    limit: int | None = None,
+    prices: Prices | None = None,
+) -> Half:
+    """The function of one half. ``names``: what inputs are to be called; ``limit``: bytes that may be alive
+    at once, without those that the caller holds anyway; ``prices``: see ``grouped``.
+
+    Raises ``NotFusible`` for a call that cannot be written down.
+    """
+    grouping = grouped(program.graph, owned_inputs(program), limit, prices)
     return _Writer(program, name, names, grouping).written()
 
 

@@ -14,11 +14,17 @@ from graphopt.program import layer_of
 from graphopt_kernels.emit.aten_code import identifier, statements
 from graphopt_kernels.emit.build import Built, NotFusible, build
 from graphopt_kernels.emit.expand import expanded, group_graph
+from graphopt_kernels.emit.launch import Launch
 from graphopt_kernels.emit.loops import Loops, power_of_two
 from graphopt_kernels.emit.pointwise import HELPERS
+from graphopt_kernels.emit.product_build import build_product
+from graphopt_kernels.emit.product_file import launcher_lines, product_launch
+from graphopt_kernels.emit.product_loops import Tiling, product_loops, tiling_of
+from graphopt_kernels.emit.product_source import product_text
+from graphopt_kernels.emit.products import products_of
 from graphopt_kernels.emit.source import KernelText, kernel_text
 
-__all__ = ["Kernel", "KernelFile", "Launch", "kernel_of"]
+__all__ = ["Kernel", "KernelFile", "kernel_of"]
 
 _PROGRAMS = 528
 """Programs of a kernel that adds up over rows: four for each of the 132 processors of an H100 or H200. Fixed,
@@ -26,27 +32,19 @@ so that sums do not depend on the device."""
 
 
 @dataclass(frozen=True)
-class Launch:
-    """How a kernel is started: elements of a tile, warps, and programs along each axis of the grid."""
-
-    xblock: int
-    rblock: int
-    warps: int
-    grid: tuple[int, ...]
-
-
-@dataclass(frozen=True)
 class KernelFile:
-    """``source`` is the text of the file, ``name`` that of the file without ``.py``: what the kernel does
-    and a
-    hash of the source. ``bytes``: what it reads and writes, each tensor once."""
+    """``source`` is the text of the file, ``name`` that of the file without ``.py``: what the kernel does and
+    a hash of the source. ``inputs``: what its inputs are called there. ``bytes``: what it reads and writes,
+    each tensor once. ``tiling``: of a product of matrices."""
 
     name: str
     source: str
+    inputs: tuple[str, ...]
     built: Built
     text: KernelText
     launch: Launch
     bytes: int
+    tiling: Tiling | None = None
 
 
 @dataclass(frozen=True)
@@ -65,31 +63,46 @@ class Kernel:
         return tuple(dict.fromkeys(layer for node in self.nodes if (layer := layer_of(node))))
 
 
-def kernel_of(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node]) -> Kernel:
-    """The kernel that computes ``outputs`` of a group of nodes, in order. Raises ``NotFusible``."""
+def kernel_of(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], tiling: Tiling | None = None) -> Kernel:
+    """The kernel that computes ``outputs`` of a group of nodes, in order. ``tiling``: that of its product of
+    matrices, in place of the one that its sizes suggest. Raises ``NotFusible``."""
     graph, inputs = group_graph(nodes, outputs)
-    file = _file_of(graph)
+    file = _file_of(graph, tiling)
     return Kernel(file, tuple(nodes), tuple(inputs), tuple(outputs))
 
 
-def _file_of(graph: fx.Graph) -> KernelFile:
+def _file_of(graph: fx.Graph, wanted: Tiling | None = None) -> KernelFile:
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     calls = [node for node in graph.nodes if node.op == "call_function"]
     (output,) = [node for node in graph.nodes if node.op == "output"]
     outputs: list[fx.Node] = list(output.args[0])
-    built = build(expanded(graph))
     names = [identifier(node.name) for node in inputs]
     results = [f"out{number}" for number in range(len(outputs))]
     title = _title(calls)
-    text = kernel_text(built, title, [f"{n}_ptr" for n in names], [f"{n}_ptr" for n in results])
-    launch = _launch(text.loops)
-    for number in text.partial:
-        if not built.outputs[number].is_contiguous():
-            raise NotFusible.because(f"{outputs[number].name} is a sum over rows and not contiguous")
-    source = _body(calls, inputs, outputs, names, results, built, text, launch, title)
+    pointers = [f"{n}_ptr" for n in names], [f"{n}_ptr" for n in results]
+    whole = expanded(graph)
+    built: Built
+    tiling = None
+    if products_of(whole):
+        built = product = build_product(whole)
+        loops = product_loops(product)
+        tiling = wanted or tiling_of(product, loops)
+        text = product_text(product, tiling, title, *pointers)
+        launch = product_launch(product, loops, tiling)
+        started = launcher_lines(names, results, product, text, loops, tiling, launch)
+        lines = _launcher(names, results, built, text, launch, started)
+    else:
+        built = build(whole)
+        text = kernel_text(built, title, *pointers)
+        launch = _launch(text.loops)
+        for number in text.partial:
+            if not built.outputs[number].is_contiguous():
+                raise NotFusible.because(f"{outputs[number].name} is a sum over rows and not contiguous")
+        lines = _launcher(names, results, built, text, launch, [_started(names, results, text, launch)])
+    source = _body(calls, inputs, outputs, names, results, built, text, lines)
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
     bytes_moved = sum(_bytes(tensor) for tensor in (*built.inputs, *built.outputs))
-    return KernelFile(f"{title}_{digest}", source, built, text, launch, bytes_moved)
+    return KernelFile(f"{title}_{digest}", source, tuple(names), built, text, launch, bytes_moved, tiling)
 
 
 def _title(nodes: Sequence[fx.Node]) -> str:
@@ -111,23 +124,27 @@ def _launch(loops: Loops) -> Launch:
     rows, columns = loops.rows, loops.columns
     if loops.shape == "pointwise":
         block = min(1024, max(64, power_of_two(rows)))
-        return Launch(block, 1, 4, (-(-rows // block),))
+        return Launch({"XBLOCK": block}, 4, (-(-rows // block),))
     if loops.shape == "looped rows":
-        return Launch(1, 4096, 8, (rows,))
+        return Launch(_blocks(1, 4096), 8, (rows,))
     if loops.shape == "rows":
         width = power_of_two(columns)
         block = max(1, min(power_of_two(rows), 1024 // width))
-        return Launch(block, width, _warps(block * width), (-(-rows // block),))
+        return Launch(_blocks(block, width), _warps(block * width), (-(-rows // block),))
     width = power_of_two(columns)
     if loops.whole_rows:
         block = max(1, min(power_of_two(rows), 1024 // width))
         programs = min(_PROGRAMS, -(-rows // block))
-        return Launch(block, width, _warps(block * width), (programs, 1))
+        return Launch(_blocks(block, width), _warps(block * width), (programs, 1))
     width = min(width, 128)
     block = min(power_of_two(rows), 32)
     across = -(-columns // width)
     programs = max(1, min(-(-_PROGRAMS // across), -(-rows // block)))
-    return Launch(block, width, 4, (programs, across))
+    return Launch(_blocks(block, width), 4, (programs, across))
+
+
+def _blocks(rows: int, columns: int) -> dict[str, int]:
+    return {"XBLOCK": rows, "RBLOCK": columns}
 
 
 def _warps(elements: int) -> int:
@@ -142,8 +159,7 @@ def _body(
     results: Sequence[str],
     built: Built,
     text: KernelText,
-    launch: Launch,
-    title: str,
+    launcher: Sequence[str],
 ) -> str:
     lines = [f'"""{_summary(nodes)}', ""]
     lines += [f"reads   {_described(name, t)}" for name, t in zip(names, built.inputs, strict=True)]
@@ -163,7 +179,7 @@ def _body(
     for helper in text.helpers:
         lines += ["", HELPERS[helper].rstrip(), ""]
     lines += ["", text.function.rstrip(), "", ""]
-    lines += _launcher(names, results, built, text, launch, title) + ["", ""]
+    lines += [*launcher, "", ""]
     lines += _reference(nodes, inputs, names, outputs)
     return "\n".join(lines) + "\n"
 
@@ -187,7 +203,7 @@ def _launcher(
     built: Built,
     text: KernelText,
     launch: Launch,
-    title: str,
+    started: Sequence[str],
 ) -> list[str]:
     # Without inputs nothing but the caller knows on which device.
     lines = [f"def launch({', '.join(names) or 'device'}):"]
@@ -207,14 +223,17 @@ def _launcher(
             call = f"torch.empty_strided({shape}, {stride}, dtype={tensor.dtype}, device={device})"
             lines.append(f"    {name} = {call}")
             made.append(name)
-    grid = ", ".join(str(n) for n in launch.grid) + ("," if len(launch.grid) == 1 else "")
-    blocks = f"XBLOCK={launch.xblock}, "
-    if text.loops.shape != "pointwise":
-        blocks += f"RBLOCK={launch.rblock}, "
-    arguments = ", ".join([*names, *results])
-    lines.append(f"    {title}[({grid})]({arguments}, {blocks}num_warps={launch.warps})")
+    lines += [f"    {line}" for line in started]
     lines.append(f"    return ({', '.join(made)}{',' if len(made) == 1 else ''})")
     return lines
+
+
+def _started(names: Sequence[str], results: Sequence[str], text: KernelText, launch: Launch) -> str:
+    """The line that starts a kernel."""
+    grid = ", ".join(str(n) for n in launch.grid) + ("," if len(launch.grid) == 1 else "")
+    blocks = ", ".join(f"{name}={value}" for name, value in launch.constants.items())
+    arguments = ", ".join([*names, *results])
+    return f"{text.name}[({grid})]({arguments}, {blocks}, num_warps={launch.warps})"
 
 
 def _reference(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import IO
 
+from graphopt.candidate import Reason
 from graphopt.errors import EmitError
 from graphopt.program import Level, Program
 from graphopt_kernels.emit.groups import grouped
@@ -21,14 +22,21 @@ def write_triton(program: Program, stream: IO[str]) -> None:
             hint="dump the final stage",
         )
     grouping = grouped(program.graph)
+    taken = dict(grouping.taken)
     stream.write(f"# program {program.name} @ {program.level}: {len(grouping.kernels)} launches\n")
     seen: dict[str, list[str]] = {}
+    why: dict[str, Reason] = {}
     for kernel in grouping.kernels:
         seen.setdefault(kernel.file.name, []).append(", ".join(kernel.layers) or "no layer")
+        for node in kernel.nodes:
+            if node.name in taken:
+                why.setdefault(kernel.file.name, taken[node.name])
     for name, source in {k.file.name: k.file.source for k in grouping.kernels}.items():
         stream.write(f"\n# --- {name}.py, launched for\n")
         for layers in seen[name]:
             stream.write(f"#   {layers}\n")
+        if name in why:
+            stream.write(f"# {why[name]}\n")
         stream.write(f"{source}")
     if grouping.left:
         stream.write("\n# --- left to ATen\n")

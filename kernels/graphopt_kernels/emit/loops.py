@@ -11,9 +11,9 @@ from graphopt_kernels.emit.build import Built, NotFusible
 from graphopt_kernels.emit.index import Affine, Axis
 from graphopt_kernels.emit.tile import Value
 
-__all__ = ["Loop", "Loops", "Shape", "loops_of", "power_of_two"]
+__all__ = ["Loop", "Loops", "Shape", "loops_of", "merged", "power_of_two", "stepped_through"]
 
-Shape = Literal["pointwise", "rows", "looped rows", "columns"]
+Shape = Literal["pointwise", "rows", "looped rows", "columns", "product"]
 
 PERSISTENT = 16384
 """Longest row that one program holds: 16 warps of 32 elements a thread. Longer rows are read again for each
@@ -84,25 +84,16 @@ def power_of_two(number: int) -> int:
 def loops_of(built: Built) -> Loops:
     """The loops of a kernel."""
     values = built.values
-    positions = [store.position for store in built.stores]
-    single: set[Axis] = set()
-    for value in values:
-        if value.kind == "load":
-            positions.append(value.payload[1])
-            single.update(condition.axis for condition in value.payload[2])
-        elif value.kind == "index":
-            positions.append(value.payload)
-        elif value.kind == "within":
-            single.add(value.payload.axis)
+    positions, single = stepped_through(built)
     kinds = {value.kind for value in values}
     largest = max(built.stores, key=lambda s: built.outputs[s.output].numel())
     steps = dict(largest.position.terms)
     # Neighbours in the largest output go to neighbouring threads. Sums over rows are written in the order
     # of axes.
     ordered = sorted(built.tile.axes, key=lambda a: -steps.get(a, 0))
-    outer = _merged([a for a in ordered if not a.reduced], positions, single, "x")
+    outer = merged([a for a in ordered if not a.reduced], positions, single, "x")
     rows = built.tile.axes if "column" in kinds else ordered
-    inner = _merged([a for a in rows if a.reduced], positions, single, "r")
+    inner = merged([a for a in rows if a.reduced], positions, single, "r")
     shape: Shape = "pointwise"
     columns = prod(loop.extent for loop in inner)
     if "column" in kinds:
@@ -119,7 +110,22 @@ def loops_of(built: Built) -> Loops:
     return loops
 
 
-def _merged(axes: Sequence[Axis], positions: Iterable[Affine], single: set[Axis], letter: str) -> list[Loop]:
+def stepped_through(built: Built) -> tuple[list[Affine], set[Axis]]:
+    """All positions of a kernel, and the axes that conditions tell apart from their neighbours."""
+    positions = [store.position for store in built.stores]
+    single: set[Axis] = set()
+    for value in built.values:
+        if value.kind == "load":
+            positions.append(value.payload[1])
+            single.update(condition.axis for condition in value.payload[2])
+        elif value.kind == "index":
+            positions.append(value.payload)
+        elif value.kind == "within":
+            single.add(value.payload.axis)
+    return positions, single
+
+
+def merged(axes: Sequence[Axis], positions: Iterable[Affine], single: set[Axis], letter: str) -> list[Loop]:
     """Axes that every position steps through as through one axis become one loop."""
     factors = [dict(position.terms) for position in positions]
     groups: list[list[Axis]] = []

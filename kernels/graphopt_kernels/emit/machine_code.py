@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from graphopt_kernels.emit.kernel_file import KernelFile
+from graphopt_kernels.emit.product_build import BuiltProduct
 
-__all__ = ["MachineCode", "compile_for_sm90", "compile_function_for_sm90", "import_kernel"]
+__all__ = ["MachineCode", "compile_for_sm90", "compile_function_for_sm90", "import_kernel", "pointer_types"]
 
 _TYPES = {
     torch.float64: "*fp64",
@@ -51,6 +52,8 @@ class MachineCode:
     shared: int
     local: int
     instructions: Mapping[str, int]
+    asked: int = 0
+    """Bytes of shared memory that a launch asks for, which the assembler does not see."""
 
     @property
     def spills(self) -> bool:
@@ -85,19 +88,29 @@ def compile_for_sm90(file: KernelFile) -> MachineCode:
     with tempfile.TemporaryDirectory() as folder:
         module = import_kernel(file, Path(folder))
         function = getattr(module, file.text.name)
-        tensors = [*file.built.inputs, *file.built.outputs]
-        partial = {len(file.built.inputs) + number for number in file.text.partial}
-        types: dict[str, str] = {}
-        for number, (name, tensor) in enumerate(zip(function.arg_names, tensors, strict=False)):
-            dtype = tensor.dtype
-            if number in partial and dtype in (torch.float16, torch.bfloat16):
-                dtype = torch.float32
-            types[name] = _TYPES[dtype]
-        blocks = {"XBLOCK": file.launch.xblock, "RBLOCK": file.launch.rblock}
-        constants = {name: blocks[name] for name in function.arg_names if name in blocks}
+        types = pointer_types(file)
+        numbers = dict.fromkeys(file.launch.numbers, "i32")
         return compile_function_for_sm90(
-            function, types, constants, warps=file.launch.warps, aligned=tuple(types)
+            function,
+            {name: types[name] for name in function.arg_names if name in types} | numbers,
+            file.launch.constants,
+            warps=file.launch.warps,
+            stages=file.launch.stages or 3,
+            aligned=tuple(types),
         )
+
+
+def pointer_types(file: KernelFile) -> dict[str, str]:
+    """The types of what a kernel's pointers point to, as triton spells them, by the names of parameters."""
+    types = {f"{name}_ptr": _TYPES[t.dtype] for name, t in zip(file.inputs, file.built.inputs, strict=True)}
+    for number, tensor in enumerate(file.built.outputs):
+        dtype = tensor.dtype
+        if number in file.text.partial and dtype in (torch.float16, torch.bfloat16):
+            dtype = torch.float32
+        types[f"out{number}_ptr"] = _TYPES[dtype]
+    if isinstance(file.built, BuiltProduct):
+        types["partial_ptr"] = _TYPES[file.built.dot.dtype]
+    return types
 
 
 def compile_function_for_sm90(
@@ -107,9 +120,11 @@ def compile_function_for_sm90(
     *,
     warps: int,
     aligned: Collection[str] = (),
+    stages: int = 3,
 ) -> MachineCode:
     """Compile a jitted ``function`` for sm_90: ``types`` of arguments by name, as triton spells them (more
-    than it has do no harm), values of those that are ``constants``, and which begin on 16 bytes."""
+    than it has do no harm), values of those that are ``constants``, which begin on 16 bytes, or are a
+    multiple of 16, and how many ``stages`` loops are pipelined in."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -120,7 +135,7 @@ def compile_function_for_sm90(
     compiled = triton.compile(
         ASTSource(function, signature, {k: v for k, v in constants.items() if k in names}, attributes),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": warps},
+        options={"num_warps": warps, "num_stages": stages},
     )
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
@@ -131,7 +146,7 @@ def compile_function_for_sm90(
         code = _output(tool, "-sass", binary)
     registers, stack, shared, local = map(int, usage.groups())
     opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
-    return MachineCode(registers, stack, shared, local, Counter(opcodes))
+    return MachineCode(registers, stack, shared, local, Counter(opcodes), int(compiled.metadata.shared))
 
 
 def _output(tool: Path, flag: str, binary: Path) -> str:

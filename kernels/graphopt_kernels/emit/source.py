@@ -13,9 +13,9 @@ from graphopt_kernels.emit.loops import Loop, Loops, loops_of, power_of_two
 from graphopt_kernels.emit.pointwise import HELPERS, TEXTS
 from graphopt_kernels.emit.tile import Condition, Store, Value, computed_in
 
-__all__ = ["KernelText", "kernel_text"]
+__all__ = ["TRITON", "KernelText", "Writer", "kernel_text", "needed"]
 
-_TRITON = {
+TRITON = {
     torch.float64: "tl.float64",
     torch.float32: "tl.float32",
     torch.float16: "tl.float16",
@@ -34,36 +34,41 @@ _COMBINE = {"max": "_max", "min": "_min"}
 @dataclass(frozen=True)
 class KernelText:
     """``name`` of the kernel, ``function``: its decorated source; ``helpers``: functions that it calls, by
-    name; ``loops``: what it
-    runs over; ``partial``: numbers of outputs of which each program writes a part, to be added up."""
+    name; ``loops``: what it runs over; ``partial``: numbers of outputs of which each program writes a part,
+    to be added up; ``finish``: the name of a second kernel in ``function`` that adds up what the first
+    leaves, if there is one."""
 
     name: str
     function: str
     helpers: tuple[str, ...]
     loops: Loops
-    partial: tuple[int, ...]
+    partial: tuple[int, ...] = ()
+    finish: str | None = None
 
 
 def kernel_text(built: Built, name: str, inputs: Sequence[str], outputs: Sequence[str]) -> KernelText:
     """The source of a kernel. ``inputs`` and ``outputs`` are what its pointers are called. Raises
     ``graphopt_kernels.emit.build.NotFusible`` for what no kernel of these shapes does."""
     for tensor in (*built.inputs, *built.outputs):
-        if tensor.dtype not in _TRITON:
+        if tensor.dtype not in TRITON:
             raise NotFusible.because(f"Triton has no {tensor.dtype}")
-    return _Writer(built, name, inputs, outputs).written()
+    return Writer(built, name, inputs, outputs).written()
 
 
-class _Writer:
+class Writer:
     def __init__(self, built: Built, name: str, inputs: Sequence[str], outputs: Sequence[str]) -> None:
         self._built, self._name = built, name
         self._inputs, self._outputs = inputs, outputs
-        self.loops = loops_of(built)
+        self.loops = self._loops_of(built)
         self._lines: list[str] = []
         self._indent = 1
         self._helpers: dict[str, None] = {}
         self._pass = ""
         self._two = self.loops.shape != "pointwise"
         self._wide = any(_reach(t) >= 2**31 for t in (*built.inputs, *built.outputs))
+
+    def _loops_of(self, built: Built) -> Loops:
+        return loops_of(built)
 
     # --- the whole ---------------------------------------------------------------------------
 
@@ -134,7 +139,7 @@ class _Writer:
             ]
             if reductions or stores or whole:
                 for value in reductions:
-                    dtype = _TRITON[value.dtype]
+                    dtype = TRITON[value.dtype]
                     self._line(
                         f"{self._named(value)}_all = tl.full((XBLOCK, RBLOCK), {_identity(value)}, {dtype})"
                     )
@@ -144,8 +149,8 @@ class _Writer:
                 self._line(f"rmask = rindex < {self.loops.columns}")
                 self._spread(self.loops.inner, "rindex")
                 self._pass = f"_{stage}"
-                needed = _needed([v.args[0] for v in reductions] + [s.value for s in (*stores, *whole)])
-                self._values([v for v in self._built.values if v in needed and along[v]])
+                wanted = needed([v.args[0] for v in reductions] + [s.value for s in (*stores, *whole)])
+                self._values([v for v in self._built.values if v in wanted and along[v]])
                 for value in reductions:
                     running, operand = f"{self._name_of(value)}_all", self._masked(value, "rmask")
                     self._line(f"{running} = {self._combined(value, running, operand)}")
@@ -170,7 +175,7 @@ class _Writer:
         for value in columns:
             if value.payload != "sum":
                 raise NotFusible.because(f"a {value.payload} over the rows of the kernel")
-            self._line(f"{self._named(value)} = tl.zeros((1, RBLOCK), {_TRITON[value.dtype]})")
+            self._line(f"{self._named(value)} = tl.zeros((1, RBLOCK), {TRITON[value.dtype]})")
         self._line(
             f"for start in range(tl.program_id(0) * XBLOCK, {self.loops.rows}, tl.num_programs(0) * XBLOCK):"
         )
@@ -214,11 +219,14 @@ class _Writer:
     def _position(self, position: Affine) -> str:
         parts = []
         for atom, factor in self.loops.terms(position):
-            name = atom.name if isinstance(atom, Loop) else self._name_of(atom)
+            name = self._loop_name(atom) if isinstance(atom, Loop) else self._name_of(atom)
             parts.append(name if factor == 1 else f"-{name}" if factor == -1 else f"{name} * {factor}")
         if position.constant or not parts:
             parts.append(str(position.constant))
         return " + ".join(parts).replace("+ -", "- ")
+
+    def _loop_name(self, loop: Loop) -> str:
+        return loop.name
 
     def _masks(self, conditions: Sequence[Condition], axes: Iterable[object]) -> list[str]:
         reduced = self._built.tile.reduced
@@ -239,12 +247,13 @@ class _Writer:
     def _within(self, condition: Condition) -> str:
         loop = next(p for p in (*self.loops.outer, *self.loops.inner) if condition.axis in p.axes)
         low, high = max(condition.low, 0), min(condition.high, condition.axis.extent)
+        name = self._loop_name(loop)
         parts = []
         if low > 0:
-            parts.append(f"({loop.name} >= {low})")
+            parts.append(f"({name} >= {low})")
         if high < condition.axis.extent:
-            parts.append(f"({loop.name} < {high})")
-        return " & ".join(parts) or f"({loop.name} >= 0)"
+            parts.append(f"({name} < {high})")
+        return " & ".join(parts) or f"({name} >= 0)"
 
     # --- values ------------------------------------------------------------------------------
 
@@ -300,16 +309,16 @@ class _Writer:
     def _filled(self, value: Value) -> str:
         """A constant as a tensor."""
         shape = "(1, 1)" if self._two else "(1,)"
-        return f"tl.full({shape}, {_number(value.payload)}, {_TRITON[computed_in(value.dtype)]})"
+        return f"tl.full({shape}, {_number(value.payload)}, {TRITON[computed_in(value.dtype)]})"
 
     def _converted(self, value: Value) -> str:
         (source,) = value.args
         text = self._filled(source) if source.kind == "constant" else self._text(source)
         if value.dtype in (torch.float16, torch.bfloat16):
-            return f"{text}.to({_TRITON[value.dtype]}).to(tl.float32)"
+            return f"{text}.to({TRITON[value.dtype]}).to(tl.float32)"
         if computed_in(source.dtype) == value.dtype:
             return text
-        return f"{text}.to({_TRITON[value.dtype]})"
+        return f"{text}.to({TRITON[value.dtype]})"
 
     def _load(self, value: Value) -> str:
         source, position, conditions = value.payload
@@ -317,9 +326,13 @@ class _Writer:
         masks = self._masks(conditions, value.axes)
         pointer = f"{self._inputs[source]} + {at}"
         text = f"tl.load({pointer}, mask={' & '.join(masks)}, other=0)" if masks else f"tl.load({pointer})"
-        if value.dtype in (torch.float16, torch.bfloat16):
+        if value.dtype in (torch.float16, torch.bfloat16) and not self._as_stored(value):
             text += ".to(tl.float32)"
         return text
+
+    def _as_stored(self, value: Value) -> bool:
+        """Whether what is loaded is used in the dtype that it has in memory."""
+        return False
 
     def _spanning(self, position: Affine, axes: Iterable[object]) -> str:
         """The text of a position, in the shape that its masks have."""
@@ -389,7 +402,7 @@ def _reach(tensor: torch.Tensor) -> int:
     return sum(s * (n - 1) for s, n in zip(tensor.stride(), tensor.shape, strict=True))
 
 
-def _needed(values: Iterable[Value]) -> set[Value]:
+def needed(values: Iterable[Value]) -> set[Value]:
     """Values and what they are made from, row reductions and what is beyond them left out."""
     found: set[Value] = set()
     stack = list(values)

@@ -32,7 +32,8 @@ class Value:
 
     ``constant``: the number; ``load``: (input, position ``Affine``, conditions); ``index``: an ``Affine``;
     ``within``: a ``Condition``; ``op``: name in ``pointwise.TEXTS``; ``row``, ``column``: a reduction along
-    the reduced axes or along all others, by name.
+    the reduced axes or along all others, by name; ``dot``: the sum of products of its two arguments along the
+    reduced axes, by the dtype that they are multiplied in.
 
     ``dtype`` is what ATen gives; values of 16-bit floats are held in float32, rounded to their dtype.
     ``axes``: those that the value depends on.
@@ -117,3 +118,8 @@ class Tile:
         """``value`` reduced along the reduced axes, or (``column``) along all the others."""
         gone = self.outer if column else self.reduced
         return self._make("column" if column else "row", name, (value,), dtype, value.axes - gone)
+
+    def dot(self, left: Value, right: Value, multiplied: torch.dtype, dtype: torch.dtype) -> Value:
+        """The sum along the reduced axes of ``left`` times ``right``, numbers of dtype ``multiplied``, held
+        in ``dtype``."""
+        return self._make("dot", multiplied, (left, right), dtype, self.outer)

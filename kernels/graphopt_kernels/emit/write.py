@@ -29,6 +29,7 @@ from graphopt_kernels.emit.build import NotFusible
 from graphopt_kernels.emit.carried_ops import CARRIED, carried_ops
 from graphopt_kernels.emit.groups import peak_ungrouped
 from graphopt_kernels.emit.halves import Half, half_of, owned_inputs
+from graphopt_kernels.emit.product_choice import prices_for
 from graphopt_kernels.emit.program_file import Argument, ProgramText, Result
 from graphopt_kernels.emit.tensors_file import write_tensors
 
@@ -136,8 +137,11 @@ def _program(
         parts = [call.forward] + ([call.backward] if call.backward is not None else [])
         # One limit for both: where the other half holds more, this one may.
         limit = max(peak_ungrouped(part.graph, owned_inputs(part)) for part in parts)
-        forward = half_of(call.forward, "forward", called, limit)
-        backward = half_of(call.backward, "backward", called, limit) if call.backward is not None else None
+        prices = prices_for(optimized.plan.device)
+        forward = half_of(call.forward, "forward", called, limit, prices)
+        backward = None
+        if call.backward is not None:
+            backward = half_of(call.backward, "backward", called, limit, prices)
     except NotFusible as error:
         raise EmitError(f"the program cannot be written out: {error.reason}") from error
     halves = [forward] + ([backward] if backward is not None else [])
