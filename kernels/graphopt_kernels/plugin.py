@@ -14,9 +14,10 @@ graphopt_api = 1
 
 @hookimpl
 def graphopt_kernels() -> Iterable[KernelSpec]:
-    """The bandwidth probes that ``graphopt calibrate`` uses, linear + cross entropy in chunks, and norms."""
+    """The bandwidth probes that ``graphopt calibrate`` uses, linear + cross entropy in chunks, norms,
+    attention, and packing."""
     # Imported when asked: they need torch, and `graphopt --help` loads this module.
-    from graphopt_kernels import bandwidth, linear_cross_entropy, row_norm
+    from graphopt_kernels import attention, attention_reference, bandwidth, linear_cross_entropy, row_norm
     from graphopt_kernels.saved_codecs import codes, groups, levels
 
     return (
@@ -68,6 +69,20 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=row_norm.row_norm_backward_reference,
             supports=row_norm.row_norm_backward_supports,
             summary="gradients of input, weight and bias of a norm of rows, in one reading",
+        ),
+        KernelSpec(
+            name="attention",
+            op="graphopt::attention",
+            reference=attention_reference.attention_reference,
+            supports=attention.attention_supports,
+            summary="attention without its scores in memory: caps, windows, biases, groups of heads",
+        ),
+        KernelSpec(
+            name="attention-backward",
+            op="graphopt::attention_backward",
+            reference=attention_reference.attention_backward_reference,
+            supports=attention.attention_backward_supports,
+            summary="gradients of query, key, value and bias of attention",
         ),
         KernelSpec(
             name="pack-bits",

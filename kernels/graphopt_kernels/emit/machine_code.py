@@ -107,9 +107,11 @@ def compile_function_for_sm90(
     *,
     warps: int,
     aligned: Collection[str] = (),
+    stages: int = 3,
 ) -> MachineCode:
     """Compile a jitted ``function`` for sm_90: ``types`` of arguments by name, as triton spells them (more
-    than it has do no harm), values of those that are ``constants``, and which begin on 16 bytes."""
+    than it has do no harm), values of those that are ``constants``, which begin on 16 bytes, or are a multiple
+    of 16, and how many ``stages`` loops are pipelined in."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -120,7 +122,7 @@ def compile_function_for_sm90(
     compiled = triton.compile(
         ASTSource(function, signature, {k: v for k, v in constants.items() if k in names}, attributes),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": warps},
+        options={"num_warps": warps, "num_stages": stages},
     )
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"
@@ -130,6 +132,8 @@ def compile_function_for_sm90(
         assert usage is not None
         code = _output(tool, "-sass", binary)
     registers, stack, shared, local = map(int, usage.groups())
+    # What is asked for at the launch is not in the binary.
+    shared = max(shared, compiled.metadata.shared)
     opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
     return MachineCode(registers, stack, shared, local, Counter(opcodes))
 
