@@ -10,23 +10,12 @@ Operators are known by name, since they belong to packages that may be absent.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
+from graphopt_cost_model.attention_cost import attention_backward_phases, attention_phases
 from graphopt_cost_model.call import Call, TensorSpec
+from graphopt_cost_model.phase import Phase
 
 __all__ = ["Phase", "phases_of"]
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """One kernel: FLOPs of matrix products, elements touched, bytes read and written, and the dtype that
-    it computes in, as torch names it."""
-
-    flops: int
-    elements: int
-    read: int
-    written: int
-    dtype: str
 
 
 def phases_of(call: Call) -> tuple[Phase, ...]:
@@ -104,6 +93,8 @@ def _converted(passes: int) -> Callable[[Call], tuple[Phase, ...]]:
 
 
 _FORMULAS: dict[str, Callable[[Call], tuple[Phase, ...]]] = {
+    "graphopt.attention": attention_phases,
+    "graphopt.attention_backward": attention_backward_phases,
     "graphopt.linear_cross_entropy": _loss,
     "graphopt.linear_cross_entropy_backward": _loss_backward,
     "graphopt.linear_cross_entropy_with_gradients": _loss_with_gradients,

@@ -18,9 +18,13 @@ again from the log-sum-exp (Dao 2023, "FlashAttention-2"): one kernel goes along
 values, one along the keys for queries, one for the bias, summed over what it is broadcast over. Nothing is
 added to memory that another program writes: results are the same in every run.
 
-A row that is hidden whole gives zeros and a log-sum-exp of minus infinity, as in
-``scaled_dot_product_attention``, and no gradient. What a mask hides is not read where a whole block of it is
-hidden: infinities there do not show, as they do where the softmax is written out.
+A bias at or below -1e30 (-32752 in float16) hides as well: nothing is left of a score beside it. A row of
+nothing else is even, as it is where such a number is added, its gradients good to a thousandth.
+
+A row that is hidden whole by minus infinity, a boolean or its place gives zeros and a log-sum-exp of minus
+infinity, as in ``scaled_dot_product_attention``, and no gradient. Keys and values outside of ``left`` and
+``right`` are not read where a whole block of them is: infinities there do not show, as they do where the
+softmax is written out.
 """
 
 from __future__ import annotations
@@ -168,10 +172,11 @@ def attention_supports(
     named = {"query": query, "key": key, "value": value}
     for name, tensor in named.items():
         if tensor.dim() != 4:
-            return Reason(f"the {name} has shape {list(tensor.shape)}: expected [batch, heads, length, width]")
+            return Reason(f"the {name} has shape {list(tensor.shape)}: expected [B, heads, length, width]")
         if tensor.dtype not in _DTYPES or tensor.dtype is not query.dtype:
             return Reason(f"takes floating-point tensors of one dtype, got {tensor.dtype} for the {name}")
-    (batch, heads, rows, width), (_, few, columns, _) = query.shape, key.shape
+    batch, heads, rows, width = query.shape
+    few, columns = key.shape[1:3]
     if key.shape[0] != batch or key.shape[3] != width:
         return Reason(f"keys {list(key.shape)} do not fit queries {list(query.shape)}")
     if value.shape[:3] != key.shape[:3]:

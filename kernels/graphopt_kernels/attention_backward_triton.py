@@ -140,7 +140,7 @@ def keys_kernel(  # type: ignore[no-untyped-def]
     d_v = tl.zeros([COLUMNS, BLOCK_V], tl.float32)
     # One loop over heads and blocks: several, with masks or without, would not fit the registers.
     steps = tl.maximum(tl.cdiv(last - first, ROWS), 0)
-    for step in range(0, steps * group):
+    for step in range(steps * group):
         head = shared * group + step // steps
         start = first + step % steps * ROWS
         row = start + tl.arange(0, ROWS)
@@ -153,7 +153,7 @@ def keys_kernel(  # type: ignore[no-untyped-def]
             products, row[None, :], column[:, None], bias + batch * bias_batch + head * bias_head,
             bias_row, bias_column, rows, columns, scale, softcap, CAPPED, APPROXIMATE, BIAS, BY_ROW,
         )  # fmt: skip
-        if LEFT or RIGHT:
+        if LEFT or RIGHT:  # noqa: SIM102 (known when it is compiled)
             if (start < whole) | (start >= broken):
                 scores = only_visible(
                     scores, row[None, :], column[:, None], columns, left, right, LEFT, RIGHT
@@ -389,6 +389,4 @@ def queries_kernel(  # type: ignore[no-untyped-def]
     wide = tl.arange(0, BLOCK_D)[None, :]
     here = row[:, None].to(tl.int64)
     at = d_query + batch * d_query_batch + head * d_query_head + here * d_query_row + wide
-    tl.store(
-        at, (d_q * scale).to(d_query.dtype.element_ty), mask=(row[:, None] < rows) & (wide < WIDTH)
-    )
+    tl.store(at, (d_q * scale).to(d_query.dtype.element_ty), mask=(row[:, None] < rows) & (wide < WIDTH))

@@ -85,7 +85,7 @@ def bias_kernel(  # type: ignore[no-untyped-def]
     own_head = program // own_columns // own_rows % own_heads
     own_batch = program // own_columns // own_rows // own_heads
     sums_of_tile = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for step in range(0, through_batches * through_heads * through_rows * through_columns):
+    for step in range(through_batches * through_heads * through_rows * through_columns):
         column_block = own_column + step % through_columns
         row_block = own_row + step // through_columns % through_rows
         head = own_head + step // through_columns // through_rows % through_heads
@@ -100,9 +100,8 @@ def bias_kernel(  # type: ignore[no-untyped-def]
         if seen:
             item = batch * heads + head
             far, at, shared = place_of(item, heads, group)
-            q = tile(
-                query + far * query_batch + at * query_head, begin, query_row, rows, ROWS, WIDTH, BLOCK_D, True
-            )
+            q_at = query + far * query_batch + at * query_head
+            q = tile(q_at, begin, query_row, rows, ROWS, WIDTH, BLOCK_D, True)
             dy = tile(
                 grad + far * grad_batch + at * grad_head,
                 begin, grad_row, rows, ROWS, VALUE_WIDTH, BLOCK_V, True,

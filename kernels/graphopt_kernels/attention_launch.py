@@ -13,6 +13,7 @@ from graphopt_kernels.attention_reference import gradient_buffers, result_buffer
 
 __all__ = [
     "WIDEST",
+    "WIDEST_FLOAT32",
     "Launch",
     "backward",
     "bias_launch",
@@ -24,7 +25,9 @@ __all__ = [
 ]
 
 WIDEST = 256
-"""Elements of a head that the registers of a program have room for."""
+"""Elements of a head that the registers of a program have room for, in 16 bits."""
+
+WIDEST_FLOAT32 = 128
 
 
 class Launch(NamedTuple):
@@ -37,37 +40,43 @@ class Launch(NamedTuple):
     stages: int
 
 
-def forward_launch(width: int, itemsize: int, biased: bool) -> Launch:
-    """For heads of up to ``width`` elements of ``itemsize`` bytes, a power of two."""
+def forward_launch(width: int, itemsize: int, biased: bool, capped: bool) -> Launch:
+    """For heads of up to ``width`` elements of ``itemsize`` bytes, a power of two. Where scores are both
+    capped and biased, registers are fewest."""
     if itemsize == 4:
-        return Launch(64, 32, 4, 2) if width <= 128 else Launch(32, 16, 4, 2)
+        # Products of float32 are three of tensor cores each: tiles are small.
+        return Launch(32, 16, 4, 2) if width > 64 else Launch(32 if biased else 64, 32, 4, 2)
     if width <= 64:
         return Launch(128, 64 if biased else 128, 8, 3)
-    return Launch(128, 64, 8, 3) if width <= 128 else Launch(128, 32, 8, 2)
+    if width <= 128:
+        return Launch(128, 32 if biased and capped else 64, 8, 3)
+    return Launch(64 if biased and capped else 128, 32, 8, 2)
 
 
-def keys_launch(width: int, itemsize: int, biased: bool) -> Launch:
+def keys_launch(width: int, itemsize: int, biased: bool, capped: bool) -> Launch:
     """Programs that hold ``columns`` keys and go along the queries."""
     if itemsize == 4:
-        return Launch(16, 32, 4, 2)
+        return Launch(16, 32, 4, 2) if width <= 64 else Launch(16, 16, 4, 1)
     if width <= 64:
-        return Launch(64, 128, 8, 2)
+        return Launch(32, 128, 8, 3) if biased and capped else Launch(64, 128, 8, 2)
     return Launch(32, 128, 8, 3) if width <= 128 else Launch(16 if biased else 32, 64, 8, 2)
 
 
-def queries_launch(width: int, itemsize: int, biased: bool) -> Launch:
+def queries_launch(width: int, itemsize: int, biased: bool, capped: bool) -> Launch:
     """Programs that hold ``rows`` queries and go along the keys."""
     if itemsize == 4:
-        return Launch(32, 16, 4, 2)
+        return Launch(32, 16, 4, 2) if width <= 64 else Launch(16, 32, 8, 1)
     if width <= 64:
         return Launch(128, 64, 8, 3)
-    return Launch(128, 64, 8, 2) if width <= 128 else Launch(128, 32, 8, 2)
+    if width <= 128:
+        return Launch(128, 32, 8, 3) if biased and capped else Launch(128, 64, 8, 2)
+    return Launch(128, 32, 8, 2)
 
 
 def bias_launch(width: int, itemsize: int) -> Launch:
     """Programs that hold a tile of the bias and go through what shares it."""
     if itemsize == 4:
-        return Launch(32, 32, 4, 1)
+        return Launch(32, 16, 4, 1) if width <= 64 else Launch(16, 32, 4, 1)
     if width <= 64:
         return Launch(64, 64, 4, 2)
     return Launch(64, 64, 8, 2) if width <= 128 else Launch(64, 32, 8, 1)
@@ -75,9 +84,10 @@ def bias_launch(width: int, itemsize: int) -> Launch:
 
 def kernels_for(query: torch.Tensor, value: torch.Tensor) -> Any:
     """The kernels where they take these heads, else ``None``."""
-    if not query.is_cuda or query.dtype is torch.float64 or max(query.shape[-1], value.shape[-1]) > WIDEST:
+    if not query.is_cuda or query.dtype is torch.float64:
         return None
-    return _kernels()
+    widest = WIDEST_FLOAT32 if query.dtype is torch.float32 else WIDEST
+    return _kernels() if max(query.shape[-1], value.shape[-1]) <= widest else None
 
 
 @functools.cache
@@ -118,7 +128,8 @@ class _Problem:
         # Without one the kernels do not look at it.
         self.bias = self.query if bias is None else bias.expand(*query.shape[:3], key.shape[2])
         self.bias_strides = (0, 0, 0, 0) if bias is None else self.bias.stride()
-        self.size = (_block(max(self.width, self.value_width)), query.element_size())
+        width = _block(max(self.width, self.value_width))
+        self.size = (width, query.element_size(), bias is not None, softcap != 0.0)
         # Bounds beyond the last key or the first hide nothing, and kernels take 32 bits.
         far = self.rows + self.columns
         self.left = None if left is None or left >= self.rows - 1 else max(left, -far)
@@ -168,7 +179,7 @@ def forward(
     if not output.numel():
         return output, lse
     problem = _Problem(query, key, value, bias, scale, softcap, left, right)
-    launch = forward_launch(*problem.size, bias is not None)
+    launch = forward_launch(*problem.size)
     with torch.cuda.device(query.device):
         kernels.forward[(_blocks(problem.rows, launch.rows) * problem.batch * problem.heads,)](
             *problem.operands,
@@ -236,7 +247,7 @@ def backward(
             # One kernel makes both.
             d_key = d_key if output_mask[1] else gradient_buffers(query, key, value, None, _KEYS)[1]
             d_value = d_value if output_mask[2] else gradient_buffers(query, key, value, None, _KEYS)[2]
-            launch = keys_launch(*size, bias is not None)
+            launch = keys_launch(*size)
             kernels.keys[(_blocks(problem.columns, launch.columns) * few,)](
                 *common,
                 d_key,
@@ -250,7 +261,7 @@ def backward(
                 **_tiles(launch),
             )
         if output_mask[0]:
-            launch = queries_launch(*size, bias is not None)
+            launch = queries_launch(*size)
             kernels.queries[(_blocks(problem.rows, launch.rows) * heads,)](
                 *common,
                 d_query,
@@ -262,7 +273,7 @@ def backward(
                 **_tiles(launch),
             )
         if d_bias.numel():
-            _bias_gradient(kernels.bias, problem, common, strides, d_bias, bias_launch(*size))
+            _bias_gradient(kernels.bias, problem, common, strides, d_bias, bias_launch(*size[:2]))
     return found
 
 
@@ -323,5 +334,3 @@ def _rows_together(tensor: torch.Tensor) -> torch.Tensor:
 def _precision() -> str:
     """How products of float32 are computed: by tensor cores, in three parts where torch wants them exact."""
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import torch
 
 __all__ = [
+    "HIDDEN",
     "SLICE_ELEMENTS",
     "arithmetic_in",
     "attention_backward_reference",
@@ -19,6 +20,10 @@ __all__ = [
     "gradient_buffers",
     "result_buffers",
 ]
+
+HIDDEN = -16384 * math.log(2)
+"""Score of what a finite bias hides, whatever it was: a row of nothing else is even, as where the bias is
+added and rounded, and its log-sum-exp still tells how many they are."""
 
 SLICE_ELEMENTS = 2**20
 """Scores that are held at a time, where a row of each head has no more."""
@@ -112,7 +117,7 @@ def attention_backward_reference(
         scores, slope = _scores(query, key, bias, scale, softcap, left, right, rows, columns)
         weights = _weights(scores, lse[:, :, rows])
         dy = grad[:, :, rows].to(exact)
-        if output_mask[1 + 1]:
+        if output_mask[2]:
             sums[1][:, :, columns] += _summed_over_group(weights, dy, key.shape[1])
         d_scores = _grouped(dy, value[:, :, columns].to(exact).transpose(-2, -1))
         d_scores -= (dy * output[:, :, rows].to(exact)).sum(-1, keepdim=True)
@@ -174,6 +179,9 @@ def _scores(
             scores.masked_fill_(~whole, -math.inf)
         else:
             scores += whole
+            # Half of the least number of the dtype, or what is as good as that.
+            low = whole <= (-32752.0 if bias.dtype is torch.float16 else -1e30)
+            scores.masked_fill_(low & (whole != -math.inf), HIDDEN)
     if left is not None or right is not None:
         distance = torch.arange(columns.start, columns.stop, device=query.device)[None, :]
         distance = distance - torch.arange(rows.start, rows.stop, device=query.device)[:, None]
@@ -200,7 +208,7 @@ def _grouped(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _summed_over_group(left: torch.Tensor, right: torch.Tensor, few: int) -> torch.Tensor:
-    """``left`` [B, H, m, n] transposed times ``right`` [B, H, m, x], summed over each group: [B, Hkv, n, x]."""
+    """``left`` [B, H, m, n] transposed times ``right`` [B, H, m, x], summed over groups: [B, Hkv, n, x]."""
     batch, heads, rows, _ = left.shape
     folded = [x.reshape(batch, few, heads // few * rows, x.shape[-1]) for x in (left, right)]
     return folded[0].transpose(-2, -1) @ folded[1]

@@ -14,16 +14,26 @@ __all__ = ["base_two_scores", "forward_kernel", "only_visible", "place_of", "til
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
+HIDDEN = tl.constexpr(-16384.0)
+"""Score in base 2 of what a finite bias hides (``attention_reference.HIDDEN``)."""
+
 ADDED = tl.constexpr(1)
 """The bias is added; 2: it is boolean, and hides where it is false."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def tile(  # type: ignore[no-untyped-def]
-    base, start, stride, rows, ROWS: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, EDGE: tl.constexpr
+    base,
+    start,
+    stride,
+    rows,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EDGE: tl.constexpr,
 ):
-    """``ROWS`` rows from ``start`` on of a matrix of ``WIDTH`` columns, zeros beyond both; ``EDGE``: there may
-    be fewer."""
+    """``ROWS`` rows from ``start`` on of a matrix of ``WIDTH`` columns, zeros beyond both; ``EDGE``: there
+    may be fewer."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     # The start may lie beyond what 32 bits can tell, the place within a tile does not.
@@ -37,7 +47,7 @@ def tile(  # type: ignore[no-untyped-def]
     return tl.load(place)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def place_of(item, heads, group):  # type: ignore[no-untyped-def]
     """Batch, head of queries and head of keys of an item, counted over batch and heads of queries."""
     batch = (item // heads).to(tl.int64)
@@ -73,8 +83,8 @@ def base_two_scores(  # type: ignore[no-untyped-def]
     BIAS: tl.constexpr,
     BY_ROW: tl.constexpr,
 ):
-    """Scores times log2(e) from ``products`` of queries ``row`` and keys ``column``, two vectors that broadcast
-    to the tile, and the slope of the cap. ``BY_ROW``: the bias depends on the query."""
+    """Scores times log2(e) from ``products`` of queries ``row`` and keys ``column``, two vectors that
+    broadcast to the tile, and the slope of the cap. ``BY_ROW``: the bias depends on the query."""
     slope = products
     if CAPPED:
         bent = _tanh(products * (scale / softcap), APPROXIMATE)
@@ -89,7 +99,11 @@ def base_two_scores(  # type: ignore[no-untyped-def]
             place = place + row.to(tl.int64) * stride_row
             inside = inside & (row < rows)
         if BIAS == ADDED:
-            scores += tl.load(place, mask=inside, other=0.0).to(tl.float32) * LOG2E
+            low: tl.constexpr = -32752.0 if bias.dtype.element_ty == tl.float16 else -1e30
+            added = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            # Nothing is left of a score beside a number so low, and base 2 has none for it.
+            hidden = tl.where(added == -float("inf"), -float("inf"), HIDDEN)
+            scores = tl.where(added <= low, hidden, scores + added * LOG2E)
         else:
             scores = tl.where(tl.load(place, mask=inside, other=0) != 0, scores, -float("inf"))
     return scores, slope

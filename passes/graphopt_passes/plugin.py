@@ -31,6 +31,7 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.offload:Offload",
         "graphopt_passes.order_backward:OrderBackward",
         "graphopt_passes.tile_convolutions:TileConvolutions",
+        "graphopt_passes.window_attention:WindowAttention",
     ]
 
 

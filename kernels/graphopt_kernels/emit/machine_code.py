@@ -51,6 +51,8 @@ class MachineCode:
     shared: int
     local: int
     instructions: Mapping[str, int]
+    asked: int = 0
+    """Bytes of shared memory that a launch asks for, which the assembler does not see."""
 
     @property
     def spills(self) -> bool:
@@ -110,8 +112,8 @@ def compile_function_for_sm90(
     stages: int = 3,
 ) -> MachineCode:
     """Compile a jitted ``function`` for sm_90: ``types`` of arguments by name, as triton spells them (more
-    than it has do no harm), values of those that are ``constants``, which begin on 16 bytes, or are a multiple
-    of 16, and how many ``stages`` loops are pipelined in."""
+    than it has do no harm), values of those that are ``constants``, which begin on 16 bytes, or are a
+    multiple of 16, and how many ``stages`` loops are pipelined in."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -132,10 +134,8 @@ def compile_function_for_sm90(
         assert usage is not None
         code = _output(tool, "-sass", binary)
     registers, stack, shared, local = map(int, usage.groups())
-    # What is asked for at the launch is not in the binary.
-    shared = max(shared, compiled.metadata.shared)
     opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
-    return MachineCode(registers, stack, shared, local, Counter(opcodes))
+    return MachineCode(registers, stack, shared, local, Counter(opcodes), int(compiled.metadata.shared))
 
 
 def _output(tool: Path, flag: str, binary: Path) -> str:
