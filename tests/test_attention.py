@@ -369,8 +369,8 @@ def test_the_kernels_compute_what_the_references_do() -> None:
 
 FEATURES = {"causal": {"RIGHT": True}, "all": {"CAPPED": True, "LEFT": True, "RIGHT": True, "BIAS": 1}}
 
-SPILLED = {"bf16": 8, "fp16": 64, "fp32": 32}
-"""Bytes of a thread that may lie in memory where a bias and a cap come together; else none."""
+SPILLED = {("bf16", 256): 24, ("fp16", 128): 64, ("fp32", 64): 32}
+"""Bytes of a thread that lie in memory where a bias and a cap come together; else none."""
 
 
 @needs_triton
@@ -417,9 +417,9 @@ def test_the_kernels_compile_for_sm_90_without_spills(dtype: str, width: int, fe
             kernel, types, constants, warps=launch.warps, stages=launch.stages,
             aligned=(*data, *sums, *strides),
         )  # fmt: skip
-        allowed = SPILLED[dtype] if biased else 0
+        allowed = SPILLED.get((dtype, width), 0) if biased else 0
         assert code.stack + code.local <= allowed, (name, code.stack, code.local)
-        assert 16 * 1024 <= code.asked <= 227 * 1024
+        assert 4 * 1024 <= code.asked <= 227 * 1024
         products = {part.partition(".")[0] for part in code.instructions} & {"HGMMA", "HMMA"}
         assert products == {"HGMMA"} or dtype == "fp32", name
         assert products, name
