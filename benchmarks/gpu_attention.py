@@ -248,7 +248,7 @@ LAUNCHES: dict[tuple[str, int], list[Launch]] = {
 
 
 def tuned(variant: Variant, width: int) -> Iterator[dict[str, Any]]:
-    """Milliseconds of each kernel for each launch; those of the backward with the sums of rows before them."""
+    """Milliseconds of each kernel for each launch; in the backward with the sums of rows before it."""
     inputs = tuple(x.detach() for x in operands(variant, width))
     dy = torch.randn_like(inputs[0])
     query, key, value = inputs[:3]

@@ -11,12 +11,15 @@ import graphopt_kernels.attention as module
 from graphopt import _torch
 from graphopt.device import DeviceSpec
 from graphopt.emit.scratch import scratch_bytes
-from graphopt_cost_model.attention_cost import visible_scores
+from graphopt_cost_model.attention_cost import SLICE_ELEMENTS, visible_scores
 from graphopt_cost_model.call import call_of
 from graphopt_cost_model.flops import flops
 from graphopt_cost_model.phases import phases_of
 from graphopt_cost_model.roofline import RooflineCostModel
+from graphopt_cost_model.stated_workspace import stated_workspace
 from graphopt_cost_model.traffic import traffic
+from graphopt_cost_model.workspace import Probe, _measured
+from graphopt_kernels.attention_reference import SLICE_ELEMENTS as KERNEL_SLICE
 from tests.cost_graphs import call_node
 
 assert module.__all__, "importing it registers the operators"
@@ -104,6 +107,40 @@ def test_the_scratch_on_a_gpu_is_two_numbers_a_row() -> None:
     values = [getattr(arg, "meta", {}).get("val", arg) for arg in node.args]
     assert scratch_bytes(node.target, values) == 2 * 4 * 2 * 6 * 5
     assert scratch_bytes(node_of(FORWARD).target, values) == 0
+
+
+def sized(op: Any, rows: int, dtype: torch.dtype, **given: Any) -> Any:
+    """A call with operands of up to 600 keys, 8 heads over two batches."""
+
+    def tensor(heads: int, length: int) -> torch.Tensor:
+        return torch.empty(2, length, heads, 16, dtype=dtype).transpose(1, 2)
+
+    query, key, value = tensor(4, rows), tensor(2, 600), tensor(2, 600)
+    bias = torch.empty(1, 4, rows, 600, dtype=dtype) if given.get("bias") else None
+    sums = torch.empty(2, 4, rows)
+    settings = (0.3, given.get("softcap", 0.0), given.get("left"), given.get("right"))
+    if op is FORWARD:
+        return call_node(op, (query, key, value, bias, *settings), (torch.empty_like(query), sums))
+    d_bias = torch.empty(0, dtype=dtype) if bias is None else torch.empty_like(bias)
+    made = (*(torch.empty_like(x) for x in (query, key, value)), d_bias)
+    args = (query, query, key, value, bias, query, sums, *settings, [True, True, True, bias is not None])
+    return call_node(op, args, made)
+
+
+@pytest.mark.parametrize("op", [FORWARD, BACKWARD], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"softcap": 2.0}, {"right": 0}, {"left": 63, "right": 0}, {"bias": True, "softcap": 2.0}],
+    ids=str,
+)
+def test_the_stated_workspace_is_what_the_cpu_takes_at_most(op: Any, given: dict[str, Any]) -> None:
+    assert SLICE_ELEMENTS == KERNEL_SLICE
+    for rows, dtype in ((700, torch.float32), (700, torch.bfloat16), (100, torch.float32)):
+        call = call_of(sized(op, rows, dtype, **given))
+        stated = stated_workspace(call)
+        assert stated is not None
+        taken = _measured(call)
+        assert isinstance(taken, Probe) and taken.workspace <= stated <= 2 * taken.workspace, (rows, dtype)
 
 
 def test_the_operators_are_known_by_the_names_that_they_are_registered_under() -> None:

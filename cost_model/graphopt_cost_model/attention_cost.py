@@ -6,10 +6,21 @@ kernels skip them, up to the blocks along the edges. Boolean masks are read, and
 
 from __future__ import annotations
 
+import torch
+
 from graphopt_cost_model.call import Call, TensorSpec
 from graphopt_cost_model.phase import Phase
 
-__all__ = ["attention_backward_phases", "attention_phases", "visible_scores"]
+__all__ = [
+    "SLICE_ELEMENTS",
+    "attention_backward_phases",
+    "attention_phases",
+    "attention_workspace",
+    "visible_scores",
+]
+
+SLICE_ELEMENTS = 2**20
+"""Scores that the CPU holds at a time."""
 
 
 def visible_scores(rows: int, columns: int, left: int | None, right: int | None) -> int:
@@ -72,6 +83,37 @@ def attention_backward_phases(call: Call) -> tuple[Phase, ...]:
     if of_bias:
         add(width + value_width, d_bias)
     return tuple(phases)
+
+
+def attention_workspace(call: Call) -> int:
+    """Bytes that a call on the CPU takes beyond its outputs, at most: some tensors of the size of a slice of
+    scores, operands in the dtype of the arithmetic, and in the backward sums over slices. Counted in the
+    source (``graphopt_kernels.attention_reference``) and compared with what it takes."""
+    query, key, value = (call.argument(name) for name in ("query", "key", "value"))
+    batch, heads, rows, width = query.shape
+    few, columns, value_width = key.shape[1], key.shape[2], value.shape[3]
+    left, right = call.argument("left"), call.argument("right")
+    if not batch * heads * rows:
+        return 0
+    size = 8 if query.dtype is torch.float64 else 4
+    step = min(rows, max(1, SLICE_ELEMENTS // max(1, batch * heads * columns)))
+    seen = 0
+    for start in range(0, rows, step):
+        first = 0 if left is None else max(0, start - left)
+        last = columns if right is None else min(columns, min(start + step, rows) + right)
+        seen = max(seen, last - first)
+    scores = batch * heads * step * seen * size
+    # What a slice leaves behind lives until the next one has its scores.
+    capped = bool(call.argument("softcap"))
+    again = rows > step
+    moved = batch * heads * step * (2 * width + value_width) + batch * few * seen * (width + value_width)
+    if call.argument("output_mask") is None:
+        return (3 + 2 * (capped and again)) * scores + moved * size
+    sums = batch * few * columns * (width + value_width) * size
+    bias = call.argument("bias")
+    if bias is not None and call.argument("output_mask")[3]:
+        sums += bias.elements * size + scores
+    return (3 + capped * (1 + 2 * again)) * scores + 2 * moved * size + sums
 
 
 def _dtype(spec: TensorSpec) -> str:

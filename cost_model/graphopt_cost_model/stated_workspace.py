@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from graphopt.collectives import is_collective, staged_bytes
+from graphopt_cost_model.attention_cost import attention_workspace
 from graphopt_cost_model.call import Call, TensorSpec
 
 __all__ = ["BLOCK_ELEMENTS", "stated_workspace"]
@@ -17,6 +18,7 @@ __all__ = ["BLOCK_ELEMENTS", "stated_workspace"]
 BLOCK_ELEMENTS = 2**18
 """Elements of the rows that are handled at a time."""
 
+_ATTENTION = ("graphopt.attention", "graphopt.attention_backward")
 _PREFIX = "graphopt.linear_cross_entropy"
 
 
@@ -29,6 +31,8 @@ def stated_workspace(call: Call) -> int | None:
             *(max((s.stored_bytes for s in side), default=0) for side in (call.inputs, call.outputs)),
         )
     name = str(call.packet)
+    if name in _ATTENTION:
+        return attention_workspace(call)
     if not name.startswith(_PREFIX):
         return None
     data: TensorSpec = call.argument("input")
