@@ -95,25 +95,26 @@ def attention_workspace(call: Call) -> int:
     left, right = call.argument("left"), call.argument("right")
     if not batch * heads * rows:
         return 0
-    size = 8 if query.dtype is torch.float64 else 4
+    size: int = 8 if query.dtype is torch.float64 else 4
     step = min(rows, max(1, SLICE_ELEMENTS // max(1, batch * heads * columns)))
-    seen = 0
+    seen: int = 0
     for start in range(0, rows, step):
         first = 0 if left is None else max(0, start - left)
         last = columns if right is None else min(columns, min(start + step, rows) + right)
         seen = max(seen, last - first)
-    scores = batch * heads * step * seen * size
+    scores: int = batch * heads * step * seen * size
     # What a slice leaves behind lives until the next one has its scores.
     capped = bool(call.argument("softcap"))
     again = rows > step
-    moved = batch * heads * step * (2 * width + value_width) + batch * few * seen * (width + value_width)
+    moved: int = batch * heads * step * (2 * width + value_width) + batch * few * seen * (width + value_width)
     if call.argument("output_mask") is None:
         return (3 + 2 * (capped and again)) * scores + moved * size
-    sums = batch * few * columns * (width + value_width) * size
+    sums: int = batch * few * columns * (width + value_width) * size
     bias = call.argument("bias")
     if bias is not None and call.argument("output_mask")[3]:
         sums += bias.elements * size + scores
-    return (3 + capped * (1 + 2 * again)) * scores + 2 * moved * size + sums
+    held: int = 3 + capped * (1 + 2 * again)
+    return held * scores + 2 * moved * size + sums
 
 
 def _dtype(spec: TensorSpec) -> str:
