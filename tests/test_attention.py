@@ -84,6 +84,7 @@ def written(
     elif bias is not None:
         scores = scores + bias
     distance = torch.arange(key.shape[2])[None, :] - torch.arange(query.shape[2])[:, None]
+    distance = distance.to(query.device)
     if left is not None:
         scores = scores.masked_fill(distance < -left, float("-inf"))
     if right is not None:
@@ -288,6 +289,56 @@ def test_the_backward_says_what_does_not_fit() -> None:
     wrong = module.attention_backward_supports(x[..., :2], x, x, x, None, x, sums, 1.0, 0.0)
     assert str(wrong) == "the gradient has shape [1, 2, 3, 2]: expected [1, 2, 3, 4]"
     assert module.attention_backward_supports(x, x, x, x, None, x, sums, 1.0, 0.0) is None
+
+
+GPU_CASES: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"right": 0},
+    "groups and a window": {"left": 100, "right": 0, "few": 2},
+    "cap": {"softcap": 3.0, "right": 0, "few": 1},
+    "cap and window": {"softcap": 3.0, "left": 60, "right": 30},
+    "bias": {"bias": (1, 8, 333, 333)},
+    "bias of keys": {"bias": (2, 1, 1, 333), "softcap": 3.0, "left": 70, "right": 0},
+    "hidden": {"hidden": (2, 1, 333, 333), "few": 4},
+    "longer": {"keys": 500, "right": 167, "few": 2},
+}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", GPU_CASES)
+@pytest.mark.parametrize(
+    ("dtype", "width"),
+    [(torch.bfloat16, 64), (torch.bfloat16, 128), (torch.bfloat16, 80), (torch.bfloat16, 256),
+     (torch.float16, 128), (torch.float32, 64), (torch.float32, 128)],
+)  # fmt: skip
+def test_on_a_gpu_it_errs_no_more_than_separate_operators(dtype: torch.dtype, width: int, case: str) -> None:
+    """Values and gradients beside float64, the same bits in every run."""
+    given = GPU_CASES[case]
+    rows, keys, few = 333, given.get("keys", 333), given.get("few", 8)
+    torch.manual_seed(0)
+    shapes = [(2, 8, rows, width), (2, few, keys, width), (2, few, keys, width)]
+    if "bias" in given:
+        shapes.append(given["bias"])
+    narrow = [torch.randn(shape, device="cuda", dtype=dtype).requires_grad_() for shape in shapes]
+    fixed = [torch.rand(given["hidden"], device="cuda") > 0.4] if "hidden" in given else []
+    settings = (width**-0.5, given.get("softcap", 0.0), given.get("left"), given.get("right"))
+    grad = torch.randn(2, 8, rows, width, device="cuda", dtype=dtype)
+
+    def run(function: Any, leaves: list[Tensor]) -> list[Tensor]:
+        bias = [*leaves[3:], *fixed, None][0]
+        output = function(*leaves[:3], bias, *settings)
+        return [output.detach(), *torch.autograd.grad(output, leaves, grad.to(output.dtype))]
+
+    def fused(*inputs: Any) -> Tensor:
+        return ops.attention(*inputs)[0]  # type: ignore[no-any-return]
+
+    truth = run(written, [x.detach().double().requires_grad_() for x in narrow])
+    separate, ours, again = run(written, narrow), run(fused, narrow), run(fused, narrow)
+    for value, twice, eager, right in zip(ours, again, separate, truth, strict=True):
+        assert torch.equal(value, twice)
+        errors = [float((x.double() - right).norm() / right.norm()) for x in (value, eager)]
+        # Products of float32 are of three parts of tensor cores, which is not quite float32.
+        assert errors[0] <= (1.1 * errors[1] if dtype is not torch.float32 else 4 * errors[1] + 1e-6)
 
 
 # --- kernels ------------------------------------------------------------------------------------

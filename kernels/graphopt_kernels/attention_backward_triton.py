@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from graphopt_kernels.attention_triton import base_two_scores, only_visible, place_of, tile
+from graphopt_kernels.attention_triton import base_two_scores, only_visible, place_of, reach, tile
 
 __all__ = ["d_scores_of_tile", "keys_kernel", "queries_kernel", "rows_kernel"]
 
@@ -124,18 +124,8 @@ def keys_kernel(  # type: ignore[no-untyped-def]
         begin, value_row, columns, COLUMNS, VALUE_WIDTH, BLOCK_V, True,
     )  # fmt: skip
     column = begin + tl.arange(0, COLUMNS)
-    # Blocks of queries from ``first`` to ``last``; those from ``whole`` to ``broken`` see every key here.
-    first = 0
-    whole = 0
-    if RIGHT:
-        first = tl.maximum(begin - right, 0) // ROWS * ROWS
-        whole = tl.cdiv(tl.maximum(end - right, 0), ROWS) * ROWS
-    last = rows
-    broken = rows
-    if LEFT:
-        last = tl.maximum(tl.minimum(rows, end + left + 1), 0)
-        broken = tl.maximum(tl.minimum(rows, begin + left + 1), 0)
-    broken = broken // ROWS * ROWS
+    # A key is seen from ``right`` before its place to ``left`` after it.
+    first, whole, broken, last = reach(begin, end, rows, right, left, RIGHT, LEFT, ROWS)
     d_k = tl.zeros([COLUMNS, BLOCK_D], tl.float32)
     d_v = tl.zeros([COLUMNS, BLOCK_V], tl.float32)
     # One loop over heads and blocks: several, with masks or without, would not fit the registers.
@@ -355,17 +345,7 @@ def queries_kernel(  # type: ignore[no-untyped-def]
     of_rows = item.to(tl.int64) * rows + row
     shift = tl.load(shifts + of_rows, mask=row < rows, other=float("inf"))
     sums = tl.load(along + of_rows, mask=row < rows, other=0.0)
-    first = 0
-    whole = 0
-    if LEFT:
-        first = tl.maximum(begin - left, 0) // COLUMNS * COLUMNS
-        whole = tl.cdiv(tl.maximum(end - left, 0), COLUMNS) * COLUMNS
-    last = columns
-    broken = columns
-    if RIGHT:
-        last = tl.maximum(tl.minimum(columns, end + right + 1), 0)
-        broken = tl.maximum(tl.minimum(columns, begin + right + 1), 0)
-    broken = broken // COLUMNS * COLUMNS
+    first, whole, broken, last = reach(begin, end, columns, left, right, LEFT, RIGHT, COLUMNS)
     d_q = tl.zeros([ROWS, BLOCK_D], tl.float32)
     if LEFT:
         d_q = _along_keys(

@@ -70,7 +70,7 @@ def queries_launch(width: int, itemsize: int, biased: bool, capped: bool) -> Lau
         return Launch(128, 64, 8, 3)
     if width <= 128:
         return Launch(128, 32, 8, 3) if biased and capped else Launch(128, 64, 8, 2)
-    return Launch(128, 32, 8, 2)
+    return Launch(64, 16, 8, 2) if biased and capped else Launch(128, 32, 8, 2)
 
 
 def bias_launch(width: int, itemsize: int) -> Launch:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["base_two_scores", "forward_kernel", "only_visible", "place_of", "tile"]
+__all__ = ["base_two_scores", "forward_kernel", "only_visible", "place_of", "reach", "tile"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -118,6 +118,26 @@ def only_visible(scores, row, column, columns, left, right, LEFT: tl.constexpr, 
     if RIGHT:
         visible = visible & (column <= row + right)
     return tl.where(visible, scores, -float("inf"))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def reach(  # type: ignore[no-untyped-def]
+    begin, end, size, before, after, BEFORE: tl.constexpr, AFTER: tl.constexpr, STEP: tl.constexpr
+):
+    """The blocks of ``STEP``, of ``size`` places in all, that what stands at ``begin`` to ``end`` sees, each
+    from ``before`` its place to ``after`` it: those from the first number returned to the fourth. All of it
+    sees all of the blocks from the second to the third."""
+    first = 0
+    whole = 0
+    if BEFORE:
+        first = tl.maximum(begin - before, 0) // STEP * STEP
+        whole = tl.cdiv(tl.maximum(end - before, 0), STEP) * STEP
+    last = size
+    broken = size
+    if AFTER:
+        last = tl.maximum(tl.minimum(size, end + after + 1), 0)
+        broken = tl.maximum(tl.minimum(size, begin + after + 1), 0)
+    return first, whole, broken // STEP * STEP, last
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -243,18 +263,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     output += batch * output_batch + head * output_head
     q = tile(query, begin, query_row, rows, ROWS, WIDTH, BLOCK_D, True)
     row = begin + tl.arange(0, ROWS)
-    # Blocks of keys from ``first`` to ``last``; those from ``whole`` to ``broken`` are seen by every row.
-    first = 0
-    whole = 0
-    if LEFT:
-        first = tl.maximum(begin - left, 0) // COLUMNS * COLUMNS
-        whole = tl.cdiv(tl.maximum(end - left, 0), COLUMNS) * COLUMNS
-    last = columns
-    broken = columns
-    if RIGHT:
-        last = tl.maximum(tl.minimum(columns, end + right + 1), 0)
-        broken = tl.maximum(tl.minimum(columns, begin + right + 1), 0)
-    broken = broken // COLUMNS * COLUMNS
+    first, whole, broken, last = reach(begin, end, columns, left, right, LEFT, RIGHT, COLUMNS)
     total = tl.zeros([ROWS], tl.float32)
     most = tl.full([ROWS], -float("inf"), tl.float32)
     result = tl.zeros([ROWS, BLOCK_V], tl.float32)
