@@ -107,13 +107,14 @@ def attention_workspace(call: Call) -> int:
     capped = bool(call.argument("softcap"))
     again = rows > step
     moved: int = batch * heads * step * (2 * width + value_width) + batch * few * seen * (width + value_width)
-    if call.argument("output_mask") is None:
-        return (3 + 2 * (capped and again)) * scores + moved * size
-    sums: int = batch * few * columns * (width + value_width) * size
     bias = call.argument("bias")
+    if call.argument("output_mask") is None:
+        held: int = 1 + again + (bias is not None) + capped * (2 + again)
+        return held * scores + 2 * moved * size
+    sums: int = batch * few * columns * (width + value_width) * size
     if bias is not None and call.argument("output_mask")[3]:
         sums += bias.elements * size + scores
-    held: int = 3 + capped * (1 + 2 * again)
+    held = 3 + capped * (1 + 2 * again)
     return held * scores + 2 * moved * size + sums
 
 

@@ -81,10 +81,13 @@ def attention_reference(
             lse[:, :, rows] = -math.inf
             continue
         scores, _ = _scores(query, key, bias, scale, softcap, left, right, rows, columns)
-        sums = scores.logsumexp(-1)
-        lse[:, :, rows] = sums
-        weights = _weights(scores, sums)
-        output[:, :, rows] = _grouped(weights, value[:, :, columns].to(weights.dtype))
+        highest = scores.amax(-1, keepdim=True)
+        scores.sub_(highest.masked_fill(highest == -math.inf, 0.0)).exp_()
+        total = scores.sum(-1, keepdim=True)
+        lse[:, :, rows] = (highest + total.log()).squeeze(-1)
+        # Not by the log-sum-exp, which says less of a row that is hidden whole.
+        result = _grouped(scores, value[:, :, columns].to(scores.dtype))
+        output[:, :, rows] = result / total.masked_fill(total == 0.0, 1.0)
     return output, lse
 
 
