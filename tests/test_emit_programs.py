@@ -21,6 +21,7 @@ from graphopt.cli.main import cli
 from graphopt.errors import EmitError
 from graphopt_kernels.emit.tensors_file import write_tensors
 from graphopt_kernels.emit.write import write_program
+from graphopt_passes.window_attention import WindowAttention
 
 pytest.importorskip("triton")
 
@@ -200,6 +201,30 @@ def test_a_linear_cross_entropy_is_carried_over(tmp_path: Path) -> None:
     checks(tmp_path)
     source = (tmp_path / "out" / "ops" / "linear_cross_entropy.py").read_text()
     assert "import graphopt" not in source and "from graphopt." not in source
+
+
+def test_attention_is_carried_over(tmp_path: Path) -> None:
+    """Files that import each other, kernels among them."""
+
+    class Windowed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = (f(x).unflatten(-1, (2, 16)).transpose(1, 2) for f in (self.q, self.k, self.v))
+            place = torch.arange(x.shape[1])
+            near = (place[None, :] <= place[:, None]) & (place[None, :] > place[:, None] - 4)
+            return F.scaled_dot_product_attention(q, k, v, near).square().mean()
+
+    emitted(Windowed(), (torch.randn(2, 12, 32),), tmp_path, pipeline=[WindowAttention(everywhere=True)])
+    checks(tmp_path)
+    folder = tmp_path / "out" / "ops"
+    assert {path.name for path in folder.glob("attention*")} == {
+        f"attention{part}.py"
+        for part in ("", "_launch", "_reference", "_triton", "_backward_triton", "_bias_triton")
+    }
+    assert not any("from graphopt." in path.read_text() for path in folder.glob("*.py"))
 
 
 def test_sizes_are_fixed(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from graphopt_cost_model.attention_cost import attention_backward_phases, attention_phases
 from graphopt_cost_model.call import Call, TensorSpec
 from graphopt_cost_model.class_blocks import PREFIX, block_phases
 from graphopt_cost_model.phase import Phase
@@ -106,6 +107,8 @@ def _converted(passes: int) -> Callable[[Call], tuple[Phase, ...]]:
 
 
 _FORMULAS: dict[str, Callable[[Call], tuple[Phase, ...]]] = {
+    "graphopt.attention": attention_phases,
+    "graphopt.attention_backward": attention_backward_phases,
     "graphopt.linear_cross_entropy": _loss,
     "graphopt.linear_cross_entropy_backward": _loss_backward,
     "graphopt.linear_cross_entropy_with_gradients": _loss_with_gradients,

@@ -10,12 +10,14 @@ from __future__ import annotations
 import torch
 
 from graphopt.collectives import is_collective, staged_bytes
+from graphopt_cost_model.attention_cost import attention_workspace
 from graphopt_cost_model.call import Call, TensorSpec
 from graphopt_cost_model.class_blocks import BLOCK_ELEMENTS, block_workspace
 from graphopt_cost_model.class_blocks import PREFIX as BLOCKS
 
 __all__ = ["stated_workspace"]
 
+_ATTENTION = ("graphopt.attention", "graphopt.attention_backward")
 _PREFIX = "graphopt.linear_cross_entropy"
 
 
@@ -30,6 +32,8 @@ def stated_workspace(call: Call) -> int | None:
     name = str(call.packet)
     if name.startswith(BLOCKS):
         return block_workspace(call)
+    if name in _ATTENTION:
+        return attention_workspace(call)
     if not name.startswith(_PREFIX):
         return None
     data: TensorSpec = call.argument("input")

@@ -44,6 +44,10 @@ def scratch_bytes(op: Any, args: Sequence[Any]) -> int:
         return _chunked_loss(name, dict(zip(names, args, strict=False)))
     if name == "row_norm_backward" and args[1].device.type == "cuda":
         return _sums_of_rows(args[1], args[9])
+    if name == "attention_backward" and args[1].device.type == "cuda":
+        # Two numbers a row: the log-sum-exp in base 2, and the sum of gradient times output
+        # (``graphopt_kernels.attention_launch``).
+        return 2 * _FLOAT * int(args[6].numel())
     if is_collective(op) and isinstance(args[0], torch.Tensor) and args[0].device.type == "cpu":
         size = _torch.hint(args[0].untyped_storage().nbytes())
         gathered = name.startswith("all_gather")

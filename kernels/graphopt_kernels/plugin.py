@@ -22,9 +22,11 @@ graphopt_api = 1
 @hookimpl
 def graphopt_kernels() -> Iterable[KernelSpec]:
     """The bandwidth probes that ``graphopt calibrate`` uses, linear + cross entropy in chunks, norms, sums of
-    products."""
+    products, attention."""
     # Imported when asked: they need torch, and `graphopt --help` loads this module.
     from graphopt_kernels import (
+        attention,
+        attention_reference,
         bandwidth,
         linear_cross_entropy,
         linear_cross_entropy_arguments,
@@ -104,6 +106,20 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=sum_products.sum_products_reference,
             supports=sum_products.sum_products_supports,
             summary="the sum of products of matrices, each added to the one before as it is computed",
+        ),
+        KernelSpec(
+            name="attention",
+            op="graphopt::attention",
+            reference=attention_reference.attention_reference,
+            supports=attention.attention_supports,
+            summary="attention without its scores in memory: caps, windows, biases, groups of heads",
+        ),
+        KernelSpec(
+            name="attention-backward",
+            op="graphopt::attention_backward",
+            reference=attention_reference.attention_backward_reference,
+            supports=attention.attention_backward_supports,
+            summary="gradients of query, key, value and bias of attention",
         ),
         KernelSpec(
             name="pack-bits",

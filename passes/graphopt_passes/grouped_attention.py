@@ -28,8 +28,10 @@ import torch.fx as fx
 from graphopt.candidate import Reason
 from graphopt.program import Level
 from graphopt.rules import Match, RewritePass, Rule, either, operator
+from graphopt.rules.matching import Missed, match_pattern
+from graphopt.rules.pattern import Pattern
 
-__all__ = ["GroupedAttention"]
+__all__ = ["GroupedAttention", "same_heads", "shared_heads"]
 
 _aten = torch.ops.aten
 
@@ -109,6 +111,37 @@ def _guard_heads(few: Any, many: Any, axis: Any, query: torch.Tensor) -> Reason 
     if shape[1] != query.shape[1] or count == 0 or shape[1] % count:
         return Reason("heads are not shared evenly", (many.name,))
     return None
+
+
+def _expanded(heads: Any, axis: Any) -> Any:
+    copies = _expand(_unsqueeze(heads, axis), ..., implicit=...)
+    return _flatten(either(_copy(copies, memory_format=...), copies), ...)
+
+
+def _repeated(heads: Any, axis: Any) -> Any:
+    return _repeat(heads, ..., axis, output_size=...)
+
+
+_REPEATED = (Pattern.of(_expanded), Pattern.of(_repeated))
+
+
+def shared_heads(many: fx.Node) -> fx.Node | None:
+    """The heads [B, Hkv, N, D] that ``many`` [B, H, N, D] holds several times each, one after the other;
+    ``None`` where it does not."""
+    for pattern in _REPEATED:
+        found = match_pattern(pattern, many)
+        if isinstance(found, Missed):
+            continue
+        few = found.captures["heads"]
+        if _guard_heads(few, many, found.captures["axis"], many.meta["val"]) is None:
+            assert isinstance(few, fx.Node)
+            return few
+    return None
+
+
+def same_heads(keys: fx.Node, values: fx.Node) -> bool:
+    """Whether keys and values have as many heads."""
+    return bool(keys.meta["val"].shape[1] == values.meta["val"].shape[1])
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ A model that is captured in one graph compares positions with positions::
     %29 = aten.eq(%27, %28)             : bool[1,1,n,n]     the same document
     %30 = aten.__and__(%25, %29)
 
-The operands are vectors of n positions and constants. Whether their comparison is the triangle, or hides
-nothing, is decided by their running maxima and minima, in O(n) and exactly. Of masks that are combined
-only what each of them is matters.
+The operands are vectors of n positions and constants. Whether their comparison is a band along the diagonal,
+such as the triangle or a window, or hides nothing, is decided by their running maxima and minima, in O(n)
+and exactly. Of masks that are combined only what each of them is matters.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch.fx as fx
 from graphopt.capture.aliasing import Aliases
 from graphopt_passes.constant_values import constant_value
 
-__all__ = ["proven"]
+__all__ = ["Band", "band", "proven"]
 
 _aten = torch.ops.aten
 
@@ -57,9 +57,21 @@ _VECTOR = 2**24
 """Elements of the longest vector that is computed."""
 
 
+Band = tuple[int | None, int | None]
+"""``(left, right)``: query i sees the keys from i - left to i + right; ``None`` where there is no bound."""
+
+_NO_BOUND: Band = (None, None)
+
+
 def proven(mask: fx.Node, aliases: Aliases) -> str:
     """``"causal"`` where a boolean mask is true on and below the diagonal alone, ``"empty"`` where it is true
     everywhere, ``""`` where neither could be shown. The size of the mask does not matter."""
+    return {_NO_BOUND: "empty", (None, 0): "causal"}.get(band(mask, aliases) or (0, 0), "")
+
+
+def band(mask: fx.Node, aliases: Aliases) -> Band | None:
+    """The band along which a boolean mask is true, every key within it and none beyond; ``None`` where none
+    could be shown. Bounds that hide no key are left out. The size of the mask does not matter."""
     value = mask.meta.get("val")
     if (
         not isinstance(value, torch.Tensor)
@@ -67,64 +79,85 @@ def proven(mask: fx.Node, aliases: Aliases) -> str:
         or any(isinstance(size, torch.SymInt) for size in value.shape)
         or aliases.roots.get(mask, frozenset()) & aliases.changed
     ):
-        return ""
+        return None
     if mask.target in _ONES:
-        return "empty"
+        return _NO_BOUND
     if mask.target in _BOTH:
         return _both(mask, value, aliases)
     if mask.target in _SAME and isinstance(mask.args[0], fx.Node):
         return _same(mask.args[0], value, aliases)
     if mask.target in _COMPARISONS or mask.target is _aten.eq.Tensor:
         return _compared(mask, aliases)
-    return ""
+    return None
 
 
-def _both(mask: fx.Node, value: torch.Tensor, aliases: Aliases) -> str:
-    found = []
+def _both(mask: fx.Node, value: torch.Tensor, aliases: Aliases) -> Band | None:
+    left: list[int] = []
+    right: list[int] = []
     for part in mask.args[:2]:
-        if not isinstance(part, fx.Node):
-            return ""
-        verdict = proven(part, aliases)
-        # A triangle that is spread is another triangle.
-        if not verdict or (verdict == "causal" and part.meta["val"].shape[-2:] != value.shape[-2:]):
-            return ""
-        found.append(verdict)
-    return "causal" if "causal" in found else "empty"
+        found = band(part, aliases) if isinstance(part, fx.Node) else None
+        # A band that is spread is another band.
+        if found is None or (
+            found != _NO_BOUND
+            and (not isinstance(part, fx.Node) or part.meta["val"].shape[-2:] != value.shape[-2:])
+        ):
+            return None
+        left += [found[0]] if found[0] is not None else []
+        right += [found[1]] if found[1] is not None else []
+    return min(left, default=None), min(right, default=None)
 
 
-def _same(source: fx.Node, value: torch.Tensor, aliases: Aliases) -> str:
-    verdict = proven(source, aliases)
+def _same(source: fx.Node, value: torch.Tensor, aliases: Aliases) -> Band | None:
+    found = band(source, aliases)
     known = source.meta.get("val")
-    if verdict == "causal" and (known is None or known.shape[-2:] != value.shape[-2:]):
-        return ""
-    return verdict
+    if found is not None and found != _NO_BOUND and (known is None or known.shape[-2:] != value.shape[-2:]):
+        return None
+    return found
 
 
-def _compared(mask: fx.Node, aliases: Aliases) -> str:
+def _compared(mask: fx.Node, aliases: Aliases) -> Band | None:
     """Keys along the last axis compared with queries along the one before, or the other way round."""
     left, right = (_vector(part, aliases) for part in mask.args[:2])
     if left is None or right is None:
-        return ""
+        return None
     target: Any = mask.target
     if left[1] == -2 and right[1] == -1:
         left, right, target = right, left, _TURNED.get(target, target)
     if (left[1], right[1]) != (-1, -2):
-        return ""
+        return None
     keys, queries = left[0], right[0]
     if target is _aten.eq.Tensor:
         same = keys.min() == keys.max() == queries.min() and queries.min() == queries.max()
-        return "empty" if bool(same) else ""
+        return _NO_BOUND if bool(same) else None
     compare, downward = _COMPARISONS[target]
+    hardest = (torch.amax if downward else torch.amin)(keys, 0)
+    if bool(compare(hardest, queries).all()):
+        return _NO_BOUND
+    bound = _last_seen(keys, queries, compare, downward)
+    if bound is not None:
+        return None, bound
+    # The same from the other end: key n - 1 - j for key j, and the last query first.
+    bound = _last_seen(keys.flip(0), queries.flip(0), compare, downward)
+    return None if bound is None else (bound + len(queries) - len(keys), None)
+
+
+def _last_seen(
+    keys: torch.Tensor, queries: torch.Tensor, compare: Comparison, downward: bool
+) -> int | None:
+    """``r`` where every query i sees the keys up to i + r and no others; ``None`` where none was found."""
+    partial = compare(keys[0], queries) & ~compare(keys[-1], queries)
+    if not bool(partial.any()):
+        return None
+    row = int(partial.nonzero()[0])
+    bound = int(compare(keys, queries[row]).nonzero()[-1]) - row
     # The key that is visible last of those up to k, and first of those from k on.
     hardest = (torch.cummax if downward else torch.cummin)(keys, 0).values
     easiest = (torch.cummin if downward else torch.cummax)(keys.flip(0), 0).values.flip(0)
-    if bool(compare(hardest[-1], queries).all()):
-        return "empty"
-    rows = torch.arange(len(queries))
-    seen = compare(hardest[rows.clamp(max=len(keys) - 1)], queries)
-    below = rows < len(keys) - 1
-    beyond = compare(easiest[rows[below] + 1], queries[below])
-    return "causal" if bool(seen.all()) and not bool(beyond.any()) else ""
+    last = (torch.arange(len(queries)) + bound).clamp(-1, len(keys) - 1)
+    some, below = last >= 0, last < len(keys) - 1
+    seen = compare(hardest[last[some]], queries[some])
+    beyond = compare(easiest[last[below] + 1], queries[below])
+    return bound if bool(seen.all()) and not bool(beyond.any()) else None
 
 
 def _vector(part: Any, aliases: Aliases) -> tuple[torch.Tensor, int] | None:

@@ -34,6 +34,7 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.pack_linears:PackLinears",
         "graphopt_passes.sum_products:SumProducts",
         "graphopt_passes.tile_convolutions:TileConvolutions",
+        "graphopt_passes.window_attention:WindowAttention",
     ]
 
 

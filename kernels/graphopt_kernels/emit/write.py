@@ -367,5 +367,6 @@ def _modules(halves: Sequence[Half]) -> list[str]:
         base = specs.get(name) or specs.get(name.removesuffix("_backward"))
         if base is None:
             raise EmitError(f"the program calls {name}, of which no source is known")
-        found.add(base.reference.__module__)
+        # One of both registers it.
+        found |= {base.reference.__module__, base.supports.__module__}
     return sorted(found)

@@ -1,0 +1,336 @@
+"""How the kernels of ``graphopt_kernels.attention`` are started: tiles, strides, grids."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+
+from graphopt_kernels.attention_reference import gradient_buffers, result_buffers
+
+__all__ = [
+    "WIDEST",
+    "WIDEST_FLOAT32",
+    "Launch",
+    "backward",
+    "bias_launch",
+    "forward",
+    "forward_launch",
+    "kernels_for",
+    "keys_launch",
+    "queries_launch",
+]
+
+WIDEST = 256
+"""Elements of a head that the registers of a program have room for, in 16 bits."""
+
+WIDEST_FLOAT32 = 128
+
+
+class Launch(NamedTuple):
+    """How a kernel is started: ``rows`` of queries and ``columns`` of keys of a tile, warps of a program, and
+    ``stages``: tiles that are on their way at a time."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def forward_launch(width: int, itemsize: int, biased: bool, capped: bool) -> Launch:
+    """For heads of up to ``width`` elements of ``itemsize`` bytes, a power of two. Where scores are both
+    capped and biased, registers are fewest."""
+    if itemsize == 4:
+        # Products of float32 are three of tensor cores each: tiles are small.
+        return Launch(32, 16, 4, 2) if width > 64 else Launch(32 if biased else 64, 32, 4, 2)
+    if width <= 64:
+        return Launch(128, 64 if biased else 128, 8, 3)
+    if width <= 128:
+        return Launch(128, 32 if biased and capped else 64, 8, 3)
+    return Launch(64 if biased and capped else 128, 32, 8, 2)
+
+
+def keys_launch(width: int, itemsize: int, biased: bool, capped: bool) -> Launch:
+    """Programs that hold ``columns`` keys and go along the queries."""
+    if itemsize == 4:
+        return Launch(16, 32, 4, 2) if width <= 64 else Launch(16, 16, 4, 1)
+    if width <= 64:
+        return Launch(32, 128, 8, 3) if biased and capped else Launch(64, 128, 8, 2)
+    return Launch(32, 128, 8, 3) if width <= 128 else Launch(16 if biased else 32, 64, 8, 2)
+
+
+def queries_launch(width: int, itemsize: int, biased: bool, capped: bool) -> Launch:
+    """Programs that hold ``rows`` queries and go along the keys."""
+    if itemsize == 4:
+        return Launch(32, 16, 4, 2) if width <= 64 else Launch(16, 32, 8, 1)
+    if width <= 64:
+        return Launch(128, 64, 8, 3)
+    if width <= 128:
+        return Launch(128, 32, 8, 3) if biased and capped else Launch(128, 64, 8, 2)
+    return Launch(64, 16, 8, 2) if biased and capped else Launch(128, 32, 8, 2)
+
+
+def bias_launch(width: int, itemsize: int) -> Launch:
+    """Programs that hold a tile of the bias and go through what shares it."""
+    if itemsize == 4:
+        return Launch(32, 16, 4, 1) if width <= 64 else Launch(16, 32, 4, 1)
+    if width <= 64:
+        return Launch(64, 64, 4, 2)
+    return Launch(64, 64, 8, 2) if width <= 128 else Launch(64, 32, 8, 1)
+
+
+def kernels_for(query: torch.Tensor, value: torch.Tensor) -> Any:
+    """The kernels where they take these heads, else ``None``."""
+    if not query.is_cuda or query.dtype is torch.float64:
+        return None
+    widest = WIDEST_FLOAT32 if query.dtype is torch.float32 else WIDEST
+    return _kernels() if max(query.shape[-1], value.shape[-1]) <= widest else None
+
+
+@functools.cache
+def _kernels() -> Any:
+    """The jitted kernels by name, or ``None`` without triton."""
+    try:
+        from graphopt_kernels import attention_backward_triton, attention_bias_triton, attention_triton
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("triton"):
+            raise
+        return None
+    return SimpleNamespace(
+        forward=attention_triton.forward_kernel,
+        rows=attention_backward_triton.rows_kernel,
+        keys=attention_backward_triton.keys_kernel,
+        queries=attention_backward_triton.queries_kernel,
+        bias=attention_bias_triton.bias_kernel,
+    )
+
+
+class _Problem:
+    """What all kernels of a call are told."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        bias: torch.Tensor | None,
+        scale: float,
+        softcap: float,
+        left: int | None,
+        right: int | None,
+    ) -> None:
+        self.query, self.key, self.value = (_rows_together(x) for x in (query, key, value))
+        self.batch, self.heads, self.rows, self.width = query.shape
+        self.few, self.columns, self.value_width = key.shape[1], key.shape[2], value.shape[3]
+        # Without one the kernels do not look at it.
+        self.bias = self.query if bias is None else bias.expand(*query.shape[:3], key.shape[2])
+        self.bias_strides = (0, 0, 0, 0) if bias is None else self.bias.stride()
+        width = _block(max(self.width, self.value_width))
+        self.size = (width, query.element_size(), bias is not None, softcap != 0.0)
+        # Bounds beyond the last key or the first hide nothing, and kernels take 32 bits.
+        far = self.rows + self.columns
+        self.left = None if left is None or left >= self.rows - 1 else max(left, -far)
+        self.right = None if right is None or right >= self.columns - 1 else max(right, -far)
+        self.numbers = (scale, softcap, self.left or 0, self.right or 0)
+        self.sizes = (self.heads, self.heads // self.few, self.rows, self.columns)
+        self.flags: dict[str, Any] = {
+            "CAPPED": softcap != 0.0,
+            "APPROXIMATE": query.dtype is torch.bfloat16,
+            "LEFT": self.left is not None,
+            "RIGHT": self.right is not None,
+            "WIDTH": self.width,
+            "VALUE_WIDTH": self.value_width,
+            "BLOCK_D": _block(self.width),
+            "BLOCK_V": _block(self.value_width),
+            "PRECISION": _precision(),
+        }
+        boolean = bias is not None and bias.dtype is torch.bool
+        self.bias_flags = {
+            "BIAS": 0 if bias is None else 2 if boolean else 1,
+            "BY_ROW": self.bias_strides[2] != 0,
+        }
+
+    @property
+    def operands(self) -> tuple[torch.Tensor, ...]:
+        return self.query, self.key, self.value, self.bias
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        inner = (stride for x in (self.query, self.key, self.value) for stride in x.stride()[:3])
+        return *inner, *self.bias_strides
+
+
+def forward(
+    kernels: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    left: int | None,
+    right: int | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``graphopt::attention`` by its kernel."""
+    output, lse = result_buffers(query, value)
+    if not output.numel():
+        return output, lse
+    problem = _Problem(query, key, value, bias, scale, softcap, left, right)
+    launch = forward_launch(*problem.size)
+    with torch.cuda.device(query.device):
+        kernels.forward[(_blocks(problem.rows, launch.rows) * problem.batch * problem.heads,)](
+            *problem.operands,
+            output,
+            lse,
+            *problem.strides,
+            *output.stride()[:3],
+            *problem.sizes,
+            *problem.numbers,
+            **problem.flags,
+            **problem.bias_flags,
+            **_tiles(launch),
+        )
+    return output, lse
+
+
+def backward(
+    kernels: Any,
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    softcap: float,
+    left: int | None,
+    right: int | None,
+    output_mask: Sequence[bool],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``graphopt::attention_backward`` by its kernels."""
+    found = gradient_buffers(query, key, value, bias, output_mask)
+    if not output.numel() or not key.shape[2]:
+        for each in found:
+            each.zero_()
+        return found
+    d_query, d_key, d_value, d_bias = found
+    problem = _Problem(query, key, value, bias, scale, softcap, left, right)
+    grad, output = _rows_together(grad), _rows_together(output)
+    shifts, along = torch.empty_like(lse), torch.empty_like(lse)
+    common = (*problem.operands, grad, shifts, along)
+    strides = (*problem.strides, *grad.stride()[:3])
+    given = {**problem.flags, **problem.bias_flags}
+    size = problem.size
+    heads, few = problem.batch * problem.heads, problem.batch * problem.few
+    block = problem.flags["BLOCK_V"]
+    with torch.cuda.device(query.device):
+        kernels.rows[(_blocks(problem.rows, 32) * heads,)](
+            grad,
+            output,
+            lse,
+            shifts,
+            along,
+            *grad.stride()[:3],
+            *output.stride()[:3],
+            problem.heads,
+            problem.rows,
+            VALUE_WIDTH=problem.value_width,
+            BLOCK_V=block,
+            ROWS=32,
+            num_warps=4,
+        )
+        if output_mask[1] or output_mask[2]:
+            # One kernel makes both.
+            d_key = d_key if output_mask[1] else gradient_buffers(query, key, value, None, _KEYS)[1]
+            d_value = d_value if output_mask[2] else gradient_buffers(query, key, value, None, _KEYS)[2]
+            launch = keys_launch(*size)
+            kernels.keys[(_blocks(problem.columns, launch.columns) * few,)](
+                *common,
+                d_key,
+                d_value,
+                *strides,
+                *d_key.stride()[:3],
+                *d_value.stride()[:3],
+                *problem.sizes,
+                *problem.numbers,
+                **given,
+                **_tiles(launch),
+            )
+        if output_mask[0]:
+            launch = queries_launch(*size)
+            kernels.queries[(_blocks(problem.rows, launch.rows) * heads,)](
+                *common,
+                d_query,
+                *strides,
+                *d_query.stride()[:3],
+                *problem.sizes,
+                *problem.numbers,
+                **given,
+                **_tiles(launch),
+            )
+        if d_bias.numel():
+            _bias_gradient(kernels.bias, problem, common, strides, d_bias, bias_launch(*size[:2]))
+    return found
+
+
+_KEYS = (False, True, True, False)
+
+
+def _bias_gradient(
+    kernel: Any,
+    problem: _Problem,
+    common: tuple[torch.Tensor, ...],
+    strides: tuple[int, ...],
+    d_bias: torch.Tensor,
+    launch: Launch,
+) -> None:
+    shape = (1,) * (4 - d_bias.dim()) + tuple(d_bias.shape)
+    whole = (problem.batch, problem.heads, problem.rows, problem.columns)
+    over = [size == 1 and end != 1 for size, end in zip(shape, whole, strict=True)]
+    programs = shape[0] * shape[1]
+    programs *= 1 if over[2] else _blocks(problem.rows, launch.rows)
+    programs *= 1 if over[3] else _blocks(problem.columns, launch.columns)
+    names = ("OVER_BATCHES", "OVER_HEADS", "OVER_ROWS", "OVER_COLUMNS")
+    kernel[(programs,)](
+        *common,
+        d_bias,
+        *strides,
+        problem.batch,
+        *problem.sizes,
+        *problem.numbers,
+        **dict(zip(names, over, strict=True)),
+        **problem.flags,
+        **_tiles(launch),
+    )
+
+
+def _tiles(launch: Launch) -> dict[str, int]:
+    return {
+        "ROWS": launch.rows,
+        "COLUMNS": launch.columns,
+        "num_warps": launch.warps,
+        "num_stages": launch.stages,
+    }
+
+
+def _blocks(size: int, step: int) -> int:
+    return -(-size // step)
+
+
+def _block(width: int) -> int:
+    """Elements of a tile of heads: tensor cores take 16 and more."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def _rows_together(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` with the elements of a row one after the other."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
+
+
+def _precision() -> str:
+    """How products of float32 are computed: by tensor cores, in three parts where torch wants them exact."""
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
