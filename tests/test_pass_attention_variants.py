@@ -370,6 +370,15 @@ def test_other_masks_stay_with_a_reason(function: Function, reason: str) -> None
     assert refusals(WINDOW, function) == [reason]
 
 
+def test_windows_that_hide_little_stay_with_libraries() -> None:
+    def wide(query: torch.Tensor) -> torch.Tensor:
+        rows, columns = positions(query)
+        return (rows - columns).abs() < 9
+
+    (reason,) = refusals(WindowAttention(), attend(wide))
+    assert reason.endswith("% of the scores are seen: the others are too few")
+
+
 def test_windows_stay_masks_where_no_kernel_takes_them() -> None:
     assert refusals(WindowAttention(), attend(near)) == [
         "no kernel runs on cpu, where the operator gains nothing"

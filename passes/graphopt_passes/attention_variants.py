@@ -189,8 +189,8 @@ def guard_kernel(query: fx.Node, everywhere: bool, root: str) -> Reason | None:
 
 
 def takes_trained_biases(match: Match, options: Any) -> bool:
-    """Whether attention with a trained bias is for this kernel."""
-    return guard_kernel(match.captures["query"], options.everywhere, "") is None
+    """Whether attention with a trained bias is for this kernel: libraries of GPUs give its gradient too."""
+    return bool(options.everywhere) and guard_kernel(match.captures["query"], True, "") is None
 
 
 def _guard(match: Match, options: Any) -> Reason | None:
@@ -216,8 +216,14 @@ def _guard_bias(match: Match, program: Program, options: Any) -> Reason | None:
     return _guard(match, options) or guard_bias(match, program)
 
 
+def _guard_libraries(match: Match, options: Any) -> Reason | None:
+    if options.everywhere:
+        return None
+    return Reason("libraries of GPUs give the gradient of a bias", (match.roots[0].name,))
+
+
 def _guard_trained(match: Match, program: Program, options: Any) -> Reason | None:
-    reason = _guard_bias(match, program, options)
+    reason = _guard_bias(match, program, options) or _guard_libraries(match, options)
     if reason is None and trained_part(match.captures["bias"]) is None:
         return Reason("the bias is not trained: libraries have kernels for it", (match.roots[0].name,))
     return reason
@@ -226,6 +232,7 @@ def _guard_trained(match: Match, program: Program, options: Any) -> Reason | Non
 def _guard_trained_twice(match: Match, program: Program, options: Any) -> Reason | None:
     root = match.roots[0].name
     reason = _guard_bias(match, program, options) or guard_bias(match, program, "further")
+    reason = reason or _guard_libraries(match, options)
     if reason is None and match.captures["query"].meta["val"].dtype is torch.float16:
         return Reason("two masks may be too low for float16 together", (root,))
     if reason is None and not any(trained_part(match.captures[name]) for name in ("bias", "further")):

@@ -128,17 +128,24 @@ def _reason(root: fx.Node, products: Sequence[fx.Node]) -> Reason | None:
     return None
 
 
+_ADDING = 2.5
+"""What reading the sum within a product takes, over copying as many bytes: on an H200 a product with a result
+of 32 MiB took 19 to 24 us longer when it was added to that, at any depth from 512 to 16,384."""
+
+
 def _delta(root: fx.Node, count: int, terms: int, ctx: PassContext) -> CostDelta:
-    """What is written and read less. Every product but the first reads what it adds to."""
+    """What is written and read less. Every product but the first reads what it adds to, at a fraction of the
+    rate that copying has."""
     device, value = ctx.cost.device, root.meta["val"]
     once = _torch.hint(value.numel()) * value.element_size() / device.copy_bytes_per_second
     more = count - 1
+    adding = more * once * (_ADDING if value.is_cuda else 1.0)
     if ctx.emit == "eager":
-        return CostDelta(seconds=more * (once - 3 * once - device.launch_seconds))
+        return CostDelta(seconds=adding - more * (3 * once + device.launch_seconds))
     alone = terms == count and all(_is_library(reader, value.device.type) for reader in _readers(root))
     # Alone the sum is a kernel that reads all and writes one; else its reader reads fewer.
     saved = (count + 1) * once + device.launch_seconds if alone else more * once
-    return CostDelta(seconds=more * once - saved)
+    return CostDelta(seconds=adding - saved)
 
 
 def _is_library(node: fx.Node, device: str) -> bool:

@@ -47,6 +47,9 @@ _ADD = _aten.add.Tensor
 _CHOICES = (_aten.where.self, _aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+_SEEN = 0.5
+"""Share of the scores beyond which a library that computes all of them may well be faster."""
+
 Size = tuple[Any, Any]
 """Numbers of queries and keys."""
 
@@ -84,7 +87,7 @@ class WindowAttention(Pass):
                 part, rest = _apart(mask, size, aliases) if _is_own(node) else (mask, None)
                 known[place] = _verdict(part, size, aliases), part, rest
             verdict, part, rest = known[place]
-            reason = verdict if isinstance(verdict, Reason) else self._refusal(node, verdict)
+            reason = verdict if isinstance(verdict, Reason) else self._refusal(node, verdict, size)
             if reason is not None:
                 yield NearMiss(self.name, node.name, 1, 2, reason)
                 continue
@@ -98,7 +101,7 @@ class WindowAttention(Pass):
                 _telling(node.name, verdict, None if rest is None else rest.name), exactness="reassociated",
             )  # fmt: skip
 
-    def _refusal(self, node: fx.Node, found: Band) -> Reason | None:
+    def _refusal(self, node: fx.Node, found: Band, size: Size) -> Reason | None:
         if _is_own(node):
             return None
         root = node.name
@@ -116,6 +119,9 @@ class WindowAttention(Pass):
         scale = argument(node, "scale")
         if scale is not None and not (isinstance(scale, (int, float)) and scale > 0):
             return Reason("the scale of the scores is not a number above zero", (root,))
+        seen = _share(size, found)
+        if seen > _SEEN and not self.everywhere:
+            return Reason(f"{100 * seen:.0f} % of the scores are seen: the others are too few", (root,))
         assert isinstance(node.args[0], fx.Node)
         return guard_kernel(node.args[0], self.everywhere, root)
 

@@ -28,6 +28,10 @@ _SPLITS = (1, 2, 4, 8)
 _LARGE = 8192
 """Width of a square product that runs at the device's full rate."""
 
+_AROUND = 160
+"""Depth that a tile's time is longer by, for its first loads and its stores: on an H200 products of 8,192
+rows with 2,048 columns reach 534 TFLOP/s at depth 512, 725 at 2,048 and 826 at 8,192."""
+
 
 @dataclass(frozen=True)
 class Pack:
@@ -92,14 +96,21 @@ class ProductTimes:
         busy = flops / rate
         if self.device.multiprocessors:
             busy = min(
-                self._in_tiles(rows, columns, flops / parts, parts, tile, rate)
+                self._in_tiles(rows, columns, depth, flops / parts, parts, tile, rate)
                 for tile in _TILES
                 for parts in _SPLITS
             )
         return max(busy, self._copied(moved)) + self.device.launch_seconds
 
     def _in_tiles(
-        self, rows: int, columns: int, flops: float, parts: int, tile: tuple[int, int, float], rate: float
+        self,
+        rows: int,
+        columns: int,
+        depth: int,
+        flops: float,
+        parts: int,
+        tile: tuple[int, int, float],
+        rate: float,
     ) -> float:
         """``flops`` of each of the ``parts`` that the depth is cut into."""
         high, wide, share = tile
@@ -107,6 +118,7 @@ class ProductTimes:
         waves = -(-tiles * parts // self.device.multiprocessors)
         # What lies over the edge of the result is computed as well.
         each = flops * high * wide / (rows * columns)
+        each *= 1 + _AROUND * parts / depth
         sums = 0 if parts == 1 else 2 * parts * rows * columns * torch.float32.itemsize
         return waves * each * self.device.multiprocessors / (rate * share) + self._copied(sums)
 
