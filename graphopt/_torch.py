@@ -553,9 +553,11 @@ def profiler_running() -> bool:
 def quiet_capture() -> Iterator[None]:
     """Dynamo settings that graphopt captures under.
 
-    Calls of a logger are no graph break; methods that libraries add to loggers (``warning_once``) go by
-    the level that they begin with. How many models of one class were optimized before does not count:
-    dynamo limits compilations by code object, so that the ninth budget tried on a model would be refused.
+    Calls of a logger are no graph break; methods that libraries add to loggers (``warning_once``) go by the
+    level that they begin with. How many models of one class were optimized before does not count: dynamo
+    limits compilations by code object, so that the ninth budget tried on a model would be refused. A number
+    that changes from call to call, or from model to model (the rate of a dropout), stays a number: dynamo
+    would make it a tensor that the graph reads back, which no program at the semantic level can say.
     """
     from torch._dynamo import config
 
@@ -567,6 +569,7 @@ def quiet_capture() -> Iterator[None]:
     # A filter, not a level: changing levels empties the cache of every logger, at each step.
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     settings: dict[str, Any] = {name: set(getattr(config, name)) | loggers}
+    settings["specialize_float"] = True
     settings["accumulated_recompile_limit"] = max(config.accumulated_recompile_limit, _MANY)
     if not _ISOLATES:
         settings["recompile_limit"] = max(config.recompile_limit, _MANY)
