@@ -71,6 +71,25 @@ def checks(folder: Path) -> None:
     assert "largest error" in plain and "largest error" in interpreted
 
 
+class Projected(nn.Module):
+    """Queries, keys and values of one projection: the gradients of the three are laid into one, in another
+    order of memory than they come in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(x).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v)
+        return self.out(attended.transpose(1, 2).flatten(2)).square().mean()
+
+
+def test_kernels_hand_values_on_in_the_layout_that_readers_expect(tmp_path: Path) -> None:
+    emitted(Projected(), (torch.randn(2, 6, 32),), tmp_path, pipeline=[])
+    checks(tmp_path)
+
+
 class Block(nn.Module):
     """What most models have: a norm, a gated product, a residual, dropout, tied weights and a buffer."""
 

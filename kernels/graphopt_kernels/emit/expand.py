@@ -37,7 +37,27 @@ def expanded(graph: fx.Graph) -> fx.Graph:
     for node in made.nodes:
         if node.op == "call_function" and not is_supported(node.target) and not _only_taken_apart(node):
             raise NotFusible.because(f"{node.target} has no Triton expression")
+    _lay_out(made, graph)
     return made
+
+
+def _lay_out(made: fx.Graph, graph: fx.Graph) -> None:
+    """Give the results of ``made`` the strides that those of ``graph`` have: whoever reads them goes by
+    these, and a decomposition may well give others (``select_backward``: those of its gradient)."""
+    ends = [next(node for node in reversed(g.nodes) if node.op == "output") for g in (made, graph)]
+    (results, wanted) = (list(end.args[0]) for end in ends)
+    for k, (result, other) in enumerate(zip(results, wanted, strict=True)):
+        value, layout = result.meta["val"], other.meta["val"]
+        if isinstance(value, torch.Tensor) and _steps(value) != _steps(layout):
+            with made.inserting_before(ends[0]):
+                results[k] = made.call_function(torch.ops.aten.clone.default, (result,))
+            results[k].meta["val"] = layout
+    ends[0].args = (tuple(results),)
+
+
+def _steps(tensor: torch.Tensor) -> list[int]:
+    """Strides of the dimensions that have more than one element: others say nothing."""
+    return [int(s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n != 1]
 
 
 def _only_taken_apart(node: fx.Node) -> bool:
