@@ -267,7 +267,8 @@ def gpu_step(record: dict[str, Any]) -> str:
     return (
         "## One training step with fused norms and packed layers\n\n"
         f"The step of the section before, {shape['steps']} times, after norms were fused. "
-        f"Target: 108 ms in 8,000 MiB: {verdict(best <= 108)}.\n\n"
+        f"Target: 108 ms in 8,000 MiB: {verdict(best <= 108)}. Measured at {record['at']}, with "
+        f"{record['pipeline']}. Not ready in time: {', '.join(record['missing']) or 'none'}.\n\n"
         + table(("mode", "activations, MiB", "ms"), cells)
     )
 
@@ -310,7 +311,8 @@ def gpu_kernels(record: dict[str, Any]) -> str:
     return (
         "## Operators that memory bounds, and linear + cross entropy\n\n"
         "bf16, 128 MiB a tensor; percent of the copy bandwidth of the same run, on the least bytes. Targets: "
-        "93 % forward, 85 % backward.\n\n"
+        "93 % forward, 85 % backward. Each row says when it was measured; those of 24 November are of "
+        "code that held no rows in registers.\n\n"
         + table(("operator", "width", *head, "date"), cells)
         + "\n\nLinear + cross entropy, 8,192 x 4,096 x 128,256, forward and backward; the peak above "
         "the operands holds both gradients, 1,067 MiB. `error`: distance of the gradients of weight and "
@@ -427,6 +429,19 @@ def backward_order(record: dict[str, Any]) -> str:
     )
 
 
+def folded_norms(record: dict[str, Any]) -> str:
+    cells = [
+        (row["threads"], len(row["ratios"]), number(row["mean"]), number(row["most"]))
+        for row in record["rows"]
+    ]
+    return (
+        "## Batch norms within convolutions\n\n"
+        "Distance of the result from float64 over that of separate operators: residual and inverted blocks "
+        "of 32 channels, 8 images of 56 x 56, float32 on the CPU.\n\n"
+        + table(("threads", "networks", "geometric mean", "most"), cells)
+    )
+
+
 def tiled_convolutions(record: dict[str, Any]) -> str:
     cells = [
         (
@@ -531,6 +546,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "chunked_frontier": chunked_frontier,
     "backward_order": backward_order,
     "tiled_convolutions": tiled_convolutions,
+    "folded_norms": folded_norms,
 }
 
 

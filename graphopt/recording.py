@@ -92,7 +92,8 @@ class Recorder:
     ``run(*arguments)`` is a compiled program on ``device``, ``roles`` what its inputs are. It is expected to
     take ``expected_bytes`` besides what lasts; ``room`` is what graph and inputs may take, ``None`` without a
     budget. ``note`` is told once that steps are replayed, or why not. Results are copies of those of the
-    graph. While ``paused`` every call is launched kernel by kernel.
+    graph. While ``paused`` every call is launched kernel by kernel. Where recording fails, ``strict`` raises
+    what it failed with.
     """
 
     run: Callable[..., Any]
@@ -102,6 +103,7 @@ class Recorder:
     note: Callable[[str], object]
     room: int | None = None
     expected_bytes: int = 0
+    strict: bool = False
     paused: bool = False
     _calls: int = 0
     _moved: int = 0
@@ -182,6 +184,8 @@ class Recorder:
                 backward, _ = graphs.record(lambda: torch.autograd.backward(ends, tangents))
                 del ends
         except Exception as error:
+            if self.strict:
+                raise
             self._refuse(f"recording it failed ({type(error).__name__}: {str(error).splitlines()[0]})")
             return None
         reason = self._misfit(arguments, inputs, results, held, graphs.pool_bytes())

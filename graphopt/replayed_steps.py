@@ -50,6 +50,7 @@ def replayed(
         session.diagnostics.append,
         room=None if plan.budget is None else plan.budget - base,
         expected_bytes=plan.predicted.peak_bytes - base,
+        strict=session.on_error == "raise",
     )
     session.recorders.append(recorder)
     return recorder

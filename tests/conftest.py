@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# The quick suite says the same of the same sources; `make test-all` draws anew each time. How long a case
-# takes is for benchmarks: on a busy machine it says nothing.
-settings.register_profile("repeatable", derandomize=True, deadline=None)
-settings.register_profile("search", deadline=None)
+# The quick suite says the same of the same sources; `make test-all` draws anew each time.
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("search")
 settings.load_profile("repeatable")
 
 GOLDEN = Path(__file__).parent / "golden"

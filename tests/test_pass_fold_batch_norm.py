@@ -17,8 +17,8 @@ import graphopt
 from graphopt.candidate import Candidate, CostDelta, NearMiss
 from graphopt.passes import PassContext, Proposal
 from graphopt.program import Program
-from graphopt.testing import check_pass, semantic_programs
-from graphopt_passes.fold_batch_norm import FoldBatchNorm
+from graphopt.testing import CheckedPass, check_pass, semantic_programs
+from graphopt_passes.fold_batch_norm import _FURTHER, FoldBatchNorm
 from graphopt_passes.functionalize import Functionalize
 from tests.programs import context, host
 
@@ -86,7 +86,10 @@ class Always(FoldBatchNorm):
 def norms(model: nn.Module, x: Tensor = X) -> tuple[int, int]:
     """How many norms there are, and how many are left."""
     with torch.no_grad():
-        before, after = (semantic_programs(model, (x,), steps) for steps in ([], [Functionalize(), Always()]))
+        before, after = (
+            semantic_programs(model, (x,), steps, allow=(FoldBatchNorm.name,))
+            for steps in ([], [Functionalize(), Always()])
+        )
     return tuple(len(list(p.nodes(aten.batch_norm.default))) for (p,) in (before, after))  # type: ignore[return-value]
 
 
@@ -100,15 +103,39 @@ def reasons(model: nn.Module, x: Tensor = X, mode: str = "infer") -> list[str]:
 def optimized(model: nn.Module, x: Tensor, step: FoldBatchNorm, emit: str = "eager") -> graphopt.Optimized:
     with torch.no_grad():
         return graphopt.optimize(
-            copy.deepcopy(model), (x,), pipeline=[Functionalize(), step], emit=emit, on_error="raise"
+            copy.deepcopy(model),
+            (x,),
+            pipeline=[Functionalize(), step],
+            allow=(step.name,),
+            emit=emit,
+            on_error="raise",
         )
+
+
+def checked(
+    step: FoldBatchNorm,
+    model: nn.Module,
+    inputs: tuple[Tensor],
+    *,
+    dtypes: tuple[torch.dtype, ...] = (torch.float32,),
+) -> CheckedPass:
+    """``check_pass``, and numbers: those of the model, with other weights loaded as well."""
+    for dtype in dtypes:
+        own, x = copy.deepcopy(model).to(dtype), inputs[0].to(dtype)
+        fast = optimized(own, x, step)
+        for scale in (1.0, 0.5):
+            state = {k: v * scale if v.is_floating_point() else v for k, v in own.state_dict().items()}
+            own.load_state_dict(state)
+            fast.load_state_dict(state)
+            torch.testing.assert_close(fast(x), own(x))
+    return check_pass(step, model, inputs, dtypes=dtypes)
 
 
 @pytest.mark.parametrize("make", [Bottleneck, Inverted])
 def test_norms_of_networks_become_part_of_their_convolutions(make: Callable[[], nn.Module]) -> None:
     model = prepared(make())
     with torch.no_grad():
-        check_pass(Always(), model, (X,), dtypes=(torch.float32, torch.float64))
+        checked(Always(), model, (X,), dtypes=(torch.float32, torch.float64))
     before, after = norms(model)
     assert before >= 3 and after == 0
 
@@ -127,7 +154,7 @@ def test_convolutions_of_all_kinds_take_a_norm_in(kind: str) -> None:
     norm = nn.BatchNorm2d(8, affine=kind != "no weight")
     model = prepared(nn.Sequential(CONVOLUTIONS[kind](), norm))
     with torch.no_grad():
-        check_pass(Always(), model, (X,))
+        checked(Always(), model, (X,))
     assert norms(model) == (1, 0)
 
 
@@ -138,16 +165,24 @@ def test_other_dimensions(dims: int) -> None:
     x = torch.randn(2, 4, *[6] * dims)
     model = prepared(nn.Sequential(convolution, norm))
     with torch.no_grad():
-        check_pass(Always(), model, (x,))
+        checked(Always(), model, (x,))
     assert norms(model, x) == (1, 0)
 
 
-def test_errors_are_hardly_more_than_those_of_separate_operators() -> None:
-    """Against float64, with statistics of the values as in networks that were trained.
+@pytest.fixture
+def threads() -> Iterator[Callable[[int], None]]:
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
-    On one thread the geometric mean of 16 such networks is 1.02, on two, where the library begins its sums
-    with the bias, 1.22; it varies by 0.1. So the pass has to be asked for.
-    """
+
+@pytest.mark.parametrize(("count", "most"), [(1, 1.1), (2, 1.0 + _FURTHER)])
+def test_errors_are_those_of_separate_operators_or_what_the_pass_says(
+    threads: Callable[[int], None], count: int, most: float
+) -> None:
+    """Against float64, with statistics of the values as in networks that were trained. A single network may
+    lie above: convolutions of 1 x 1 on CPUs begin their sums with the bias, more so on several threads."""
+    threads(count)
     ratios = []
     for make in (Bottleneck, Inverted):
         model = prepared(make(32))
@@ -161,7 +196,16 @@ def test_errors_are_hardly_more_than_those_of_separate_operators() -> None:
             float((result.double() - exact).norm()) for result in (optimized(model, x, Always())(x), model(x))
         )
         ratios.append(ours / theirs)
-    assert math.prod(ratios) <= 1.4 ** len(ratios)
+    assert math.prod(ratios) <= most ** len(ratios)
+
+
+def test_it_has_to_be_allowed() -> None:
+    model = prepared(nn.Sequential(nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8)))
+    with torch.no_grad():
+        fast = graphopt.optimize(model, (X,), emit="eager")
+        assert torch.equal(fast(X), model(X))
+    (step,) = (step for step in fast.report.steps if step.id == "fold-batch-norm")
+    assert step.status == "skipped" and "allow=('fold-batch-norm',)" in step.reason
 
 
 def test_a_residual_network_of_transformers() -> None:
@@ -308,8 +352,8 @@ def test_frozen_norms_stay_in_training() -> None:
     model = prepared(Pair(plain))
     model.convolution.requires_grad_(True)
     model.training = True
-    checked = check_pass(FoldBatchNorm(), model, (X,))
-    assert [miss.reason.text for miss in checked.near_misses] == [
+    found = check_pass(FoldBatchNorm(), model, (X,))
+    assert [miss.reason.text for miss in found.near_misses] == [
         "gradients flow through both: in training they stay apart"
     ]
 

@@ -322,6 +322,15 @@ def test_what_cannot_be_replayed_is_run_as_ever_and_the_reason_said(
     assert case.notes == [f"steps are launched kernel by kernel: {reason}"]
 
 
+def test_developers_are_told_why_recording_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    _fails.count = 0  # type: ignore[attr-defined]
+    case = Case(monkeypatch, function=_fails, strict=True)
+    for _ in range(recording.WARM):
+        case(torch.ones(5, 3))[0].backward()
+    with pytest.raises(RuntimeError, match="operation not permitted when stream is capturing"):
+        case(torch.ones(5, 3))
+
+
 def test_steps_that_do_not_wait_for_the_host_are_not_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HostGraphs, "share", 0.4)
     case = Case(monkeypatch)

@@ -1,9 +1,9 @@
 """Products of matrices one side of which is no multiple of 16 bytes, as two products.
 
 Libraries have fast kernels for matrices whose every row begins on 16 bytes and whose sides are whole
-multiples of that. With 50,257 classes they fall back to kernels for elements that lie anywhere, several times
-slower on Hopper GPUs. So the classes are cut where the last whole 16 bytes end: one large product on fast
-kernels, and one of the few classes that are left::
+multiples of that. With 50,257 classes they fall back to kernels for elements that lie anywhere. So the
+classes are cut where the last whole 16 bytes end: one large product on fast kernels, and one of the few
+classes that are left::
 
     x @ W.T      ->  [x @ W[:50256].T, x @ W[50256:].T]       written side by side
     dz @ W       ->  dz[:, 50256:] @ W[50256:]  +  dz[:, :50256] @ W[:50256]

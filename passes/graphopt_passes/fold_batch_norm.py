@@ -46,16 +46,24 @@ _PLAIN = (
 )  # fmt: skip
 _TRANSPOSED = (_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input)
 _EXACT = (torch.float32, torch.float64)
+_METRIC = "distance from float64 beyond that of separate operators, as a share of theirs"
+_FURTHER = 0.4
+"""In that metric, and asserted by the tests on images of 24 x 24 with two threads. On larger ones the result
+errs no more than that of separate operators (benchmarks/folded_norms.py)."""
+
 _SMALL = 7
 """Kernels over one number for each channel, where each call is one."""
 
 
 @dataclass(frozen=True)
 class FoldBatchNorm(Pass):
-    """Folds batch norms with running statistics into the convolutions before them. No options."""
+    """Folds batch norms with running statistics into the convolutions before them. No options. Not exact:
+    where libraries begin a convolution's sums with its bias, the result errs more than that of separate
+    operators."""
 
     name: ClassVar[str] = "fold-batch-norm"
     level: ClassVar[Level] = Level.SEMANTIC
+    exact: ClassVar[bool] = False
     summary: ClassVar[str] = "make batch norms part of the convolutions before them, in inference"
     after: ClassVar[dict[str, str]] = {
         "normalize": "casts and dropout that do nothing stand between",
@@ -78,10 +86,10 @@ class FoldBatchNorm(Pass):
                 yield NearMiss(self.name, norm.name, 2, 2, reason)
                 continue
             names = (convolution.name, norm.name)
-            delta = CostDelta(seconds=_seconds(convolution, norm, ctx))
+            delta = CostDelta(seconds=_seconds(convolution, norm, ctx), error=_FURTHER)
             yield Candidate(
                 f"{self.name}@{norm.name}", self.name, names, delta, _folding(*names),
-                exactness="reassociated",
+                exactness="lossy", metric=_METRIC,
             )  # fmt: skip
 
 
