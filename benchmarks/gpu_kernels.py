@@ -192,13 +192,14 @@ def liger_functions() -> dict[str, Callable[..., Any]]:
     return found
 
 
-def milliseconds(run: Callable[[], Any], times: int = 11) -> float:
+def milliseconds(run: Callable[[], Any], times: int = 11, busy: int = BUSY_CYCLES) -> float:
+    """Median of ``times``, the GPU kept busy for ``busy`` cycles while the host queues the call."""
     for _ in range(3):
         run()
     taken = []
     for _ in range(times):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(BUSY_CYCLES)
+        torch.cuda._sleep(busy)
         start.record()
         run()
         end.record()

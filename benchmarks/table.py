@@ -7,9 +7,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from table_cells import good, mib, number, percent, table, verdict
+from table_gpu import (
+    gpu_attention,
+    gpu_compile_time,
+    gpu_kernels,
+    gpu_longest,
+    gpu_models,
+    gpu_pack_linears,
+    gpu_products,
+    gpu_resnet1000,
+    gpu_step,
+    gpu_train,
+)
 
 from graphopt.atomic import write_atomically
 
@@ -21,16 +35,6 @@ HEAD = """# Benchmarks
 Written by `python benchmarks/table.py` from the files in `benchmarks/results`; do not edit. Each
 file holds the device, versions, date, command and every row.
 """
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]
-    return "\n".join(lines)
-
-
-def verdict(met: bool) -> str:
-    return "**met**" if met else "**not met**"
 
 
 def prediction(record: dict[str, Any]) -> str:
@@ -218,120 +222,6 @@ def certificate(record: dict[str, Any]) -> str:
     return text
 
 
-def gpu_train(record: dict[str, Any]) -> str:
-    shape, missing = record["shape"], record.get("missing", [])
-    cells = []
-    budgeted = [row for row in record["rows"] if row.get("budget_bytes")]
-    obeyed = sum(row["obeyed"] for row in budgeted)
-    worst = max((abs(row["prediction_error"]) for row in budgeted), default=0.0)
-    peers = [row for row in record["rows"] if _is_peer(row)]
-    beaten = [f"{row['mode']} ({verdict(_beaten(row, record['rows']))})" for row in peers]
-    for row in sorted(record["rows"], key=lambda row: row.get("act_mib", 0.0)):
-        if "ms" not in row:
-            cells.append((f"graphopt, {row['budget_mib']:.0f} MiB", "no plan found", "", "", ""))
-            continue
-        budget = row.get("budget_bytes")
-        name = row["mode"] if budget is None else f"graphopt, {budget / 2**20:.0f} MiB"
-        error = row.get("prediction_error")
-        off = "" if error is None else f"{100 * error:+.2f} %"
-        kept = "" if budget is None else "yes" if row["obeyed"] else "no"
-        cells.append((name, f"{row['act_mib']:.0f}", f"{row['ms']:.1f}", off, kept))
-    return (
-        f"## 6, 7. One training step on {record['device']}\n\n"
-        f"Llama-3.2-1B shape ({shape['layers']} layers, hidden {shape['hidden']}, vocabulary "
-        f"{shape['vocab']}, bf16, {shape['batch']} x {shape['seq']} tokens), forward + backward, "
-        "gradients held; activations are "
-        "`max_memory_allocated` minus parameters and gradients, budgets are of everything.\n\n"
-        f"Budgets kept: {obeyed} of {len(budgeted)}. Prediction off by {100 * worst:.2f} % at most "
-        f"(target 2 %): {verdict(worst <= 0.02)}. "
-        f"Faster than a peer in no more memory: {', '.join(beaten)}.\n\n"
-        + (f"Not measured in this run, for want of time: {', '.join(missing)}.\n\n" if missing else "")
-        + table(("mode", "activations, MiB", "ms", "peak predicted / measured", "budget kept"), cells)
-    )
-
-
-def gpu_step(record: dict[str, Any]) -> str:
-    shape = record["shape"]
-    cells = [
-        (
-            row["mode"]
-            if row.get("budget_bytes") is None
-            else f"graphopt, {row['budget_bytes'] / 2**20:.0f} MiB",
-            f"{row['act_mib']:.0f}",
-            f"{row['ms']:.1f}",
-        )
-        for row in sorted(record["rows"], key=lambda row: row["ms"])
-    ]
-    ours = [row for row in record["rows"] if row["mode"].startswith("graphopt") and row["act_mib"] <= 8000]
-    best = min((row["ms"] for row in ours), default=math.inf)
-    return (
-        "## One training step with fused norms and packed layers\n\n"
-        f"The step of the section before, {shape['steps']} times, after norms were fused. "
-        f"Target: 108 ms in 8,000 MiB: {verdict(best <= 108)}. Measured at {record['at']}, with "
-        f"{record['pipeline']}. Not ready in time: {', '.join(record['missing']) or 'none'}.\n\n"
-        + table(("mode", "activations, MiB", "ms"), cells)
-    )
-
-
-def gpu_kernels(record: dict[str, Any]) -> str:
-    kinds = ("graphopt", "compile", "liger")
-    cells = [
-        (
-            row["case"],
-            row["width"],
-            *(row.get(f"{kind}_{way}", "") for way in ("forward", "backward") for kind in kinds),
-            row.get("date", record["date"]),
-        )
-        for row in record["rows"]
-    ]
-    head = [f"{way}, {kind}" for way in ("forward", "backward") for kind in kinds]
-    losses = [
-        (
-            row["loss"],
-            row["ms"],
-            row["extra_mib"],
-            row["error"],
-            row.get("input_error", ""),
-            row.get("plan", "").partition("/")[2],
-        )
-        for row in record["losses"]
-        if "ms" in row
-    ]
-    fast = next((r for r in record["losses"] if r["loss"] == "graphopt.optimize, fast"), None)
-    least = next((r for r in record["losses"] if r["loss"] == "graphopt.optimize, least memory"), None)
-    judged = ""
-    if fast is not None and least is not None:
-        judged = (
-            "Targets: 37 ms in 1,400 MiB: "
-            f"{verdict(fast['ms'] <= 37 and fast['extra_mib'] <= 1400)}; 50 ms in 1,132 MiB: "
-            f"{verdict(least['ms'] <= 50 and least['extra_mib'] <= 1132)}; gradients that err at most 1.1 "
-            f"times as much as those of whole logits: {verdict(fast['error'] <= 1.1)} in the first, "
-            f"{verdict(least['error'] <= 1.1)} in the second.\n\n"
-        )
-    return (
-        "## Operators that memory bounds, and linear + cross entropy\n\n"
-        "bf16, 128 MiB a tensor; percent of the copy bandwidth of the same run, on the least bytes. Targets: "
-        "93 % forward, 85 % backward. Each row says when it was measured; those of 24 November are of "
-        "code that held no rows in registers.\n\n"
-        + table(("operator", "width", *head, "date"), cells)
-        + "\n\nLinear + cross entropy, 8,192 x 4,096 x 128,256, forward and backward; the peak above "
-        "the operands holds both gradients, 1,067 MiB. `error`: distance of the gradients of weight and "
-        "input from float64, over that of whole bf16 logits.\n\n"
-        + judged
-        + table(("loss", "ms", "MiB", "error, weight", "error, input", "plan"), losses)
-    )
-
-
-def _is_peer(row: dict[str, Any]) -> bool:
-    return "ms" in row and not row["mode"].startswith("graphopt")
-
-
-def _beaten(peer: dict[str, Any], rows: list[dict[str, Any]]) -> bool:
-    """Whether some row of graphopt's is faster than a peer and takes no more memory."""
-    ours = [row for row in rows if "ms" in row and row["mode"].startswith("graphopt")]
-    return any(row["ms"] < peer["ms"] and row["act_mib"] <= peer["act_mib"] for row in ours)
-
-
 def chunked_loss(record: dict[str, Any]) -> str:
     sizes = [
         (row["dtype"], row["mode"], mib(row["peak_bytes"]), f"{row['seconds']:.2f}")
@@ -463,70 +353,11 @@ def tiled_convolutions(record: dict[str, Any]) -> str:
     )
 
 
-def gpu_longest(record: dict[str, Any]) -> str:
-    cells = []
-    for row in record["rows"]:
-        measured: tuple[Any, ...] = ("does not fit", "", "")
-        if row["fits"]:
-            measured = (f"{row['whole_mib']:.0f}", f"{row['ms']:.0f}", row["tokens_per_second"])
-        cells.append((row["mode"], f"{row['tokens']:,}", *measured, row.get("commit", "")))
-    found = record["longest"]
-    ratios = [
-        f"{found['graphopt'] / found[peer]:.2f} times that of {peer}"
-        for peer in found
-        if peer != "graphopt" and found[peer] and "graphopt" in found
-    ]
-    return (
-        f"## The longest sequence on {record['gib']:g} GiB\n\n"
-        f"{record['device']}, Llama-3.2-1B shape, batch 1, forward + backward, gradients held. Targets: 4 "
-        "times the longest sequence of torch.compile, 1.5 times that of Liger with checkpoints, at no fewer "
-        f"tokens per second at the latter's. graphopt's is {', '.join(ratios) or 'not measured'}. One step "
-        "is timed, with compile's compilation in it, and that of graphopt's kernels, not of its programs.\n\n"
-        + table(("mode", "tokens", "peak, MiB", "ms", "tokens per second", "graphopt at"), cells)
-    )
-
-
-def gpu_resnet1000(record: dict[str, Any]) -> str:
-    rows = good(record)
-    eager = next(row for row in rows if row["name"] == "eager")
-    cells = [
-        (
-            row["name"], row["act_mib"], row.get("predicted_act_mib", ""), row.get("pool_mib", ""), row["ms"],
-            number(row["ms"] / eager["ms"]), row.get("moved_mib", ""), row["first_step_s"],
-        )
-        for row in rows
-    ]  # fmt: skip
-    head = ("case", "activations MiB", "predicted", "graph's pool MiB", "ms", "/ eager", "moved MiB",
-            "first step s")  # fmt: skip
-    return (
-        "## A residual net of 1,001 layers on one GPU\n\n"
-        "83 + 83 + 83 + 84 bottleneck blocks, batch 32 of 224 x 224, bfloat16 autocast, channels last. "
-        "`graphopt@N` was given N MiB above parameters, gradients and input. `+graph`: the whole step "
-        "captured in a CUDA graph by hand; its pool is what the step then occupies, and activations count "
-        "workspaces of the capturing stream besides. Without a graph every case waits for the processor, "
-        "which launches about ten thousand kernels a step.\n\n" + table(head, cells)
-    )
-
-
-def good(record: dict[str, Any]) -> list[dict[str, Any]]:
-    return [row for row in record["rows"] if "error" not in row]
-
-
 def failures(record: dict[str, Any]) -> str:
-    rows = [f"- {row['model']}: {row['error']}" for row in record["rows"] if "error" in row]
+    rows = [
+        f"- {row['model']}: {row['error']}" for row in record["rows"] if isinstance(row.get("error"), str)
+    ]
     return "\n\nWithout a result:\n\n" + "\n".join(rows) if rows else ""
-
-
-def mib(count: float) -> str:
-    return f"{count / 2**20:.1f} MiB"
-
-
-def percent(part: float | None) -> str:
-    return "" if part is None else f"{100 * part:.2f} %" if math.isfinite(part) else "no bound"
-
-
-def number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
 
 
 SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
@@ -539,6 +370,11 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu_train": gpu_train,
     "gpu_step": gpu_step,
     "gpu_kernels": gpu_kernels,
+    "gpu_models": gpu_models,
+    "gpu_compile_time": gpu_compile_time,
+    "gpu_attention": gpu_attention,
+    "gpu_products": gpu_products,
+    "gpu_pack_linears": gpu_pack_linears,
     "gpu_longest": gpu_longest,
     "gpu_resnet1000": gpu_resnet1000,
     "chunked_loss": chunked_loss,
@@ -558,7 +394,7 @@ def main() -> None:
             page.append(f"## {name}\n\nNot measured yet (`python benchmarks/{name}.py`).")
             continue
         record = json.loads(file.read_text())
-        where = record.get("cpu") or record.get("device")
+        where = record.get("cpu") or record.get("device") or record.get("gpu")
         versions = record.get("versions", {})
         stamp = f"\n\n{where}, torch {versions.get('torch', record.get('torch', ''))}, {record['date']}"
         stamp += "".join(f"; {', '.join(u['models'])}: {u['date']}" for u in record.get("updates", ())) + "."

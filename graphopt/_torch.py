@@ -523,6 +523,9 @@ def inductor_inner_compile(gm: fx.GraphModule, inputs: Sequence[Any], **kwargs: 
     """Compile one forward, backward or inference graph; a boxed callable (``CompiledFxGraph``)."""
     from torch._inductor.compile_fx import compile_fx_inner
 
+    if "get_decomp_fn" in kwargs:
+        # A table of functions has no key in Inductor's graph cache; a function's is its name.
+        kwargs["get_decomp_fn"] = inductor_decompositions
     return compile_fx_inner(gm, list(inputs), **kwargs)
 
 
@@ -987,6 +990,32 @@ def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
     return table
 
 
+def _ordering(order: KernelOrder, key: str) -> Callable[[list[Any]], list[Any]]:
+    """``order`` as a pass of Inductor's scheduler, which is ``key`` in the keys of its graph cache.
+
+    torch 2.13 asks such a pass for its ``uuid``, 2.11 pickles it with the settings.
+    """
+    from torch._inductor import custom_graph_pass
+
+    base: type = getattr(custom_graph_pass, "CustomSchedulerPass", object)
+
+    class Ordering(base):  # type: ignore[misc]
+        def __call__(self, nodes: list[Any]) -> list[Any]:
+            return _in_order(nodes, order)
+
+        def uuid(self) -> str:
+            return key
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return str, (key,)
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self
+
+    made: Callable[[list[Any]], list[Any]] = Ordering()
+    return made
+
+
 def compile_with_inductor(
     gm: fx.GraphModule,
     inputs: Sequence[Any],
@@ -994,13 +1023,14 @@ def compile_with_inductor(
     inner: Callable[..., Any],
     operations_limit: int,
     order: KernelOrder,
+    cache_key: str = "",
 ) -> Callable[..., Any]:
     """``compile_fx`` with the given partition and inner compiler.
 
     A value computed by more than ``operations_limit`` operations is stored, not inlined. ``order``
     puts the kernels in order, instead of Inductor's own reordering for peak memory.
-    Neither AOTAutograd's nor Inductor's graph cache is used: on a hit the partition would not be
-    asked. Kernels are still cached by their source.
+    AOTAutograd's graph cache is not used: on a hit the partition would not be asked. Inductor's, of the
+    halves, is where ``cache_key`` says what ``order`` and the choices made here are; without, it is not.
     """
     from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx
@@ -1010,15 +1040,18 @@ def compile_with_inductor(
         def __call__(self, gm: Any, joint_inputs: Any, **kwargs: Any) -> Any:
             return partition(gm, kwargs["num_fwd_outputs"])
 
-        def uuid(self) -> None:
-            return None
+        def uuid(self) -> str:
+            return cache_key
+
+        def __reduce__(self) -> tuple[Any, ...]:
+            return str, (cache_key,)
 
     settings = {
         "custom_partitioner_fn": Ours(),
-        "fx_graph_cache": False,
+        "fx_graph_cache": bool(cache_key) and inductor_config.fx_graph_cache,
         "realize_opcount_threshold": operations_limit,
         "reorder_for_peak_memory": False,
-        "_post_fusion_custom_pass": lambda nodes: _in_order(nodes, order),
+        "_post_fusion_custom_pass": _ordering(order, cache_key),
     }
     # The backward is compiled now, not at its first run: its memory is part of the plan.
     joint_settings = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}

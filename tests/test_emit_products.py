@@ -232,13 +232,13 @@ def test_products_of_few_rows_take_in_what_is_around_them(rows: int) -> None:
 
 
 def test_large_products_stay_with_the_library_and_the_arithmetic_is_said() -> None:
-    """2 * 8192 * 4096 * 14336 operations take 1,217.8 us at 790e12 a second, a third more at 0.75 of that."""
+    """2 * 8192 * 4096 * 14336 operations take 1,217.8 us at 790e12 a second, 1.43 times that at 0.7 of it."""
     grouping = grouped(traced(_gated, (8192, 4096), *GATED))
     assert kernels(grouping) == ["silu_mul"]
     said = left(grouping)
     assert set(said) == {"mm", "mm_1", "mm_2"}
     assert said["mm"] == (
-        "in one kernel with silu, mul 1628.8 us at 0.75 of the library's rate, apart 1392.4 us on h200"
+        "in one kernel with silu, mul 1744.7 us at 0.7 of the library's rate, apart 1392.4 us on h200"
     )
 
 
@@ -266,10 +266,14 @@ def test_an_activation_of_a_long_vector_is_taken_into_a_short_sum() -> None:
     def function(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return F.gelu(torch.addmm(b, x, w))
 
-    grouping = grouped(traced(function, (8192, 1024), (1024, 4096), (4096,)))
+    grouping = grouped(traced(function, (8192, 512), (512, 4096), (4096,)))
     assert kernels(grouping) == ["addmm_gelu"]
     ((_, reason),) = grouping.taken
     assert "in one kernel with gelu" in str(reason)
+    # A longer sum loses more to the library than the activation gains.
+    longer = grouped(traced(function, (8192, 1024), (1024, 4096), (4096,)))
+    assert not longer.taken
+    assert "in one kernel with gelu 129.3 us at 0.7 of the library's rate, apart" in left(longer)["addmm"]
 
 
 def test_a_dequantized_weight_is_never_written() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from graphopt import _torch
+from graphopt.emit.lowered import LoweredCompiler
 
 
 def _retraced(
@@ -357,3 +359,38 @@ def test_rows_are_held_where_that_spares_reading_and_registers_reach(
     with settings, _torch._our_choices(), pytest.raises(Exception, match="active drivers"):
         torch.compile(function)(*(torch.randn(64, width) for _ in range(inputs)))
     assert seen and all(found is held for found in seen)
+
+
+def test_generated_code_is_found_again_under_its_key_alone(tmp_path: Path, monkeypatch: Any) -> None:
+    """Inductor's graph cache knows the order of kernels, and graphopt's choices, by the key that is given."""
+    from torch._dynamo.utils import counters
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    orders = []
+
+    def order(launches: Any, buffers: Any) -> list[int]:
+        orders.append(len(launches))
+        return list(range(len(launches)))
+
+    def compiled(key: str) -> tuple[str, LoweredCompiler]:
+        before = dict(counters["inductor"])
+        compiler = LoweredCompiler()
+
+        def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+            return _torch.compile_with_inductor(gm, inputs, None, compiler, 64, order, key)  # type: ignore[arg-type]
+
+        inputs = torch.randn(8, 8), torch.randn(8, 8)
+        torch._dynamo.reset()
+        with torch.no_grad():
+            found = torch.compile(lambda x, y: (x @ y).sin() + 0.123, backend=backend)(*inputs)
+            torch.testing.assert_close(found, (inputs[0] @ inputs[1]).sin() + 0.123)
+        kinds = ("hit", "miss", "bypass")
+        now = counters["inductor"]
+        (how,) = [k for k in kinds if now[f"fxgraph_cache_{k}"] > before.get(f"fxgraph_cache_{k}", 0)] or [""]
+        return how, compiler
+
+    first, made = compiled("one")
+    again, known = compiled("one")
+    assert (first, again, compiled("other")[0], compiled("")[0]) == ("miss", "hit", "miss", "")
+    assert len(orders) == 3
+    assert known.records == made.records

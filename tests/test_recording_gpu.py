@@ -98,4 +98,5 @@ def test_inference_is_replayed() -> None:
         for _ in range(5):
             x = torch.randn(64, 512, device="cuda")
             torch.testing.assert_close(fast(x), net(x))
-    assert any("replayed from a CUDA graph" in note for note in fast.report.diagnostics)
+    notes = fast.report.diagnostics
+    assert any("replayed from a CUDA graph" in note for note in notes), notes

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch.fx as fx
 
 from graphopt import _torch
+from graphopt.emit import kernel_order
 from graphopt.emit.emitter import Inference, Partition
 from graphopt.emit.fusion import OPERATIONS_LIMIT
 from graphopt.emit.kernel_order import least_memory_order
@@ -18,6 +22,13 @@ __all__ = ["InductorEmitter", "JointSeen"]
 
 class JointSeen(Exception):
     """Raised by a partition that only wanted to see the joint graph; compilation ends there."""
+
+
+@functools.cache
+def _cache_key() -> str:
+    """Names what graphopt changes of Inductor, in the keys of its graph cache: the sources of the changes."""
+    sources = "".join(map(inspect.getsource, (_torch, kernel_order)))
+    return f"graphopt {hashlib.sha256(sources.encode()).hexdigest()}"
 
 
 class InductorEmitter:
@@ -45,7 +56,7 @@ class InductorEmitter:
 
         try:
             return _torch.compile_with_inductor(
-                gm, inputs, partition, inner, OPERATIONS_LIMIT, least_memory_order
+                gm, inputs, partition, inner, OPERATIONS_LIMIT, least_memory_order, _cache_key()
             )
         finally:
             self.records = compiler.records

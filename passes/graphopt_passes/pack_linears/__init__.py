@@ -13,8 +13,10 @@ After::
 
 The backward makes the gradient of ``x`` in one product, where it made three and added them up, and the
 gradients of the weights in one, of which each parameter is handed its rows. Small products that leave most
-of a device idle become part of a larger one. It costs laying the weights side by side: where autocast rounds
-them anyway, next to nothing; else a reading and a writing of them, which large weights do not earn back.
+of a device idle become part of a larger one. Where the backward needs one result and not those beside it,
+that one is copied, so that the others do not wait with it. It costs laying the weights side by side: where
+autocast rounds them anyway, next to nothing; else a reading and a writing of them, which large weights do
+not earn back.
 """
 
 from __future__ import annotations
@@ -137,10 +139,11 @@ class PackLinears(Pass):
             else:
                 yield self._missed(reason)
         while len(taken) > 1:
-            delta, chosen = _best(taken, line, trained, times, ctx)
+            delta, chosen, copied = _best(taken, line, trained, times, ctx)
             names = _names(chosen)
+            apply = _packing(names, copied)
             yield Candidate(
-                f"{self.name}@{names[0]}", self.name, names, delta, _packing(names), exactness="reassociated"
+                f"{self.name}@{names[0]}", self.name, names, delta, apply, exactness="reassociated"
             )
             taken = [product for product in taken if product not in chosen]
             if delta.seconds >= 0:
@@ -156,15 +159,17 @@ def _names(group: Sequence[Product]) -> tuple[str, ...]:
 
 def _best(
     group: Sequence[Product], line: Line, trained: Set[fx.Node], times: ProductTimes, ctx: PassContext
-) -> tuple[CostDelta, list[Product]]:
-    """Those of the group whose pack gains most, bytes counted: all of them, or the narrowest. Every one saves
-    the same sums of gradients, and costs its weight."""
+) -> tuple[CostDelta, list[Product], tuple[str, ...]]:
+    """Those of the group whose pack gains most, bytes counted: all of them, or the narrowest, and the names
+    of results to copy out. Every one saves the same sums of gradients, and costs its weight."""
     ranked = sorted(group, key=lambda product: product.columns)
     priced = []
     for count in range(len(ranked), 1, -1):
         narrow = ranked[:count]
         chosen = [product for product in group if product in narrow]
-        priced.append((times.delta(_pack(chosen, line, trained, ctx)), chosen))
+        pack = _pack(chosen, line, trained, ctx)
+        out = [p for p, waits in zip(chosen, pack.waits, strict=True) if waits and times.copies_out(pack)]
+        priced.append((times.delta(pack), chosen, _names(out)))
     return max(priced, key=lambda item: times.worth(item[0]))
 
 
@@ -193,7 +198,7 @@ def _read_by_library(node: fx.Node, line: Line, ctx: PassContext) -> bool:
     return len(readers) == 1 and ctx.cost.node(readers[0]).flops > 0
 
 
-def _packing(names: Sequence[str]) -> Callable[[Edit], None]:
+def _packing(names: Sequence[str], copied: Sequence[str]) -> Callable[[Edit], None]:
     def apply(edit: Edit) -> None:
         nodes = [edit.node(name) for name in names]
         found = [product for product in products(nodes) if isinstance(product, Product)]
@@ -214,6 +219,15 @@ def _packing(names: Sequence[str]) -> Callable[[Edit], None]:
         for index, product in enumerate(found):
             piece = edit.call_before(first, operator.getitem, (parts, index), replaces=(product.node,))
             made.append(piece)
+            if product.node.name in copied:
+                piece = edit.call_before(
+                    first,
+                    _aten.clone.default,
+                    (piece,),
+                    {"memory_format": torch.contiguous_format},
+                    replaces=(product.node,),
+                )
+                made.append(piece)
             edit.replace(product.node, piece)
         for node in made:
             # A region that the model checkpoints itself is one still.

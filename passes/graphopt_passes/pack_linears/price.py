@@ -21,8 +21,13 @@ from graphopt.device import DeviceSpec
 
 __all__ = ["Pack", "ProductTimes"]
 
-_TILES = ((128, 256, 1.0), (256, 128, 1.0), (128, 128, 0.85), (64, 128, 0.65), (128, 64, 0.65), (64, 64, 0.4))
-"""Rows and columns of a tile, and the share of the largest tiles' rate that it is computed at."""
+_TILES = (
+    (128, 256, 1.0), (256, 128, 1.0), (128, 192, 1.0), (192, 128, 1.0), (256, 96, 0.9), (96, 256, 0.9),
+    (128, 128, 0.9), (64, 128, 0.65), (128, 64, 0.65), (64, 64, 0.4),
+)  # fmt: skip
+"""Rows and columns of a tile, and the share of the largest tiles' rate that it is computed at. Shapes are
+those of cuBLAS's kernels for Hopper, shares fitted to benchmarks/results/gpu_pack_linears.json."""
+
 _SPLITS = (1, 2, 4, 8)
 """Parts that libraries cut the depth into."""
 _LARGE = 8192
@@ -71,17 +76,36 @@ class ProductTimes:
 
     def delta(self, pack: Pack) -> CostDelta:
         """Predicted change of a step by packing. Bytes are of what waits for the backward and would not
-        apart: the packed weights, and results beside those that the backward needs."""
+        apart: the packed weights, and results beside those that the backward needs, unless these are copied
+        out."""
         seconds = self._forward(pack)
         kept = 0
         if pack.input_trained or pack.weights_trained:
             seconds += self._backward(pack)
         if pack.input_trained and pack.stored is pack.computed:
             kept = sum(pack.columns) * pack.depth * pack.stored.itemsize
-        if any(pack.waits):
-            beside = sum(n for n, waits in zip(pack.columns, pack.waits, strict=True) if not waits)
-            kept += pack.rows * beside * pack.computed.itemsize
+        if self.copies_out(pack):
+            seconds += self._copying_out(pack)
+        else:
+            kept += self._beside(pack)
         return CostDelta(peak_bytes=kept, seconds=seconds)
+
+    def copies_out(self, pack: Pack) -> bool:
+        """Whether results that wait for the backward are copied out of the packed one: where they would hold
+        more beside them than is copied in the same time."""
+        return self._copying_out(pack) < self._copied(self._beside(pack))
+
+    def _beside(self, pack: Pack) -> int:
+        """Bytes of results that nothing waits for, next to some that wait."""
+        if not any(pack.waits):
+            return 0
+        beside = sum(n for n, waits in zip(pack.columns, pack.waits, strict=True) if not waits)
+        return pack.rows * beside * pack.computed.itemsize
+
+    def _copying_out(self, pack: Pack) -> float:
+        waiting = [n for n, waits in zip(pack.columns, pack.waits, strict=True) if waits]
+        moved = 2 * pack.rows * sum(waiting) * pack.computed.itemsize
+        return len(waiting) * self.device.launch_seconds + self._copied(moved)
 
     def worth(self, delta: CostDelta) -> float:
         """Seconds gained, less those that the device takes to copy the bytes that are held."""
@@ -96,12 +120,17 @@ class ProductTimes:
         flops = 2 * rows * columns * depth
         busy = flops / rate
         if self.device.multiprocessors:
-            busy = min(
-                self._in_tiles(rows, columns, depth, flops / parts, parts, tile, rate)
-                for tile in _TILES
-                for parts in _SPLITS
-            )
+            busy = self._tiled(rows, columns, depth, rate)
         return max(busy, self._copied(moved)) + self.device.launch_seconds
+
+    def _tiled(self, rows: int, columns: int, depth: int, rate: float) -> float:
+        """Seconds in the tiles that suit best."""
+        flops = 2 * rows * columns * depth
+        return min(
+            self._in_tiles(rows, columns, depth, flops / parts, parts, tile, rate)
+            for tile in _TILES
+            for parts in _SPLITS
+        )
 
     def _in_tiles(
         self,
@@ -162,10 +191,13 @@ class ProductTimes:
         return moved / self.device.copy_bytes_per_second
 
     def _rate(self, dtype: torch.dtype) -> float:
-        """FLOP/s of products that fill the device, as the cost model has them."""
+        """FLOP/s inside of tiles, so that a product that fills the device takes what the cost model says."""
         if dtype not in self._rates:
             price = self._cost.node(_square_product(dtype))
-            self._rates[dtype] = price.flops / (price.seconds - self.device.launch_seconds)
+            self._rates[dtype] = rate = price.flops / (price.seconds - self.device.launch_seconds)
+            if self.device.multiprocessors:
+                tiled = self._tiled(_LARGE, _LARGE, _LARGE, rate)
+                self._rates[dtype] = rate * tiled / (price.seconds - self.device.launch_seconds)
         return self._rates[dtype]
 
 
