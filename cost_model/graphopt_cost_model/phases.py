@@ -9,6 +9,7 @@ Operators are known by name, since they belong to packages that may be absent.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 from graphopt_cost_model.attention_cost import attention_backward_phases, attention_phases
@@ -81,6 +82,16 @@ def _summed_products(call: Call) -> tuple[Phase, ...]:
     return tuple(phases)
 
 
+def _convolution_relu(call: Call) -> tuple[Phase, ...]:
+    """One kernel: operands and residual are read once, the result is written once."""
+    result, weight = call.outputs[0], call.inputs[1]
+    flops = 2 * result.elements * math.prod(weight.shape[1:])
+    read = sum(spec.stored_bytes for spec in call.inputs)
+    touched = max(spec.elements for spec in (*call.inputs, result))
+    dtype = str(result.dtype).removeprefix("torch.")
+    return (Phase(flops, touched, read, result.stored_bytes, dtype),)
+
+
 def _packed(call: Call) -> tuple[Phase, ...]:
     """Bits and small codes: a pass for each of the eight places in a byte, over memory at that stride.
 
@@ -115,6 +126,7 @@ _FORMULAS: dict[str, Callable[[Call], tuple[Phase, ...]]] = {
     PREFIX: block_phases,
     f"{PREFIX}_backward": block_phases,
     f"{PREFIX}_with_gradients": block_phases,
+    "graphopt.convolution_relu": _convolution_relu,
     "graphopt.sum_products": _summed_products,
     "graphopt.pack_bits": _packed,
     "graphopt.unpack_bits": _packed,

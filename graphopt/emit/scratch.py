@@ -20,7 +20,7 @@ __all__ = ["scratch_bytes", "watched_bytes"]
 
 _FLOAT = 4
 
-_CONVOLUTIONS = ("convolution", "convolution_backward")
+_CONVOLUTIONS = ("convolution", "convolution_backward", "convolution_relu")
 
 _MULTIPROCESSORS = 132
 """Of an H100 or H200, where the GPU is not there to be asked."""

@@ -22,12 +22,13 @@ graphopt_api = 1
 @hookimpl
 def graphopt_kernels() -> Iterable[KernelSpec]:
     """The bandwidth probes that ``graphopt calibrate`` uses, linear + cross entropy in chunks, norms, sums of
-    products, attention."""
+    products, convolutions with what follows, attention."""
     # Imported when asked: they need torch, and `graphopt --help` loads this module.
     from graphopt_kernels import (
         attention,
         attention_reference,
         bandwidth,
+        convolution_relu,
         linear_cross_entropy,
         linear_cross_entropy_arguments,
         linear_cross_entropy_blocks,
@@ -99,6 +100,13 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=row_norm.row_norm_backward_reference,
             supports=row_norm.row_norm_backward_supports,
             summary="gradients of input, weight and bias of a norm of rows, in one reading",
+        ),
+        KernelSpec(
+            name="convolution-relu",
+            op="graphopt::convolution_relu",
+            reference=convolution_relu.convolution_relu_reference,
+            supports=convolution_relu.convolution_relu_supports,
+            summary="a convolution with the bias, the residual sum and the ReLU behind it",
         ),
         KernelSpec(
             name="sum-products",
