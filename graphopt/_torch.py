@@ -1092,15 +1092,59 @@ def runs_at_once(tensor: torch.Tensor) -> bool:
 def adds_to_gradient_of(leaf: torch.Tensor) -> bool:
     """Whether the backward that runs now will add to ``leaf.grad``: not where it only returns gradients
     (``torch.autograd.grad``), nor where its ``inputs`` leave the tensor out."""
-    with torch.enable_grad():
-        view = leaf.view_as(leaf)
-    assert view.grad_fn is not None
-    (accumulate,) = (node for node, _ in view.grad_fn.next_functions if node is not None)
+    return _will_run(_accumulation(leaf))
+
+
+def adds_unseen_to_gradient_of(leaf: torch.Tensor) -> bool:
+    """Whether the backward that runs now will add to ``leaf.grad``, and no hook of Python waits at the node
+    of autograd's graph that does it."""
+    node = _accumulation(leaf)
+    if not _will_run(node):
+        return False
+    for register in (node.register_prehook, node.register_hook):
+        # Nothing lists hooks, but who registers one is told where they all are.
+        handle = register(_unheard)
+        hooks = handle.hooks_dict_ref()
+        handle.remove()
+        if hooks:
+            return False
+    return True
+
+
+def _accumulation(leaf: torch.Tensor) -> Any:
+    """The node of autograd's graph that adds to ``leaf.grad``."""
+    return torch.autograd.graph.get_gradient_edge(leaf).node
+
+
+def _will_run(node: Any) -> bool:
     try:
-        return bool(torch._C._will_engine_execute_node(accumulate))
+        return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:
         # What autograd says where the leaf is one of those whose gradients it returns.
         return False
+
+
+def _unheard(*gradients: Any) -> None:
+    return None
+
+
+def running_node() -> Any:
+    """The node of autograd's graph whose backward runs in this thread; ``None`` outside of backwards."""
+    return torch._C._current_autograd_node()
+
+
+def takes_gradient(node: Any, position: int) -> tuple[Any, int]:
+    """The node of autograd's graph, and the number of its input, that a node hands its gradient number
+    ``position`` to: one for each tensor that its function was given. ``None`` where nobody takes it."""
+    following = node.next_functions
+    found: tuple[Any, int] = following[position] if position < len(following) else (None, 0)
+    return found
+
+
+def accumulates_into(node: Any) -> torch.Tensor | None:
+    """The leaf to whose gradient a node of autograd's graph adds what it is given; ``None`` for others."""
+    leaf = getattr(node, "variable", None)
+    return leaf if type(node).__name__ == "AccumulateGrad" and isinstance(leaf, torch.Tensor) else None
 
 
 def fake_attribute(node: fx.Node, mode: FakeTensorMode) -> Any:

@@ -364,7 +364,13 @@ class SegmentedStep:
             captured.lowered = (_copy(chosen),)
             return graph if chosen is graph else _copy(chosen)
 
-        run = emitter.compile(_copy(captured.semantic.gm), segment.example_inputs(), realise, as_is)
+        run = emitter.compile(
+            _copy(captured.semantic.gm),
+            segment.example_inputs(),
+            realise,
+            as_is,
+            self.session.gradients_of(kind.specs),
+        )
         self._saved[_key(number, captured)] = _saved_values(captured, emitter.records)
         return run, exact_point(kind, point, list(emitter.records))
 

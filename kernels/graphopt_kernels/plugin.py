@@ -25,6 +25,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
     products, attention."""
     # Imported when asked: they need torch, and `graphopt --help` loads this module.
     from graphopt_kernels import (
+        add_product,
         attention,
         attention_reference,
         bandwidth,
@@ -106,6 +107,13 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=sum_products.sum_products_reference,
             supports=sum_products.sum_products_supports,
             summary="the sum of products of matrices, each added to the one before as it is computed",
+        ),
+        KernelSpec(
+            name="add-product",
+            op="graphopt::add_product",
+            reference=add_product.add_product_reference,
+            supports=add_product.add_product_supports,
+            summary="a product of matrices that is added to a matrix as it is computed",
         ),
         KernelSpec(
             name="attention",
