@@ -707,6 +707,10 @@ class KernelBuffer(NamedTuple):
     overwriters: frozenset[int] = frozenset()
 
 
+KEPT, MADE = "primals_kept", "primals_made"
+"""How names of inputs begin that a graph writes to and does not release, as Inductor reads the first word:
+they have memory already, or are given it by the kernel that writes them."""
+
 KernelOrder = Callable[[list[KernelLaunch], list[KernelBuffer]], list[int]]
 
 
@@ -767,12 +771,27 @@ def kernel_graph(nodes: Sequence[Any]) -> tuple[list[KernelLaunch], list[KernelB
                 makers, reading = held_by.get(name, ({made_by}, set()))
                 held = readers | (reading - {index})
                 buffers.append(KernelBuffer(info.size_free, frozenset(makers), held, name in returned, over))
+    buffers += [
+        KernelBuffer(_bytes_of(name), frozenset({index}), frozenset(), returned=True)
+        for index, node in enumerate(nodes)
+        for output in node.get_outputs()
+        for name in output.get_mutations()
+        if name.startswith(MADE)
+    ]
     for source in inputs.values():
         readers = frozenset(position[n] for n in source.mpi_buffer.succ_nodes)
         over = frozenset(i for i in readers if _may_overwrite(nodes[i], source.name))
         free = source.mpi_buffer.size_free
         buffers.append(KernelBuffer(free, frozenset(), readers, source.name in returned, over))
     return launches, buffers
+
+
+def _bytes_of(name: str) -> int:
+    """Bytes of an input of the graph that Inductor compiles."""
+    from torch._inductor.virtualized import V
+
+    value = V.graph.get_buffer(name)
+    return int(V.graph.sizevars.optimization_hint(value.get_numel())) * int(value.get_dtype().itemsize)
 
 
 def _parts(nodes: Sequence[Any]) -> dict[str, str]:
@@ -1139,6 +1158,11 @@ def takes_gradient(node: Any, position: int) -> tuple[Any, int]:
     following = node.next_functions
     found: tuple[Any, int] = following[position] if position < len(following) else (None, 0)
     return found
+
+
+def is_backward_of(node: Any, function: type[torch.autograd.Function]) -> bool:
+    """Whether a node of autograd's graph is the backward, and so the context, of a function of Python."""
+    return getattr(type(node), "_forward_cls", None) is function
 
 
 def accumulates_into(node: Any) -> torch.Tensor | None:

@@ -129,8 +129,8 @@ def leaf_of(node: Any, position: int) -> torch.Tensor | None:
     """The leaf that gradient number ``position`` of a node of autograd's graph belongs to, whether the node
     was given the leaf itself or its view of ``handing_over``; ``None`` for what was computed."""
     taker, number = _torch.takes_gradient(node, position)
-    if isinstance(taker, _HandOver._backward_cls):  # type: ignore[attr-defined]
-        leaf: torch.Tensor = taker.leaves[number]  # type: ignore[attr-defined]
+    if _torch.is_backward_of(taker, _HandOver):
+        leaf: torch.Tensor = taker.leaves[number]
         return leaf
     return _torch.accumulates_into(taker)
 

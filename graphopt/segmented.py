@@ -73,9 +73,7 @@ class SegmentedStep:
         self.kinds = kinds
         for number, kind in enumerate(kinds):
             if kind.frontier is not None and kind.mode == "train":
-                points = tuple(
-                    replace(p, spared=self._spared(number, kind, p)) for p in kind.frontier.points
-                )
+                points = tuple(replace(p, spared=self._spared(number, kind, p)) for p in kind.frontier.points)
                 kind.frontier = replace(kind.frontier, points=points)
         self.captured = [
             replace(kinds[call.segment], name=f"{name}.{index}.{self.chain.segments[call.segment].name}")

@@ -78,7 +78,8 @@ class Session:
     what graphs hand on counts as held. ``arguments`` are the call's inputs while it lasts.
     ``held_gradient_bytes`` is what gradients took when the model was handed over: they are there
     throughout, and a step's own are added to them and go, unless hooks wait for them
-    (``watched_gradients``); ``all_gradients_held``: every trained parameter has one. ``dry_run``: plan, compile no code.
+    (``watched_gradients``); ``all_gradients_held``: every trained parameter has one. ``dry_run``: plan,
+    compile no code.
     ``chain``: the present programs as calls that hand values to each other, where they are;
     ``reruns``: rows of them that the plan runs again. ``cuda_graphs``: replay steps where they can be
     recorded; ``recorders`` do that.
@@ -484,9 +485,7 @@ class Session:
     def _frontier(self, captured: Captured) -> Frontier:
         """The curve of schedules that the joint-level passes offer; the baseline is always on it."""
         assert captured.joint is not None and captured.baseline is not None
-        ctx = PassContext(
-            self.cost, captured.mode, self.emitter.name, None, self.allow, bounded=self.bounded
-        )
+        ctx = PassContext(self.cost, captured.mode, self.emitter.name, None, self.allow, bounded=self.bounded)
         done = run_joint_passes(
             captured.joint,
             self.passes,

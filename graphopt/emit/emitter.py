@@ -19,9 +19,9 @@ Inference = Callable[[fx.GraphModule], fx.GraphModule]
 
 @dataclass(frozen=True)
 class Gradients:
-    """What becomes of gradients. ``parameters``: positions of the inputs that are parameters of the model, whose
-    gradients are added to ``.grad``. ``held``: all of them are there when a step begins, unless the loop
-    has let go of them, and no hook waits for any."""
+    """What becomes of gradients. ``parameters``: positions of the inputs that are parameters of the model,
+    whose gradients are added to ``.grad``. ``held``: all of them are there when a step begins, unless the
+    loop has let go of them, and no hook waits for any."""
 
     parameters: frozenset[int] = frozenset()
     held: bool = False

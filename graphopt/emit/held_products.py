@@ -11,10 +11,10 @@ After::
     graphopt.add_product(%held, %dy_t, %x)
     return (%dx, None)
 
-Whether ``.grad`` may be added to is known when the backward runs and not before (``hand_over.held_gradient``).
-Where it may not, because it is not there, hooks wait for the gradient, or it was only asked for, ``%held`` is
-a matrix without memory: the product takes some, and is returned as ever. So nothing but a rounding differs:
-the sum is rounded once, not the product first.
+Whether ``.grad`` may be added to is known when the backward runs and not before
+(``hand_over.held_gradient``). Where it may not, because it is not there, hooks wait for the gradient, or it
+was only asked for, ``%held`` is a matrix without memory: the product takes some, and is returned as ever. So
+nothing but a rounding differs: the sum is rounded once, not the product first.
 """
 
 from __future__ import annotations
@@ -35,9 +35,6 @@ __all__ = ["Slot", "add_to_held", "holding", "settled"]
 
 _aten = torch.ops.aten
 
-# Inductor's accounting takes inputs of this prefix for what the caller keeps.
-_PREFIX = "primals_held"
-
 
 @dataclass(frozen=True)
 class Slot:
@@ -53,11 +50,14 @@ class Slot:
         return _layout(held) == _layout(self.like) and _torch.storage_key(held) != _torch.storage_key(leaf)
 
 
-def add_to_held(gm: fx.GraphModule, parameters: Sequence[torch.Tensor | None]) -> list[Slot]:
+def add_to_held(
+    gm: fx.GraphModule, parameters: Sequence[torch.Tensor | None], *, held: bool = False
+) -> list[Slot]:
     """Rewrite a backward graph in place; what its new inputs, behind the others, stand for.
 
     ``parameters[k]`` is an example of the parameter that gradient ``k`` belongs to, ``None`` for what is no
-    parameter. Gradients that are anything but a product of two matrices stay as they are.
+    parameter. Gradients that are anything but a product of two matrices stay as they are. ``held``: see
+    ``settled``.
     """
     graph = gm.graph
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
@@ -70,19 +70,20 @@ def add_to_held(gm: fx.GraphModule, parameters: Sequence[torch.Tensor | None]) -
         if parameter is None or not last or (product := _product(made, parameter)) is None:
             continue
         with graph.inserting_after(last[0]):
-            held = graph.placeholder(f"{_PREFIX}_{position}")
-        held.meta["val"] = like = parameter.detach()
-        last = [held]
-        left, right = product.args
+            into = graph.placeholder(f"{_torch.KEPT if held else _torch.MADE}_{position}")
+        like = made.meta["val"].new_empty_strided(parameter.shape, parameter.stride())
+        into.meta["val"] = like
+        last = [into]
+        left, right = product.all_input_nodes[0], product.all_input_nodes[-1]
         with graph.inserting_before(product):
             if product is not made:
                 left, right = _transposed(graph, right), _transposed(graph, left)
-            graph.call_function(torch.ops.graphopt.add_product.default, (held, left, right))
+            graph.call_function(torch.ops.graphopt.add_product.default, (into, left, right))
         returned[position] = None
         output.args = (tuple(returned),)
         for node in dict.fromkeys((made, product)):
             graph.erase_node(node)
-        slots.append(Slot(position, held.name, like))
+        slots.append(Slot(position, into.name, like))
     gm.recompile()
     return slots
 

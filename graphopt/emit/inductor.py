@@ -62,7 +62,8 @@ class InductorEmitter:
             if kwargs.get("is_inference"):
                 seen.append(graph)
                 graph = inference(graph)
-            slots = add_to_held(graph, examples) if kwargs.get("is_backward") else []
+            backward = bool(kwargs.get("is_backward"))
+            slots = add_to_held(graph, examples, held=gradients.held) if backward else []
             if not slots:
                 return compiler(graph, graph_inputs, **kwargs)
             given = len(graph_inputs)

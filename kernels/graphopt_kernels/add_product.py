@@ -32,7 +32,7 @@ def add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> 
     if into.numel() and not into.untyped_storage().nbytes():
         made = torch.empty_strided(into.shape, into.stride(), dtype=into.dtype, device=into.device)
         torch.mm(left, right, out=made)
-        into.set_(made)
+        into.set_(made.untyped_storage(), 0, made.shape, made.stride())
     elif into.data_ptr() and _shares_memory(into, left, right):
         into.add_(left @ right)
     else:
