@@ -18,8 +18,14 @@ from graphopt.candidate import Reason
 __all__ = ["add_product", "add_product_reference", "add_product_supports"]
 
 
-@torch.library.custom_op("graphopt::add_product", mutates_args=("into",))
-def add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+_NAME = "graphopt::add_product"
+# Registered piece by piece: a step makes a hundred of these calls and more, and what ``custom_op`` puts around
+# each takes the host longer than all the rest of it.
+torch.library.define(_NAME, "(Tensor(a!) into, Tensor left, Tensor right) -> ()")
+
+
+@torch.library.impl(_NAME, "CompositeExplicitAutograd")
+def _add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     """``into`` [m, n] ``+= left`` [m, k] ``@ right`` [k, n], in place; all of one dtype.
 
     The product is added in the precision of the library's accumulator, and the sum rounded once. Where the
@@ -29,6 +35,7 @@ def add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> 
     reason = add_product_supports(into, left, right)
     if reason is not None:
         raise ValueError(f"add_product: {reason}")
+    torch.autograd.graph.increment_version(into)
     if into.numel() and not into.untyped_storage().nbytes():
         made = torch.empty_strided(into.shape, into.stride(), dtype=into.dtype, device=into.device)
         torch.mm(left, right, out=made)
@@ -39,9 +46,12 @@ def add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> 
         into.addmm_(left, right)
 
 
-@add_product.register_fake
+@torch.library.register_fake(_NAME)
 def _(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
     return None
+
+
+add_product = torch.ops.graphopt.add_product.default
 
 
 def _shares_memory(into: torch.Tensor, *operands: torch.Tensor) -> bool:
