@@ -1171,6 +1171,20 @@ def accumulates_into(node: Any) -> torch.Tensor | None:
     return leaf if type(node).__name__ == "AccumulateGrad" and isinstance(leaf, torch.Tensor) else None
 
 
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether hooks of an optimizer, or of all optimizers, wait for its steps."""
+    from torch.optim import optimizer as module
+
+    own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    everyone = (module._global_optimizer_pre_hooks, module._global_optimizer_post_hooks)
+    return any(map(bool, (*own, *everyone)))
+
+
+def note_step(optimizer: torch.optim.Optimizer) -> None:
+    """Let schedulers of learning rates know that a step was taken: they warn where none was."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
+
+
 def fake_attribute(node: fx.Node, mode: FakeTensorMode) -> Any:
     """What a ``get_attr`` node reads, a tensor as a fake one of ``mode``."""
     value: Any = node.graph.owning_module

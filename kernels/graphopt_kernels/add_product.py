@@ -19,8 +19,8 @@ __all__ = ["add_product", "add_product_reference", "add_product_supports"]
 
 
 _NAME = "graphopt::add_product"
-# Registered piece by piece: a step makes a hundred of these calls and more, and what ``custom_op`` puts around
-# each takes the host longer than all the rest of it.
+# Registered piece by piece: a step makes a hundred of these calls and more, and what ``custom_op`` puts
+# around each takes the host longer than all the rest of it.
 torch.library.define(_NAME, "(Tensor(a!) into, Tensor left, Tensor right) -> ()")
 
 
@@ -46,9 +46,11 @@ def _add_product(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
         into.addmm_(left, right)
 
 
-@torch.library.register_fake(_NAME)
-def _(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    return None
+def _nothing(into: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """What the operator returns of fake tensors."""
+
+
+torch.library.register_fake(_NAME, _nothing)
 
 
 add_product = torch.ops.graphopt.add_product.default

@@ -32,6 +32,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
         linear_cross_entropy,
         linear_cross_entropy_arguments,
         linear_cross_entropy_blocks,
+        optimizer_step,
         row_norm,
         sum_products,
     )
@@ -114,6 +115,20 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=add_product.add_product_reference,
             supports=add_product.add_product_supports,
             summary="a product of matrices that is added to a matrix as it is computed",
+        ),
+        KernelSpec(
+            name="adam-step",
+            op="graphopt::adam_step",
+            reference=optimizer_step.adam_step_reference,
+            supports=optimizer_step.step_supports,
+            summary="a step of Adam or AdamW over many tensors, gradients clipped and set to 0 on the way",
+        ),
+        KernelSpec(
+            name="sgd-step",
+            op="graphopt::sgd_step",
+            reference=optimizer_step.sgd_step_reference,
+            supports=optimizer_step.step_supports,
+            summary="a step of SGD over many tensors, gradients clipped and set to 0 on the way",
         ),
         KernelSpec(
             name="attention",
