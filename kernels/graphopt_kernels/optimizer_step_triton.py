@@ -32,7 +32,7 @@ def _read(pointer, at, count, MASKED: tl.constexpr):  # type: ignore[no-untyped-
 @triton.jit
 def _drawn(seed, at):  # type: ignore[no-untyped-def]
     """32 random bits for each element, twice: of Philox with seven rounds (Salmon et al., "Parallel Random
-    Numbers: As Easy as 1, 2, 3"), which costs less than what it is used on takes to move."""
+    Numbers: As Easy as 1, 2, 3"): fewer pass no tests of randomness, more cost time."""
     first, second, _, _ = tl.randint4x(seed, at.to(tl.int32), 7)
     return first.to(tl.int32, bitcast=True), second.to(tl.int32, bitcast=True)
 
@@ -84,8 +84,8 @@ def _adam_block(  # type: ignore[no-untyped-def]
 def adam_kernel(  # type: ignore[no-untyped-def]
     table, owner, factor, tensors, seed, step_size, keep, decay, rate_1, beta_2, rate_2, eps, root,
     DECAYED: tl.constexpr, DECOUPLED: tl.constexpr, ZERO: tl.constexpr, DRAWN: tl.constexpr,
-    DRAWN_STATES: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, P: tl.constexpr, G: tl.constexpr, S: tl.constexpr,
-    BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    DRAWN_STATES: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, P: tl.constexpr,
+    G: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Adam and AdamW. ``keep``: what a decoupled decay leaves of a parameter; ``root``: one over the root of
     the second bias correction; the first is in ``step_size``."""
