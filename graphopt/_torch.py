@@ -707,6 +707,10 @@ class KernelBuffer(NamedTuple):
     overwriters: frozenset[int] = frozenset()
 
 
+KEPT, MADE = "primals_kept", "primals_made"
+"""How names of inputs begin that a graph writes to and does not release, as Inductor reads the first word:
+they have memory already, or are given it by the kernel that writes them."""
+
 KernelOrder = Callable[[list[KernelLaunch], list[KernelBuffer]], list[int]]
 
 
@@ -767,12 +771,27 @@ def kernel_graph(nodes: Sequence[Any]) -> tuple[list[KernelLaunch], list[KernelB
                 makers, reading = held_by.get(name, ({made_by}, set()))
                 held = readers | (reading - {index})
                 buffers.append(KernelBuffer(info.size_free, frozenset(makers), held, name in returned, over))
+    buffers += [
+        KernelBuffer(_bytes_of(name), frozenset({index}), frozenset(), returned=True)
+        for index, node in enumerate(nodes)
+        for output in node.get_outputs()
+        for name in output.get_mutations()
+        if name.startswith(MADE)
+    ]
     for source in inputs.values():
         readers = frozenset(position[n] for n in source.mpi_buffer.succ_nodes)
         over = frozenset(i for i in readers if _may_overwrite(nodes[i], source.name))
         free = source.mpi_buffer.size_free
         buffers.append(KernelBuffer(free, frozenset(), readers, source.name in returned, over))
     return launches, buffers
+
+
+def _bytes_of(name: str) -> int:
+    """Bytes of an input of the graph that Inductor compiles."""
+    from torch._inductor.virtualized import V
+
+    value = V.graph.get_buffer(name)
+    return int(V.graph.sizevars.optimization_hint(value.get_numel())) * int(value.get_dtype().itemsize)
 
 
 def _parts(nodes: Sequence[Any]) -> dict[str, str]:
@@ -1092,15 +1111,78 @@ def runs_at_once(tensor: torch.Tensor) -> bool:
 def adds_to_gradient_of(leaf: torch.Tensor) -> bool:
     """Whether the backward that runs now will add to ``leaf.grad``: not where it only returns gradients
     (``torch.autograd.grad``), nor where its ``inputs`` leave the tensor out."""
-    with torch.enable_grad():
-        view = leaf.view_as(leaf)
-    assert view.grad_fn is not None
-    (accumulate,) = (node for node, _ in view.grad_fn.next_functions if node is not None)
+    return _will_run(_accumulation(leaf))
+
+
+def adds_unseen_to_gradient_of(leaf: torch.Tensor) -> bool:
+    """Whether the backward that runs now will add to ``leaf.grad``, and no hook of Python waits at the node
+    of autograd's graph that does it."""
+    node = _accumulation(leaf)
+    if not _will_run(node):
+        return False
+    for register in (node.register_prehook, node.register_hook):
+        # Nothing lists hooks, but who registers one is told where they all are.
+        handle = register(_unheard)
+        hooks = handle.hooks_dict_ref()
+        handle.remove()
+        if hooks:
+            return False
+    return True
+
+
+def _accumulation(leaf: torch.Tensor) -> Any:
+    """The node of autograd's graph that adds to ``leaf.grad``."""
+    return torch.autograd.graph.get_gradient_edge(leaf).node
+
+
+def _will_run(node: Any) -> bool:
     try:
-        return bool(torch._C._will_engine_execute_node(accumulate))
+        return bool(torch._C._will_engine_execute_node(node))
     except RuntimeError:
         # What autograd says where the leaf is one of those whose gradients it returns.
         return False
+
+
+def _unheard(*gradients: Any) -> None:
+    return None
+
+
+def running_node() -> Any:
+    """The node of autograd's graph whose backward runs in this thread; ``None`` outside of backwards."""
+    return torch._C._current_autograd_node()
+
+
+def takes_gradient(node: Any, position: int) -> tuple[Any, int]:
+    """The node of autograd's graph, and the number of its input, that a node hands its gradient number
+    ``position`` to: one for each tensor that its function was given. ``None`` where nobody takes it."""
+    following = node.next_functions
+    found: tuple[Any, int] = following[position] if position < len(following) else (None, 0)
+    return found
+
+
+def is_backward_of(node: Any, function: type[torch.autograd.Function]) -> bool:
+    """Whether a node of autograd's graph is the backward, and so the context, of a function of Python."""
+    return getattr(type(node), "_forward_cls", None) is function
+
+
+def accumulates_into(node: Any) -> torch.Tensor | None:
+    """The leaf to whose gradient a node of autograd's graph adds what it is given; ``None`` for others."""
+    leaf = getattr(node, "variable", None)
+    return leaf if type(node).__name__ == "AccumulateGrad" and isinstance(leaf, torch.Tensor) else None
+
+
+def has_step_hooks(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether hooks of an optimizer, or of all optimizers, wait for its steps."""
+    from torch.optim import optimizer as module
+
+    own = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    everyone = (module._global_optimizer_pre_hooks, module._global_optimizer_post_hooks)
+    return any(map(bool, (*own, *everyone)))
+
+
+def note_step(optimizer: torch.optim.Optimizer) -> None:
+    """Let schedulers of learning rates know that a step was taken: they warn where none was."""
+    optimizer._opt_called = True  # type: ignore[attr-defined]
 
 
 def fake_attribute(node: fx.Node, mode: FakeTensorMode) -> Any:

@@ -198,6 +198,7 @@ def _uncaptured(
     }
     session.weight_bytes = _torch.storage_bytes([*model.parameters(), *model.buffers()])
     session.held_gradient_bytes = _torch.storage_bytes([p.grad for p in model.parameters()])
+    session.all_gradients_held = all(p.grad is not None or not p.requires_grad for p in model.parameters())
     session.watched_gradients = any(map(is_watched, model.parameters()))
     driver = Driver(model, session, inputs=example, dynamic=dynamic_shapes, loss_fn=loss_fn)
     again = partial(

@@ -11,9 +11,11 @@ Each call reads its parameters through ``handing_over``, whose backward adds all
 once and hands nothing on. Sums are made in another order where ``.grad`` is
 not zero: ``(held + late) + early`` instead of ``held + (late + early)``.
 
-Only where nobody could tell otherwise: ``.grad`` is there already and looks like its parameter, the backward
-that runs would add to it (not ``torch.autograd.grad``, no ``inputs=`` without the parameter), no graph of the
-backward is asked for, and no hook of the tensor waits for the gradient. Everything else goes autograd's way.
+Only where nobody could tell otherwise (``held_gradient``): ``.grad`` is there already and looks like its
+parameter, the backward that runs would add to it (not ``torch.autograd.grad``, no ``inputs=`` without the
+parameter), no graph of the backward is asked for, and no hook waits for the gradient. Everything else goes
+autograd's way. Of gradients that the products that make them have added (``graphopt.emit.held_products``)
+nothing arrives here.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import torch
 
 from graphopt import _torch
 
-__all__ = ["handing_over", "is_watched"]
+__all__ = ["after_adding", "handing_over", "held_gradient", "is_watched", "leaf_of"]
 
 LARGE = 2 << 20
 """Bytes of a gradient beyond which a launch of its own costs less than it gains."""
@@ -83,8 +85,7 @@ class _HandOver(torch.autograd.Function):
                 left.append(gradient)
         if into:
             _add(into, added)
-            if ctx.stream is not None:
-                _torch.after_backward(lambda: _wait_for(ctx.stream))
+            after_adding(ctx.stream)
         return tuple(left)
 
 
@@ -101,17 +102,44 @@ def _add(into: list[torch.Tensor], added: list[torch.Tensor]) -> None:
 
 
 def _may_add(leaf: torch.Tensor, gradient: torch.Tensor) -> bool:
-    held = leaf.grad
+    held = held_gradient(leaf) if type(gradient) is torch.Tensor else None
     return (
+        held is not None
+        and (held.shape, held.dtype, held.device) == (gradient.shape, gradient.dtype, gradient.device)
+        and gradient.layout == torch.strided
+    )
+
+
+def held_gradient(leaf: torch.Tensor) -> torch.Tensor | None:
+    """``leaf.grad`` where the backward that runs now may add to it in place and nobody could tell; else
+    ``None``."""
+    held = leaf.grad
+    adds = (
         type(held) is torch.Tensor
-        and type(gradient) is torch.Tensor
         and not torch.is_grad_enabled()
         and not held.requires_grad
-        and (held.shape, held.dtype, held.device) == (gradient.shape, gradient.dtype, gradient.device)
-        and held.layout == gradient.layout == torch.strided
+        and held.layout == torch.strided
         and not is_watched(leaf)
-        and _torch.adds_to_gradient_of(leaf)
+        and _torch.adds_unseen_to_gradient_of(leaf)
     )
+    return held if adds else None
+
+
+def leaf_of(node: Any, position: int) -> torch.Tensor | None:
+    """The leaf that gradient number ``position`` of a node of autograd's graph belongs to, whether the node
+    was given the leaf itself or its view of ``handing_over``; ``None`` for what was computed."""
+    taker, number = _torch.takes_gradient(node, position)
+    if _torch.is_backward_of(taker, _HandOver):
+        leaf: torch.Tensor = taker.leaves[number]
+        return leaf
+    return _torch.accumulates_into(taker)
+
+
+def after_adding(stream: torch.cuda.Stream | None) -> None:
+    """Kernels that were queued on ``stream`` have added to gradients: at the end of the backward that runs,
+    whoever called it waits for them."""
+    if stream is not None:
+        _torch.after_backward(lambda: _wait_for(stream))
 
 
 def _stream_of(leaf: torch.Tensor) -> torch.cuda.Stream | None:

@@ -73,9 +73,7 @@ class SegmentedStep:
         self.kinds = kinds
         for number, kind in enumerate(kinds):
             if kind.frontier is not None and kind.mode == "train":
-                points = tuple(
-                    replace(p, spared=self._spared(number, kind, p)) for p in kind.frontier.points
-                )
+                points = tuple(replace(p, spared=self._spared(number, kind, p)) for p in kind.frontier.points)
                 kind.frontier = replace(kind.frontier, points=points)
         self.captured = [
             replace(kinds[call.segment], name=f"{name}.{index}.{self.chain.segments[call.segment].name}")
@@ -364,7 +362,13 @@ class SegmentedStep:
             captured.lowered = (_copy(chosen),)
             return graph if chosen is graph else _copy(chosen)
 
-        run = emitter.compile(_copy(captured.semantic.gm), segment.example_inputs(), realise, as_is)
+        run = emitter.compile(
+            _copy(captured.semantic.gm),
+            segment.example_inputs(),
+            realise,
+            as_is,
+            self.session.gradients_of(kind.specs),
+        )
         self._saved[_key(number, captured)] = _saved_values(captured, emitter.records)
         return run, exact_point(kind, point, list(emitter.records))
 

@@ -33,7 +33,7 @@ from graphopt.collection import uncollected
 from graphopt.cost import Cost, CostModel, MemoryProfile
 from graphopt.disallowed import advice_on_disallowed
 from graphopt.emit.eager import EagerEmitter
-from graphopt.emit.emitter import Emitter
+from graphopt.emit.emitter import Emitter, Gradients
 from graphopt.emit.fused_point import fused_point
 from graphopt.errors import BudgetError, LoweringError
 from graphopt.forms import see, weigh_forms
@@ -78,7 +78,8 @@ class Session:
     what graphs hand on counts as held. ``arguments`` are the call's inputs while it lasts.
     ``held_gradient_bytes`` is what gradients took when the model was handed over: they are there
     throughout, and a step's own are added to them and go, unless hooks wait for them
-    (``watched_gradients``). ``dry_run``: plan, compile no code.
+    (``watched_gradients``); ``all_gradients_held``: every trained parameter has one. ``dry_run``: plan,
+    compile no code.
     ``chain``: the present programs as calls that hand values to each other, where they are;
     ``reruns``: rows of them that the plan runs again. ``cuda_graphs``: replay steps where they can be
     recorded; ``recorders`` do that.
@@ -109,6 +110,7 @@ class Session:
     diagnostics: list[str] = field(default_factory=list)
     differentiated: set[str] = field(default_factory=set)
     held_gradient_bytes: int = 0
+    all_gradients_held: bool = False
     watched_gradients: bool = False
     trains: bool = False
     dry_run: bool = False
@@ -176,6 +178,7 @@ class Session:
                     inputs,
                     lambda joint, outputs: self._partition(captured, joint, outputs),
                     lambda graph: self._inference(captured, graph),
+                    self.gradients_of(specs),
                 )
             return reattach(run, original, auxiliary, lambda: self._used(captured)) if auxiliary else run
 
@@ -216,6 +219,11 @@ class Session:
         self.records.extend(done.records)
         self.declined.extend(done.declined)
         self.near_misses.extend(done.near_misses)
+
+    def gradients_of(self, specs: Sequence[InputSpec]) -> Gradients:
+        """What becomes of the gradients of a program with these inputs."""
+        parameters = frozenset(k for k, spec in enumerate(specs) if spec.role == "parameter")
+        return Gradients(parameters, self.all_gradients_held and not self.watched_gradients)
 
     @property
     def bounded(self) -> bool:
@@ -477,9 +485,7 @@ class Session:
     def _frontier(self, captured: Captured) -> Frontier:
         """The curve of schedules that the joint-level passes offer; the baseline is always on it."""
         assert captured.joint is not None and captured.baseline is not None
-        ctx = PassContext(
-            self.cost, captured.mode, self.emitter.name, None, self.allow, bounded=self.bounded
-        )
+        ctx = PassContext(self.cost, captured.mode, self.emitter.name, None, self.allow, bounded=self.bounded)
         done = run_joint_passes(
             captured.joint,
             self.passes,

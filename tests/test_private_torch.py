@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -53,6 +53,60 @@ def test_after_backward_runs_at_the_end_of_the_whole_pass() -> None:
     x.register_hook(lambda gradient: order.append("x"))
     z.backward()
     assert order == ["y", "x", "after"] and x.grad is not None
+
+
+class _Watched(torch.autograd.Function):
+    """Notes what it may know of its gradients' takers while its backward runs."""
+
+    seen: ClassVar[list[Any]] = []
+
+    @staticmethod
+    def forward(ctx: Any, leaf: torch.Tensor, plain: torch.Tensor, made: torch.Tensor) -> torch.Tensor:
+        return leaf + plain + made
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        node = _torch.running_node()
+        takers = [_torch.takes_gradient(node, k)[0] for k in range(4)]
+        leaf = _torch.accumulates_into(takers[0])
+        assert _torch.is_backward_of(node, _Watched) and not _torch.is_backward_of(takers[0], _Watched)
+        assert leaf is not None
+        _Watched.seen.append(
+            (
+                leaf,
+                takers[1],
+                _torch.accumulates_into(takers[2]),
+                takers[3],
+                _torch.adds_unseen_to_gradient_of(leaf),
+            )
+        )
+        return gradient, None, gradient
+
+
+def test_a_backward_knows_who_takes_its_gradients() -> None:
+    assert _torch.running_node() is None
+    leaf, other, plain = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True), torch.ones(2)
+
+    def run() -> Any:
+        return _Watched.apply(leaf, plain, plain * other).sum()  # type: ignore[no-untyped-call]
+
+    def seen(step: Callable[[], object]) -> bool:
+        _Watched.seen.clear()
+        step()
+        ((found, none, of_made, beyond, adds),) = _Watched.seen
+        assert found is leaf and none is None and of_made is None and beyond is None
+        return bool(adds)
+
+    assert seen(lambda: run().backward())
+    assert not seen(lambda: torch.autograd.grad(run(), [leaf]))
+    assert not seen(lambda: run().backward(inputs=[other]))
+    loss = run()
+    node = torch.autograd.graph.get_gradient_edge(leaf).node
+    for register in (node.register_hook, node.register_prehook):
+        handle = register(lambda *gradients: None)
+        assert not seen(lambda: loss.backward(retain_graph=True))
+        handle.remove()
+        assert seen(lambda: loss.backward(retain_graph=True))
 
 
 def test_retrace_keeps_symbolic_sizes() -> None:

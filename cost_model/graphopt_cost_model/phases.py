@@ -92,6 +92,17 @@ def _convolution_relu(call: Call) -> tuple[Phase, ...]:
     return (Phase(flops, touched, read, result.stored_bytes, dtype),)
 
 
+def _added_product(call: Call) -> tuple[Phase, ...]:
+    """A product that reads what it is added to."""
+    into, left, right = call.inputs[:3]
+    (rows, depth), columns = left.shape, right.shape[1]
+    dtype = str(left.dtype).removeprefix("torch.")
+    result = rows * columns * into.dtype.itemsize
+    touched = max(rows * depth, depth * columns, rows * columns)
+    read = left.stored_bytes + right.stored_bytes + result
+    return (Phase(2 * rows * depth * columns, touched, read, result, dtype),)
+
+
 def _packed(call: Call) -> tuple[Phase, ...]:
     """Bits and small codes: a pass for each of the eight places in a byte, over memory at that stride.
 
@@ -127,6 +138,7 @@ _FORMULAS: dict[str, Callable[[Call], tuple[Phase, ...]]] = {
     f"{PREFIX}_backward": block_phases,
     f"{PREFIX}_with_gradients": block_phases,
     "graphopt.convolution_relu": _convolution_relu,
+    "graphopt.add_product": _added_product,
     "graphopt.sum_products": _summed_products,
     "graphopt.pack_bits": _packed,
     "graphopt.unpack_bits": _packed,

@@ -14,7 +14,7 @@ import torch.fx as fx
 from torch.utils import _pytree as pytree
 
 from graphopt import _torch
-from graphopt.emit.emitter import Inference, Partition
+from graphopt.emit.emitter import NONE, Gradients, Inference, Partition
 
 __all__ = ["EagerEmitter", "eager_callable"]
 
@@ -169,8 +169,14 @@ class EagerEmitter:
         self._around = around
 
     def compile(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Partition, inference: Inference
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        partition: Partition,
+        inference: Inference,
+        gradients: Gradients = NONE,
     ) -> Callable[..., Any]:
+        # Gradients stay as autograd has them, so that they are eager's to the bit.
         returned = 0
 
         def split(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **unused: Any) -> Any:

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch.fx as fx
 
-__all__ = ["Emitter", "Inference", "Partition"]
+__all__ = ["NONE", "Emitter", "Gradients", "Inference", "Partition"]
 
 Partition = Callable[[fx.GraphModule, int], tuple[fx.GraphModule, fx.GraphModule]]
 """(joint module, number of forward outputs) -> (forward module, backward module)."""
 
 Inference = Callable[[fx.GraphModule], fx.GraphModule]
 """Functional inference graph -> the graph to run."""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """What becomes of gradients. ``parameters``: positions of the inputs that are parameters of the model,
+    whose gradients are added to ``.grad``. ``held``: all of them are there when a step begins, unless the
+    loop has let go of them, and no hook waits for any."""
+
+    parameters: frozenset[int] = frozenset()
+    held: bool = False
+
+
+NONE = Gradients()
 
 
 class Emitter(Protocol):
@@ -38,7 +52,12 @@ class Emitter(Protocol):
         ...
 
     def compile(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Partition, inference: Inference
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        partition: Partition,
+        inference: Inference,
+        gradients: Gradients = NONE,
     ) -> Callable[..., Any]:
         """A callable with the flat calling convention of a dynamo backend's result."""
         ...

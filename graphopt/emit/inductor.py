@@ -12,8 +12,9 @@ import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.emit import kernel_order
-from graphopt.emit.emitter import Inference, Partition
+from graphopt.emit.emitter import NONE, Gradients, Inference, Partition
 from graphopt.emit.fusion import OPERATIONS_LIMIT
+from graphopt.emit.held_products import add_to_held, holding, settled
 from graphopt.emit.kernel_order import least_memory_order
 from graphopt.emit.lowered import LoweredCompiler, LoweredMemory
 
@@ -32,7 +33,10 @@ def _cache_key() -> str:
 
 
 class InductorEmitter:
-    """Inductor for both halves. ``records`` holds the memory of each graph compiled last."""
+    """Inductor for both halves. ``records`` holds the memory of each graph compiled last.
+
+    Gradients of weights are added to ``.grad`` by the products that make them (``held_products``).
+    """
 
     name = "inductor"
     fuses = True
@@ -43,8 +47,14 @@ class InductorEmitter:
         self.records: list[LoweredMemory] = []
 
     def compile(
-        self, gm: fx.GraphModule, inputs: Sequence[Any], partition: Partition, inference: Inference
+        self,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        partition: Partition,
+        inference: Inference,
+        gradients: Gradients = NONE,
     ) -> Callable[..., Any]:
+        examples = [x if k in gradients.parameters else None for k, x in enumerate(inputs)]
         compiler = LoweredCompiler(granularity=self.granularity)
         seen: list[fx.GraphModule] = []
 
@@ -52,7 +62,16 @@ class InductorEmitter:
             if kwargs.get("is_inference"):
                 seen.append(graph)
                 graph = inference(graph)
-            return compiler(graph, graph_inputs, **kwargs)
+            backward = bool(kwargs.get("is_backward"))
+            slots = add_to_held(graph, examples, held=gradients.held) if backward else []
+            if not slots:
+                return compiler(graph, graph_inputs, **kwargs)
+            given = len(graph_inputs)
+            kept = [*(kwargs.get("static_input_idxs") or ()), *range(given, given + len(slots))]
+            graph_inputs = [*graph_inputs, *(slot.like for slot in slots)]
+            compiled = compiler(graph, graph_inputs, **kwargs | {"static_input_idxs": kept})
+            compiler.records[-1] = settled(compiler.records[-1], slots, held=gradients.held)
+            return holding(compiled, slots)
 
         try:
             return _torch.compile_with_inductor(

@@ -25,6 +25,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
     products, convolutions with what follows, attention."""
     # Imported when asked: they need torch, and `graphopt --help` loads this module.
     from graphopt_kernels import (
+        add_product,
         attention,
         attention_reference,
         bandwidth,
@@ -32,6 +33,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
         linear_cross_entropy,
         linear_cross_entropy_arguments,
         linear_cross_entropy_blocks,
+        optimizer_step,
         row_norm,
         sum_products,
     )
@@ -114,6 +116,27 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=sum_products.sum_products_reference,
             supports=sum_products.sum_products_supports,
             summary="the sum of products of matrices, each added to the one before as it is computed",
+        ),
+        KernelSpec(
+            name="add-product",
+            op="graphopt::add_product",
+            reference=add_product.add_product_reference,
+            supports=add_product.add_product_supports,
+            summary="a product of matrices that is added to a matrix as it is computed",
+        ),
+        KernelSpec(
+            name="adam-step",
+            op="graphopt::adam_step",
+            reference=optimizer_step.adam_step_reference,
+            supports=optimizer_step.step_supports,
+            summary="a step of Adam or AdamW over many tensors, gradients clipped and set to 0 on the way",
+        ),
+        KernelSpec(
+            name="sgd-step",
+            op="graphopt::sgd_step",
+            reference=optimizer_step.sgd_step_reference,
+            supports=optimizer_step.step_supports,
+            summary="a step of SGD over many tensors, gradients clipped and set to 0 on the way",
         ),
         KernelSpec(
             name="attention",
