@@ -1009,6 +1009,19 @@ def inductor_decompositions() -> dict[Any, Callable[..., Any]]:
     return table
 
 
+def return_none(output: fx.Node, position: int) -> None:
+    """Let a graph return ``None`` instead of a value, before Inductor compiles it.
+
+    Which of the values users see Inductor has noted by position, and takes them to be values.
+    """
+    returned = list(output.args[0])  # type: ignore[arg-type]
+    returned[position] = None
+    output.args = (tuple(returned),)
+    seen = output.meta.get("user_visible_output_idxs")
+    if seen is not None:
+        output.meta["user_visible_output_idxs"] = [index for index in seen if index != position]
+
+
 def _ordering(order: KernelOrder, key: str) -> Callable[[list[Any]], list[Any]]:
     """``order`` as a pass of Inductor's scheduler, which is ``key`` in the keys of its graph cache.
 

@@ -448,3 +448,17 @@ def test_generated_code_is_found_again_under_its_key_alone(tmp_path: Path, monke
     assert (first, again, compiled("other")[0], compiled("")[0]) == ("miss", "hit", "miss", "")
     assert len(orders) == 3
     assert known.records == made.records
+
+
+def test_what_a_graph_no_longer_returns_is_none_of_what_users_see() -> None:
+    from torch._inductor.graph import get_user_visible_output_strides, mark_nodes_dislike_padding
+
+    gm = make_fx(lambda x: (x.t(), x + 1))(torch.randn(2, 3))
+    (output,) = gm.graph.find_nodes(op="output")
+    output.meta["user_visible_output_idxs"] = [0, 1]
+    output.meta["original_output_strides"] = [(1, 3), (3, 1)]
+    _torch.return_none(output, 0)
+    assert output.args[0][0] is None
+    assert list(get_user_visible_output_strides(gm.graph).values()) == [(3, 1)]
+    # On GPUs Inductor goes through them.
+    mark_nodes_dislike_padding(gm.graph, get_user_visible_output_strides(gm.graph))

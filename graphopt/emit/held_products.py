@@ -79,8 +79,7 @@ def add_to_held(
             if product is not made:
                 left, right = _transposed(graph, right), _transposed(graph, left)
             graph.call_function(torch.ops.graphopt.add_product.default, (into, left, right))
-        returned[position] = None
-        output.args = (tuple(returned),)
+        _torch.return_none(output, position)
         for node in dict.fromkeys((made, product)):
             graph.erase_node(node)
         slots.append(Slot(position, into.name, like))
