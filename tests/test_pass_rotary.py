@@ -14,6 +14,7 @@ import graphopt
 from graphopt.candidate import Candidate, NearMiss
 from graphopt.program import Level, Program
 from graphopt.testing import check_pass, semantic_programs
+from graphopt_passes.narrow_rotary import NarrowRotary
 from graphopt_passes.normalize import Normalize
 from graphopt_passes.pack_linears import PackLinears
 from graphopt_passes.pack_rotary import PackRotary
@@ -301,6 +302,60 @@ def test_symbolic_lengths_are_turned_as_well() -> None:
         torch.testing.assert_close(fast(*given), model(*given))
     made = [node for program in fast.programs if program.level is Level.SEMANTIC for node in calls(program)]
     assert made and all(node.args[5] == [1, HEADS, FEW, FEW] for node in made)
+
+
+class UnderAutocast(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *given: Tensor) -> Any:
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.inner(*given)
+
+
+def autocast_programs(turn: Turn, *steps: Any) -> tuple[Program, ...]:
+    return semantic_programs(
+        UnderAutocast(Attention(turn, packed=True)), inputs(), [Normalize(), EVERYWHERE, *steps]
+    )
+
+
+def test_under_autocast_turned_heads_are_written_as_attention_reads_them() -> None:
+    (before,) = autocast_programs(llama)
+    assert [node.args[-1] for node in calls(before)] == [torch.float32] * 2
+    (program,) = autocast_programs(llama, NarrowRotary(), PackRotary())
+    (node,) = calls(program)
+    assert node.args[-1] is torch.bfloat16 and node.args[5] == [1, HEADS, FEW, FEW]
+
+
+def test_rounded_where_they_are_written_they_are_the_same_to_the_bit() -> None:
+    model, given = UnderAutocast(Attention(llama, packed=True)), inputs()
+    found = []
+    for steps in ([EVERYWHERE, PackRotary()], [EVERYWHERE, NarrowRotary(), PackRotary()]):
+        torch._dynamo.reset()
+        fast = graphopt.optimize(model, given, pipeline=steps, emit="eager", on_error="raise")
+        loss = fast(*given)
+        found.append([loss, *torch.autograd.grad(loss, [given[0], *model.inner.project.parameters()])])
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_turned_heads_that_are_read_in_float32_stay() -> None:
+    class Wide(Attention):
+        def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            query, key, value = self.heads(x.tanh())
+            query, key = self.turn(query, cos, sin), self.turn(key, cos, sin)
+            made = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+            return made.float().square().mean() + query.sum() + key.sum()
+
+    (program,) = semantic_programs(
+        UnderAutocast(Wide(llama, packed=True)), inputs(), [Normalize(), EVERYWHERE]
+    )
+    found = list(NarrowRotary().propose(program, context()))
+    assert [item.reason.text for item in found if isinstance(item, NearMiss)] == [
+        "turned heads are read in other dtypes as well"
+    ] * 2
+    assert len(found) == 2
 
 
 # --- what is left alone -------------------------------------------------------------------------

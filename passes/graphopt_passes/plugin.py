@@ -30,6 +30,7 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.grouped_attention:GroupedAttention",
         "graphopt_passes.insert_checkpoints:InsertCheckpoints",
         "graphopt_passes.linear_cross_entropy:LinearCrossEntropy",
+        "graphopt_passes.narrow_rotary:NarrowRotary",
         "graphopt_passes.normalize:Normalize",
         "graphopt_passes.offload:Offload",
         "graphopt_passes.order_backward:OrderBackward",
