@@ -198,7 +198,7 @@ def test_rotations_as_models_write_them_are_one_call(
 
 @pytest.mark.parametrize("norm", [rms_norm, gemma_norm, called_norm], ids=lambda f: f.__name__)
 @pytest.mark.parametrize("norm_first", [False, True])
-@pytest.mark.parametrize("turn", [llama, neox, gptj], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("turn", [llama, chunked, neox, gptj, gpt_oss], ids=lambda f: f.__name__)
 def test_the_norm_of_heads_goes_into_the_call(turn: Turn, norm: Any, norm_first: bool) -> None:
     model = Attention(turn, norm, norm_first=norm_first, dtype=torch.bfloat16)
     (program,) = semantic_programs(model, inputs(torch.bfloat16), [Normalize(), EVERYWHERE])

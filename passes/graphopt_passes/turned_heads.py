@@ -6,6 +6,7 @@ norm of heads, none of which the operator needs.
 
 from __future__ import annotations
 
+import operator as python_operator
 from collections.abc import Set
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,8 +131,10 @@ def turned_heads(
             return found
         whole, dtype = found
     heads_first = bool(_heads_first(value, first_table.node.meta["val"]))
-    above = [node for part in (first, second, *again, rest, x) if part is not None for node in upwards(part)]
-    input, heads_first_there, norm, path = _before(whole, heads_first, {*above}, (cos, sin))
+    above = {node for part in (first, second, *again, rest, x) if part is not None for node in upwards(part)}
+    # A part of a split is a view of what was split; the split itself has no value of its own.
+    above |= {node.args[0] for node in above if node.target is python_operator.getitem}
+    input, heads_first_there, norm, path = _before(whole, heads_first, above, (cos, sin))
     return TurnedHeads(
         input,
         heads_first_there,
