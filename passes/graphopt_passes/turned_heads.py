@@ -133,7 +133,9 @@ def turned_heads(
     heads_first = bool(_heads_first(value, first_table.node.meta["val"]))
     above = {node for part in (first, second, *again, rest, x) if part is not None for node in upwards(part)}
     # A part of a split is a view of what was split; the split itself has no value of its own.
-    above |= {node.args[0] for node in above if node.target is python_operator.getitem}
+    above |= {
+        split for node in above if node.target is python_operator.getitem for split in node.all_input_nodes
+    }
     input, heads_first_there, norm, path = _before(whole, heads_first, above, (cos, sin))
     return TurnedHeads(
         input,
