@@ -145,6 +145,7 @@ def cases(widths: Sequence[int]) -> list[Callable[[], Case]]:
         add("geglu", width, geglu, 2, 0, (3, 5))
         add("softmax", width, softmax, 1, 0, (2, 3))
     made.append(rope_case)
+    made.append(normed_rope_case)
     made.append(lambda: cross_entropy_case(liger.get("cross_entropy")))
     return made
 
@@ -154,6 +155,17 @@ def rope_case() -> Case:
     x = torch.randn(batch, length, heads, width, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
     angles = torch.randn(1, 1, length, width, device="cuda", dtype=torch.bfloat16)
     return Case("rope", width, rope, (x, angles.cos(), angles.sin()), (), 2, 2)
+
+
+def normed_rope_case() -> Case:
+    """The norm of heads before the rotation: the backward reads the heads as well."""
+    case = rope_case()
+    weight = torch.randn(case.width, device="cuda", dtype=torch.bfloat16)
+
+    def function(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return rope(rms_norm(x, weight), cos, sin)
+
+    return Case("norm_rope", case.width, function, case.inputs, (weight,), 2, 3)
 
 
 def cross_entropy_case(liger: Callable[..., Any] | None) -> Case:
@@ -212,7 +224,7 @@ def measured(case: Case, copy: float) -> dict[str, Any]:
     row: dict[str, Any] = {"case": case.name, "width": case.width}
     module = Module(case)
     leaves = [x.requires_grad_() if x.is_floating_point() else x for x in case.inputs]
-    if case.name == "rope":
+    if case.name in ("rope", "norm_rope"):
         leaves = [leaves[0], *(x.detach() for x in leaves[1:])]
     wanted = [x for x in (*leaves, *module.parameters()) if x.requires_grad]
     kinds: dict[str, Callable[..., Any]] = {

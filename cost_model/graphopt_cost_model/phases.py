@@ -16,6 +16,11 @@ from graphopt_cost_model.attention_cost import attention_backward_phases, attent
 from graphopt_cost_model.call import Call, TensorSpec
 from graphopt_cost_model.class_blocks import PREFIX, block_phases
 from graphopt_cost_model.phase import Phase
+from graphopt_cost_model.rotary_cost import (
+    cached_rotary_phases,
+    rotary_backward_phases,
+    rotary_phases,
+)
 
 __all__ = ["Phase", "phases_of"]
 
@@ -139,6 +144,9 @@ _FORMULAS: dict[str, Callable[[Call], tuple[Phase, ...]]] = {
     f"{PREFIX}_with_gradients": block_phases,
     "graphopt.convolution_relu": _convolution_relu,
     "graphopt.add_product": _added_product,
+    "graphopt.rotary": rotary_phases,
+    "graphopt.rotary_backward": rotary_backward_phases,
+    "graphopt.rotary_to_cache": cached_rotary_phases,
     "graphopt.sum_products": _summed_products,
     "graphopt.pack_bits": _packed,
     "graphopt.unpack_bits": _packed,

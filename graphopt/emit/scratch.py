@@ -44,6 +44,8 @@ def scratch_bytes(op: Any, args: Sequence[Any]) -> int:
         return _chunked_loss(name, dict(zip(names, args, strict=False)))
     if name == "row_norm_backward" and args[1].device.type == "cuda":
         return _sums_of_rows(args[1], args[9])
+    if name == "rotary_backward" and args[11] is not None and args[4].device.type == "cuda":
+        return _sums_of_heads(args)
     if name == "attention_backward" and args[1].device.type == "cuda":
         # Two numbers a row: the log-sum-exp in base 2, and the sum of gradient times output
         # (``graphopt_kernels.attention_launch``).
@@ -148,11 +150,20 @@ def _sums_of_rows(input: torch.Tensor, output_mask: Sequence[bool]) -> int:
     (``graphopt_kernels.row_norm``)."""
     width = int(input.shape[-1])
     rows = _torch.hint(input.numel()) // max(width, 1)
-    known = torch.cuda.is_available()
-    multiprocessors = (
-        torch.cuda.get_device_properties(input.device).multi_processor_count if known else _MULTIPROCESSORS
-    )
-    return min(rows, 4 * multiprocessors) * width * _FLOAT * sum(map(bool, output_mask[1:3]))
+    return min(rows, 4 * _multiprocessors(input.device)) * width * _FLOAT * sum(map(bool, output_mask[1:3]))
+
+
+def _sums_of_heads(args: Sequence[Any]) -> int:
+    """A float32 for each element of a head and program, five programs for each multiprocessor
+    (``graphopt_kernels.rotary_launch``)."""
+    size = int(args[3].shape[-1])
+    return 5 * _multiprocessors(args[4].device) * size * _FLOAT if any(args[14][1:]) else 0
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if not torch.cuda.is_available():
+        return _MULTIPROCESSORS
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _chunked_loss(name: str, args: dict[str, Any]) -> int:

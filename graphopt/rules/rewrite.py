@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 import torch.fx as fx
 
+from graphopt import _torch
 from graphopt.candidate import Candidate, CostDelta, NearMiss, Reason
 from graphopt.capture.aliasing import written_inputs
 from graphopt.capture.structure import Line, line_of
@@ -107,9 +108,7 @@ class RewritePass(Pass):
                     if found.matched >= rule.worth_telling and (
                         nearest is None or found.matched > nearest.matched
                     ):
-                        nearest = NearMiss(
-                            rule.name, node.name, found.matched, rule.form.size, found.reason
-                        )
+                        nearest = NearMiss(rule.name, node.name, found.matched, rule.form.size, found.reason)
                     continue
                 line = line or line_of(program.graph)
                 match = _match(rule, found, line)
@@ -249,4 +248,4 @@ def _value_bytes(node: fx.Node) -> int:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor):
         return 0
-    return int(value.numel()) * value.element_size()
+    return _torch.hint(value.numel()) * value.element_size()

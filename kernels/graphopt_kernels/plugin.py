@@ -21,8 +21,8 @@ graphopt_api = 1
 
 @hookimpl
 def graphopt_kernels() -> Iterable[KernelSpec]:
-    """The bandwidth probes that ``graphopt calibrate`` uses, linear + cross entropy in chunks, norms, sums of
-    products, convolutions with what follows, attention."""
+    """The bandwidth probes that ``graphopt calibrate`` uses, linear + cross entropy in chunks, norms, rotary
+    embeddings, sums of products, convolutions with what follows, attention."""
     # Imported when asked: they need torch, and `graphopt --help` loads this module.
     from graphopt_kernels import (
         add_product,
@@ -34,6 +34,9 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
         linear_cross_entropy_arguments,
         linear_cross_entropy_blocks,
         optimizer_step,
+        rotary,
+        rotary_cache,
+        rotary_reference,
         row_norm,
         sum_products,
     )
@@ -109,6 +112,27 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=convolution_relu.convolution_relu_reference,
             supports=convolution_relu.convolution_relu_supports,
             summary="a convolution with the bias, the residual sum and the ReLU behind it",
+        ),
+        KernelSpec(
+            name="rotary",
+            op="graphopt::rotary",
+            reference=rotary_reference.rotary_reference,
+            supports=rotary.rotary_supports,
+            summary="rotary embeddings of queries and keys, normed or not, out of one packed projection",
+        ),
+        KernelSpec(
+            name="rotary-backward",
+            op="graphopt::rotary_backward",
+            reference=rotary_reference.rotary_backward_reference,
+            supports=rotary.rotary_backward_supports,
+            summary="gradients of a packed projection and of norms' weights through rotary embeddings",
+        ),
+        KernelSpec(
+            name="rotary-to-cache",
+            op="graphopt::rotary_to_cache",
+            reference=rotary_cache.rotary_to_cache_reference,
+            supports=rotary_cache.rotary_to_cache_supports,
+            summary="rotary embeddings of a packed projection, keys and values written into a cache",
         ),
         KernelSpec(
             name="sum-products",

@@ -16,6 +16,7 @@ graphopt_api = 1
 @hookimpl
 def graphopt_passes() -> Iterable[str]:
     return [
+        "graphopt_passes.cache_rotary:CacheRotary",
         "graphopt_passes.causal_attention:CausalAttention",
         "graphopt_passes.chunk:Chunk",
         "graphopt_passes.compress_saved:CompressSaved",
@@ -29,10 +30,13 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.grouped_attention:GroupedAttention",
         "graphopt_passes.insert_checkpoints:InsertCheckpoints",
         "graphopt_passes.linear_cross_entropy:LinearCrossEntropy",
+        "graphopt_passes.narrow_rotary:NarrowRotary",
         "graphopt_passes.normalize:Normalize",
         "graphopt_passes.offload:Offload",
         "graphopt_passes.order_backward:OrderBackward",
         "graphopt_passes.pack_linears:PackLinears",
+        "graphopt_passes.pack_rotary:PackRotary",
+        "graphopt_passes.rotary:Rotary",
         "graphopt_passes.sum_products:SumProducts",
         "graphopt_passes.tile_convolutions:TileConvolutions",
         "graphopt_passes.window_attention:WindowAttention",
