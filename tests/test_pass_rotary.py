@@ -282,6 +282,27 @@ def test_the_gradient_of_the_projection_is_not_put_together() -> None:
     assert all(isinstance(gradient, torch.fx.Node) for gradient in backward.args[:3])
 
 
+def copied_out(m: Attention, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As pack-linears leaves values that would hold queries and keys."""
+    query, key, value = m.project[0](x.tanh()).split([n * SIZE for n in m.counts], -1)
+    heads = [t.view(*x.shape[:2], -1, SIZE).transpose(1, 2) for t in (query, key)]
+    value = value.clone(memory_format=torch.contiguous_format).view(*x.shape[:2], -1, SIZE).transpose(1, 2)
+    query, key = (m.turn(t, cos, sin) for t in heads)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).square().mean()
+
+
+def test_values_that_are_copied_already_are_copied_once() -> None:
+    model = Attention(llama, packed=True)
+    model.forward = lambda *given: copied_out(model, *given)  # type: ignore[method-assign]
+    (program,) = semantic_programs(model, inputs(), PIPELINE)
+    (node,) = calls(program)
+    assert node.args[5] == [1, HEADS, FEW, FEW] and node.args[10] is True
+    assert not list(program.nodes(torch.ops.aten.clone.default))
+    given = inputs()
+    fast = graphopt.optimize(model, given, pipeline=PIPELINE, emit="eager", on_error="raise")
+    torch.testing.assert_close(fast(*given), model(*given))
+
+
 def test_without_gradients_values_stay_in_the_projection() -> None:
     model, given = Attention(llama, packed=True), [t.detach() for t in inputs()]
     with torch.no_grad():

@@ -284,9 +284,20 @@ def _packing(root_name: str, call_names: Sequence[str], copies_values: bool) -> 
         if packed.values:
             copied = edit.call_before(last, operator.getitem, (made, 2), replaces=packed.values)
             for value in packed.values:
-                edit.replace(value, _formed(edit, value, packed, copied, last))
+                formed = _formed(edit, value, packed, copied, last)
+                if (again := _copy_of(value, formed)) is not None:
+                    edit.replace(again, formed)
+                edit.replace(value, formed)
 
     return apply
+
+
+def _copy_of(value: fx.Node, formed: fx.Node) -> fx.Node | None:
+    """The call that copies values out of the projection for the same reason, if it alone reads them."""
+    (reader, *others) = value.users
+    copies = reader.target is _aten.clone.default
+    rows = copies and reader.kwargs.get("memory_format") is torch.contiguous_format
+    return reader if rows and formed.target is not _aten.transpose.int and not others else None
 
 
 def _formed(edit: Edit, value: fx.Node, packed: _Packed, copied: fx.Node, last: fx.Node) -> fx.Node:
