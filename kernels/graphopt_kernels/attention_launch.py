@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
+from graphopt.candidate import Reason
 from graphopt_kernels.attention_reference import gradient_buffers, result_buffers
 
 __all__ = [
@@ -16,12 +18,17 @@ __all__ = [
     "WIDEST_FLOAT32",
     "Launch",
     "backward",
+    "backward_into",
     "bias_launch",
     "forward",
+    "forward_into",
     "forward_launch",
+    "jitted",
     "kernels_for",
+    "kernels_take",
     "keys_launch",
     "queries_launch",
+    "rows_together",
 ]
 
 WIDEST = 256
@@ -84,14 +91,24 @@ def bias_launch(width: int, itemsize: int) -> Launch:
 
 def kernels_for(query: torch.Tensor, value: torch.Tensor) -> Any:
     """The kernels where they take these heads, else ``None``."""
-    if not query.is_cuda or query.dtype is torch.float64:
+    if not query.is_cuda or kernels_take(query, value) is not None:
         return None
+    return jitted()
+
+
+def kernels_take(query: torch.Tensor, value: torch.Tensor) -> Reason | None:
+    """``None``, or why the kernels do not take heads that the operators take."""
+    if query.dtype is torch.float64:
+        return Reason("the kernels of attention do not compute in float64")
     widest = WIDEST_FLOAT32 if query.dtype is torch.float32 else WIDEST
-    return _kernels() if max(query.shape[-1], value.shape[-1]) <= widest else None
+    width = max(query.shape[-1], value.shape[-1])
+    if width > widest:
+        return Reason(f"heads of {width} elements do not fit the registers: at most {widest} do")
+    return None
 
 
 @functools.cache
-def _kernels() -> Any:
+def jitted() -> Any:
     """The jitted kernels by name, or ``None`` without triton."""
     try:
         from graphopt_kernels import attention_backward_triton, attention_bias_triton, attention_triton
@@ -122,7 +139,7 @@ class _Problem:
         left: int | None,
         right: int | None,
     ) -> None:
-        self.query, self.key, self.value = (_rows_together(x) for x in (query, key, value))
+        self.query, self.key, self.value = (rows_together(x) for x in (query, key, value))
         self.batch, self.heads, self.rows, self.width = query.shape
         self.few, self.columns, self.value_width = key.shape[1], key.shape[2], value.shape[3]
         # Without one the kernels do not look at it.
@@ -175,12 +192,30 @@ def forward(
     right: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``graphopt::attention`` by its kernel."""
-    output, lse = result_buffers(query, value)
-    if not output.numel():
-        return output, lse
+    results = result_buffers(query, value)
+    if results[0].numel():
+        forward_into(kernels, results, query, key, value, bias, scale, softcap, left, right)
+    return results
+
+
+def forward_into(
+    kernels: Any,
+    results: tuple[torch.Tensor, torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    left: int | None,
+    right: int | None,
+) -> None:
+    """Write ``results``: an output of any strides with the elements of a row together, and a contiguous
+    log-sum-exp. Neither is empty."""
+    output, lse = results
     problem = _Problem(query, key, value, bias, scale, softcap, left, right)
     launch = forward_launch(*problem.size)
-    with torch.cuda.device(query.device):
+    with _on(query):
         kernels.forward[(_blocks(problem.rows, launch.rows) * problem.batch * problem.heads,)](
             *problem.operands,
             output,
@@ -193,7 +228,6 @@ def forward(
             **problem.bias_flags,
             **_tiles(launch),
         )
-    return output, lse
 
 
 def backward(
@@ -217,9 +251,32 @@ def backward(
         for each in found:
             each.zero_()
         return found
+    settings = (scale, softcap, left, right)
+    backward_into(kernels, found, grad, query, key, value, bias, output, lse, *settings, output_mask)
+    return found
+
+
+def backward_into(
+    kernels: Any,
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    softcap: float,
+    left: int | None,
+    right: int | None,
+    output_mask: Sequence[bool],
+) -> None:
+    """Write the gradients ``found`` that ``output_mask`` asks for: of any strides with the elements of a row
+    together, that of the bias contiguous. Nothing is empty, and ``lse`` is contiguous."""
     d_query, d_key, d_value, d_bias = found
     problem = _Problem(query, key, value, bias, scale, softcap, left, right)
-    grad, output = _rows_together(grad), _rows_together(output)
+    grad, output = rows_together(grad), rows_together(output)
     shifts, along = torch.empty_like(lse), torch.empty_like(lse)
     common = (*problem.operands, grad, shifts, along)
     strides = (*problem.strides, *grad.stride()[:3])
@@ -227,7 +284,7 @@ def backward(
     size = problem.size
     heads, few = problem.batch * problem.heads, problem.batch * problem.few
     block = problem.flags["BLOCK_V"]
-    with torch.cuda.device(query.device):
+    with _on(query):
         kernels.rows[(_blocks(problem.rows, 32) * heads,)](
             grad,
             output,
@@ -274,7 +331,6 @@ def backward(
             )
         if d_bias.numel():
             _bias_gradient(kernels.bias, problem, common, strides, d_bias, bias_launch(*size[:2]))
-    return found
 
 
 _KEYS = (False, True, True, False)
@@ -308,6 +364,11 @@ def _bias_gradient(
     )
 
 
+def _on(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Where kernels are started: the device of ``tensor``. Launches that are written down have none."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
 def _tiles(launch: Launch) -> dict[str, int]:
     return {
         "ROWS": launch.rows,
@@ -326,7 +387,7 @@ def _block(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def _rows_together(tensor: torch.Tensor) -> torch.Tensor:
+def rows_together(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` with the elements of a row one after the other."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 
