@@ -89,16 +89,20 @@ def _gradients(
     return attention_backward_reference(grad, query, key, value, bias, output, sums, *settings, wanted)
 
 
-def _alibi(query: torch.Tensor, slopes: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    distance_of = torch.arange(columns, device=slopes.device)[None, :] - torch.arange(rows, device=slopes.device)[:, None]
-    return (slopes[:, None, None] * distance_of).to(query.dtype)[None]
+def alibi(query: torch.Tensor, slopes: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+    """A bias that grows with the distance, by a slope for each head."""
+    # Not by indexing: a torch without CUDA traces no slices of its tensors.
+    key, row = (torch.arange(n, device=slopes.device) for n in (columns, rows))
+    distances = key.unsqueeze(0) - row.unsqueeze(1)
+    return (slopes.view(-1, 1, 1) * distances).to(query.dtype).unsqueeze(0)
 
 
-def _padded(query: torch.Tensor, kept: torch.Tensor, rows: int) -> torch.Tensor:
+def padded(query: torch.Tensor, kept: torch.Tensor, rows: int) -> torch.Tensor:
     """What a model of text adds: minus infinity where keys are padding or later."""
-    columns = kept.shape[1]
-    late = torch.arange(columns, device=kept.device)[None, :] > torch.arange(rows, device=kept.device)[:, None]
-    hidden = late[None, None] | ~kept[:, None, None, :]
+    batch, columns = kept.shape
+    key, row = (torch.arange(n, device=kept.device) for n in (columns, rows))
+    late = (key.unsqueeze(0) > row.unsqueeze(1)).view(1, 1, rows, columns)
+    hidden = late | ~kept.view(batch, 1, 1, columns)
     return torch.where(hidden, -INF, 0.0).to(query.dtype)
 
 
@@ -128,13 +132,9 @@ CUDNN = aten._scaled_dot_product_cudnn_attention
 CUDNN_BACKWARD = aten._scaled_dot_product_cudnn_attention_backward
 
 
-def _sums(x: torch.Tensor) -> torch.Tensor:
-    return x[..., 0].float()
-
-
-def _own_backward(q: Any, k: Any, v: Any, bias: Any, grad: Any, *settings: Any, wanted: Any) -> Any:
-    output, sums = own.attention(q, k, v, bias, *settings)
-    return own.attention_backward(grad, q, k, v, bias, output.detach(), sums.detach(), *settings, wanted)
+def _trained(made: Sequence[Any]) -> list[torch.Tensor]:
+    """What a training step keeps of the results of flash attention."""
+    return [made[n] for n in (0, 1, 6, 7)]
 
 
 def _saved(
@@ -181,9 +181,9 @@ CASES: dict[str, AttentionCase] = {
         lambda q, k, v, b: _attend(q, k, v, b[:, None, None, :], scale=0.3, left=-2),
     ),
     "own, computed bias": AttentionCase(
-        lambda q, k, v, s: own.attention(q, k, v, _alibi(q, s, 33, 40), 0.3, 0.0, None, 7)[0],
+        lambda q, k, v, s: own.attention(q, k, v, alibi(q, s, 33, 40), 0.3, 0.0, None, 7)[0],
         operands(33, 40, more=lambda: [torch.rand(4)]),
-        lambda q, k, v, s: _attend(q, k, v, _alibi(q, s, 33, 40), scale=0.3, right=7)[0],
+        lambda q, k, v, s: _attend(q, k, v, alibi(q, s, 33, 40), scale=0.3, right=7)[0],
     ),
     "composite": AttentionCase(
         lambda q, k, v: aten.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
@@ -196,12 +196,12 @@ CASES: dict[str, AttentionCase] = {
         lambda q, k, v, b: (_attend(q, k, v, b, scale=0.2)[0], None),
     ),
     "on a CPU, computed mask": AttentionCase(
-        lambda q, k, v, kept: CPU(q, k, v, attn_mask=_padded(q, kept, 33))[0],
+        lambda q, k, v, kept: CPU(q, k, v, attn_mask=padded(q, kept, 33))[0],
         operands(more=_kept),
-        lambda q, k, v, kept: _attend(q, k, v, _padded(q, kept, 33))[0],
+        lambda q, k, v, kept: _attend(q, k, v, padded(q, kept, 33))[0],
     ),
     "flash": AttentionCase(
-        lambda q, k, v: [FLASH(q, k, v, 0.0, True)[n] for n in (0, 1, 6, 7)],
+        lambda q, k, v: _trained(FLASH(q, k, v, 0.0, True)),
         operands(few=2),
         lambda q, k, v: (*_attend(q, k, v, right=0), None, None),
         "cuda",
@@ -237,10 +237,10 @@ CASES: dict[str, AttentionCase] = {
     ),
     "backward on a CPU, computed mask": AttentionCase(
         lambda q, k, v, kept, g, o, s: CPU_BACKWARD(
-            g, q, k, v, o, s, 0.0, False, attn_mask=_padded(q, kept, 33), scale=SCALE
+            g, q, k, v, o, s, 0.0, False, attn_mask=padded(q, kept, 33), scale=SCALE
         ),
         lambda: _of_padded(),
-        lambda q, k, v, kept, g, *_: _gradients(q, k, v, _padded(q, kept, 33), g, scale=SCALE)[:3],
+        lambda q, k, v, kept, g, *_: _gradients(q, k, v, padded(q, kept, 33), g, scale=SCALE)[:3],
     ),
     "flash backward": AttentionCase(
         lambda q, k, v, g, o, s: FLASH_BACKWARD(
@@ -272,7 +272,7 @@ CASES: dict[str, AttentionCase] = {
 
 def _of_padded() -> list[torch.Tensor]:
     q, k, v, kept, grad = operands(more=_kept, backward=True)()
-    output, sums = _attend(q, k, v, _padded(q, kept, 33), scale=SCALE)
+    output, sums = _attend(q, k, v, padded(q, kept, 33), scale=SCALE)
     return [q, k, v, kept, grad, output, sums]
 
 

@@ -56,6 +56,7 @@ class BiasText(Writer):
         read = {value.payload[0] for value in built.values if value.kind == "load"}
         self.pointers = tuple(name for number, name in enumerate(inputs) if number in read)
         self.helpers = tuple(self._helpers)
+        self.values = built.values
         head = f"def {BIAS}(bias, row, column, stride_row, stride_column, rows, columns, BY_ROW):"
         said = '    """The bias of queries ``row`` and keys ``column``; ``bias`` counts heads over batches."""'
         self.source = "\n".join([head, said, *self._lines]) + "\n"

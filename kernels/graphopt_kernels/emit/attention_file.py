@@ -49,8 +49,10 @@ _ANYWHERE = ("composite", "cpu")
 
 @dataclass(frozen=True)
 class BuiltAttention(Built):
-    """The call, and how many scores are seen (``Attention``)."""
+    """``names`` of the inputs, the call, its launches on tensors without memory, and the bias where kernels
+    compute it."""
 
+    names: tuple[str, ...]
     attention: Attention
     launches: tuple[KernelCall, ...]
     computed: BiasText | None
@@ -58,11 +60,10 @@ class BuiltAttention(Built):
 
 @dataclass(frozen=True)
 class AttentionText:
-    """``functions``: of the kernels; ``names`` of the inputs; ``launcher``: lines of the body of ``launch()``;
-    ``reference``: functions before ``reference()``, and that."""
+    """``functions``: of the kernels; ``launcher``: lines of the body of ``launch()``; ``reference``: functions
+    before ``reference()``, and that."""
 
     built: BuiltAttention
-    names: tuple[str, ...]
     kernels: tuple[str, ...]
     functions: str
     helpers: tuple[str, ...]
@@ -96,6 +97,7 @@ class _Writer:
         self._given = {role: _like(self._of.value(role)) for role in self._of.operands}
         self._lines: list[str] = []
         self._known: dict[int, str] = {}
+        self._shown: dict[fx.Node, str] = dict(self._names)
 
     # --- inputs --------------------------------------------------------------------------------
 
@@ -133,13 +135,11 @@ class _Writer:
     def _variable(self, role: str) -> str:
         """What an operand is called in ``launch()``, after the views that give it."""
         node = self._of.operands[role]
-        if node in self._names:
-            return self._names[node]
-        names: dict[fx.Node, str] = dict(self._names)
-        for number, view in enumerate(_made_of(node)):
-            names[view] = role if view is node else f"{role}_{number}"
-            self._lines.append(f"{names[view]} = {call_text(view, names)}")
-        return role
+        for view in _made_of(node):
+            if view not in self._shown:
+                self._shown[view] = role if view is node else view.name
+                self._lines.append(f"{self._shown[view]} = {call_text(view, self._shown)}")
+        return self._shown[node]
 
     # --- the whole ---------------------------------------------------------------------------
 
@@ -156,6 +156,7 @@ class _Writer:
             (),
             tuple(node.meta["val"] for node in self._inputs),
             tuple(node.meta["val"] for node in self._outputs),
+            tuple(self._names[node] for node in self._inputs),
             self._of,
             tuple(calls),
             self._computed,
@@ -163,10 +164,7 @@ class _Writer:
         first = calls[-1]
         launch = Launch({}, int(first.options["num_warps"]), first.grid, first.options.get("num_stages"))
         helpers = self._computed.helpers if self._computed is not None else ()
-        names = tuple(self._names[node] for node in self._inputs)
-        return AttentionText(
-            built, names, kernels, text, helpers, tuple(lines), tuple(self._reference()), launch
-        )
+        return AttentionText(built, kernels, text, helpers, tuple(lines), tuple(self._reference()), launch)
 
     def _operands(self) -> None:
         batch, heads, rows, _ = self._of.value("query").shape

@@ -25,6 +25,8 @@ import torch
 import torch.fx as fx
 
 from graphopt.candidate import Reason
+from graphopt_kernels.emit.attention_choice import attention_share, emitted_attention, library_attention
+from graphopt_kernels.emit.attention_file import BuiltAttention
 from graphopt_kernels.emit.build import NotFusible
 from graphopt_kernels.emit.kernel_file import Kernel, KernelFile, kernel_of
 from graphopt_kernels.emit.order import Step, is_free, live_bytes, ordered, peak_bytes, root, size
@@ -85,6 +87,7 @@ class _Search:
         self._left: dict[fx.Node, Reason] = {}
         self._taken: dict[fx.Node, Reason] = {}
         self._products: list[fx.Node] = []
+        self._attentions: dict[fx.Node, list[fx.Node]] = {}
         self._prices = prices
         self._tried: dict[Any, NotFusible | KernelFile] = {}
         (output,) = [node for node in graph.nodes if node.op == "output"]
@@ -105,6 +108,8 @@ class _Search:
             file = self._file(unit)
             if isinstance(file, NotFusible):
                 self._left[node] = file.reason
+            elif file.attends:
+                self._attentions[node] = unit
             elif file.tiling is not None:
                 self._products.append(node)
             else:
@@ -112,12 +117,16 @@ class _Search:
                 self._of.update(dict.fromkeys(unit, group))
         self._merge_along(self._edges())
         self._merge_along(self._siblings())
+        for unit in self._attentions.values():
+            self._attend(unit)
         for product in self._products:
             self._take_in(product)
         found = {}
         for group in self._groups():
             kernel = self._kernel(group.nodes)
-            if kernel is not None and (kernel.file.tiling is not None or self._pays(kernel)):
+            if kernel is not None and (
+                kernel.file.attends or kernel.file.tiling is not None or self._pays(kernel)
+            ):
                 found[group] = kernel
         while found and self._peak(found) > self.limit:
             # Groups that did not stay took values with them that others counted on.
@@ -164,6 +173,51 @@ class _Search:
             return True
         return False
 
+    def _attend(self, unit: list[fx.Node]) -> None:
+        """Attention in a kernel of its own, with what makes its bias, where that pays or nothing else runs."""
+        prices = self._prices = self._prices or prices_for()
+        node, *parts_of_it = unit
+        if any(part.users and not isinstance(part.meta.get("val"), torch.Tensor) for part in parts_of_it):
+            self._left[node] = Reason("something reads a result of attention that is no tensor")
+            return
+        alone = self._file(unit)
+        assert isinstance(alone, KernelFile) and isinstance(alone.built, BuiltAttention)
+        nodes, file, parts = set(unit), alone, []
+        separate = 0.0
+        for group in self._makers(node):
+            together = self._file(nodes | group.nodes)
+            if self._between(group, self._group(nodes)) or isinstance(together, NotFusible):
+                continue
+            makes = self._apart(group, prices)
+            if emitted_attention(prices, together) < emitted_attention(prices, file) + makes:
+                nodes, file, parts = nodes | group.nodes, together, [*parts, group]
+                separate += makes
+        library = alone.built.attention.library
+        seconds = emitted_attention(prices, file)
+        taking = f"with {_listed(parts)} in it " if parts else ""
+        reason = Reason(f"attention {taking}that no library has")
+        if library == "cpu":
+            reason = Reason(f"attention {taking}whose call runs on a CPU alone")
+        elif library:
+            apart = library_attention(prices, alone) + separate
+            reason = Reason(
+                f"attention {taking}{seconds * 1e6:.1f} us at {attention_share(prices, file):g} of the library's "
+                f"rate, the library {apart * 1e6:.1f} us on {prices.device.name}"
+            )
+            if seconds > apart:
+                self._left[node] = reason
+                return
+        if self._merge(nodes, parts):
+            self._taken[node] = reason
+        else:
+            self._left[node] = Reason("its kernel would hold more at once than the program may")
+
+    def _makers(self, node: fx.Node) -> list[_Group]:
+        """Groups that make operands of a call."""
+        makers = [source for source in self._sources(node) if source in self._of]
+        makers.sort(key=lambda n: (-size(n), self._place[n]))
+        return list(dict.fromkeys(self._of[maker] for maker in makers))
+
     def _take_in(self, product: fx.Node) -> None:
         """The kernel of a product and its neighbours, if there is one and it pays."""
         prices = self._prices = self._prices or prices_for()
@@ -209,7 +263,8 @@ class _Search:
         makers = [source for source in self._sources(product) if source in self._of]
         readers.sort(key=lambda n: (-size(n), self._place[n]))
         makers.sort(key=lambda n: (-size(n), self._place[n]))
-        return list(dict.fromkeys(self._of[node] for node in (*readers, *makers)))
+        found = dict.fromkeys(self._of[node] for node in (*readers, *makers))
+        return [group for group in found if not group.nodes & self._attentions.keys()]
 
     def _shown(self, node: fx.Node) -> list[fx.Node]:
         """A node and all views of it."""

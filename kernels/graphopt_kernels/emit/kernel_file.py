@@ -12,7 +12,7 @@ import torch.fx as fx
 
 from graphopt.program import layer_of
 from graphopt_kernels.emit.aten_code import identifier, statements
-from graphopt_kernels.emit.attention_file import attention_text
+from graphopt_kernels.emit.attention_file import BuiltAttention, attention_text
 from graphopt_kernels.emit.attentions import attentions_of
 from graphopt_kernels.emit.build import Built, NotFusible, build
 from graphopt_kernels.emit.expand import expanded, group_graph
@@ -47,6 +47,11 @@ class KernelFile:
     launch: Launch
     bytes: int
     tiling: Tiling | None = None
+
+    @property
+    def attends(self) -> bool:
+        """Whether it is attention."""
+        return isinstance(self.built, BuiltAttention)
 
 
 @dataclass(frozen=True)
@@ -112,14 +117,15 @@ def _attention_file(graph: fx.Graph) -> KernelFile:
     """The file of attention, which has several kernels or takes no part in loops of others."""
     calls = [node for node in graph.nodes if node.op == "call_function"]
     made = attention_text(graph)
-    built, names = made.built, made.names
+    built, names = made.built, made.built.names
     results = [f"out{number}" for number in range(len(built.outputs))]
     text = KernelText(made.kernels[-1], made.functions, made.helpers, Loops("attention", (), ()))
     lines = [f"def launch({', '.join(names)}):", '    """Run the kernels on tensors of the layouts above."""']
     lines += [f"    {line}" for line in made.launcher]
     reference = list(made.reference)
-    source = _body(calls, names, results, built, text, lines, reference)
-    return _hashed(_title(calls), source, names, built, text, made.launch, None)
+    above = ["# The kernels of graphopt::attention for this call: what they are told is written into them.", "", ""]
+    source = _body(calls, names, results, built, text, lines, reference, above)
+    return _hashed(_title([built.attention.node]), source, names, built, text, made.launch, None)
 
 
 def _hashed(
@@ -190,6 +196,7 @@ def _body(
     text: KernelText,
     launcher: Sequence[str],
     reference: Sequence[str],
+    above: Sequence[str] = (),
 ) -> str:
     lines = [f'"""{_summary(nodes)}', ""]
     lines += [f"reads   {_described(name, t)}" for name, t in zip(names, built.inputs, strict=True)]
@@ -212,7 +219,7 @@ def _body(
     ]
     for helper in text.helpers:
         lines += ["", HELPERS[helper].rstrip(), ""]
-    lines += ["", text.function.rstrip(), "", ""]
+    lines += ["", *above, text.function.rstrip(), "", ""]
     lines += [*launcher, "", ""]
     lines += reference
     return "\n".join(lines) + "\n"
