@@ -35,12 +35,14 @@ INF = float("inf")
 @dataclass(frozen=True)
 class AttentionCase:
     """``function`` of operands like ``inputs()``, as ATen or graphopt has it on a ``device``; ``exact``: what
-    it computes, in float64. ``tolerance``: of a result relative to its largest element."""
+    it computes, in float64. ``whole``: composite operators are not taken apart. ``tolerance``: of a result
+    relative to its largest element."""
 
     function: Callable[..., Any]
     inputs: Callable[[], Sequence[torch.Tensor]]
     exact: Callable[..., Any]
     device: str = "cpu"
+    whole: bool = False
     tolerance: float = 2e-5
 
 
@@ -79,10 +81,17 @@ def _attend(
 
 
 def _gradients(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None, grad: torch.Tensor,
-    *, scale: float | None = None, softcap: float = 0.0, left: int | None = None, right: int | None = None,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    grad: torch.Tensor,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    left: int | None = None,
+    right: int | None = None,
+) -> tuple[torch.Tensor, ...]:
     settings = (scale, softcap, left, right)
     output, sums = attention_reference(query, key, value, bias, *settings)
     wanted = [True, True, True, bias is not None and bias.is_floating_point()]
@@ -132,13 +141,17 @@ CUDNN = aten._scaled_dot_product_cudnn_attention
 CUDNN_BACKWARD = aten._scaled_dot_product_cudnn_attention_backward
 
 
+def _padded_sums(made: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    return made[0], torch.nn.functional.pad(made[1], (0, 31), value=INF)
+
+
 def _trained(made: Sequence[Any]) -> list[torch.Tensor]:
     """What a training step keeps of the results of flash attention."""
     return [made[n] for n in (0, 1, 6, 7)]
 
 
 def _saved(
-    inputs: Callable[[], list[torch.Tensor]], *settings: Any, bias: int | None = None, padded: int = 0
+    inputs: Callable[[], list[torch.Tensor]], *settings: Any, bias: int | None = None, more: int = 0
 ) -> Callable[[], list[torch.Tensor]]:
     """Operands of a backward: those of the forward, the gradient, output and log-sum-exp."""
 
@@ -146,7 +159,7 @@ def _saved(
         found = inputs()
         added = found[bias] if bias is not None else None
         output, sums = attention_reference(*found[:3], added, *settings)
-        return [*found, output, torch.nn.functional.pad(sums, (0, padded), value=INF)]
+        return [*found, output, torch.nn.functional.pad(sums, (0, more), value=INF)]
 
     return made
 
@@ -155,10 +168,11 @@ def _half(case: AttentionCase) -> AttentionCase:
     def inputs() -> list[torch.Tensor]:
         return [x.half() if x.dtype is FP32 else x for x in case.inputs()]
 
-    return AttentionCase(case.function, inputs, case.exact, case.device, 4e-3)
+    return AttentionCase(case.function, inputs, case.exact, case.device, case.whole, 4e-3)
 
 
 SCALE = 0.25
+THREE = [True, True, True, False]
 CASES: dict[str, AttentionCase] = {
     "own": AttentionCase(
         lambda q, k, v: own.attention(q, k, v, None, 0.3, 0.0, None, None),
@@ -189,6 +203,7 @@ CASES: dict[str, AttentionCase] = {
         lambda q, k, v: aten.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True),
         operands(few=2),
         lambda q, k, v: _attend(q, k, v, right=0)[0],
+        whole=True,
     ),
     "on a CPU": AttentionCase(
         lambda q, k, v, b: CPU(q, k, v, attn_mask=b, scale=0.2),
@@ -209,7 +224,7 @@ CASES: dict[str, AttentionCase] = {
     "efficient": AttentionCase(
         lambda q, k, v, b: EFFICIENT(q, k, v, b.expand(2, 4, 33, 40), True)[:2],
         operands(33, 40, more=_mask(33, 40)),
-        lambda q, k, v, b: (_attend(q, k, v, b)[0], torch.nn.functional.pad(_attend(q, k, v, b)[1], (0, 31), value=INF)),
+        lambda q, k, v, b: _padded_sums(_attend(q, k, v, b)),
         "cuda",
     ),
     "cuDNN": AttentionCase(
@@ -219,12 +234,16 @@ CASES: dict[str, AttentionCase] = {
         "cuda",
     ),
     "own backward": AttentionCase(
-        lambda q, k, v, g, o, s: own.attention_backward(g, q, k, v, None, o, s, SCALE, 2.0, None, 0, [True] * 3 + [False])[:3],
+        lambda q, k, v, g, o, s: own.attention_backward(
+            g, q, k, v, None, o, s, SCALE, 2.0, None, 0, THREE
+        )[:3],
         _saved(operands(few=2, backward=True), SCALE, 2.0, None, 0),
         lambda q, k, v, g, *_: _gradients(q, k, v, None, g, scale=SCALE, softcap=2.0, right=0)[:3],
     ),
     "own backward, bias": AttentionCase(
-        lambda q, k, v, b, g, o, s: own.attention_backward(g, q, k, v, b, o, s, SCALE, 0.0, 12, 0, [True] * 4),
+        lambda q, k, v, b, g, o, s: own.attention_backward(
+            g, q, k, v, b, o, s, SCALE, 0.0, 12, 0, [True] * 4
+        ),
         _saved(operands(33, 33, more=_mask(33, 33), backward=True), SCALE, 0.0, 12, 0, bias=3),
         lambda q, k, v, b, g, *_: _gradients(q, k, v, b, g, scale=SCALE, left=12, right=0),
     ),
@@ -252,9 +271,11 @@ CASES: dict[str, AttentionCase] = {
     ),
     "efficient backward": AttentionCase(
         lambda q, k, v, b, g, o, s: EFFICIENT_BACKWARD(
-            g, q, k, v, b, o, s, s, s, 0.0, [True, True, True, False], False, scale=SCALE
+            g, q, k, v, b, o, s, s, s, 0.0, THREE, False, scale=SCALE
         )[:3],
-        _saved(operands(33, 40, more=_mask(33, 40), backward=True), SCALE, 0.0, None, None, bias=3, padded=31),
+        _saved(
+            operands(33, 40, more=_mask(33, 40), backward=True), SCALE, 0.0, None, None, bias=3, more=31
+        ),
         lambda q, k, v, b, g, *_: _gradients(q, k, v, b, g, scale=SCALE)[:3],
         "cuda",
     ),
@@ -284,7 +305,7 @@ def kernel_for(case: AttentionCase, inputs: Sequence[torch.Tensor]) -> tuple[Ker
     """The kernel of all operators of a case, and which of ``inputs`` it takes, in order."""
     with FakeTensorMode():
         fakes = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=case.device) for x in inputs]
-        graph = make_fx(case.function, tracing_mode="real")(*fakes).graph
+        graph = make_fx(case.function, tracing_mode="real", pre_dispatch=case.whole)(*fakes).graph
     graph.eliminate_dead_code()
     nodes = [node for node in graph.nodes if node.op == "call_function"]
     (output,) = [node for node in graph.nodes if node.op == "output"]
@@ -313,7 +334,9 @@ def outcome(case: AttentionCase, folder: Path) -> dict[str, Any]:
         layout = fake.meta["val"]
         for found in (value, other):
             if (found.shape, found.dtype, found.stride()) != (layout.shape, layout.dtype, layout.stride()):
-                return {"failed": f"{found.shape} {found.dtype} {found.stride()}, not {layout} {layout.stride()}"}
+                return {
+                    "failed": f"{found.shape} {found.dtype} {found.stride()}, not {layout} {layout.stride()}"
+                }
         if expected is not None:
             ours, theirs = max(ours, distance(value, expected)), max(theirs, distance(other, expected))
     return {"error": ours, "reference": theirs}

@@ -282,4 +282,3 @@ def _tower(x: torch.Tensor, length: int) -> torch.Tensor:
     for _ in range(length):
         x = torch.tanh(x * 2)
     return x
-

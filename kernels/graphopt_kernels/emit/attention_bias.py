@@ -58,7 +58,9 @@ class BiasText(Writer):
         self.helpers = tuple(self._helpers)
         self.values = built.values
         head = f"def {BIAS}(bias, row, column, stride_row, stride_column, rows, columns, BY_ROW):"
-        said = '    """The bias of queries ``row`` and keys ``column``; ``bias`` counts heads over batches."""'
+        said = (
+            '    """The bias of queries ``row`` and keys ``column``; ``bias`` counts heads over batches."""'
+        )
         self.source = "\n".join([head, said, *self._lines]) + "\n"
 
     def _loops_of(self, built: Built) -> Loops:

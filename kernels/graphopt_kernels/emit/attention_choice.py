@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import torch
 
+from graphopt.candidate import Reason
 from graphopt_kernels.emit.attention_file import BuiltAttention
 from graphopt_kernels.emit.kernel_file import KernelFile
 from graphopt_kernels.emit.product_choice import Prices, slots_of
 from graphopt_kernels.tuning.calls import KernelCall
 
-__all__ = ["attention_share", "emitted_attention", "library_attention"]
+__all__ = ["attention_decision", "attention_share", "emitted_attention", "library_attention"]
 
 _UNKNOWN_SHARE = 0.5
 """Taken for dtypes of which a device does not say how fast emitted attention is."""
@@ -29,6 +30,25 @@ _WIDTHS = {"forward_kernel": (1, 1), "keys_kernel": (2, 2), "queries_kernel": (2
 
 _BACKWARD_LAUNCHES = 3
 """Of FlashAttention: sums of rows, gradients, those of queries in their dtype."""
+
+
+def attention_decision(
+    prices: Prices, alone: KernelFile, file: KernelFile, taken: str, separate: float
+) -> tuple[bool, Reason]:
+    """Whether ``file`` is used in place of a call, of which ``alone`` is the kernel by itself, and why.
+    ``taken``: operators that it takes in besides, which take ``separate`` seconds by themselves."""
+    taking = f"with {taken} in it " if taken else ""
+    library = _built(alone).attention.library
+    if not library:
+        return True, Reason(f"attention {taking}that no library has")
+    if library == "cpu":
+        return True, Reason(f"attention {taking}whose call runs on a CPU alone")
+    emitted, apart = emitted_attention(prices, file), library_attention(prices, alone) + separate
+    reason = Reason(
+        f"attention {taking}{emitted * 1e6:.1f} us at {attention_share(prices, file):g} of the library's "
+        f"rate, the library {apart * 1e6:.1f} us on {prices.device.name}"
+    )
+    return emitted <= apart, reason
 
 
 def attention_share(prices: Prices, file: KernelFile) -> float:
@@ -42,8 +62,12 @@ def library_attention(prices: Prices, file: KernelFile) -> float:
     width, value_width = of.value("query").shape[-1], of.value("value").shape[-1]
     products = 3 * width + 2 * value_width if of.backward else width + value_width
     multiplied = 2 * of.scores * products / _rate(prices, _built(file))
-    launches = _BACKWARD_LAUNCHES if of.backward else 1
-    return max(multiplied, _moved(prices, file.bytes)) + launches * prices.device.launch_seconds
+    if of.backward:
+        launches, moved = _BACKWARD_LAUNCHES, file.bytes
+    else:
+        # It writes the log-sum-exp as well, asked for or not.
+        launches, moved = 1, _bytes(_built(file).launches[0], _built(file))
+    return max(multiplied, _moved(prices, moved)) + launches * prices.device.launch_seconds
 
 
 def emitted_attention(prices: Prices, file: KernelFile) -> float:
@@ -65,14 +89,18 @@ def emitted_attention(prices: Prices, file: KernelFile) -> float:
 
 def _bytes(call: KernelCall, built: BuiltAttention) -> int:
     """What a launch reads and writes, each tensor once."""
-    tensors = {id(t): t for name, t in call.arguments.items() if isinstance(t, torch.Tensor) and name != "bias"}
+    tensors = {
+        id(t): t for name, t in call.arguments.items() if isinstance(t, torch.Tensor) and name != "bias"
+    }
     moved = sum(t.numel() * t.dtype.itemsize for t in tensors.values())
     bias = built.attention.bias
     if bias is not None and "bias" in call.arguments:
         if built.computed is not None:
             names = set(built.computed.pointers)
             moved += sum(
-                t.numel() * t.dtype.itemsize for n, t in zip(built.names, built.inputs, strict=True) if n in names
+                t.numel() * t.dtype.itemsize
+                for n, t in zip(built.names, built.inputs, strict=True)
+                if n in names
             )
         else:
             distinct = [n for n, s in zip(bias.shape, bias.stride(), strict=True) if s]

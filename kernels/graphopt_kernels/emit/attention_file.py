@@ -2,18 +2,16 @@
 
 The kernels and how they are started are the package's own. Their launches are written down on tensors
 without memory (``tuning.calls.Recorder``), their sources specialized for what the launches say
-(``specialized``): strides, heads, scale, cap, bounds and tiles become numbers, branches that are not taken go.
-Sizes stay arguments: the compiler would write out short loops whole. ::
+(``specialized``): strides, heads, scale, cap, bounds and widths become numbers, branches that are not taken
+go. Sizes stay arguments: the compiler would write out short loops whole. ::
 
-    query x key^T  ->  scale, cap  ->  bias, loaded or computed  ->  bounds  ->  running softmax  ->  x value
+    query x key^T -> scale, cap -> bias, loaded or computed -> bounds -> running softmax -> x value
 
 ``reference()`` is the call itself where ATen has it on a CPU, else ``graphopt_kernels.attention_reference``.
 """
 
 from __future__ import annotations
 
-import ast
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,15 +19,18 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from graphopt_kernels import attention_launch, attention_reference
-from graphopt_kernels.emit.aten_code import call_text, statements
+from graphopt_kernels import attention_launch
+from graphopt_kernels.attention_reference import gradient_buffers, result_buffers
+from graphopt_kernels.emit.aten_code import call_text
 from graphopt_kernels.emit.attention_bias import BIAS, BiasText, bias_text
+from graphopt_kernels.emit.attention_reference_text import reference_lines
+from graphopt_kernels.emit.attention_sums import sums_read, sums_written, without_memory
 from graphopt_kernels.emit.attentions import Attention, attention_of, attentions_of, parts_of
 from graphopt_kernels.emit.build import Built, NotFusible
 from graphopt_kernels.emit.expand import group_graph
 from graphopt_kernels.emit.launch import Launch
 from graphopt_kernels.emit.order import is_free
-from graphopt_kernels.emit.specialized import Slot, Wanted, specialized
+from graphopt_kernels.emit.specialized import Slot, Wanted, broken, specialized
 from graphopt_kernels.emit.tile import Tile
 from graphopt_kernels.tuning.calls import KernelCall, Recorder
 
@@ -42,9 +43,6 @@ _ROWS_TOGETHER = ("query", "key", "value", "grad", "output")
 
 _ARGUMENTS = ("rows", "columns", "ROWS", "COLUMNS", "PRECISION")
 """What kernels go on to be told when they are started; the last three are constants of the compiler."""
-
-_ANYWHERE = ("composite", "cpu")
-"""Forms that ATen computes on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +58,8 @@ class BuiltAttention(Built):
 
 @dataclass(frozen=True)
 class AttentionText:
-    """``functions``: of the kernels; ``launcher``: lines of the body of ``launch()``; ``reference``: functions
-    before ``reference()``, and that."""
+    """``functions``: of the kernels; ``launcher``: lines of the body of ``launch()``; ``reference``:
+    functions before ``reference()``, and that."""
 
     built: BuiltAttention
     kernels: tuple[str, ...]
@@ -94,7 +92,7 @@ class _Writer:
         self._names = self._named()
         self._computed = self._slot()
         # Tensors without memory by role, those that launches read and write.
-        self._given = {role: _like(self._of.value(role)) for role in self._of.operands}
+        self._given = {role: without_memory(self._of.value(role)) for role in self._of.operands}
         self._lines: list[str] = []
         self._known: dict[int, str] = {}
         self._shown: dict[fx.Node, str] = dict(self._names)
@@ -121,7 +119,7 @@ class _Writer:
                 continue
             if role != "bias":
                 raise _no(f"the {role} of attention is computed")
-            if self._of.backward and self._of.wanted[3]:
+            if self._of.backward and self._of.asked_for(self._roles)[3]:
                 raise _no("the bias of attention is computed, and has a gradient")
             order = {n: place for place, n in enumerate(self._graph.nodes)}
             inner, inputs = group_graph(sorted(made, key=order.__getitem__), [node])
@@ -149,7 +147,8 @@ class _Writer:
         calls = self._launches(results)
         self._checked_layouts(results)
         text, kernels, launches = self._kernels(calls)
-        lines = [*self._lines, *launches, f"return ({', '.join(self._returned(results))},)"]
+        last, returned = self._returned(results)
+        lines = [*self._lines, *launches, *last, *broken(f"return ({', '.join(returned)},)", 0)]
         built = BuiltAttention(
             Tile(()),
             (),
@@ -164,7 +163,7 @@ class _Writer:
         first = calls[-1]
         launch = Launch({}, int(first.options["num_warps"]), first.grid, first.options.get("num_stages"))
         helpers = self._computed.helpers if self._computed is not None else ()
-        return AttentionText(built, kernels, text, helpers, tuple(lines), tuple(self._reference()), launch)
+        return AttentionText(built, kernels, text, helpers, tuple(lines), self._reference(), launch)
 
     def _operands(self) -> None:
         batch, heads, rows, _ = self._of.value("query").shape
@@ -173,7 +172,7 @@ class _Writer:
                 continue
             variable = self._variable(role)
             if role == "log_sum_exp":
-                text = _read_sums(variable, self._of.value(role), (batch, heads, rows))
+                text = sums_read(variable, self._of.value(role), (batch, heads, rows))
                 if text != variable:
                     self._lines.append(f"log_sum_exp = {text}")
                     variable = "log_sum_exp"
@@ -194,14 +193,13 @@ class _Writer:
         query, key, value, bias = (self._given.get(role) for role in ("query", "key", "value", "bias"))
         assert query is not None and key is not None and value is not None
         if of.backward:
-            wanted = [role in self._roles and asked for role, asked in zip(of.results, of.wanted, strict=False)]
-            self._wanted = [*wanted, False][:4]
+            self._wanted = of.asked_for(self._roles)
             if self._wanted[3] and (bias is None or not bias.is_floating_point()):
                 raise _no("there is no bias to give a gradient of")
-            made = attention_launch.gradient_buffers(query, key, value, bias, self._wanted)
+            made = gradient_buffers(query, key, value, bias, self._wanted)
             found = dict(zip(("d_query", "d_key", "d_value", "d_bias"), made, strict=True))
         else:
-            found = dict(zip(("output", "log_sum_exp"), attention_launch.result_buffers(query, value), strict=True))
+            found = dict(zip(("output", "log_sum_exp"), result_buffers(query, value), strict=True))
         device = self._device()
         for number, (node, role) in enumerate(zip(self._outputs, self._roles, strict=True)):
             layout = node.meta["val"]
@@ -209,13 +207,15 @@ class _Writer:
             if role == "log_sum_exp":
                 continue
             if role and found[role].numel():
-                found[role] = _like(layout)
+                found[role] = without_memory(layout)
                 self._known[id(found[role])] = f"out{number}"
                 self._lines.append(f"out{number} = torch.empty_strided({at})")
             else:
                 # Of random numbers that nobody draws, or a gradient that nobody asked for.
                 shape = tuple(layout.shape)
-                self._lines.append(f"out{number} = torch.zeros({shape}, dtype={layout.dtype}, device={device})")
+                self._lines.append(
+                    f"out{number} = torch.zeros({shape}, dtype={layout.dtype}, device={device})"
+                )
         return found
 
     def _device(self) -> str:
@@ -239,11 +239,22 @@ class _Writer:
         assert query is not None and key is not None and value is not None
         if self._of.backward:
             grad, output, lse = (self._given[role] for role in ("grad", "output", "log_sum_exp"))
-            found = tuple(results[role] for role in ("d_query", "d_key", "d_value", "d_bias"))
+            d_query, d_key, d_value, d_bias = (
+                results[role] for role in ("d_query", "d_key", "d_value", "d_bias")
+            )
             attention_launch.backward_into(
-                recorder, found, grad, query, key, value, bias, output, lse,  # type: ignore[arg-type]
-                *self._of.settings, self._wanted,
-            )  # fmt: skip
+                recorder,
+                (d_query, d_key, d_value, d_bias),
+                grad,
+                query,
+                key,
+                value,
+                bias,
+                output,
+                lse,
+                *self._of.settings,
+                self._wanted,
+            )
         else:
             pair = results["output"], results["log_sum_exp"]
             attention_launch.forward_into(recorder, pair, query, key, value, bias, *self._of.settings)
@@ -308,68 +319,25 @@ class _Writer:
         yield f"    {', '.join(options)},"
         yield ")"
 
-    def _returned(self, results: Mapping[str, torch.Tensor]) -> list[str]:
-        found = []
-        for number, (node, role) in enumerate(zip(self._outputs, self._roles, strict=True)):
-            if role == "log_sum_exp":
-                name = self._known[id(results[role])]
-                found.append(_written_sums(name, node.meta["val"], results[role]))
-            else:
-                found.append(f"out{number}")
-        return found
-
-    # --- reference -----------------------------------------------------------------------------
-
-    def _reference(self) -> Iterator[str]:
-        of = self._of
-        body: list[str] = []
+    def _reference(self) -> tuple[str, ...]:
         names = {node: self._names[node] for node in self._inputs}
         calls = [node for node in self._graph.nodes if node.op == "call_function"]
-        if of.library in _ANYWHERE:
-            body += statements(calls, names, self._outputs)
-        else:
-            yield from _reference_functions("attention_backward_reference" if of.backward else "attention_reference")
-            before = [node for node in calls if node is not of.node and node.args[:1] != (of.node,)]
-            for node in before:
-                names[node] = node.name
-                body.append(f"{names[node]} = {call_text(node, names)}")
-            body += self._by_reference({role: names[node] for role, node in of.operands.items()})
-        head = f"def reference({', '.join(self._names[node] for node in self._inputs)}):"
-        yield head
-        yield '    """The same by operators of ATen."""'
-        if any("device=device" in line for line in body):
-            yield f"    device = {self._device()}"
-        yield from (f"    {line}" for line in body)
+        made = reference_lines(self._of, calls, names, self._outputs, self._roles, self._device())
+        return tuple(made)
 
-    def _by_reference(self, names: Mapping[str, str]) -> Iterator[str]:
-        of = self._of
-        roles = ["query", "key", "value", "bias"]
-        sizes = tuple(of.value("query").shape[:3])
-        given = [names.get(role, "None") for role in roles]
-        settings = [repr(value) for value in of.settings]
-        if of.backward:
-            sums = _read_sums(names["log_sum_exp"], of.value("log_sum_exp"), sizes)
-            given = [names["grad"], *given, names["output"], sums]
-            wanted = [role in self._roles and asked for role, asked in zip(of.results, of.wanted, strict=False)]
-            settings.append(repr([*wanted, False][:4]))
-        made = "attention_backward_reference" if of.backward else "attention_reference"
-        yield f"made = {made}({', '.join(given)}, {', '.join(settings)})"
-        device = self._device()
-        results = []
-        for node, role in zip(self._outputs, self._roles, strict=True):
-            layout = node.meta["val"]
-            if not role:
-                results.append(f"torch.zeros({tuple(layout.shape)}, dtype={layout.dtype}, device={device})")
-                continue
-            number = of.results.index(role)
+    def _returned(self, results: Mapping[str, torch.Tensor]) -> tuple[list[str], list[str]]:
+        """Lines before the end of ``launch()``, and what it returns."""
+        lines: list[str] = []
+        found = []
+        for number, (node, role) in enumerate(zip(self._outputs, self._roles, strict=True)):
+            name = f"out{number}"
             if role == "log_sum_exp":
-                plain = torch.empty(sizes, device="meta")
-                results.append(_written_sums(f"made[{number}]", layout, plain))
-                continue
-            at = f"{tuple(layout.shape)}, {tuple(layout.stride())}, dtype={layout.dtype}, device={device}"
-            yield f"{role} = torch.empty_strided({at})"
-            results.append(f"{role}.copy_(made[{number}])")
-        yield f"return ({', '.join(results)},)"
+                plain = results[role]
+                made = sums_written(name, self._known[id(plain)], node.meta["val"], tuple(plain.shape))
+                lines += made[0]
+                name = made[1]
+            found.append(name)
+        return lines, found
 
 
 def _made_of(node: fx.Node) -> list[fx.Node]:
@@ -384,60 +352,3 @@ def _made_of(node: fx.Node) -> list[fx.Node]:
 
     visit(node)
     return list(found)
-
-
-def _like(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor of the same layout without memory."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-def _read_sums(name: str, tensor: torch.Tensor, shape: Sequence[int]) -> str:
-    """A log-sum-exp of a library as the kernels take it: [B, H, M], contiguous."""
-    tensor = _like(tensor)
-    if tensor.dim() == 4:
-        name, tensor = f"{name}.squeeze(-1)", tensor.squeeze(-1)
-    if tensor.shape[-1] != shape[-1]:
-        name, tensor = f"{name}[..., :{shape[-1]}]", tensor[..., : shape[-1]]
-    if tuple(tensor.shape) != tuple(shape):
-        raise _no(f"the log-sum-exp has shape {list(tensor.shape)}: expected {list(shape)}")
-    return name if tensor.is_contiguous() else f"{name}.contiguous()"
-
-
-def _written_sums(name: str, layout: torch.Tensor, plain: torch.Tensor) -> str:
-    """A log-sum-exp [B, H, M] as a library gives it."""
-    layout = _like(layout)
-    if layout.dim() == 4:
-        name, plain = f"{name}.unsqueeze(-1)", plain.unsqueeze(-1)
-    elif layout.shape[-1] > plain.shape[-1]:
-        more = layout.shape[-1] - plain.shape[-1]
-        # Beyond the last row the library has infinity.
-        name, plain = f'torch.nn.functional.pad({name}, (0, {more}), value=float("inf"))', layout
-    if tuple(layout.shape) != tuple(plain.shape):
-        raise _no(f"the log-sum-exp is asked for as {list(layout.shape)}")
-    if layout.stride() == plain.stride():
-        return name
-    at = f"{tuple(layout.shape)}, {tuple(layout.stride())}, dtype={layout.dtype}"
-    return f"torch.empty_strided({at}, device={name.split('.')[0]}.device).copy_({name})"
-
-
-def _reference_functions(name: str) -> Iterator[str]:
-    """A function of ``graphopt_kernels.attention_reference`` with what it calls and the constants it reads."""
-    source = inspect.getsource(attention_reference)
-    lines = source.splitlines()
-    known: dict[str, ast.stmt] = {}
-    for statement in ast.parse(source).body:
-        if isinstance(statement, ast.FunctionDef):
-            known[statement.name] = statement
-        elif isinstance(statement, ast.Assign) and isinstance(statement.targets[0], ast.Name):
-            known[statement.targets[0].id] = statement
-    wanted: set[str] = set()
-    stack = [name]
-    while stack:
-        each = stack.pop()
-        if each in known and each not in wanted:
-            wanted.add(each)
-            stack += [n.id for n in ast.walk(known[each]) if isinstance(n, ast.Name)]
-    for each, statement in known.items():
-        if each in wanted:
-            yield from lines[statement.lineno - 1 : statement.end_lineno]
-            yield from ("", "")

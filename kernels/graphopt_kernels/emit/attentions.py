@@ -16,7 +16,7 @@ All of them give the natural logarithm (torch 2.11 to 2.13).
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,9 +75,10 @@ _FORMS = _forms()
 class Attention:
     """A call of attention in the words of ``graphopt::attention``.
 
-    ``operands`` by role: ``query``, ``key``, ``value``, ``bias`` where there is one, in the backward ``grad``,
-    ``output`` and ``log_sum_exp`` too. ``wanted``: which gradients the backward is asked for. ``results``:
-    what each result of the call is, ``""`` where it says something of random numbers, which are not drawn.
+    ``operands`` by role: ``query``, ``key``, ``value``, ``bias`` where there is one, in the backward
+    ``grad``, ``output`` and ``log_sum_exp`` too. ``wanted``: which gradients the backward is asked for.
+    ``results``: what each result of the call is, ``""`` where it says something of random numbers, which
+    are not drawn.
     """
 
     node: fx.Node
@@ -92,7 +93,7 @@ class Attention:
     results: tuple[str, ...]
 
     @property
-    def settings(self) -> tuple[Any, ...]:
+    def settings(self) -> tuple[float, float, int | None, int | None]:
         return self.scale, self.softcap, self.left, self.right
 
     def value(self, role: str) -> torch.Tensor:
@@ -104,6 +105,12 @@ class Attention:
     def bias(self) -> torch.Tensor | None:
         return self.value("bias") if "bias" in self.operands else None
 
+    def asked_for(self, roles: Sequence[str]) -> list[bool]:
+        """Which of the gradients of query, key, value and bias the backward has to give, where ``roles`` of
+        its results are read."""
+        asked = [role in roles and wanted for role, wanted in zip(self.results, self.wanted, strict=True)]
+        return [*asked, False][:4]
+
     @property
     def scores(self) -> int:
         """How many scores are seen, over batch and heads."""
@@ -111,7 +118,9 @@ class Attention:
         columns = self.value("key").shape[2]
         row = torch.arange(rows)
         first = torch.zeros(rows) if self.left is None else (row - self.left).clamp(min=0)
-        last = torch.full((rows,), columns) if self.right is None else (row + self.right + 1).clamp(max=columns)
+        last = (
+            torch.full((rows,), columns) if self.right is None else (row + self.right + 1).clamp(max=columns)
+        )
         return int((last - first).clamp(min=0).sum()) * batch * heads
 
 
@@ -134,33 +143,38 @@ def attention_of(node: fx.Node) -> Attention:
     if given.get("return_debug_mask"):
         raise _no("attention gives a mask of its dropout")
     roles = ("query", "key", "value", "bias", *(("grad", "output", "log_sum_exp") if form.backward else ()))
-    operands = {role: given.get(form.names.get(role, role)) for role in roles}
-    # An absent bias is undefined in some backwards and None in others.
-    operands = {role: value for role, value in operands.items() if value is not None}
+    found = {role: given.get(form.names.get(role, role)) for role in roles}
+    operands: dict[str, fx.Node] = {role: value for role, value in found.items() if value is not None}
     query, key, value = (operands[role].meta["val"] for role in roles[:3])
     for role, operand in operands.items():
         if any(not isinstance(n, int) for n in operand.meta["val"].shape):
             raise _no(f"the {role} of attention has sizes that are known at run time alone")
     bias = operands["bias"].meta["val"] if "bias" in operands else None
-    settings = _settings(form, given, query, key)
+    scale, softcap, left, right = _settings(form, given, query, key)
     grouped = query.dim() == 4 and key.dim() == 4 and query.shape[1] != key.shape[1]
     if form.library == "composite" and grouped and not given.get("enable_gqa"):
         raise _no("attention is broadcast over heads")
-    refused = attention_supports(query, key, value, bias, *settings) or kernels_take(query, value)
+    refused = attention_supports(query, key, value, bias, scale, softcap) or kernels_take(query, value)
     if refused is not None:
         raise NotFusible(refused)
     if 0 in (*query.shape, *key.shape, *value.shape):
         raise _no("an operand has no elements")
     wanted = _wanted(form, given)
-    return Attention(node, form.library, form.backward, operands, *settings, wanted, _results(node, form))
+    return Attention(
+        node, form.library, form.backward, operands, scale, softcap, left, right, wanted, _results(node, form)
+    )
 
 
-def _settings(form: _Form, given: Mapping[str, Any], query: torch.Tensor, key: torch.Tensor) -> tuple[Any, ...]:
+def _settings(
+    form: _Form, given: Mapping[str, Any], query: torch.Tensor, key: torch.Tensor
+) -> tuple[float, float, int | None, int | None]:
     """Scale, cap, and how far queries see."""
     if not form.library:
         return given["scale"], given["softcap"], given["left"], given["right"]
     if given["is_causal"] and form.library in _SQUARE and query.shape[-2] != key.shape[-2]:
-        raise _no(f"the causal mask of {query.shape[-2]} queries and {key.shape[-2]} keys is the library's own")
+        raise _no(
+            f"the causal mask of {query.shape[-2]} queries and {key.shape[-2]} keys is the library's own"
+        )
     scale = given.get("scale")
     scale = query.shape[-1] ** -0.5 if scale is None and query.shape[-1] else scale
     if not isinstance(scale, (int, float)):
@@ -171,14 +185,14 @@ def _settings(form: _Form, given: Mapping[str, Any], query: torch.Tensor, key: t
 def _wanted(form: _Form, given: Mapping[str, Any]) -> tuple[bool, ...]:
     if not form.backward:
         return ()
-    if form.library == "efficient":
-        return tuple(given["grad_input_mask"])
-    return tuple(given["output_mask"]) if not form.library else (True, True, True, False)
+    if not form.library:
+        return tuple(given["output_mask"])
+    return tuple(given["grad_input_mask"]) if form.library == "efficient" else (True, True, True)
 
 
 def _results(node: fx.Node, form: _Form) -> tuple[str, ...]:
     if form.backward:
-        return ("d_query", "d_key", "d_value", "d_bias")
+        return ("d_query", "d_key", "d_value", "d_bias")[: len(node.meta["val"])]
     count = len(node.meta["val"]) if isinstance(node.meta["val"], (tuple, list)) else 1
     return ("output", "log_sum_exp", *("" for _ in range(count - 2)))[:count]
 

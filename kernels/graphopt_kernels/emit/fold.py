@@ -1,4 +1,4 @@
-"""Expressions of a syntax tree folded over what is known: constants, branches that are taken, steps of 0 and 1.
+"""Syntax trees folded over what is known: constants, branches that are taken, additions of 0.
 
 What is folded is Triton: numbers that the compiler would fold as well. Only what it means the same without
 loading, storing or computing anything is left out.
@@ -106,17 +106,18 @@ class Folded(ast.NodeTransformer):
         left, right = node.left, node.right
         fold = _BINARY.get(type(node.op))
         if isinstance(left, ast.Constant) and isinstance(right, ast.Constant):
+            one, other = _number(left), _number(right)
+            if fold is None and one >= 0 and other > 0:
+                fold = _DIVIDED.get(type(node.op))
             if fold is not None:
-                return _constant(fold(left.value, right.value), node)
-            fold = _DIVIDED.get(type(node.op))
-            if fold is not None and left.value >= 0 and right.value > 0:
-                return _constant(fold(left.value, right.value), node)
+                return _constant(fold(one, other), node)
         # A factor of 0 stays: it has the shape of what it is multiplied with.
         unit = {ast.Mult: 1, ast.Add: 0}.get(type(node.op))
         if unit is not None:
-            for one, other in ((left, right), (right, left)):
-                if _is_whole(one, unit):
-                    return other
+            if _is_whole(left, unit):
+                return right
+            if _is_whole(right, unit):
+                return left
         if isinstance(node.op, ast.FloorDiv) and _is_whole(right, 1):
             return left
         return node
@@ -128,7 +129,9 @@ class Folded(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> Any:
         self.generic_visit(node)
         # ``None`` is what operators of Triton take for what is not given.
-        node.keywords = [k for k in node.keywords if not (isinstance(k.value, ast.Constant) and k.value.value is None)]
+        node.keywords = [
+            k for k in node.keywords if not (isinstance(k.value, ast.Constant) and k.value.value is None)
+        ]
         return node
 
 
@@ -138,6 +141,10 @@ def _to_the_return(body: list[ast.stmt]) -> list[ast.stmt]:
         if isinstance(statement, ast.Return):
             return body[: number + 1]
     return body
+
+
+def _number(node: ast.Constant) -> Any:
+    return node.value
 
 
 def _is_whole(node: ast.expr, number: int) -> bool:

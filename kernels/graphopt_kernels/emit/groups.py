@@ -25,8 +25,7 @@ import torch
 import torch.fx as fx
 
 from graphopt.candidate import Reason
-from graphopt_kernels.emit.attention_choice import attention_share, emitted_attention, library_attention
-from graphopt_kernels.emit.attention_file import BuiltAttention
+from graphopt_kernels.emit.attention_choice import attention_decision, emitted_attention
 from graphopt_kernels.emit.build import NotFusible
 from graphopt_kernels.emit.kernel_file import Kernel, KernelFile, kernel_of
 from graphopt_kernels.emit.order import Step, is_free, live_bytes, ordered, peak_bytes, root, size
@@ -174,17 +173,19 @@ class _Search:
         return False
 
     def _attend(self, unit: list[fx.Node]) -> None:
-        """Attention in a kernel of its own, with what makes its bias, where that pays or nothing else runs."""
+        """Attention in kernels of its own, with what makes its bias, where that pays or nothing else runs."""
         prices = self._prices = self._prices or prices_for()
         node, *parts_of_it = unit
-        if any(part.users and not isinstance(part.meta.get("val"), torch.Tensor) for part in parts_of_it):
+        if any(part.users and not isinstance(part.meta["val"], torch.Tensor) for part in parts_of_it):
             self._left[node] = Reason("something reads a result of attention that is no tensor")
             return
         alone = self._file(unit)
-        assert isinstance(alone, KernelFile) and isinstance(alone.built, BuiltAttention)
-        nodes, file, parts = set(unit), alone, []
-        separate = 0.0
-        for group in self._makers(node):
+        assert isinstance(alone, KernelFile)
+        nodes, file, separate = set(unit), alone, 0.0
+        parts: list[_Group] = []
+        tried: set[_Group] = set()
+        while group := next((g for g in self._makers(nodes) if g not in tried), None):
+            tried.add(group)
             together = self._file(nodes | group.nodes)
             if self._between(group, self._group(nodes)) or isinstance(together, NotFusible):
                 continue
@@ -192,29 +193,18 @@ class _Search:
             if emitted_attention(prices, together) < emitted_attention(prices, file) + makes:
                 nodes, file, parts = nodes | group.nodes, together, [*parts, group]
                 separate += makes
-        library = alone.built.attention.library
-        seconds = emitted_attention(prices, file)
-        taking = f"with {_listed(parts)} in it " if parts else ""
-        reason = Reason(f"attention {taking}that no library has")
-        if library == "cpu":
-            reason = Reason(f"attention {taking}whose call runs on a CPU alone")
-        elif library:
-            apart = library_attention(prices, alone) + separate
-            reason = Reason(
-                f"attention {taking}{seconds * 1e6:.1f} us at {attention_share(prices, file):g} of the library's "
-                f"rate, the library {apart * 1e6:.1f} us on {prices.device.name}"
-            )
-            if seconds > apart:
-                self._left[node] = reason
-                return
+        pays, reason = attention_decision(prices, alone, file, _listed(parts), separate)
+        if not pays:
+            self._left[node] = reason
+            return
         if self._merge(nodes, parts):
             self._taken[node] = reason
         else:
             self._left[node] = Reason("its kernel would hold more at once than the program may")
 
-    def _makers(self, node: fx.Node) -> list[_Group]:
-        """Groups that make operands of a call."""
-        makers = [source for source in self._sources(node) if source in self._of]
+    def _makers(self, nodes: set[fx.Node]) -> list[_Group]:
+        """Groups that make what some nodes read, largest value first."""
+        makers = [s for node in nodes for s in self._sources(node) if s in self._of and s not in nodes]
         makers.sort(key=lambda n: (-size(n), self._place[n]))
         return list(dict.fromkeys(self._of[maker] for maker in makers))
 

@@ -123,7 +123,11 @@ def _attention_file(graph: fx.Graph) -> KernelFile:
     lines = [f"def launch({', '.join(names)}):", '    """Run the kernels on tensors of the layouts above."""']
     lines += [f"    {line}" for line in made.launcher]
     reference = list(made.reference)
-    above = ["# The kernels of graphopt::attention for this call: what they are told is written into them.", "", ""]
+    above = [
+        "# The kernels of graphopt::attention for this call: what they are told is written into them.",
+        "",
+        "",
+    ]
     source = _body(calls, names, results, built, text, lines, reference, above)
     return _hashed(_title([built.attention.node]), source, names, built, text, made.launch, None)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from graphopt_kernels.emit.fold import Folded
 
-__all__ = ["Slot", "Specialized", "Wanted", "specialized"]
+__all__ = ["Slot", "Specialized", "Wanted", "broken", "specialized"]
 
 WIDTH = 104
 """Columns of a line; longer calls are broken after commas."""
@@ -188,7 +188,8 @@ def _agreed(function: _Function) -> dict[str, Any]:
         given = [_argument(call, place, name) for call in function.calls]
         first = given[0]
         if isinstance(first, ast.Constant) and all(
-            isinstance(other, ast.Constant) and (type(other.value), other.value) == (type(first.value), first.value)
+            isinstance(other, ast.Constant)
+            and (type(other.value), other.value) == (type(first.value), first.value)
             for other in given
         ):
             agreed[name] = first.value
@@ -271,7 +272,7 @@ def _block(body: Sequence[ast.stmt], depth: int, source: Sequence[str]) -> Itera
             yield f"{pad}for {_unparsed(statement.target)} in {_unparsed(statement.iter)}:"
             yield from _block(statement.body, depth + 1, source)
         else:
-            yield from _simple(_unparsed(statement), depth)
+            yield from broken(_unparsed(statement), depth)
 
 
 def _comments(statement: ast.stmt, source: Sequence[str]) -> list[str]:
@@ -296,13 +297,18 @@ def _unparsed(node: ast.AST) -> str:
     return text.replace("'", '"') if '"' not in text else text
 
 
-def _simple(text: str, depth: int) -> list[str]:
+def broken(text: str, depth: int) -> list[str]:
     """A statement of one line, broken inside of its outermost call where it is long."""
     pad = "    " * depth
     start = text.find("(")
-    if len(pad + text) <= WIDTH or start < 0 or not text.endswith(")") or _closing(text, start) != len(text) - 1:
+    if (
+        len(pad + text) <= WIDTH
+        or start < 0
+        or not text.endswith(")")
+        or _closing(text, start) != len(text) - 1
+    ):
         return [pad + text]
-    return _call_lines(text[: start + 1], _split(text[start + 1 : -1]), ")", depth)
+    return _call_lines(text[: start + 1], _split(text[start + 1 : -1].rstrip(",")), ")", depth)
 
 
 def _call_lines(head: str, arguments: Sequence[str], tail: str, depth: int) -> list[str]:
