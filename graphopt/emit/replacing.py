@@ -5,7 +5,7 @@ put into a copy of the graph here::
 
     a = exp(x); b = sum(a, -1); c = a / b      ->     (c,) = graphopt.emitted_kernel("exp_sum_div_1f00", [x])
 
-Values keep their names, and operators with an effect their place among all others. A proposal that cannot be
+Values keep their names, and nothing passes an operator whose effect it feels. A proposal that cannot be
 followed is left out with the reason.
 """
 
@@ -22,7 +22,7 @@ import torch.fx as fx
 from graphopt.cost import CostModel
 from graphopt.errors import brief
 from graphopt.group_record import GroupRecord
-from graphopt.order import has_effect
+from graphopt.order import felt, has_effect
 
 if TYPE_CHECKING:
     from graphopt.plugins.host import PluginHost
@@ -87,7 +87,7 @@ def replaced(gm: fx.GraphModule, groups: Sequence[Group]) -> tuple[fx.GraphModul
 
 def _order(graph: fx.Graph, groups: Sequence[Group]) -> list[fx.Node | Group] | None:
     """Nodes and groups in an order in which everything is there when it is read, else as they were; ``None``
-    where there is none, or an operator with an effect would change places with another."""
+    where there is none, or a node would pass an operator whose effect it feels."""
     before = list(graph.nodes)
     place = {node: number for number, node in enumerate(before)}
     of = {node: group for group in groups for node in group.nodes}
@@ -118,12 +118,8 @@ def _order(graph: fx.Graph, groups: Sequence[Group]) -> list[fx.Node | Group] | 
         return None
     flat = [n for unit in order for n in (unit.nodes if isinstance(unit, Group) else (unit,))]
     position = {node: at for at, node in enumerate(flat)}
-    for effect in (n for n in before if n.op == "call_function" and has_effect(n)):
-        earlier = before[: place[effect]]
-        if effect in of or any(position[n] > position[effect] for n in earlier):
-            return None
-        if sum(position[n] < position[effect] for n in before) != len(earlier):
-            return None
+    if any(has_effect(node) for node in of) or felt(graph, place, position) is not None:
+        return None
     return order
 
 

@@ -1,4 +1,7 @@
-"""How the kernels of ``graphopt_kernels.attention`` are started: tiles, strides, grids."""
+"""How the kernels of ``graphopt_kernels.attention`` are started: tiles, strides, grids.
+
+Tiles are those that tuning found for a problem on the device, else a default by rule (``tuning.lookup``).
+"""
 
 from __future__ import annotations
 
@@ -12,14 +15,21 @@ import torch
 
 from graphopt.candidate import Reason
 from graphopt_kernels.attention_reference import gradient_buffers, result_buffers
+from graphopt_kernels.tuning.lookup import Choice, rows_class
 
 __all__ = [
+    "BIAS",
+    "FORWARD",
+    "KEYS",
+    "QUERIES",
     "WIDEST",
     "WIDEST_FLOAT32",
+    "AttentionProblem",
     "Launch",
     "backward",
     "backward_into",
     "bias_launch",
+    "check_launch",
     "forward",
     "forward_into",
     "forward_launch",
@@ -45,6 +55,42 @@ class Launch(NamedTuple):
     columns: int
     warps: int
     stages: int
+
+
+class AttentionProblem(NamedTuple):
+    """What a launch is for: ``heads`` of queries over batches, ``group`` of them for each of the keys, the
+    lengths of both, widths of heads, whether scores are biased and capped, how many keys behind it a query
+    sees in a ``window`` (0: all), and whether what it sees ahead is bounded (``causal``)."""
+
+    heads: int
+    group: int
+    rows: int
+    columns: int
+    width: int
+    value_width: int
+    dtype: torch.dtype
+    biased: bool
+    capped: bool
+    window: int
+    causal: bool
+
+    @property
+    def size(self) -> tuple[int, int, bool, bool]:
+        """What the rules for launches go by."""
+        return _block(max(self.width, self.value_width)), self.dtype.itemsize, self.biased, self.capped
+
+
+_MOST_HEADS, _MOST_LENGTH = 256, 8192
+
+
+def check_launch(problem: AttentionProblem, launch: Launch) -> Reason | None:
+    """``None``, or why the kernels cannot be started so."""
+    for name, size in (("rows", launch.rows), ("columns", launch.columns), ("warps", launch.warps)):
+        if size < 1 or size & (size - 1):
+            return Reason(f"{name} is {size}: expected a power of two")
+    if min(launch.rows, launch.columns) < 16 or launch.warps > 16 or launch.stages < 1:
+        return Reason("tiles are of 16 rows and columns or more, of up to 16 warps and one stage or more")
+    return None
 
 
 def forward_launch(width: int, itemsize: int, biased: bool, capped: bool) -> Launch:
@@ -87,6 +133,19 @@ def bias_launch(width: int, itemsize: int) -> Launch:
     if width <= 64:
         return Launch(64, 64, 4, 2)
     return Launch(64, 64, 8, 2) if width <= 128 else Launch(64, 32, 8, 1)
+
+
+_SHARED = "graphopt_kernels.attention_triton"
+_BACKWARD = ("graphopt_kernels.attention_backward_triton", _SHARED)
+FORWARD = Choice("attention-forward", (_SHARED,), lambda p: forward_launch(*p.size), check_launch)
+KEYS = Choice("attention-keys", _BACKWARD, lambda p: keys_launch(*p.size), check_launch)
+QUERIES = Choice("attention-queries", _BACKWARD, lambda p: queries_launch(*p.size), check_launch)
+BIAS = Choice(
+    "attention-bias",
+    ("graphopt_kernels.attention_bias_triton", *_BACKWARD),
+    lambda p: bias_launch(*p.size[:2]),
+    check_launch,
+)
 
 
 def kernels_for(query: torch.Tensor, value: torch.Tensor) -> Any:
@@ -145,12 +204,23 @@ class _Problem:
         # Without one the kernels do not look at it.
         self.bias = self.query if bias is None else bias.expand(*query.shape[:3], key.shape[2])
         self.bias_strides = (0, 0, 0, 0) if bias is None else self.bias.stride()
-        width = _block(max(self.width, self.value_width))
-        self.size = (width, query.element_size(), bias is not None, softcap != 0.0)
         # Bounds beyond the last key or the first hide nothing, and kernels take 32 bits.
         far = self.rows + self.columns
         self.left = None if left is None or left >= self.rows - 1 else max(left, -far)
         self.right = None if right is None or right >= self.columns - 1 else max(right, -far)
+        self.tuned = AttentionProblem(
+            rows_class(self.batch * self.heads, _MOST_HEADS),
+            self.heads // self.few,
+            rows_class(self.rows, _MOST_LENGTH),
+            rows_class(self.columns, _MOST_LENGTH),
+            self.width,
+            self.value_width,
+            query.dtype,
+            bias is not None,
+            softcap != 0.0,
+            0 if self.left is None else rows_class(max(self.left, 0) + 1, _MOST_LENGTH),
+            self.right is not None,
+        )
         self.numbers = (scale, softcap, self.left or 0, self.right or 0)
         self.sizes = (self.heads, self.heads // self.few, self.rows, self.columns)
         self.flags: dict[str, Any] = {
@@ -190,11 +260,14 @@ def forward(
     softcap: float,
     left: int | None,
     right: int | None,
+    *,
+    launch: Launch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``graphopt::attention`` by its kernel."""
+    """``graphopt::attention`` by its kernel. ``launch``: in place of the one for the problem."""
     results = result_buffers(query, value)
     if results[0].numel():
-        forward_into(kernels, results, query, key, value, bias, scale, softcap, left, right)
+        settings = (scale, softcap, left, right)
+        forward_into(kernels, results, query, key, value, bias, *settings, launch=launch)
     return results
 
 
@@ -209,12 +282,14 @@ def forward_into(
     softcap: float,
     left: int | None,
     right: int | None,
+    *,
+    launch: Launch | None = None,
 ) -> None:
     """Write ``results``: an output of any strides with the elements of a row together, and a contiguous
     log-sum-exp. Neither is empty."""
     output, lse = results
     problem = _Problem(query, key, value, bias, scale, softcap, left, right)
-    launch = forward_launch(*problem.size)
+    launch = launch or FORWARD(problem.tuned, query.device)
     with _on(query):
         kernels.forward[(_blocks(problem.rows, launch.rows) * problem.batch * problem.heads,)](
             *problem.operands,
@@ -244,15 +319,19 @@ def backward(
     left: int | None,
     right: int | None,
     output_mask: Sequence[bool],
+    *,
+    launch: Launch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``graphopt::attention_backward`` by its kernels."""
+    """``graphopt::attention_backward`` by its kernels. ``launch``: of each that is asked for, in place of
+    those for the problem."""
     found = gradient_buffers(query, key, value, bias, output_mask)
     if not output.numel() or not key.shape[2]:
         for each in found:
             each.zero_()
         return found
     settings = (scale, softcap, left, right)
-    backward_into(kernels, found, grad, query, key, value, bias, output, lse, *settings, output_mask)
+    given = (grad, query, key, value, bias, output, lse, *settings)
+    backward_into(kernels, found, *given, output_mask, launch=launch)
     return found
 
 
@@ -271,6 +350,8 @@ def backward_into(
     left: int | None,
     right: int | None,
     output_mask: Sequence[bool],
+    *,
+    launch: Launch | None = None,
 ) -> None:
     """Write the gradients ``found`` that ``output_mask`` asks for: of any strides with the elements of a row
     together, that of the bias contiguous. Nothing is empty, and ``lse`` is contiguous."""
@@ -281,7 +362,6 @@ def backward_into(
     common = (*problem.operands, grad, shifts, along)
     strides = (*problem.strides, *grad.stride()[:3])
     given = {**problem.flags, **problem.bias_flags}
-    size = problem.size
     heads, few = problem.batch * problem.heads, problem.batch * problem.few
     block = problem.flags["BLOCK_V"]
     with _on(query):
@@ -304,8 +384,8 @@ def backward_into(
             # One kernel makes both.
             d_key = d_key if output_mask[1] else gradient_buffers(query, key, value, None, _KEYS)[1]
             d_value = d_value if output_mask[2] else gradient_buffers(query, key, value, None, _KEYS)[2]
-            launch = keys_launch(*size)
-            kernels.keys[(_blocks(problem.columns, launch.columns) * few,)](
+            tiles = launch or KEYS(problem.tuned, query.device)
+            kernels.keys[(_blocks(problem.columns, tiles.columns) * few,)](
                 *common,
                 d_key,
                 d_value,
@@ -315,11 +395,11 @@ def backward_into(
                 *problem.sizes,
                 *problem.numbers,
                 **given,
-                **_tiles(launch),
+                **_tiles(tiles),
             )
         if output_mask[0]:
-            launch = queries_launch(*size)
-            kernels.queries[(_blocks(problem.rows, launch.rows) * heads,)](
+            tiles = launch or QUERIES(problem.tuned, query.device)
+            kernels.queries[(_blocks(problem.rows, tiles.rows) * heads,)](
                 *common,
                 d_query,
                 *strides,
@@ -327,10 +407,11 @@ def backward_into(
                 *problem.sizes,
                 *problem.numbers,
                 **given,
-                **_tiles(launch),
+                **_tiles(tiles),
             )
         if d_bias.numel():
-            _bias_gradient(kernels.bias, problem, common, strides, d_bias, bias_launch(*size[:2]))
+            tiles = launch or BIAS(problem.tuned, query.device)
+            _bias_gradient(kernels.bias, problem, common, strides, d_bias, tiles)
 
 
 _KEYS = (False, True, True, False)

@@ -254,12 +254,13 @@ def graphopt_codecs() -> Iterable[CodecSpec]:
 
 @hookimpl
 def graphopt_tunables() -> Iterable[TunableSpec]:
-    """Norms of rows, cross entropy of rows, groups of operators."""
+    """Norms of rows, cross entropy of rows, attention, groups of operators."""
+    from graphopt_kernels.tuning.attention import attention_tunables
     from graphopt_kernels.tuning.cross_entropy import cross_entropy_tunable
     from graphopt_kernels.tuning.groups import group_tunable
     from graphopt_kernels.tuning.row_norms import row_norm_tunables
 
-    return *row_norm_tunables(), cross_entropy_tunable(), group_tunable()
+    return *row_norm_tunables(), cross_entropy_tunable(), *attention_tunables(), group_tunable()
 
 
 @hookimpl

@@ -83,16 +83,12 @@ def groups_for(gm: fx.GraphModule, cost: CostModel, answer: Answer) -> list[Grou
                 reason = "measured: Inductor's kernels are as fast"
             else:
                 reason = "not measured on this device: graphopt tune"
-        operators = tuple(
-            name for n in kernel.nodes if n in inside and (name := getattr(n.target, "_opname", ""))
-        )
-        name = kernel.file.name
-        record = GroupRecord(name, operators, kernel.layers, kept, reason, apart, together)
-        arguments = (name, list(kernel.inputs))
+        nodes_of_it = tuple(node for node in kernel.nodes if node in inside)
+        names = (getattr(node.target, "_opname", "") for node in nodes_of_it)
+        file = kernel.file.name
+        record = GroupRecord(file, tuple(n for n in names if n), kernel.layers, kept, reason, apart, together)
         call = torch.ops.graphopt.emitted_kernel.default
-        found.append(
-            Group(tuple(n for n in kernel.nodes if n in inside), kernel.outputs, call, arguments, record)
-        )
+        found.append(Group(nodes_of_it, kernel.outputs, call, (file, list(kernel.inputs)), record))
     return found
 
 
