@@ -464,7 +464,8 @@ class _Table:
                 for p, point in enumerate(kind.points):
                     floor = max(kind.forward[p], kind.backward[p] + gone)
                     best.offer(
-                        point.seconds + _shifted(padded[k + 1], self._at(_left(point), k)),
+                        point.seconds
+                        + _shifted(padded[k + 1], self._at(_left(point), k)),
                         floor,
                         p,
                     )

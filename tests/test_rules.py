@@ -282,3 +282,4 @@ def _tower(x: torch.Tensor, length: int) -> torch.Tensor:
     for _ in range(length):
         x = torch.tanh(x * 2)
     return x
+

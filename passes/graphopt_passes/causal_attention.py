@@ -38,7 +38,6 @@ __all__ = ["CausalAttention"]
 _aten = torch.ops.aten
 _ATTENTION = _aten.scaled_dot_product_attention.default
 
-
 @dataclass(frozen=True)
 class CausalAttention(Pass):
     """Replaces constant causal or empty masks by ``is_causal`` or none. No options."""

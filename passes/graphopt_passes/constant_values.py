@@ -121,3 +121,4 @@ def hides_a_row(
         if is_floating or node is mask:
             stack.extend(node.all_input_nodes)
     return None
+

@@ -141,7 +141,9 @@ def _compared(mask: fx.Node, aliases: Aliases) -> Band | None:
     return None if bound is None else (bound + len(queries) - len(keys), None)
 
 
-def _last_seen(keys: torch.Tensor, queries: torch.Tensor, compare: Comparison, downward: bool) -> int | None:
+def _last_seen(
+    keys: torch.Tensor, queries: torch.Tensor, compare: Comparison, downward: bool
+) -> int | None:
     """``r`` where every query i sees the keys up to i + r and no others; ``None`` where none was found."""
     partial = compare(keys[0], queries) & ~compare(keys[-1], queries)
     if not bool(partial.any()):

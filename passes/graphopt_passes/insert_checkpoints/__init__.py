@@ -233,7 +233,9 @@ def _with_statistics(plan: Incremental, saved: frozenset[int]) -> frozenset[int]
     return item.saved | small
 
 
-def _least_retained(plan: Incremental, sets: Iterable[frozenset[int]], count: int) -> list[frozenset[int]]:
+def _least_retained(
+    plan: Incremental, sets: Iterable[frozenset[int]], count: int
+) -> list[frozenset[int]]:
     """Those of the sets that no other beats in retained bytes and price: what counts in a chain
     of programs, where all wait for the last with what they retain."""
     best: list[Snapshot] = []
