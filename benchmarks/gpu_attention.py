@@ -264,25 +264,22 @@ def tuned(variant: Variant, width: int) -> Iterator[dict[str, Any]]:
     for kind in ("forward", *masks):
         if kind == "bias" and bias is None:
             continue
-        name = f"{kind}_launch"
-        original = getattr(launching, name)
         taken: dict[str, float | str] = {}
         for launch in LAUNCHES[kind, width]:
-            setattr(launching, name, lambda *_, launch=launch: launch)
+            if kind == "forward":
+                given = (query, key, value, bias, *settings)
+                run = lambda given=given, way=launch: launching.forward(kernels, *given, launch=way)  # noqa: E731
+            else:
+                given = (dy, query, key, value, bias, output, sums, *settings, masks[kind])
+                run = lambda given=given, way=launch: launching.backward(kernels, *given, launch=way)  # noqa: E731
             try:
-                if kind == "forward":
-                    run = lambda: launching.forward(kernels, query, key, value, bias, *settings)  # noqa: E731
-                else:
-                    given = (dy, query, key, value, bias, output, sums, *settings, masks[kind])
-                    run = lambda given=given: launching.backward(kernels, *given)  # noqa: E731
                 taken[",".join(map(str, launch))] = round(milliseconds(run, 5), 3)
             except Exception as error:  # one that does not fit is a row that says so
                 taken[",".join(map(str, launch))] = f"{type(error).__name__}"
-            finally:
-                setattr(launching, name, original)
         found = {k: v for k, v in taken.items() if isinstance(v, float)}
         best = min(found, key=found.__getitem__) if found else None
-        used = original(*([width, 2] if kind == "bias" else [width, 2, variant.bias, variant.softcap != 0]))
+        rule = getattr(launching, f"{kind}_launch")
+        used = rule(*([width, 2] if kind == "bias" else [width, 2, variant.bias, variant.softcap != 0]))
         yield {
             "case": variant.name, "width": width, "kernel": kind, "best": best,
             "used": ",".join(map(str, used)), "ms": taken,

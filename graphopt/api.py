@@ -15,6 +15,7 @@ from graphopt.capture.driver import Driver
 from graphopt.capture.inputs import bind_inputs
 from graphopt.emit import resolve_emitter
 from graphopt.emit.eager import EagerEmitter
+from graphopt.emit.replacing import proposed
 from graphopt.errors import InputsError, UnknownNameError
 from graphopt.explanation import MemoryExplanation
 from graphopt.hand_over import is_watched
@@ -241,10 +242,11 @@ def make_session(
             raise UnknownNameError("pass", name, known)
     spec = _device_spec(host, device)
     runs_on = runs_on or (device if isinstance(device, torch.device) else torch.device("cpu"))
+    cost = host.cost_model("roofline").build(spec)
     return Session(
         budget=Budget.of(budget),
-        cost=host.cost_model("roofline").build(spec),
-        emitter=resolve_emitter(emit, runs_on),
+        cost=cost,
+        emitter=resolve_emitter(emit, runs_on, lambda gm: proposed(gm, host, cost)),
         provisional_emitter=EagerEmitter(),
         host=host,
         passes=chosen.steps,

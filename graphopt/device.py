@@ -14,7 +14,8 @@ class DeviceSpec:
 
     ``matmul_flops`` and ``vector_flops`` map a torch dtype name (``"bfloat16"``) to FLOP/s; a
     dtype that is missing falls back to ``"float32"``. ``emitted_matmul_share``: by dtype, the share
-    of ``matmul_flops`` that products in emitted Triton kernels reach. ``allocation_granularity`` is what the
+    of ``matmul_flops`` that products in emitted Triton kernels reach; ``emitted_attention_share``: the share
+    of the library's rate that emitted attention reaches. ``allocation_granularity`` is what the
     allocator rounds each storage up to. ``workspace_bytes`` is what libraries hold from the
     same allocator for each calling thread (cuBLAS on CUDA). ``allocator_slack_bytes`` is what the
     allocator hands out beyond what is asked for, over a whole run: it gives a cached block whole
@@ -38,3 +39,4 @@ class DeviceSpec:
     source: str = ""
     aliases: tuple[str, ...] = field(default=())
     emitted_matmul_share: Mapping[str, float] = field(default_factory=dict)
+    emitted_attention_share: Mapping[str, float] = field(default_factory=dict)

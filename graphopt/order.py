@@ -6,6 +6,7 @@ import heapq
 import itertools
 import math
 import operator
+from collections.abc import Mapping
 
 import torch
 import torch.fx as fx
@@ -15,7 +16,7 @@ from graphopt.capture.aliasing import alias_map, written_inputs
 from graphopt.capture.ambient import is_state_call
 from graphopt.errors import VerificationError
 
-__all__ = ["has_effect", "restore_order"]
+__all__ = ["felt", "has_effect", "restore_order"]
 
 _PURE_MODULES = ("_operator", operator.__name__, math.__name__)
 
@@ -69,22 +70,27 @@ def restore_order(graph: fx.Graph) -> None:
         before[0].prepend(after[0])
     for left, right in itertools.pairwise(after):
         left.append(right)
-    _check_effects(graph, place)
+    pair = felt(graph, place, {node: i for i, node in enumerate(graph.nodes)})
+    if pair is not None:
+        raise VerificationError(
+            f"node {pair[0].name!r} would have to move past {pair[1].name!r}, whose effect it feels: "
+            "rule 'order'"
+        )
 
 
-def _check_effects(graph: fx.Graph, before: dict[fx.Node, int]) -> None:
+def felt(
+    graph: fx.Graph, before: Mapping[fx.Node, int], after: Mapping[fx.Node, int]
+) -> tuple[fx.Node, fx.Node] | None:
+    """A node, and one whose effect it feels, that change places from ``before`` to ``after``, if any do."""
     roots = alias_map(graph).roots
-    after = {node: i for i, node in enumerate(graph.nodes)}
     for effect in after:
         if effect.op not in ("call_function", "call_method", "call_module") or not has_effect(effect):
             continue
         for node in after:
             swapped = (before[node] < before[effect]) != (after[node] < after[effect])
             if swapped and node is not effect and _feels(node, effect, roots):
-                raise VerificationError(
-                    f"node {node.name!r} would have to move past {effect.name!r}, whose effect it feels: "
-                    "rule 'order'"
-                )
+                return node, effect
+    return None
 
 
 def _feels(node: fx.Node, effect: fx.Node, roots: dict[fx.Node, frozenset[fx.Node]]) -> bool:

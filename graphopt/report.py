@@ -10,6 +10,7 @@ from graphopt.budget import format_bytes
 from graphopt.candidate import Declined, NearMiss
 from graphopt.cost import Cost
 from graphopt.errors import StaleReportError
+from graphopt.group_record import GroupRecord
 from graphopt.plans import Plan
 from graphopt.plugins.records import PluginRecord
 from graphopt.record_json import RecordFormatError, decode, encode
@@ -73,7 +74,8 @@ class Report:
     ``programs`` are those of the step that was captured last, which costs and plan are of; ``earlier``
     those captured for other inputs or another mode, each with a plan of its own.
     ``declined`` are rewrites that were offered and not chosen, ``near_misses`` places where a rule
-    matched and its guard said no; ``str()`` shows a few of each.
+    matched and its guard said no; ``str()`` shows a few of each. ``groups`` are groups of operators that a
+    kernel was predicted for, kept or not.
     ``print(report)`` shows a table; ``to_json`` and ``from_json`` keep all of it.
     """
 
@@ -90,6 +92,7 @@ class Report:
     declined: tuple[Declined, ...] = ()
     near_misses: tuple[NearMiss, ...] = ()
     earlier: tuple[ProgramSummary, ...] = ()
+    groups: tuple[GroupRecord, ...] = ()
     schema_version: str = field(default=REPORT_VERSION, init=False)
 
     def with_measured(self, measured: Cost) -> Report:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections import Counter
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -68,10 +69,25 @@ def report_renderable(report: Report) -> RenderableType:
         parts += [Padding(Text(line), (0, 0, 0, 2)) for line in undone]
     troubled = [plugin for plugin in report.plugins if plugin.status != "active"]
     notes = [f"plugin {plugin}" for plugin in troubled] + list(report.diagnostics)
+    if report.groups:
+        parts.append(Text("kernels in place of Inductor's", style="bold"))
+        parts += [Padding(Text(line), (0, 0, 0, 2)) for line in group_lines(report)]
     if notes:
         parts.append(Text("notes", style="bold"))
         parts += [Padding(Text(note), (0, 0, 0, 2)) for note in notes]
     return Group(*parts)
+
+
+def group_lines(report: Report) -> list[str]:
+    """A line for each group of operators that is kept, and one for each reason why others are not."""
+    lines = []
+    for group in report.groups:
+        if group.kept:
+            saved = (group.apart - group.together) * 1e6
+            lines.append(f"{group.kernel}: {', '.join(group.operators)}: {saved:.1f} us, {group.reason}")
+    reasons = Counter(group.reason for group in report.groups if not group.kept)
+    lines += [f"not {count}: {reason}" for reason, count in sorted(reasons.items())]
+    return lines
 
 
 def headline(report: Report) -> str:

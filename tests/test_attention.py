@@ -353,11 +353,10 @@ def test_the_kernels_compute_what_the_references_do() -> None:
         from graphopt_kernels.attention_reference import attention_backward_reference, attention_reference
 
         torch.manual_seed(0)
-        torch.cuda.device = lambda device: torch.no_grad()
         tile = launching.Launch(16, 16, 1, 1)
         for name in ("forward_launch", "keys_launch", "queries_launch", "bias_launch"):
             setattr(launching, name, lambda *_: tile)
-        kernels = launching._kernels()
+        kernels = launching.jitted()
         exact = lambda x: x.double() if x is not None and x.is_floating_point() else x
         f16, f32 = torch.float16, torch.float32
         for dtype, heads, few, rows, keys, width, value_width, left, right, softcap, bias in (
@@ -440,7 +439,7 @@ def test_the_kernels_compile_for_sm_90_without_spills(dtype: str, width: int, fe
     from graphopt_kernels import attention_launch as launching
     from graphopt_kernels.emit.machine_code import compile_function_for_sm90
 
-    kernels = launching._kernels()
+    kernels = launching.jitted()
     size = (width, 4 if dtype == "fp32" else 2)
     biased = features == "all"
     data = ("query", "key", "value", "bias", "grad", "output", "d_query", "d_key", "d_value", "d_bias")

@@ -87,6 +87,7 @@ def test_the_present_device_is_recognised_by_its_reported_name(monkeypatch):
         ({"sources": {}}, "'memory_bytes' has no source"),
         ({"emitted_matmul_share": 0.5}, "'emitted_matmul_share' needs a share for each dtype"),
         ({"emitted_matmul_share": {"float16": 75}}, "a share in 'emitted_matmul_share' is above 1"),
+        ({"emitted_attention_share": {"float16": 1.2}}, "a share in 'emitted_attention_share' is above 1"),
         ({"emitted_matmul_share": {"float16": 0}}, "'emitted_matmul_share' must be positive, got 0"),
     ],
 )

@@ -222,21 +222,36 @@ def test_a_linear_cross_entropy_is_carried_over(tmp_path: Path) -> None:
     assert "import graphopt" not in source and "from graphopt." not in source
 
 
-def test_attention_is_carried_over(tmp_path: Path) -> None:
+class Windowed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = (f(x).unflatten(-1, (2, -1)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        place = torch.arange(x.shape[1])
+        near = (place[None, :] <= place[:, None]) & (place[None, :] > place[:, None] - 4)
+        return F.scaled_dot_product_attention(q, k, v, near).square().mean()
+
+
+def test_attention_is_written_out(tmp_path: Path) -> None:
+    """graphopt's own, forward and backward: nothing of graphopt is carried along for it."""
+    emitted(Windowed(), (torch.randn(2, 12, 32),), tmp_path, pipeline=[WindowAttention(everywhere=True)])
+    checks(tmp_path)
+    text = (tmp_path / "out" / "program.py").read_text()
+    assert "k.attention_" in text and "k.attention_backward_" in text
+    assert not (tmp_path / "out" / "ops").exists()
+
+
+def test_attention_that_no_kernel_computes_is_carried_over(tmp_path: Path) -> None:
     """Files that import each other, kernels among them."""
 
-    class Windowed(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.q, self.k, self.v = (nn.Linear(32, 32) for _ in range(3))
-
+    class Exact(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            q, k, v = (f(x).unflatten(-1, (2, 16)).transpose(1, 2) for f in (self.q, self.k, self.v))
-            place = torch.arange(x.shape[1])
-            near = (place[None, :] <= place[:, None]) & (place[None, :] > place[:, None] - 4)
-            return F.scaled_dot_product_attention(q, k, v, near).square().mean()
+            q, k, v = super().forward(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+            return torch.ops.graphopt.attention(q, k, v, None, 0.25, 0.0, 3, 0)[0].square().mean()  # type: ignore[no-any-return]
 
-    emitted(Windowed(), (torch.randn(2, 12, 32),), tmp_path, pipeline=[WindowAttention(everywhere=True)])
+    emitted(Exact(32, 96).double(), (torch.randn(2, 12, 32).double(),), tmp_path)
     checks(tmp_path)
     folder = tmp_path / "out" / "ops"
     assert {path.name for path in folder.glob("attention*")} == {
@@ -244,6 +259,33 @@ def test_attention_is_carried_over(tmp_path: Path) -> None:
         for part in ("", "_launch", "_reference", "_triton", "_backward_triton", "_bias_triton")
     }
     assert not any("from graphopt." in path.read_text() for path in folder.glob("*.py"))
+
+
+class Padded(nn.Module):
+    """A mask computed from positions and from which tokens are padding, as models of text have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(32, 96)
+
+    def forward(self, x: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.project(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+        place = torch.arange(x.shape[1])
+        hidden = (place[None, :] > place[:, None])[None, None] | ~kept[:, None, None, :]
+        mask = torch.where(hidden, torch.finfo(x.dtype).min, 0.0)
+        return F.scaled_dot_product_attention(q, k, v, mask)
+
+
+def test_the_library_s_attention_is_written_out_with_its_mask(tmp_path: Path) -> None:
+    kept = torch.ones(2, 12, dtype=torch.bool)
+    kept[1, 9:] = False
+    with torch.no_grad():
+        emitted(Padded().eval(), {"x": torch.randn(2, 12, 32), "kept": kept}, tmp_path, pipeline=[])
+    checks(tmp_path)
+    (path,) = [p for p in (tmp_path / "out" / "kernels").iterdir() if "attention" in p.name]
+    assert "``bias`` counts heads over batches" in path.read_text()
+    # Queries, keys and values lie in one tensor; nothing of the size of the scores is read.
+    assert "reads   in0: float32, 24 x 96" in path.read_text()
 
 
 def test_sizes_are_fixed(tmp_path: Path) -> None:

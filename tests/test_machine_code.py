@@ -16,9 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch._subclasses import FakeTensorMode
 
-from graphopt_kernels.emit.machine_code import MachineCode, compile_for_sm90
+from graphopt_kernels.emit.machine_code import MachineCode, compile_attention_for_sm90, compile_for_sm90
 from graphopt_kernels.emit.product_build import BuiltProduct
 from graphopt_kernels.emit.product_loops import ProductLoops, tilings_for
+from tests.attention_cases import (
+    EFFICIENT,
+    FLASH,
+    FLASH_BACKWARD,
+    AttentionCase,
+    alibi,
+    own,
+    padded,
+)
+from tests.attention_cases import kernel_for as attention_for
 from tests.emitted_cases import kernel_for
 from tests.test_emit_kernels import shaped
 
@@ -119,6 +129,49 @@ OTHERS: Corpus = {
     "columns": (lambda g, x: (lambda y: (y, y.sum(0)))(aten.gelu_backward(g, x)), [((M, K), BF16)] * 2),
 }
 
+B, H, LONG = 2, 32, 4096
+_Q, _KV = ((B, H, LONG, 128), BF16), ((B, 8, LONG, 128), BF16)
+_SUMS = ((B, H, LONG), FP32)
+
+Attentions = dict[str, tuple[str, Callable[..., Any], list[tuple[tuple[int, ...], torch.dtype]]]]
+
+ATTENTION: Attentions = {
+    "flash attention, causal": ("cuda", lambda q, k, v: FLASH(q, k, v, 0.0, True)[0], [_Q, _KV, _KV]),
+    "attention, float32": (
+        "cuda",
+        lambda q, k, v: EFFICIENT(q, k, v, None, False, 0.0, True)[0],
+        [((B, H, LONG, 64), FP32)] * 3,
+    ),
+    "attention, cap and window": (
+        "cpu",
+        lambda q, k, v: own.attention(q, k, v, None, 0.1, 50.0, 1023, 0)[0],
+        [_Q, _KV, _KV],
+    ),
+    "attention, computed bias": (
+        "cpu",
+        lambda q, k, v, s: own.attention(q, k, v, alibi(q, s, LONG, LONG), 0.1, 0.0, None, 0)[0],
+        [_Q, _KV, _KV, ((H,), BF16)],
+    ),
+    "attention, computed mask": (
+        "cpu",
+        lambda q, k, v, kept: own.attention(q, k, v, padded(q, kept, LONG), 0.1, 0.0, None, None)[0],
+        [_Q, _KV, _KV, ((B, LONG), torch.bool)],
+    ),
+    "flash attention backward, causal": (
+        "cuda",
+        lambda q, k, v, g, o, s: FLASH_BACKWARD(g, q, k, v, o, s, s, s, LONG, LONG, 0.0, True, s, s),
+        [_Q, _KV, _KV, _Q, _Q, _SUMS],
+    ),
+    "attention backward, bias": (
+        "cpu",
+        lambda q, k, v, b, g, o, s: own.attention_backward(
+            g, q, k, v, b, o, s, 0.1, 0.0, None, 0, [True] * 4
+        ),
+        [_Q, _KV, _KV, ((H, LONG, LONG), BF16), _Q, _Q, _SUMS],
+    ),
+}
+"""By the device that operators are traced for. Products are for HGMMA, of float32 in three parts."""
+
 CORPUS = LARGE | FEW | ROW | PLAIN | OTHERS
 
 
@@ -143,7 +196,25 @@ def _count(code: MachineCode, *starts: str) -> int:
 def test_nothing_spills_and_no_kernel_grows(
     name: str, compiled: Callable[[str], MachineCode], request: pytest.FixtureRequest
 ) -> None:
-    code = compiled(name)
+    _within_limits(name, compiled(name), request)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_is_multiplied_by_warp_groups(name: str, request: pytest.FixtureRequest) -> None:
+    device, function, inputs = ATTENTION[name]
+    with FakeTensorMode():
+        tensors = [torch.empty(shape, dtype=dtype) for shape, dtype in inputs]
+    case = AttentionCase(function, lambda: tensors, lambda: None, device)
+    found = compile_attention_for_sm90(attention_for(case, tensors)[0].file)
+    assert len(found) == (4 if "bias" in name else 3) if "backward" in name else 1
+    for kernel, code in found.items():
+        _within_limits(f"{name}: {kernel}", code, request)
+        if kernel != "rows_kernel":
+            assert _count(code, "HGMMA") and not _count(code, "HMMA"), code.instructions
+            assert code.widths("LDG")[128] >= 8 and code.widths("STG")[128] >= 2
+
+
+def _within_limits(name: str, code: MachineCode, request: pytest.FixtureRequest) -> None:
     assert not code.spills, code
     assert code.shared + code.asked <= 227 * 1024
     counts = {"instructions": _count(code, ""), "registers": code.registers}
@@ -151,7 +222,8 @@ def test_nothing_spills_and_no_kernel_grows(
     if request.config.getoption("--accept"):
         stored["triton"] = triton.__version__
         stored["kernels"][name] = counts
-        stored["kernels"] = {key: stored["kernels"][key] for key in CORPUS if key in stored["kernels"]}
+        known = [*CORPUS, *(key for key in stored["kernels"] if key.partition(": ")[0] in ATTENTION)]
+        stored["kernels"] = {key: stored["kernels"][key] for key in known if key in stored["kernels"]}
         LIMITS.write_text(json.dumps(stored, indent=1) + "\n")
     limit = stored["kernels"][name]
     assert counts["instructions"] <= SLACK * limit["instructions"], (counts, limit)

@@ -33,8 +33,8 @@ _NUMBERS = {
 }
 _MAY_BE_ZERO = ("workspace_bytes", "allocator_slack_bytes", "multiprocessors")
 _TABLES = ("matmul_flops", "vector_flops")
-_SHARES = "emitted_matmul_share"
-"""A table that devices may leave out: shares by dtype, of which none is above 1."""
+_SHARES = ("emitted_matmul_share", "emitted_attention_share")
+"""Tables that devices may leave out: shares by dtype, of which none is above 1."""
 
 
 class DeviceFileError(GraphoptError, ValueError):
@@ -52,8 +52,9 @@ def load_devices(*, calibrated: bool = True) -> dict[str, DeviceSpec]:
     if calibrated:
         for name, spec in stored_calibrations().items():
             # Not calibrated: a property of the kernels as much as of the device.
-            shares = table[name].emitted_matmul_share if name in table else {}
-            table[name] = replace(spec, emitted_matmul_share=shares)
+            known = table.get(name)
+            shares = {share: getattr(known, share) if known is not None else {} for share in _SHARES}
+            table[name] = replace(spec, **shares)
     return table
 
 
@@ -73,8 +74,8 @@ def read_device(file: Traversable) -> DeviceSpec:
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
         found = data.get("schema") if isinstance(data, dict) else type(data).__name__
         raise DeviceFileError(f"{file.name}: expected schema {SCHEMA!r}, got {found!r}")
-    figures = (*_NUMBERS, *_TABLES, *((_SHARES,) if _SHARES in data else ()))
-    known = {"schema", "name", "kind", "aliases", "sources", _SHARES, *figures}
+    figures = (*_NUMBERS, *_TABLES, *(name for name in _SHARES if name in data))
+    known = {"schema", "name", "kind", "aliases", "sources", *_SHARES, *figures}
     for entry in data:
         if entry not in known:
             raise DeviceFileError(f"{file.name}: {UnknownNameError('entry', str(entry), known).message}")
@@ -95,12 +96,13 @@ def read_device(file: Traversable) -> DeviceSpec:
         if not isinstance(rates, dict) or "float32" not in rates:
             raise DeviceFileError(f"{file.name}: {name!r} needs at least a rate for 'float32'")
         values[name] = {str(dtype): _positive(file, name, rate) for dtype, rate in rates.items()}
-    shares = data.get(_SHARES, {})
-    if not isinstance(shares, dict):
-        raise DeviceFileError(f"{file.name}: {_SHARES!r} needs a share for each dtype")
-    values[_SHARES] = {str(dtype): _positive(file, _SHARES, share) for dtype, share in shares.items()}
-    if any(share > 1 for share in values[_SHARES].values()):
-        raise DeviceFileError(f"{file.name}: a share in {_SHARES!r} is above 1")
+    for name in _SHARES:
+        shares = data.get(name, {})
+        if not isinstance(shares, dict):
+            raise DeviceFileError(f"{file.name}: {name!r} needs a share for each dtype")
+        values[name] = {str(dtype): _positive(file, name, share) for dtype, share in shares.items()}
+        if any(share > 1 for share in values[name].values()):
+            raise DeviceFileError(f"{file.name}: a share in {name!r} is above 1")
     return DeviceSpec(
         name=str(data["name"]),
         kind=str(data["kind"]),

@@ -374,6 +374,7 @@ class Driver:
             declined=tuple(session.declined),
             near_misses=tuple(session.near_misses),
             diagnostics=tuple(session.diagnostics),
+            groups=tuple(dict.fromkeys(session.emitter.groups)),
         )
 
     def memory(self) -> tuple[MemoryProfile, MemoryProfile]:

@@ -164,6 +164,7 @@ class EagerEmitter:
     fuses = False
     by_segments = False
     records = ()
+    groups = ()
 
     def __init__(self, around: Around | None = None) -> None:
         self._around = around

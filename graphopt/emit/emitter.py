@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import torch.fx as fx
 
+from graphopt.group_record import GroupRecord
+
 __all__ = ["NONE", "Emitter", "Gradients", "Inference", "Partition"]
 
 Partition = Callable[[fx.GraphModule, int], tuple[fx.GraphModule, fx.GraphModule]]
@@ -44,6 +46,11 @@ class Emitter(Protocol):
     @property
     def records(self) -> Sequence[Any]:
         """Memory of each graph compiled last (``LoweredMemory``); empty where nothing is fused."""
+        ...
+
+    @property
+    def groups(self) -> Sequence[GroupRecord]:
+        """What was said of groups of operators that a plugin has kernels for."""
         ...
 
     @property

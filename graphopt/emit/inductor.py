@@ -17,6 +17,8 @@ from graphopt.emit.fusion import OPERATIONS_LIMIT
 from graphopt.emit.held_products import add_to_held, holding, settled
 from graphopt.emit.kernel_order import least_memory_order
 from graphopt.emit.lowered import LoweredCompiler, LoweredMemory
+from graphopt.emit.replacing import Replacing
+from graphopt.group_record import GroupRecord
 
 __all__ = ["InductorEmitter", "JointSeen"]
 
@@ -33,7 +35,8 @@ def _cache_key() -> str:
 
 
 class InductorEmitter:
-    """Inductor for both halves. ``records`` holds the memory of each graph compiled last.
+    """Inductor for both halves. ``records`` holds the memory of each graph compiled last, ``groups`` what
+    ``replacing`` said of groups of operators of all graphs.
 
     Gradients of weights are added to ``.grad`` by the products that make them (``held_products``).
     """
@@ -42,9 +45,11 @@ class InductorEmitter:
     fuses = True
     by_segments = True
 
-    def __init__(self, granularity: int = 1) -> None:
+    def __init__(self, granularity: int = 1, replacing: Replacing | None = None) -> None:
         self.granularity = granularity
         self.records: list[LoweredMemory] = []
+        self.groups: list[GroupRecord] = []
+        self._replacing = replacing
 
     def compile(
         self,
@@ -64,6 +69,9 @@ class InductorEmitter:
                 graph = inference(graph)
             backward = bool(kwargs.get("is_backward"))
             slots = add_to_held(graph, examples, held=gradients.held) if backward else []
+            if self._replacing is not None:
+                graph, groups = self._replacing(graph)
+                self.groups += groups
             if not slots:
                 return compiler(graph, graph_inputs, **kwargs)
             given = len(graph_inputs)

@@ -12,6 +12,7 @@ from graphopt.plugins.records import (
     KernelSpec,
     PluginRecord,
     Registered,
+    ReplacementSpec,
     TunableSpec,
 )
 
@@ -26,6 +27,7 @@ __all__ = [
     "PluginHost",
     "PluginRecord",
     "Registered",
+    "ReplacementSpec",
     "TunableSpec",
     "default_host",
     "hookimpl",

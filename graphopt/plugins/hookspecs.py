@@ -27,6 +27,7 @@ from graphopt.plugins.records import (
     CostModelFactory,
     DumpFormat,
     KernelSpec,
+    ReplacementSpec,
     TunableSpec,
 )
 
@@ -68,6 +69,10 @@ class HookSpecs:
     @_hookspec
     def graphopt_tunables(self) -> Iterable[TunableSpec]:  # type: ignore[empty-body]
         """Kernels that ``graphopt tune`` may choose launches for."""
+
+    @_hookspec
+    def graphopt_replacements(self) -> Iterable[ReplacementSpec]:  # type: ignore[empty-body]
+        """Kernels for groups of operators of lowered graphs."""
 
     @_hookspec
     def graphopt_pipelines(self) -> Mapping[str, Traversable]:  # type: ignore[empty-body]

@@ -22,6 +22,7 @@ from graphopt.plugins.records import (
     KernelSpec,
     PluginRecord,
     Registered,
+    ReplacementSpec,
     TunableSpec,
 )
 from graphopt.plugins.returned import read_passes, read_pipelines, read_records
@@ -93,6 +94,10 @@ class PluginHost:
     def tunables(self) -> Mapping[str, TunableSpec]:
         """Kernels whose launches can be tuned, by name."""
         return self._values("graphopt_tunables", read_records(TunableSpec), "tunable kernel")
+
+    def replacements(self) -> Mapping[str, ReplacementSpec]:
+        """What may run groups of operators of lowered graphs, by name."""
+        return self._values("graphopt_replacements", read_records(ReplacementSpec), "replacement")
 
     def pipelines(self) -> Mapping[str, Traversable]:
         """Files of named pipelines."""

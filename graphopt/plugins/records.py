@@ -12,10 +12,12 @@ from typing import IO, TYPE_CHECKING, Any, Generic, Literal, TypeVar
 if TYPE_CHECKING:
     import click
     import torch
+    import torch.fx as fx
 
     from graphopt.candidate import Reason
     from graphopt.cost import CostModel
     from graphopt.device import DeviceSpec
+    from graphopt.emit.replacing import Group
     from graphopt.program import Program
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "KernelSpec",
     "PluginRecord",
     "Registered",
+    "ReplacementSpec",
     "Status",
     "TunableSpec",
 ]
@@ -155,6 +158,20 @@ class TunableSpec:
     estimate: Callable[[Any, Any], Any]
     predict: Callable[[Any, Any, Any, Any], float]
     shipped: Callable[[], Iterable[Any]]
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class ReplacementSpec:
+    """Kernels for groups of operators of lowered graphs, in place of those that Inductor would make.
+
+    ``propose(gm, cost)`` gives disjoint groups of a graph that is about to be compiled, those that it would
+    keep and those that it would not. It must not change the graph, and is asked for every graph: where
+    nothing can be kept it should say so at once.
+    """
+
+    name: str
+    propose: Callable[[fx.GraphModule, CostModel], Sequence[Group]]
     summary: str = ""
 
 

@@ -108,7 +108,9 @@ class RewritePass(Pass):
                     if found.matched >= rule.worth_telling and (
                         nearest is None or found.matched > nearest.matched
                     ):
-                        nearest = NearMiss(rule.name, node.name, found.matched, rule.form.size, found.reason)
+                        nearest = NearMiss(
+                            rule.name, node.name, found.matched, rule.form.size, found.reason
+                        )
                     continue
                 line = line or line_of(program.graph)
                 match = _match(rule, found, line)

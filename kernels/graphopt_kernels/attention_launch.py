@@ -1,27 +1,44 @@
-"""How the kernels of ``graphopt_kernels.attention`` are started: tiles, strides, grids."""
+"""How the kernels of ``graphopt_kernels.attention`` are started: tiles, strides, grids.
+
+Tiles are those that tuning found for a problem on the device, else a default by rule (``tuning.lookup``).
+"""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 
+from graphopt.candidate import Reason
 from graphopt_kernels.attention_reference import gradient_buffers, result_buffers
+from graphopt_kernels.tuning.lookup import Choice, rows_class
 
 __all__ = [
+    "BIAS",
+    "FORWARD",
+    "KEYS",
+    "QUERIES",
     "WIDEST",
     "WIDEST_FLOAT32",
+    "AttentionProblem",
     "Launch",
     "backward",
+    "backward_into",
     "bias_launch",
+    "check_launch",
     "forward",
+    "forward_into",
     "forward_launch",
+    "jitted",
     "kernels_for",
+    "kernels_take",
     "keys_launch",
     "queries_launch",
+    "rows_together",
 ]
 
 WIDEST = 256
@@ -38,6 +55,42 @@ class Launch(NamedTuple):
     columns: int
     warps: int
     stages: int
+
+
+class AttentionProblem(NamedTuple):
+    """What a launch is for: ``heads`` of queries over batches, ``group`` of them for each of the keys, the
+    lengths of both, widths of heads, whether scores are biased and capped, how many keys behind it a query
+    sees in a ``window`` (0: all), and whether what it sees ahead is bounded (``causal``)."""
+
+    heads: int
+    group: int
+    rows: int
+    columns: int
+    width: int
+    value_width: int
+    dtype: torch.dtype
+    biased: bool
+    capped: bool
+    window: int
+    causal: bool
+
+    @property
+    def size(self) -> tuple[int, int, bool, bool]:
+        """What the rules for launches go by."""
+        return _block(max(self.width, self.value_width)), self.dtype.itemsize, self.biased, self.capped
+
+
+_MOST_HEADS, _MOST_LENGTH = 256, 8192
+
+
+def check_launch(problem: AttentionProblem, launch: Launch) -> Reason | None:
+    """``None``, or why the kernels cannot be started so."""
+    for name, size in (("rows", launch.rows), ("columns", launch.columns), ("warps", launch.warps)):
+        if size < 1 or size & (size - 1):
+            return Reason(f"{name} is {size}: expected a power of two")
+    if min(launch.rows, launch.columns) < 16 or launch.warps > 16 or launch.stages < 1:
+        return Reason("tiles are of 16 rows and columns or more, of up to 16 warps and one stage or more")
+    return None
 
 
 def forward_launch(width: int, itemsize: int, biased: bool, capped: bool) -> Launch:
@@ -82,16 +135,39 @@ def bias_launch(width: int, itemsize: int) -> Launch:
     return Launch(64, 64, 8, 2) if width <= 128 else Launch(64, 32, 8, 1)
 
 
+_SHARED = "graphopt_kernels.attention_triton"
+_BACKWARD = ("graphopt_kernels.attention_backward_triton", _SHARED)
+FORWARD = Choice("attention-forward", (_SHARED,), lambda p: forward_launch(*p.size), check_launch)
+KEYS = Choice("attention-keys", _BACKWARD, lambda p: keys_launch(*p.size), check_launch)
+QUERIES = Choice("attention-queries", _BACKWARD, lambda p: queries_launch(*p.size), check_launch)
+BIAS = Choice(
+    "attention-bias",
+    ("graphopt_kernels.attention_bias_triton", *_BACKWARD),
+    lambda p: bias_launch(*p.size[:2]),
+    check_launch,
+)
+
+
 def kernels_for(query: torch.Tensor, value: torch.Tensor) -> Any:
     """The kernels where they take these heads, else ``None``."""
-    if not query.is_cuda or query.dtype is torch.float64:
+    if not query.is_cuda or kernels_take(query, value) is not None:
         return None
+    return jitted()
+
+
+def kernels_take(query: torch.Tensor, value: torch.Tensor) -> Reason | None:
+    """``None``, or why the kernels do not take heads that the operators take."""
+    if query.dtype is torch.float64:
+        return Reason("the kernels of attention do not compute in float64")
     widest = WIDEST_FLOAT32 if query.dtype is torch.float32 else WIDEST
-    return _kernels() if max(query.shape[-1], value.shape[-1]) <= widest else None
+    width = max(query.shape[-1], value.shape[-1])
+    if width > widest:
+        return Reason(f"heads of {width} elements do not fit the registers: at most {widest} do")
+    return None
 
 
 @functools.cache
-def _kernels() -> Any:
+def jitted() -> Any:
     """The jitted kernels by name, or ``None`` without triton."""
     try:
         from graphopt_kernels import attention_backward_triton, attention_bias_triton, attention_triton
@@ -122,18 +198,29 @@ class _Problem:
         left: int | None,
         right: int | None,
     ) -> None:
-        self.query, self.key, self.value = (_rows_together(x) for x in (query, key, value))
+        self.query, self.key, self.value = (rows_together(x) for x in (query, key, value))
         self.batch, self.heads, self.rows, self.width = query.shape
         self.few, self.columns, self.value_width = key.shape[1], key.shape[2], value.shape[3]
         # Without one the kernels do not look at it.
         self.bias = self.query if bias is None else bias.expand(*query.shape[:3], key.shape[2])
         self.bias_strides = (0, 0, 0, 0) if bias is None else self.bias.stride()
-        width = _block(max(self.width, self.value_width))
-        self.size = (width, query.element_size(), bias is not None, softcap != 0.0)
         # Bounds beyond the last key or the first hide nothing, and kernels take 32 bits.
         far = self.rows + self.columns
         self.left = None if left is None or left >= self.rows - 1 else max(left, -far)
         self.right = None if right is None or right >= self.columns - 1 else max(right, -far)
+        self.tuned = AttentionProblem(
+            rows_class(self.batch * self.heads, _MOST_HEADS),
+            self.heads // self.few,
+            rows_class(self.rows, _MOST_LENGTH),
+            rows_class(self.columns, _MOST_LENGTH),
+            self.width,
+            self.value_width,
+            query.dtype,
+            bias is not None,
+            softcap != 0.0,
+            0 if self.left is None else rows_class(max(self.left, 0) + 1, _MOST_LENGTH),
+            self.right is not None,
+        )
         self.numbers = (scale, softcap, self.left or 0, self.right or 0)
         self.sizes = (self.heads, self.heads // self.few, self.rows, self.columns)
         self.flags: dict[str, Any] = {
@@ -173,14 +260,37 @@ def forward(
     softcap: float,
     left: int | None,
     right: int | None,
+    *,
+    launch: Launch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``graphopt::attention`` by its kernel."""
-    output, lse = result_buffers(query, value)
-    if not output.numel():
-        return output, lse
+    """``graphopt::attention`` by its kernel. ``launch``: in place of the one for the problem."""
+    results = result_buffers(query, value)
+    if results[0].numel():
+        settings = (scale, softcap, left, right)
+        forward_into(kernels, results, query, key, value, bias, *settings, launch=launch)
+    return results
+
+
+def forward_into(
+    kernels: Any,
+    results: tuple[torch.Tensor, torch.Tensor],
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    left: int | None,
+    right: int | None,
+    *,
+    launch: Launch | None = None,
+) -> None:
+    """Write ``results``: an output of any strides with the elements of a row together, and a contiguous
+    log-sum-exp. Neither is empty."""
+    output, lse = results
     problem = _Problem(query, key, value, bias, scale, softcap, left, right)
-    launch = forward_launch(*problem.size)
-    with torch.cuda.device(query.device):
+    launch = launch or FORWARD(problem.tuned, query.device)
+    with _on(query):
         kernels.forward[(_blocks(problem.rows, launch.rows) * problem.batch * problem.heads,)](
             *problem.operands,
             output,
@@ -193,7 +303,6 @@ def forward(
             **problem.bias_flags,
             **_tiles(launch),
         )
-    return output, lse
 
 
 def backward(
@@ -210,24 +319,52 @@ def backward(
     left: int | None,
     right: int | None,
     output_mask: Sequence[bool],
+    *,
+    launch: Launch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``graphopt::attention_backward`` by its kernels."""
+    """``graphopt::attention_backward`` by its kernels. ``launch``: of each that is asked for, in place of
+    those for the problem."""
     found = gradient_buffers(query, key, value, bias, output_mask)
     if not output.numel() or not key.shape[2]:
         for each in found:
             each.zero_()
         return found
+    settings = (scale, softcap, left, right)
+    given = (grad, query, key, value, bias, output, lse, *settings)
+    backward_into(kernels, found, *given, output_mask, launch=launch)
+    return found
+
+
+def backward_into(
+    kernels: Any,
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    bias: torch.Tensor | None,
+    output: torch.Tensor,
+    lse: torch.Tensor,
+    scale: float,
+    softcap: float,
+    left: int | None,
+    right: int | None,
+    output_mask: Sequence[bool],
+    *,
+    launch: Launch | None = None,
+) -> None:
+    """Write the gradients ``found`` that ``output_mask`` asks for: of any strides with the elements of a row
+    together, that of the bias contiguous. Nothing is empty, and ``lse`` is contiguous."""
     d_query, d_key, d_value, d_bias = found
     problem = _Problem(query, key, value, bias, scale, softcap, left, right)
-    grad, output = _rows_together(grad), _rows_together(output)
+    grad, output = rows_together(grad), rows_together(output)
     shifts, along = torch.empty_like(lse), torch.empty_like(lse)
     common = (*problem.operands, grad, shifts, along)
     strides = (*problem.strides, *grad.stride()[:3])
     given = {**problem.flags, **problem.bias_flags}
-    size = problem.size
     heads, few = problem.batch * problem.heads, problem.batch * problem.few
     block = problem.flags["BLOCK_V"]
-    with torch.cuda.device(query.device):
+    with _on(query):
         kernels.rows[(_blocks(problem.rows, 32) * heads,)](
             grad,
             output,
@@ -247,8 +384,8 @@ def backward(
             # One kernel makes both.
             d_key = d_key if output_mask[1] else gradient_buffers(query, key, value, None, _KEYS)[1]
             d_value = d_value if output_mask[2] else gradient_buffers(query, key, value, None, _KEYS)[2]
-            launch = keys_launch(*size)
-            kernels.keys[(_blocks(problem.columns, launch.columns) * few,)](
+            tiles = launch or KEYS(problem.tuned, query.device)
+            kernels.keys[(_blocks(problem.columns, tiles.columns) * few,)](
                 *common,
                 d_key,
                 d_value,
@@ -258,11 +395,11 @@ def backward(
                 *problem.sizes,
                 *problem.numbers,
                 **given,
-                **_tiles(launch),
+                **_tiles(tiles),
             )
         if output_mask[0]:
-            launch = queries_launch(*size)
-            kernels.queries[(_blocks(problem.rows, launch.rows) * heads,)](
+            tiles = launch or QUERIES(problem.tuned, query.device)
+            kernels.queries[(_blocks(problem.rows, tiles.rows) * heads,)](
                 *common,
                 d_query,
                 *strides,
@@ -270,11 +407,11 @@ def backward(
                 *problem.sizes,
                 *problem.numbers,
                 **given,
-                **_tiles(launch),
+                **_tiles(tiles),
             )
         if d_bias.numel():
-            _bias_gradient(kernels.bias, problem, common, strides, d_bias, bias_launch(*size[:2]))
-    return found
+            tiles = launch or BIAS(problem.tuned, query.device)
+            _bias_gradient(kernels.bias, problem, common, strides, d_bias, tiles)
 
 
 _KEYS = (False, True, True, False)
@@ -308,6 +445,11 @@ def _bias_gradient(
     )
 
 
+def _on(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Where kernels are started: the device of ``tensor``. Launches that are written down have none."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
 def _tiles(launch: Launch) -> dict[str, int]:
     return {
         "ROWS": launch.rows,
@@ -326,7 +468,7 @@ def _block(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def _rows_together(tensor: torch.Tensor) -> torch.Tensor:
+def rows_together(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor`` with the elements of a row one after the other."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["base_two_scores", "forward_kernel", "only_visible", "place_of", "reach", "tile"]
+__all__ = ["base_two_scores", "bias_of_tile", "forward_kernel", "only_visible", "place_of", "reach", "tile"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -67,6 +67,20 @@ def _tanh(x, APPROXIMATE: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def bias_of_tile(  # type: ignore[no-untyped-def]
+    bias, row, column, stride_row, stride_column, rows, columns, BY_ROW: tl.constexpr
+):
+    """The bias of queries ``row`` and keys ``column``, zero beyond both. Programs that are written out may
+    have another function here, which computes it."""
+    place = bias + column.to(tl.int64) * stride_column
+    inside = column < columns
+    if BY_ROW:
+        place = place + row.to(tl.int64) * stride_row
+        inside = inside & (row < rows)
+    return tl.load(place, mask=inside, other=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def base_two_scores(  # type: ignore[no-untyped-def]
     products,
     row,
@@ -93,19 +107,15 @@ def base_two_scores(  # type: ignore[no-untyped-def]
     else:
         scores = products * (scale * LOG2E)
     if BIAS:
-        place = bias + column.to(tl.int64) * stride_column
-        inside = column < columns
-        if BY_ROW:
-            place = place + row.to(tl.int64) * stride_row
-            inside = inside & (row < rows)
+        given = bias_of_tile(bias, row, column, stride_row, stride_column, rows, columns, BY_ROW)
         if BIAS == ADDED:
-            low: tl.constexpr = -32752.0 if bias.dtype.element_ty == tl.float16 else -1e30
-            added = tl.load(place, mask=inside, other=0.0).to(tl.float32)
+            low: tl.constexpr = -32752.0 if given.dtype == tl.float16 else -1e30
+            added = given.to(tl.float32)
             # Nothing is left of a score beside a number so low, and base 2 has none for it.
             hidden = tl.where(added == -float("inf"), -float("inf"), HIDDEN)
             scores = tl.where(added <= low, hidden, scores + added * LOG2E)
         else:
-            scores = tl.where(tl.load(place, mask=inside, other=0) != 0, scores, -float("inf"))
+            scores = tl.where(given != 0, scores, -float("inf"))
     return scores, slope
 
 

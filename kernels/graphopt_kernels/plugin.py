@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterable
+from typing import Any
 
-from graphopt.plugins import CodecSpec, Command, DumpFormat, KernelSpec, TunableSpec, hookimpl
+from graphopt.plugins import (
+    CodecSpec,
+    Command,
+    DumpFormat,
+    KernelSpec,
+    ReplacementSpec,
+    TunableSpec,
+    hookimpl,
+)
 
 __all__ = [
     "graphopt_api",
@@ -13,6 +22,7 @@ __all__ = [
     "graphopt_commands",
     "graphopt_formats",
     "graphopt_kernels",
+    "graphopt_replacements",
     "graphopt_tunables",
 ]
 
@@ -244,11 +254,25 @@ def graphopt_codecs() -> Iterable[CodecSpec]:
 
 @hookimpl
 def graphopt_tunables() -> Iterable[TunableSpec]:
-    """Norms of rows and cross entropy of rows."""
+    """Norms of rows, cross entropy of rows, attention, groups of operators."""
+    from graphopt_kernels.tuning.attention import attention_tunables
     from graphopt_kernels.tuning.cross_entropy import cross_entropy_tunable
+    from graphopt_kernels.tuning.groups import group_tunable
     from graphopt_kernels.tuning.row_norms import row_norm_tunables
 
-    return *row_norm_tunables(), cross_entropy_tunable()
+    return *row_norm_tunables(), cross_entropy_tunable(), *attention_tunables(), group_tunable()
+
+
+@hookimpl
+def graphopt_replacements() -> Iterable[ReplacementSpec]:
+    """Emitted kernels, for groups that were measured to be faster so."""
+
+    def propose(gm: Any, cost: Any) -> Any:
+        from graphopt_kernels.emit.replace import propose as found
+
+        return found(gm, cost)
+
+    return (ReplacementSpec("emitted-kernels", propose, "emitted kernels for groups of operators"),)
 
 
 @hookimpl

@@ -25,6 +25,7 @@ import torch
 import torch.fx as fx
 
 from graphopt.candidate import Reason
+from graphopt_kernels.emit.attention_choice import attention_decision, emitted_attention
 from graphopt_kernels.emit.build import NotFusible
 from graphopt_kernels.emit.kernel_file import Kernel, KernelFile, kernel_of
 from graphopt_kernels.emit.order import Step, is_free, live_bytes, ordered, peak_bytes, root, size
@@ -85,6 +86,7 @@ class _Search:
         self._left: dict[fx.Node, Reason] = {}
         self._taken: dict[fx.Node, Reason] = {}
         self._products: list[fx.Node] = []
+        self._attentions: dict[fx.Node, list[fx.Node]] = {}
         self._prices = prices
         self._tried: dict[Any, NotFusible | KernelFile] = {}
         (output,) = [node for node in graph.nodes if node.op == "output"]
@@ -105,6 +107,8 @@ class _Search:
             file = self._file(unit)
             if isinstance(file, NotFusible):
                 self._left[node] = file.reason
+            elif file.attends:
+                self._attentions[node] = unit
             elif file.tiling is not None:
                 self._products.append(node)
             else:
@@ -112,12 +116,16 @@ class _Search:
                 self._of.update(dict.fromkeys(unit, group))
         self._merge_along(self._edges())
         self._merge_along(self._siblings())
+        for unit in self._attentions.values():
+            self._attend(unit)
         for product in self._products:
             self._take_in(product)
         found = {}
         for group in self._groups():
             kernel = self._kernel(group.nodes)
-            if kernel is not None and (kernel.file.tiling is not None or self._pays(kernel)):
+            if kernel is not None and (
+                kernel.file.attends or kernel.file.tiling is not None or self._pays(kernel)
+            ):
                 found[group] = kernel
         while found and self._peak(found) > self.limit:
             # Groups that did not stay took values with them that others counted on.
@@ -164,6 +172,42 @@ class _Search:
             return True
         return False
 
+    def _attend(self, unit: list[fx.Node]) -> None:
+        """Attention in kernels of its own, with what makes its bias, where that pays or nothing else runs."""
+        prices = self._prices = self._prices or prices_for()
+        node, *parts_of_it = unit
+        if any(part.users and not isinstance(part.meta["val"], torch.Tensor) for part in parts_of_it):
+            self._left[node] = Reason("something reads a result of attention that is no tensor")
+            return
+        alone = self._file(unit)
+        assert isinstance(alone, KernelFile)
+        nodes, file, separate = set(unit), alone, 0.0
+        parts: list[_Group] = []
+        tried: set[_Group] = set()
+        while group := next((g for g in self._makers(nodes) if g not in tried), None):
+            tried.add(group)
+            together = self._file(nodes | group.nodes)
+            if self._between(group, self._group(nodes)) or isinstance(together, NotFusible):
+                continue
+            makes = self._apart(group, prices)
+            if emitted_attention(prices, together) < emitted_attention(prices, file) + makes:
+                nodes, file, parts = nodes | group.nodes, together, [*parts, group]
+                separate += makes
+        pays, reason = attention_decision(prices, alone, file, _listed(parts), separate)
+        if not pays:
+            self._left[node] = reason
+            return
+        if self._merge(nodes, parts):
+            self._taken[node] = reason
+        else:
+            self._left[node] = Reason("its kernel would hold more at once than the program may")
+
+    def _makers(self, nodes: set[fx.Node]) -> list[_Group]:
+        """Groups that make what some nodes read, largest value first."""
+        makers = [s for node in nodes for s in self._sources(node) if s in self._of and s not in nodes]
+        makers.sort(key=lambda n: (-size(n), self._place[n]))
+        return list(dict.fromkeys(self._of[maker] for maker in makers))
+
     def _take_in(self, product: fx.Node) -> None:
         """The kernel of a product and its neighbours, if there is one and it pays."""
         prices = self._prices = self._prices or prices_for()
@@ -209,7 +253,8 @@ class _Search:
         makers = [source for source in self._sources(product) if source in self._of]
         readers.sort(key=lambda n: (-size(n), self._place[n]))
         makers.sort(key=lambda n: (-size(n), self._place[n]))
-        return list(dict.fromkeys(self._of[node] for node in (*readers, *makers)))
+        found = dict.fromkeys(self._of[node] for node in (*readers, *makers))
+        return [group for group in found if not group.nodes & self._attentions.keys()]
 
     def _shown(self, node: fx.Node) -> list[fx.Node]:
         """A node and all views of it."""

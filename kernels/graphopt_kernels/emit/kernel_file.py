@@ -12,6 +12,8 @@ import torch.fx as fx
 
 from graphopt.program import layer_of
 from graphopt_kernels.emit.aten_code import identifier, statements
+from graphopt_kernels.emit.attention_file import BuiltAttention, attention_text
+from graphopt_kernels.emit.attentions import attentions_of
 from graphopt_kernels.emit.build import Built, NotFusible, build
 from graphopt_kernels.emit.expand import expanded, group_graph
 from graphopt_kernels.emit.launch import Launch
@@ -46,6 +48,11 @@ class KernelFile:
     bytes: int
     tiling: Tiling | None = None
 
+    @property
+    def attends(self) -> bool:
+        """Whether it is attention."""
+        return isinstance(self.built, BuiltAttention)
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -72,6 +79,8 @@ def kernel_of(nodes: Sequence[fx.Node], outputs: Sequence[fx.Node], tiling: Tili
 
 
 def _file_of(graph: fx.Graph, wanted: Tiling | None = None) -> KernelFile:
+    if attentions_of(graph):
+        return _attention_file(graph)
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     calls = [node for node in graph.nodes if node.op == "call_function"]
     (output,) = [node for node in graph.nodes if node.op == "output"]
@@ -99,7 +108,39 @@ def _file_of(graph: fx.Graph, wanted: Tiling | None = None) -> KernelFile:
             if not built.outputs[number].is_contiguous():
                 raise NotFusible.because(f"{outputs[number].name} is a sum over rows and not contiguous")
         lines = _launcher(names, results, built, text, launch, [_started(names, results, text, launch)])
-    source = _body(calls, inputs, outputs, names, results, built, text, lines)
+    reference = _reference(calls, inputs, names, outputs)
+    source = _body(calls, names, results, built, text, lines, reference)
+    return _hashed(title, source, names, built, text, launch, tiling)
+
+
+def _attention_file(graph: fx.Graph) -> KernelFile:
+    """The file of attention, which has several kernels or takes no part in loops of others."""
+    calls = [node for node in graph.nodes if node.op == "call_function"]
+    made = attention_text(graph)
+    built, names = made.built, made.built.names
+    results = [f"out{number}" for number in range(len(built.outputs))]
+    text = KernelText(made.kernels[-1], made.functions, made.helpers, Loops("attention", (), ()))
+    lines = [f"def launch({', '.join(names)}):", '    """Run the kernels on tensors of the layouts above."""']
+    lines += [f"    {line}" for line in made.launcher]
+    reference = list(made.reference)
+    above = [
+        "# The kernels of graphopt::attention for this call: what they are told is written into them.",
+        "",
+        "",
+    ]
+    source = _body(calls, names, results, built, text, lines, reference, above)
+    return _hashed(_title([built.attention.node]), source, names, built, text, made.launch, None)
+
+
+def _hashed(
+    title: str,
+    source: str,
+    names: Sequence[str],
+    built: Built,
+    text: KernelText,
+    launch: Launch,
+    tiling: Tiling | None,
+) -> KernelFile:
     digest = hashlib.sha256(source.encode()).hexdigest()[:8]
     bytes_moved = sum(_bytes(tensor) for tensor in (*built.inputs, *built.outputs))
     return KernelFile(f"{title}_{digest}", source, tuple(names), built, text, launch, bytes_moved, tiling)
@@ -153,18 +194,22 @@ def _warps(elements: int) -> int:
 
 def _body(
     nodes: Sequence[fx.Node],
-    inputs: Sequence[fx.Node],
-    outputs: Sequence[fx.Node],
     names: Sequence[str],
     results: Sequence[str],
     built: Built,
     text: KernelText,
     launcher: Sequence[str],
+    reference: Sequence[str],
+    above: Sequence[str] = (),
 ) -> str:
     lines = [f'"""{_summary(nodes)}', ""]
     lines += [f"reads   {_described(name, t)}" for name, t in zip(names, built.inputs, strict=True)]
     lines += [f"writes  {_described(name, t)}" for name, t in zip(results, built.outputs, strict=True)]
-    lines += ['"""', "", "from __future__ import annotations", "", "import torch", "", "try:"]
+    lines += ['"""', "", "from __future__ import annotations", ""]
+    if any("math." in line for line in reference):
+        lines.append("import math")
+        lines.append("")
+    lines += ["import torch", "", "try:"]
     lines += [
         "    import triton",
         "    import triton.language as tl",
@@ -178,9 +223,9 @@ def _body(
     ]
     for helper in text.helpers:
         lines += ["", HELPERS[helper].rstrip(), ""]
-    lines += ["", text.function.rstrip(), "", ""]
+    lines += ["", *above, text.function.rstrip(), "", ""]
     lines += [*launcher, "", ""]
-    lines += _reference(nodes, inputs, names, outputs)
+    lines += reference
     return "\n".join(lines) + "\n"
 
 

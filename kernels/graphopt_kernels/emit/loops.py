@@ -13,7 +13,7 @@ from graphopt_kernels.emit.tile import Value
 
 __all__ = ["Loop", "Loops", "Shape", "loops_of", "merged", "power_of_two", "stepped_through"]
 
-Shape = Literal["pointwise", "rows", "looped rows", "columns", "product"]
+Shape = Literal["pointwise", "rows", "looped rows", "columns", "product", "attention"]
 
 PERSISTENT = 16384
 """Longest row that one program holds: 16 warps of 32 elements a thread. Longer rows are read again for each

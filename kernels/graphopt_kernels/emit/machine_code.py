@@ -20,10 +20,19 @@ from typing import Any
 
 import torch
 
+from graphopt_kernels.emit.attention_file import BuiltAttention
 from graphopt_kernels.emit.kernel_file import KernelFile
 from graphopt_kernels.emit.product_build import BuiltProduct
+from graphopt_kernels.tuning.calls import KernelCall
 
-__all__ = ["MachineCode", "compile_for_sm90", "compile_function_for_sm90", "import_kernel", "pointer_types"]
+__all__ = [
+    "MachineCode",
+    "compile_attention_for_sm90",
+    "compile_for_sm90",
+    "compile_function_for_sm90",
+    "import_kernel",
+    "pointer_types",
+]
 
 _TYPES = {
     torch.float64: "*fp64",
@@ -98,6 +107,30 @@ def compile_for_sm90(file: KernelFile) -> MachineCode:
             stages=file.launch.stages or 3,
             aligned=tuple(types),
         )
+
+
+def compile_attention_for_sm90(file: KernelFile) -> dict[str, MachineCode]:
+    """Compile each kernel of a file of attention as its launcher starts it."""
+    assert isinstance(file.built, BuiltAttention)
+    inputs = dict(zip(file.inputs, file.built.inputs, strict=True))
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        module = import_kernel(file, Path(folder))
+        for call in file.built.launches:
+            name = call.function.fn.__name__
+            function = getattr(module, name)
+            # Pointers that a computed bias reads are inputs of the file.
+            given = {n: call.arguments[n] if n in call.arguments else inputs[n] for n in function.arg_names}
+            told = KernelCall(function, call.grid, given, call.options).signature
+            found[name] = compile_function_for_sm90(
+                function,
+                told.types,
+                told.constants,
+                warps=call.options["num_warps"],
+                stages=call.options.get("num_stages", 3),
+                aligned=[n for n, by_16 in told.aligned.items() if by_16],
+            )
+    return found
 
 
 def pointer_types(file: KernelFile) -> dict[str, str]:

@@ -24,8 +24,9 @@ from graphopt_kernels.emit.kernel_file import KernelFile
 from graphopt_kernels.emit.order import size
 from graphopt_kernels.emit.product_build import BuiltProduct
 from graphopt_kernels.emit.product_loops import ProductLoops
+from graphopt_kernels.emit.tile import Value
 
-__all__ = ["Prices", "prices_for"]
+__all__ = ["Prices", "prices_for", "slots_of"]
 
 _USUAL = "h200"
 """Kernels are made for this one where a program is planned for no GPU."""
@@ -114,10 +115,14 @@ class Prices:
                     continue
                 seen.add(value)
                 stack += value.args
-                if value.kind == "op":
-                    each += _SLOW_SLOTS if value.payload in _SLOW else 1
+                each += slots_of([value])
             slots += each * batch * elements * again
         return slots / self.device.vector_flops["float32"]
+
+
+def slots_of(values: Iterable[Value]) -> int:
+    """Instructions that computing each of some values takes."""
+    return sum(_SLOW_SLOTS if value.payload in _SLOW else 1 for value in values if value.kind == "op")
 
 
 def prices_for(name: str | None = None) -> Prices:

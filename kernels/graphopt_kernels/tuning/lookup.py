@@ -23,7 +23,16 @@ from graphopt.candidate import Reason
 from graphopt_kernels.tuning.table import found
 from graphopt_kernels.tuning.warning import TuningWarning
 
-__all__ = ["Choice", "asked_for", "device_text", "fields_text", "forget_choices", "parsed", "rows_class"]
+__all__ = [
+    "Choice",
+    "asked_for",
+    "device_text",
+    "fields_text",
+    "forget_choices",
+    "is_asking",
+    "parsed",
+    "rows_class",
+]
 
 P = TypeVar("P", bound=tuple[Any, ...])
 C = TypeVar("C", bound=tuple[Any, ...])
@@ -106,6 +115,11 @@ def asked_for() -> Iterator[dict[tuple[str, tuple[Any, ...]], None]]:
         yield _asked
     finally:
         _asked = before
+
+
+def is_asking() -> bool:
+    """Whether what is looked up is noted (``asked_for``)."""
+    return _asked is not None
 
 
 def forget_choices() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from graphopt_kernels.tuning.store import Entry, all_entries, code_of, stored_entries, versions
 
-__all__ = ["carried", "forget_table", "found"]
+__all__ = ["carried", "forget_table", "found", "measured"]
 
 
 def found(kernel: str, sources: tuple[str, ...], device: str, problem: str) -> str | None:
@@ -20,6 +20,14 @@ def found(kernel: str, sources: tuple[str, ...], device: str, problem: str) -> s
     if entry is None or entry.code != code_of(sources):
         return None
     return entry.configuration
+
+
+def measured(kernel: str, device: str, problem: str | None) -> bool:
+    """Whether anything is stored for a problem, or for ``None`` for any; also that the default was best."""
+    known = _entries(device)
+    if problem is not None:
+        return (kernel, problem) in known
+    return any(name == kernel for name, _ in known)
 
 
 @functools.cache
