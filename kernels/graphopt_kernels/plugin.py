@@ -40,6 +40,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
         attention_reference,
         bandwidth,
         convolution_relu,
+        cross_entropy,
         linear_cross_entropy,
         linear_cross_entropy_arguments,
         linear_cross_entropy_blocks,
@@ -66,6 +67,20 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=bandwidth.read_reference,
             supports=bandwidth.read_supports,
             summary="sums a vector block by block, to measure the read bandwidth",
+        ),
+        KernelSpec(
+            name="cross-entropy",
+            op="graphopt::cross_entropy",
+            reference=cross_entropy.cross_entropy_reference,
+            supports=cross_entropy.cross_entropy_supports,
+            summary="cross entropy and log-sum-exp of rows of logits, in one reading",
+        ),
+        KernelSpec(
+            name="cross-entropy-backward",
+            op="graphopt::cross_entropy_backward",
+            reference=cross_entropy.cross_entropy_backward_reference,
+            supports=cross_entropy.cross_entropy_backward_supports,
+            summary="gradient of logits, in one reading",
         ),
         KernelSpec(
             name="linear-cross-entropy",

@@ -24,6 +24,7 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.fold_batch_norm:FoldBatchNorm",
         "graphopt_passes.fuse_attention:FuseAttention",
         "graphopt_passes.fuse_convolution:FuseConvolution",
+        "graphopt_passes.fuse_cross_entropy:FuseCrossEntropy",
         "graphopt_passes.fuse_norm:FuseNorm",
         "graphopt_passes.fuse_norm_gradient:FuseNormGradient",
         "graphopt_passes.functionalize:Functionalize",
