@@ -49,6 +49,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
         rotary_cache,
         rotary_reference,
         row_norm,
+        softmax,
         sum_products,
     )
     from graphopt_kernels.saved_codecs import codes, groups, levels
@@ -137,6 +138,11 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=convolution_relu.convolution_relu_reference,
             supports=convolution_relu.convolution_relu_supports,
             summary="a convolution with the bias, the residual sum and the ReLU behind it",
+            name="softmax",
+            op="graphopt::softmax",
+            reference=softmax.softmax_reference,
+            supports=softmax.softmax_supports,
+            summary="softmax of rows, or its logarithm, in one reading",
         ),
         KernelSpec(
             name="rotary",
