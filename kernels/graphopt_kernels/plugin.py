@@ -49,6 +49,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
         rotary_cache,
         rotary_reference,
         row_norm,
+        row_quantize,
         softmax,
         sum_products,
     )
@@ -138,6 +139,20 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=convolution_relu.convolution_relu_reference,
             supports=convolution_relu.convolution_relu_supports,
             summary="a convolution with the bias, the residual sum and the ReLU behind it",
+            name="quantize-rows",
+            op="graphopt::quantize_rows",
+            reference=row_quantize.quantize_reference,
+            supports=row_quantize.quantize_supports,
+            summary="rows in float8 or int8, a scale for each",
+        ),
+        KernelSpec(
+            name="row-norm-quantize",
+            op="graphopt::row_norm_quantize",
+            reference=row_quantize.row_norm_quantize_reference,
+            supports=row_quantize.row_norm_quantize_supports,
+            summary="RMSNorm and LayerNorm of rows in float8 or int8, a scale for each",
+        ),
+        KernelSpec(
             name="softmax",
             op="graphopt::softmax",
             reference=softmax.softmax_reference,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["backward_kernel", "columns_kernel", "forward_kernel"]
+__all__ = ["backward_kernel", "columns_kernel", "forward_kernel", "normalized"]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -33,6 +33,49 @@ def _summands(  # type: ignore[no-untyped-def]
     if ADDED:
         beside = tl.load(added + place, mask=inside, other=0.0)
     return x, beside
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def normalized(  # type: ignore[no-untyped-def]
+    x,
+    inside,
+    at,
+    weight,
+    bias,
+    factor,
+    shift,
+    eps,
+    offset,
+    CENTERED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
+    BIASED: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    OFFSET: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HELD: tl.constexpr,
+):
+    """Rows ``x``, as they are stored, over their norm, with mean and rstd: float32. ``OFFSET``: it is added to
+    the weight. ``HELD``: weight and bias are in registers, as ``factor`` and ``shift``."""
+    dtype = x.dtype
+    x = x.to(tl.float32)
+    mean = 0.0
+    if CENTERED:
+        mean = tl.sum(x, axis=1, keep_dims=True) / WIDTH
+        x = tl.where(inside, x - mean, 0.0)
+    scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1, keep_dims=True) / WIDTH + eps)
+    y = x * scale
+    if ROUNDED:
+        y = y.to(dtype).to(tl.float32)
+    if WEIGHTED:
+        if not HELD:
+            factor = tl.load(weight + at, mask=at < WIDTH, other=0.0)
+        factor = factor.to(tl.float32) + offset if OFFSET else factor.to(tl.float32)
+        y *= factor
+    if BIASED:
+        if not HELD:
+            shift = tl.load(bias + at, mask=at < WIDTH, other=0.0)
+        y += shift.to(tl.float32)
+    return y, mean, scale
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -69,6 +112,8 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     programs = tl.num_programs(0)
     at = tl.arange(0, BLOCK)[None, :]
     within = at < WIDTH
+    factor = 0.0
+    shift = 0.0
     if WEIGHTED and HELD:
         factor = tl.load(weight + at, mask=within, other=0.0)
     if BIASED and HELD:
@@ -89,24 +134,13 @@ def forward_kernel(  # type: ignore[no-untyped-def]
             # What is normalized is the sum as it is stored.
             x = (x.to(tl.float32) + beside.to(tl.float32)).to(total.dtype.element_ty)
             tl.store(total + place, x, mask=inside)
-        x = x.to(tl.float32)
+        y, mean, scale = normalized(
+            x, inside, at, weight, bias, factor, shift, eps, offset,
+            CENTERED, WEIGHTED, BIASED, ROUNDED, True, WIDTH, HELD,
+        )  # fmt: skip
         if CENTERED:
-            mean = tl.sum(x, axis=1, keep_dims=True) / WIDTH
-            x = tl.where(inside, x - mean, 0.0)
             tl.store(means + row, mean, mask=row < rows)
-        scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=1, keep_dims=True) / WIDTH + eps)
         tl.store(scales + row, scale, mask=row < rows)
-        y = x * scale
-        if ROUNDED:
-            y = y.to(data.dtype.element_ty).to(tl.float32)
-        if WEIGHTED:
-            if not HELD:
-                factor = tl.load(weight + at, mask=within, other=0.0)
-            y *= factor.to(tl.float32) + offset
-        if BIASED:
-            if not HELD:
-                shift = tl.load(bias + at, mask=within, other=0.0)
-            y += shift.to(tl.float32)
         tl.store(result + place, y.to(result.dtype.element_ty), mask=inside)
 
 
