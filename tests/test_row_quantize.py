@@ -183,10 +183,10 @@ def test_the_kernel_compiles_for_sm_90_without_spills(width: int) -> None:
     from graphopt_kernels.row_quantize_triton import quantize_kernel
 
     block, rows = tile(width)
-    launch = module.warps_and_registers(block)
     for codes, centered, normalized in itertools.product(("fp8e4nv", "i8"), (False, True), (False, True)):
         if centered and not normalized:
             continue
+        launch = module.warps_and_registers(block, normalized)
         pointers = {**dict.fromkeys(("data", "weight", "bias"), "*bf16"), "codes": f"*{codes}", "scales": "*fp32"}
         numbers = {"rows": "i32", **dict.fromkeys(("eps", "offset", "limit", "least"), "fp32")}
         flags = {"NORMALIZED": normalized, "CENTERED": centered, "WEIGHTED": True, "BIASED": centered}
@@ -203,4 +203,5 @@ def test_the_kernel_compiles_for_sm_90_without_spills(width: int) -> None:
         assert not code.spills, (codes, centered, code)
         assert code.shared + code.asked <= 4096
         assert code.widths("LDG")[128] and code.widths("STG")[128]
-        assert code.registers * 32 * launch["num_warps"] * 2 <= 65536
+        programs = 65536 // (32 * launch["num_warps"] * -(-code.registers // 8) * 8)
+        assert programs >= (2 if normalized or width < 8192 else 1)

@@ -159,20 +159,23 @@ def launch_rows(
             OFFSET=offset != 0,
             DTYPE=kernels.DTYPES[dtype or input.dtype],
             WHOLE=codes is torch.int8,
-            CLAMPED=codes is torch.float8_e4m3fn and limit != _LARGEST,
+            CLAMPED=limit != _LARGEST and (codes is not torch.int8 or limit != int(limit)),
             TINY=least < _TINY,
             WIDTH=width,
             BLOCK=block,
             ROWS=rows,
-            **warps_and_registers(block),
+            **warps_and_registers(block, norm is not None),
         )
     return result, scale
 
 
-def warps_and_registers(block: int) -> dict[str, Any]:
+def warps_and_registers(block: int, is_normalized: bool) -> dict[str, Any]:
     """Of a program for rows of ``block`` elements, as for norms. Left alone, the assembler would give the longest
-    rows so many registers that a multiprocessor holds one program, which nothing else hides the loads of."""
-    return {"num_warps": 8, "maxnreg": 128} if block >= WIDEST else {"num_warps": 4}
+    rows so many registers that a multiprocessor holds one program, which nothing else hides the loads of. Without
+    a norm it cannot do with fewer, and more warps hold the row."""
+    if block < WIDEST:
+        return {"num_warps": 4}
+    return {"num_warps": 8, "maxnreg": 128} if is_normalized else {"num_warps": 16}
 
 
 def _kernels_for(input: torch.Tensor) -> Any:

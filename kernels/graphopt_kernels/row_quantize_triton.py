@@ -61,7 +61,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     """``ROWS`` rows for each program, in registers from their norm to their codes.
 
     ``NORMALIZED``: what is quantized is the norm of the rows, rounded to ``DTYPE``. ``WHOLE``: codes are
-    integers. ``CLAMPED``: the limit is not the largest number of the codes, which conversions keep to.
+    integers. ``CLAMPED``: the limit is not what conversions keep to or whole numbers are rounded to.
     ``TINY`` as in ``_over``.
     """
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
