@@ -58,7 +58,9 @@ def test_values_and_gradients_are_those_of_torch(
         lambda loss, sums: sums.square().mean(),
         lambda loss, sums: (loss * weight).sum() + 1e-2 * sums.square().mean(),
     ):
-        (a,), (b,) = (torch.autograd.grad(mix(*values), logits, retain_graph=True) for values in (found, right))
+        (a,), (b,) = (
+            torch.autograd.grad(mix(*values), logits, retain_graph=True) for values in (found, right)
+        )
         torch.testing.assert_close(a, b)
 
 
@@ -76,7 +78,8 @@ def test_it_errs_no_more_than_separate_operators(dtype: torch.dtype, written: bo
     truth = run(lambda z: F.cross_entropy(z, target), torch.float64)
     eager = run(lambda z: F.cross_entropy(z.float(), target), dtype)
     ours = run(
-        lambda z: ops.cross_entropy(z, target, "mean", IGNORED, 0.0, 1.0, 0.0, torch.float32, written)[0], dtype
+        lambda z: ops.cross_entropy(z, target, "mean", IGNORED, 0.0, 1.0, 0.0, torch.float32, written)[0],
+        dtype,
     )
     for value, reference, right in zip(ours, eager, truth, strict=True):
         errors = [float((t.double() - right).norm() / right.norm()) for t in (value, reference)]
@@ -107,7 +110,9 @@ def test_no_rows_and_no_row_that_counts_are_as_in_torch(written: bool) -> None:
         logits = torch.randn(rows, CLASSES, requires_grad=True)
         target = torch.full((rows,), IGNORED)
         found, sums = ops.cross_entropy(logits, target, reduction, *settings)
-        torch.testing.assert_close(found, F.cross_entropy(logits, target, reduction=reduction), equal_nan=True)
+        torch.testing.assert_close(
+            found, F.cross_entropy(logits, target, reduction=reduction), equal_nan=True
+        )
         assert sums.shape == (rows,)
         (gradient,) = torch.autograd.grad(found.sum(), logits)
         assert torch.equal(gradient, torch.zeros(rows, CLASSES))
@@ -164,8 +169,18 @@ def test_compiled_they_compute_the_same(backend: str, written: bool) -> None:
 @pytest.mark.parametrize(
     ("logits", "target", "reduction", "reason"),
     [
-        ((3, 4, 5), torch.zeros(3, dtype=torch.int64), "mean", r"takes logits \[N, V\] and targets \[N\], got .*"),
-        ((3, 5), torch.zeros(4, dtype=torch.int64), "mean", r"takes logits \[N, V\] and .*, got \[3, 5\] and \[4\]"),
+        (
+            (3, 4, 5),
+            torch.zeros(3, dtype=torch.int64),
+            "mean",
+            r"takes logits \[N, V\] and targets \[N\], got .*",
+        ),
+        (
+            (3, 5),
+            torch.zeros(4, dtype=torch.int64),
+            "mean",
+            r"takes logits \[N, V\] and .*, got \[3, 5\] and \[4\]",
+        ),
         ((3, 5), torch.zeros(3), "mean", "takes int64 targets, got torch.float32"),
         ((3, 0), torch.zeros(3, dtype=torch.int64), "mean", "takes one class or more, got none"),
         ((3, 5), torch.zeros(3, dtype=torch.int64), "max", "reduction is 'max': expected one of 'none', .*"),
@@ -207,7 +222,9 @@ def test_the_kernels_compute_what_the_references_do() -> None:
         several = PartLaunch(16, 1, 3, 4, 4, 1, False)
         alone = PartLaunch(64, 1, 1, 1, 16, 1, True)
         for dtype, launch, (smoothing, scale, cap) in itertools.product(
-            (torch.float32, torch.float16), (several, alone), ((0.0, 1.0, 0.0), (0.1, -0.5, 0.0), (0.2, 2.0, 3.0))
+            (torch.float32, torch.float16),
+            (several, alone),
+            ((0.0, 1.0, 0.0), (0.1, -0.5, 0.0), (0.2, 2.0, 3.0)),
         ):
             # Rows with gaps, ignored ones, NaN, and infinities.
             logits = (3 * torch.randn(11, 48)).to(dtype)[:, :37]
@@ -240,7 +257,8 @@ def test_the_kernels_compute_what_the_references_do() -> None:
                 torch.testing.assert_close(found, right, equal_nan=True, **near)
         # A label that names no class spoils its row alone.
         target[0] = 37
-        loss, sums = losses_of_rows(kernels, logits[:7], target[:7], RowSettings(), "none", torch.float32, launch=alone)
+        given = (kernels, logits[:7], target[:7], RowSettings(), "none", torch.float32)
+        loss, sums = losses_of_rows(*given, launch=alone)
         assert loss.isnan().tolist() == sums.isnan().tolist() == [True] + 6 * [False]
     """)
 
@@ -250,7 +268,9 @@ def test_the_kernels_compute_what_the_references_do() -> None:
 @pytest.mark.parametrize(
     ("rows", "columns", "dtype"), [(523, 128256, "bf16"), (8192, 128256, "fp16"), (8192, 32000, "fp32")]
 )
-def test_the_kernels_compile_for_sm_90_without_spills(rows: int, columns: int, dtype: str, plain: bool) -> None:
+def test_the_kernels_compile_for_sm_90_without_spills(
+    rows: int, columns: int, dtype: str, plain: bool
+) -> None:
     from graphopt_kernels import cross_entropy_parts_triton as kernels
 
     launch = part_launch(rows, columns, 4 if dtype == "fp32" else 2)
@@ -261,8 +281,14 @@ def test_the_kernels_compile_for_sm_90_without_spills(rows: int, columns: int, d
     numbers = dict.fromkeys(integers, "i32") | dict.fromkeys(("smoothing", "logit_scale", "softcap"), "fp32")
     constants = {
         **dict.fromkeys(("SMOOTHED", "SOFTCAPPED", "SCALED", "SUMMED"), not plain),
-        **{"REDUCED": True, "MEAN": True, "ALONE": launch.alone, "COLUMNS": columns, "PARTS": launch.parts},
-        **{"BLOCK": launch.block, "LANES": launch.lanes, "ROWS": launch.rows},
+        "REDUCED": True,
+        "MEAN": True,
+        "ALONE": launch.alone,
+        "COLUMNS": columns,
+        "PARTS": launch.parts,
+        "BLOCK": launch.block,
+        "LANES": launch.lanes,
+        "ROWS": launch.rows,
     }
     assert launch.alone is (rows == 523)
     for name, warps in (
@@ -273,7 +299,11 @@ def test_the_kernels_compile_for_sm_90_without_spills(rows: int, columns: int, d
     ):
         given = constants | ({"BLOCK": 1024} if name == "total_kernel" else {})
         code = compile_function_for_sm90(
-            getattr(kernels, name), {**pointers, **numbers}, given, warps=warps, aligned=(*pointers, "row_stride")
+            getattr(kernels, name),
+            {**pointers, **numbers},
+            given,
+            warps=warps,
+            aligned=(*pointers, "row_stride"),
         )
         assert not code.spills, (name, code)
         assert code.shared + code.asked <= 8192

@@ -123,7 +123,9 @@ def test_for_a_code_generator_the_gradient_is_written_out() -> None:
     assert not list(programs["inductor"].nodes(backward))
 
 
-def proposals(function: Callable[..., Any], *given: Any, step: FuseCrossEntropy = EVERYWHERE) -> list[Proposal]:
+def proposals(
+    function: Callable[..., Any], *given: Any, step: FuseCrossEntropy = EVERYWHERE
+) -> list[Proposal]:
     return list(step.propose(semantic(function, *given), context()))
 
 

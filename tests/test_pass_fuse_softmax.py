@@ -51,7 +51,9 @@ class Model(nn.Module):
 @pytest.mark.parametrize("function", [plain, logarithm, wider], ids=lambda f: f.__name__)
 def test_softmax_of_rows_is_one_call(function: Function) -> None:
     host().kernels()
-    (program,) = semantic_programs(Model(function, torch.bfloat16), (torch.randn(2, 5, 24).bfloat16(),), [EVERYWHERE])
+    (program,) = semantic_programs(
+        Model(function, torch.bfloat16), (torch.randn(2, 5, 24).bfloat16(),), [EVERYWHERE]
+    )
     (node,) = program.nodes(torch.ops.graphopt.softmax.default)
     assert node.args[1:] == (function is logarithm, torch.float32 if function is wider else torch.bfloat16)
 

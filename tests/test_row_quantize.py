@@ -1,4 +1,4 @@
-"""Rows in eight bits, alone and behind a norm: codes and scales against separate operators, kernel, refusals."""
+"""Rows in eight bits, alone and behind a norm: codes and scales of separate operators, kernel, refusals."""
 
 from __future__ import annotations
 
@@ -66,8 +66,13 @@ def test_behind_a_norm_they_are_those_of_the_norm(codes: torch.dtype, centered: 
     right, right_scale = expected(y, codes)
     # LayerNorm is rounded from another order of sums: a bfloat16 in a few hundred may be the next one.
     torch.testing.assert_close(scale, right_scale, rtol=2**-8, atol=0)
-    torch.testing.assert_close(found.float() * scale, right.float() * right_scale, rtol=0.13, atol=float(right_scale.max()))
-    same(ops.row_norm_quantize(x, *norm, codes, LIMITS[codes], LEAST), expected(ops.row_norm(x, *norm)[0], codes))
+    torch.testing.assert_close(
+        found.float() * scale, right.float() * right_scale, rtol=0.13, atol=float(right_scale.max())
+    )
+    same(
+        ops.row_norm_quantize(x, *norm, codes, LIMITS[codes], LEAST),
+        expected(ops.row_norm(x, *norm)[0], codes),
+    )
 
 
 @CODES
@@ -89,7 +94,9 @@ def test_the_operators_pass_opcheck() -> None:
     check: Any = torch.library.opcheck
     x, weight = torch.randn(3, 16), torch.randn(16)
     check(ops.quantize_rows.default, (x, INT8, 127.0, LEAST))
-    check(ops.row_norm_quantize.default, (x, weight, None, 1e-6, False, 0.0, False, x.dtype, INT8, 127.0, LEAST))
+    check(
+        ops.row_norm_quantize.default, (x, weight, None, 1e-6, False, 0.0, False, x.dtype, INT8, 127.0, LEAST)
+    )
     # opcheck cannot compare float8.
     for shape in ((3, 16), (2, 3, 16)):
         with torch._subclasses.FakeTensorMode() as mode:
@@ -105,7 +112,10 @@ def test_the_operators_pass_opcheck() -> None:
         ({"input": torch.ones(())}, "takes rows, got a number"),
         ({"input": torch.ones(3, 6, dtype=torch.float64)}, "takes rows of 16 or 32 bits, got torch.float64"),
         ({"codes": torch.uint8}, "quantizes to torch.float8_e4m3fn or torch.int8, got torch.uint8"),
-        ({"limit": 500.0}, "torch.float8_e4m3fn holds no numbers up to 500.0: expected a limit .*, up to 448"),
+        (
+            {"limit": 500.0},
+            "torch.float8_e4m3fn holds no numbers up to 500.0: expected a limit .*, up to 448",
+        ),
         ({"limit": 0.0}, "torch.float8_e4m3fn holds no numbers up to 0.0: .*"),
         ({"codes": INT8, "limit": 128.0}, "torch.int8 holds no numbers up to 128.0: .*, up to 127"),
         ({"least": -1.0}, "the least scale is -1.0: expected 0 or more"),
@@ -187,7 +197,11 @@ def test_the_kernel_compiles_for_sm_90_without_spills(width: int) -> None:
         if centered and not normalized:
             continue
         launch = module.warps_and_registers(block, normalized)
-        pointers = {**dict.fromkeys(("data", "weight", "bias"), "*bf16"), "codes": f"*{codes}", "scales": "*fp32"}
+        pointers = {
+            **dict.fromkeys(("data", "weight", "bias"), "*bf16"),
+            "codes": f"*{codes}",
+            "scales": "*fp32",
+        }
         numbers = {"rows": "i32", **dict.fromkeys(("eps", "offset", "limit", "least"), "fp32")}
         flags = {"NORMALIZED": normalized, "CENTERED": centered, "WEIGHTED": True, "BIASED": centered}
         others = {"ROUNDED": not centered, "OFFSET": False, "DTYPE": tl.bfloat16, "WHOLE": codes == "i8"}

@@ -152,7 +152,11 @@ def test_the_kernel_compiles_for_sm_90_without_spills(width: int) -> None:
         pointers = {"data": f"*{dtype}", "result": f"*{dtype}"}
         constants = {"LOG": logarithm, "WIDTH": width, "BLOCK": launch.block, "ROWS": launch.rows}
         code = compile_function_for_sm90(
-            forward_kernel, {**pointers, "rows": "i32"}, constants, warps=launch.warps, aligned=(*pointers, "rows")
+            forward_kernel,
+            {**pointers, "rows": "i32"},
+            constants,
+            warps=launch.warps,
+            aligned=(*pointers, "rows"),
         )
         assert not code.spills, (dtype, code)
         assert code.shared + code.asked <= 2048

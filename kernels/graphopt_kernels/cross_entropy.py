@@ -202,7 +202,7 @@ def _backward(ctx: Any, grad: torch.Tensor | None, sum_grad: torch.Tensor | None
     logits, target, log_sum_exp = ctx.saved_tensors
     if grad is None:
         grad = log_sum_exp.new_zeros(log_sum_exp.shape if ctx.settings[0] == "none" else ())
-    function = written_gradient if ctx.written_out else torch.ops.graphopt.cross_entropy_backward
+    function: Any = written_gradient if ctx.written_out else torch.ops.graphopt.cross_entropy_backward
     given = (grad, logits, target, log_sum_exp, *ctx.settings)
     return function(*given) if sum_grad is None else function(*given, sum_grad), *(None,) * 8
 
@@ -261,9 +261,7 @@ def cross_entropy_backward_supports(
 ) -> Reason | None:
     """As ``cross_entropy_supports``; log-sum-exps are those of the rows."""
     if log_sum_exp.shape != target.shape:
-        return Reason(
-            f"log-sum-exps have shape {list(log_sum_exp.shape)}: expected {list(target.shape)}"
-        )
+        return Reason(f"log-sum-exps have shape {list(log_sum_exp.shape)}: expected {list(target.shape)}")
     return cross_entropy_supports(logits, target, reduction)
 
 

@@ -54,8 +54,8 @@ def normalized(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     HELD: tl.constexpr,
 ):
-    """Rows ``x``, as they are stored, over their norm, with mean and rstd: float32. ``OFFSET``: it is added to
-    the weight. ``HELD``: weight and bias are in registers, as ``factor`` and ``shift``."""
+    """Rows ``x``, as they are stored, over their norm, with mean and rstd: float32. ``OFFSET``: one is added
+    to the weight. ``HELD``: weight and bias are in registers, as ``factor`` and ``shift``."""
     dtype = x.dtype
     x = x.to(tl.float32)
     mean = 0.0

@@ -5,10 +5,10 @@
     scale = max(max(abs(y)) / limit, least)
     code  = y / scale        clamped to [-limit, limit], in float8_e4m3fn, or rounded to even, in int8
 
-(dynamic quantization by row, or token, as in Dettmers et al. 2022, "LLM.int8()", and Micikevicius et al. 2022,
-"FP8 Formats for Deep Learning"). ``graphopt::row_norm_quantize`` does so with the norm of a row
-(``graphopt_kernels.row_norm``), rounded to the dtype that it would have been stored in. A row is read once and
-stays in registers: three bytes an element for rows of 16 bits, where the norm alone moves four.
+(dynamic quantization by row, or token, as in Dettmers et al. 2022, "LLM.int8()", and Micikevicius et al.
+2022, "FP8 Formats for Deep Learning"). ``graphopt::row_norm_quantize`` does so with the norm of a row
+(``graphopt_kernels.row_norm``), rounded to the dtype that it would have been stored in. A row is read once
+and stays in registers: three bytes an element for rows of 16 bits, where the norm alone moves four.
 
 Arithmetic is float32. NaN in a row makes its scale and all of it NaN, infinity its scale infinite and its
 finite elements zero, as in separate operators. Neither operator has a gradient.
@@ -133,7 +133,15 @@ def launch_rows(
     scale = torch.empty((*input.shape[:-1], 1), dtype=torch.float32, device=input.device)
     if not input.numel():
         return quantize_reference(input, codes, limit, least)
-    weight, bias, eps, centered, offset, rounds_first, dtype = norm or (None, None, 0.0, False, 0.0, False, None)
+    weight, bias, eps, centered, offset, rounds_first, dtype = norm or (
+        None,
+        None,
+        0.0,
+        False,
+        0.0,
+        False,
+        None,
+    )
     width = input.shape[-1]
     count = input.numel() // width
     chosen = tile(width)
@@ -170,9 +178,9 @@ def launch_rows(
 
 
 def warps_and_registers(block: int, is_normalized: bool) -> dict[str, Any]:
-    """Of a program for rows of ``block`` elements, as for norms. Left alone, the assembler would give the longest
-    rows so many registers that a multiprocessor holds one program, which nothing else hides the loads of. Without
-    a norm it cannot do with fewer, and more warps hold the row."""
+    """Of a program for rows of ``block`` elements, as for norms. Left alone, the assembler would give the
+    longest rows so many registers that a multiprocessor holds one program, and nothing hides its loads.
+    Without a norm it cannot do with fewer, and more warps hold the row."""
     if block < WIDEST:
         return {"num_warps": 4}
     return {"num_warps": 8, "maxnreg": 128} if is_normalized else {"num_warps": 16}

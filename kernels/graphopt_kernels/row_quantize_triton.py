@@ -19,8 +19,8 @@ DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _over(y, scale, TINY: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``y / scale``, rounded as a division is, for a product and two fused ones an element. ``TINY``: scales may
-    be so small that their inverse overflows."""
+    """``y / scale``, rounded as a division is, for a product and two fused ones an element. ``TINY``: scales
+    may be so small that their inverse overflows."""
     if TINY:
         boost = tl.where(scale < 1e-30, 7.922816251426434e28, 1.0)
         y *= boost

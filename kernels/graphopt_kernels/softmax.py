@@ -20,7 +20,14 @@ import torch
 from graphopt.candidate import Reason
 from graphopt_kernels.row_norm import WIDEST, tile
 
-__all__ = ["SoftmaxLaunch", "softmax", "softmax_launch", "softmax_reference", "softmax_rows", "softmax_supports"]
+__all__ = [
+    "SoftmaxLaunch",
+    "softmax",
+    "softmax_launch",
+    "softmax_reference",
+    "softmax_rows",
+    "softmax_supports",
+]
 
 _aten = torch.ops.aten
 

@@ -11,8 +11,8 @@ After::
 Code generators read a row for its maximum and sum, and again for the result; the operator holds it in
 registers. The gradient stays ATen's, of which code generators make one kernel.
 
-Attention is fused before, with its softmax inside. Where what is around a softmax would be one kernel with it,
-such as a scale, a mask or dropout, it stays.
+Attention is fused before, with its softmax inside. Where what is around a softmax would be one kernel with
+it, such as a scale, a mask or dropout, it stays.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.fx as fx
 
 from graphopt.candidate import CostDelta, Reason
 from graphopt.passes import PassContext
@@ -63,7 +62,9 @@ def _logarithm(x: Any, dtype: Any) -> Any:
     return _call(x, dtype, logarithm=True)
 
 
-def _guard(x: Any, dim: Any, dtype: Any, match: Match, options: FuseSoftmax, ctx: PassContext) -> Reason | None:
+def _guard(
+    x: Any, dim: Any, dtype: Any, match: Match, options: FuseSoftmax, ctx: PassContext
+) -> Reason | None:
     root = match.roots[0]
     if "softmax" not in default_host().kernels():
         return Reason("the kernel softmax is not installed", (root.name,))

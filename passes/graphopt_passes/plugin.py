@@ -27,6 +27,7 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.fuse_cross_entropy:FuseCrossEntropy",
         "graphopt_passes.fuse_norm:FuseNorm",
         "graphopt_passes.fuse_norm_gradient:FuseNormGradient",
+        "graphopt_passes.fuse_quantize:FuseQuantize",
         "graphopt_passes.fuse_softmax:FuseSoftmax",
         "graphopt_passes.functionalize:Functionalize",
         "graphopt_passes.grouped_attention:GroupedAttention",

@@ -94,7 +94,9 @@ def targets_of(call: Callable[..., fx.Node], target: fx.Node) -> fx.Node:
     return target if target.meta["val"].dim() == 1 else call(_aten.flatten.using_ints, target, 0, -1)
 
 
-def hand_out(edit: Edit, call: Callable[..., fx.Node], match: Loss, results: fx.Node, shaped: fx.Node) -> None:
+def hand_out(
+    edit: Edit, call: Callable[..., fx.Node], match: Loss, results: fx.Node, shaped: fx.Node
+) -> None:
     """Let the readers of ``match`` read the loss and the log-sum-exps among ``results``; rows are those of
     ``shaped``."""
     loss = call(operator.getitem, results, 0)
