@@ -196,7 +196,7 @@ def test_the_kernel_compiles_for_sm_90_without_spills(width: int) -> None:
     for codes, centered, normalized in itertools.product(("fp8e4nv", "i8"), (False, True), (False, True)):
         if centered and not normalized:
             continue
-        launch = module.warps_and_registers(block, normalized)
+        launch = module.warps_and_registers(block, normalized and not centered)
         pointers = {
             **dict.fromkeys(("data", "weight", "bias"), "*bf16"),
             "codes": f"*{codes}",
@@ -218,4 +218,4 @@ def test_the_kernel_compiles_for_sm_90_without_spills(width: int) -> None:
         assert code.shared + code.asked <= 4096
         assert code.widths("LDG")[128] and code.widths("STG")[128]
         programs = 65536 // (32 * launch["num_warps"] * -(-code.registers // 8) * 8)
-        assert programs >= (2 if normalized or width < 8192 else 1)
+        assert programs >= (2 if launch["num_warps"] < 16 else 1)

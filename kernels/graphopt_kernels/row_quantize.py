@@ -172,18 +172,18 @@ def launch_rows(
             WIDTH=width,
             BLOCK=block,
             ROWS=rows,
-            **warps_and_registers(block, norm is not None),
+            **warps_and_registers(block, norm is not None and not centered),
         )
     return result, scale
 
 
-def warps_and_registers(block: int, is_normalized: bool) -> dict[str, Any]:
+def warps_and_registers(block: int, fits: bool) -> dict[str, Any]:
     """Of a program for rows of ``block`` elements, as for norms. Left alone, the assembler would give the
     longest rows so many registers that a multiprocessor holds one program, and nothing hides its loads.
-    Without a norm it cannot do with fewer, and more warps hold the row."""
+    What ``fits`` fewer without a spill, an RMSNorm, gets fewer; others are held by more warps."""
     if block < WIDEST:
         return {"num_warps": 4}
-    return {"num_warps": 8, "maxnreg": 128} if is_normalized else {"num_warps": 16}
+    return {"num_warps": 8, "maxnreg": 128} if fits else {"num_warps": 16}
 
 
 def _kernels_for(input: torch.Tensor) -> Any:

@@ -70,8 +70,11 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     place = row * WIDTH + at
     y = tl.load(data + place, mask=inside, other=0.0)
     if NORMALIZED:
+        near = 0.0
+        if CENTERED:
+            near = tl.load(data + row * WIDTH, mask=row < rows, other=0.0)
         y, _, _ = normalized(
-            y, inside, at, weight, bias, 0.0, 0.0, eps, offset,
+            y, near, inside, at, weight, bias, 0.0, 0.0, eps, offset,
             CENTERED, WEIGHTED, BIASED, ROUNDED, OFFSET, WIDTH, False,
         )  # fmt: skip
         y = y.to(DTYPE)
