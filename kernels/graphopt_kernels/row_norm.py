@@ -457,12 +457,10 @@ class BackwardProblem(NamedTuple):
 
 def forward_launch(problem: ForwardProblem) -> Launch:
     """Measured on an H200: many small programs hide each other's loads best, and need not read ahead. Of the
-    longest rows a multiprocessor has registers for two programs where the weight is not held in them, of a
-    LayerNorm's long ones for as many of eight warps as of four."""
+    longest rows a multiprocessor has registers for two programs where the weight is not held in them."""
     block, rows = tile(problem.width)
     if block < WIDEST:
-        warps = 8 if problem.centered and problem.width > 6144 else 4
-        return Launch(block, rows, warps, 0, ahead=False, held=not problem.centered)
+        return Launch(block, rows, 4, 0, ahead=False, held=not problem.centered)
     return Launch(block, rows, 8, 0, ahead=False, held=False)
 
 

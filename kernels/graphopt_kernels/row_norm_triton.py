@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["backward_kernel", "columns_kernel", "forward_kernel", "normalized"]
+__all__ = ["backward_kernel", "beginning", "columns_kernel", "forward_kernel", "normalized"]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -41,6 +41,15 @@ def _both(one, other, one_more, other_more):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def beginning(data, row, rows, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The mean of the first elements of each row."""
+    at = tl.arange(0, 16)[None, :]
+    few = tl.load(data + row * WIDTH + at, mask=(row < rows) & (at < WIDTH), other=0.0).to(tl.float32)
+    count: tl.constexpr = 16 if WIDTH > 16 else WIDTH
+    return tl.sum(few, axis=1, keep_dims=True) / count
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def normalized(  # type: ignore[no-untyped-def]
     x,
     near,
@@ -60,15 +69,14 @@ def normalized(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     HELD: tl.constexpr,
 ):
-    """Rows ``x``, as they are stored, over their norm, with mean and rstd: float32. ``near`` is an element of
-    each row. ``OFFSET``: one is added to the weight. ``HELD``: weight and bias are in registers, as ``factor`` and ``shift``."""
+    """Rows ``x``, as they are stored, over their norm, with mean and rstd: float32. ``near``: a number near
+    the mean of each row. ``OFFSET``: one is added to the weight. ``HELD``: weight and bias are in registers, as ``factor`` and ``shift``."""
     dtype = x.dtype
     x = x.to(tl.float32)
     mean = 0.0
     if CENTERED and dtype.primitive_bitwidth == 16:
-        # Mean and variance in one exchange between warps, about an element of the row: it is no further from the
-        # mean than sqrt(WIDTH) deviations, so that float32 loses less than 16 bits have, where all it is far.
-        near = near.to(tl.float32)
+        # Mean and variance in one exchange between warps, about the mean of a few elements: that is no further
+        # from the row's than sqrt(WIDTH / 16) deviations, so float32 loses less than 16 bits have.
         x = tl.where(inside, x - near, 0.0)
         total, squares = tl.reduce((x, x * x), 1, _both, keep_dims=True)
         level = total / WIDTH
@@ -155,9 +163,9 @@ def forward_kernel(  # type: ignore[no-untyped-def]
             tl.store(total + place, x, mask=inside)
         near = 0.0
         if CENTERED:
-            near = tl.load(data + row * WIDTH, mask=row < rows, other=0.0)
+            near = beginning(data, row, rows, WIDTH)
             if ADDED:
-                near = (near.to(tl.float32) + tl.load(added + row * WIDTH, mask=row < rows, other=0.0)).to(x.dtype)
+                near += beginning(added, row, rows, WIDTH)
         y, mean, scale = normalized(
             x, near, inside, at, weight, bias, factor, shift, eps, offset,
             CENTERED, WEIGHTED, BIASED, ROUNDED, True, WIDTH, HELD,

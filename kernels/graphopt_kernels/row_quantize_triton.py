@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from graphopt_kernels.row_norm_triton import normalized
+from graphopt_kernels.row_norm_triton import beginning, normalized
 
 __all__ = ["DTYPES", "quantize_kernel"]
 
@@ -72,7 +72,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     if NORMALIZED:
         near = 0.0
         if CENTERED:
-            near = tl.load(data + row * WIDTH, mask=row < rows, other=0.0)
+            near = beginning(data, row, rows, WIDTH)
         y, _, _ = normalized(
             y, near, inside, at, weight, bias, 0.0, 0.0, eps, offset,
             CENTERED, WEIGHTED, BIASED, ROUNDED, OFFSET, WIDTH, False,
