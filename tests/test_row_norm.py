@@ -362,9 +362,17 @@ def test_the_kernels_compile_for_sm_90_without_spills(width: int, centered: bool
 def test_sums_of_programs_are_read_16_bytes_at_a_time(rows: int, both: bool) -> None:
     from graphopt_kernels.row_norm_triton import columns_kernel
 
-    types = {"d_weights": "*fp32", "d_biases": "*fp32", "d_weight": "*bf16", "d_bias": "*bf16", "programs": "i32"}
+    types = {
+        "d_weights": "*fp32",
+        "d_biases": "*fp32",
+        "d_weight": "*bf16",
+        "d_bias": "*bf16",
+        "programs": "i32",
+    }
     constants = {"D_WEIGHT": True, "D_BIAS": both, "WIDTH": 4096, "COLUMNS": 16, "ROWS": rows}
-    code = compile_function_for_sm90(columns_kernel, types, constants, warps=rows // 32, aligned=tuple(types)[:4])
+    code = compile_function_for_sm90(
+        columns_kernel, types, constants, warps=rows // 32, aligned=tuple(types)[:4]
+    )
     assert not code.spills and code.widths("LDG")[128] == 4 * (1 + both)
 
 
@@ -390,6 +398,8 @@ def test_launches_that_cannot_be_are_refused(change: dict[str, Any], reason: str
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_launches_by_rule_fit_shared_memory(dtype: torch.dtype) -> None:
-    for width, passed, centered in itertools.product((64, 2048, 4096, 8192, 16384), (False, True), (False, True)):
+    for width, passed, centered in itertools.product(
+        (64, 2048, 4096, 8192, 16384), (False, True), (False, True)
+    ):
         problem = module.BackwardProblem(16384, width, dtype, dtype, passed, centered, True, True, centered)
         assert module.check_launch(problem, module.backward_launch(problem)) is None

@@ -70,13 +70,14 @@ def normalized(  # type: ignore[no-untyped-def]
     HELD: tl.constexpr,
 ):
     """Rows ``x``, as they are stored, over their norm, with mean and rstd: float32. ``near``: a number near
-    the mean of each row. ``OFFSET``: one is added to the weight. ``HELD``: weight and bias are in registers, as ``factor`` and ``shift``."""
+    the mean of each row. ``OFFSET``: one is added to the weight. ``HELD``: weight and bias are in registers,
+    as ``factor`` and ``shift``."""
     dtype = x.dtype
     x = x.to(tl.float32)
     mean = 0.0
     if CENTERED and dtype.primitive_bitwidth == 16:
-        # Mean and variance in one exchange between warps, about the mean of a few elements: that is no further
-        # from the row's than sqrt(WIDTH / 16) deviations, so float32 loses less than 16 bits have.
+        # Mean and variance in one exchange between warps, about the mean of a few elements: that is no
+        # further from the row's than sqrt(WIDTH / 16) deviations, so float32 loses less than 16 bits have.
         x = tl.where(inside, x - near, 0.0)
         total, squares = tl.reduce((x, x * x), 1, _both, keep_dims=True)
         level = total / WIDTH
