@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor.utils import run_and_get_code
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import graphopt
@@ -205,3 +207,26 @@ def test_a_loss_of_a_linear_layer_is_an_alternative() -> None:
     for function, alternative in ((head, True), (kept, False)):
         (found,) = proposals(function, *given)
         assert isinstance(found, Candidate) and found.alternative is alternative
+
+
+def test_the_gradient_is_computed_over_logits_that_nobody_needs() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 300, dtype=torch.bfloat16)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return F.cross_entropy(self.linear(x).float(), t)
+
+    x, t = torch.randn(8, 16).bfloat16(), torch.randint(0, 300, (8,))
+    torch._dynamo.reset()
+    fast = graphopt.optimize(Head(), (x, t), pipeline=[EVERYWHERE], emit="inductor", on_error="raise")
+
+    def step() -> Tensor:
+        loss = fast(x, t)
+        loss.backward()
+        return loss
+
+    _, codes = run_and_get_code(step)
+    (backward,) = [code for code in codes if "tangents_1" in code]
+    assert re.search(r"buf\d+ = addmm; del addmm  # reuse", backward)

@@ -139,6 +139,8 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=convolution_relu.convolution_relu_reference,
             supports=convolution_relu.convolution_relu_supports,
             summary="a convolution with the bias, the residual sum and the ReLU behind it",
+        ),
+        KernelSpec(
             name="quantize-rows",
             op="graphopt::quantize_rows",
             reference=row_quantize.quantize_reference,
