@@ -44,11 +44,11 @@ def gradient_of(  # type: ignore[no-untyped-def]
     """The gradient of logits that became ``z``, for that of their row's loss, ``scale``, and with ``SUMMED``
     that of the log-sum-exp as well: ``share`` is the sum of both."""
     if SUMMED:
-        gradient = exponential(z - log_sum_exp) * share - tl.where(is_label, scale * (1.0 - smoothing), 0.0)
+        gradient = tl.exp(z - log_sum_exp) * share - tl.where(is_label, scale * (1.0 - smoothing), 0.0)
         if SMOOTHED:
             gradient -= scale * (smoothing / classes)
     else:
-        gradient = exponential(z - log_sum_exp) - tl.where(is_label, 1.0 - smoothing, 0.0)
+        gradient = tl.exp(z - log_sum_exp) - tl.where(is_label, 1.0 - smoothing, 0.0)
         if SMOOTHED:
             gradient -= smoothing / classes
         gradient *= scale
