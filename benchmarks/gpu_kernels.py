@@ -170,7 +170,6 @@ def cases(widths: Sequence[int]) -> list[Callable[[], Case]]:
         add("log_softmax", width, log_softmax, 1, 0, (2, 3))
     made.append(rope_case)
     made.append(normed_rope_case)
-    made.append(lambda: cross_entropy_case(liger.get("cross_entropy")))
     for columns in (32000, 128256):
         made.append(
             lambda columns=columns: cross_entropy_case("cross_entropy", columns, cross_entropy, liger)
@@ -197,8 +196,6 @@ def normed_rope_case() -> Case:
     return Case("norm_rope", case.width, function, case.inputs, (weight,), 2, 3)
 
 
-def cross_entropy_case(liger: Callable[..., Any] | None) -> Case:
-    columns = 128256
 def cross_entropy_case(
     name: str, columns: int, function: Callable[..., Any], liger: dict[str, Callable[..., Any]]
 ) -> Case:
@@ -266,12 +263,10 @@ def backward_share(
 def measured(case: Case, copy: float) -> dict[str, Any]:
     row: dict[str, Any] = {"case": case.name, "width": case.width}
     module = Module(case)
-    leaves = [x.requires_grad_() if x.is_floating_point() else x for x in case.inputs]
-    if case.name in ("rope", "norm_rope"):
     trains = case.backward > 0
     leaves = [x.requires_grad_(trains) if x.is_floating_point() else x for x in case.inputs]
     module.requires_grad_(trains)
-    if case.name == "rope":
+    if case.name in ("rope", "norm_rope"):
         leaves = [leaves[0], *(x.detach() for x in leaves[1:])]
     wanted = [x for x in (*leaves, *module.parameters()) if x.requires_grad]
     kinds: dict[str, Callable[..., Any]] = {
