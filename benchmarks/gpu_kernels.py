@@ -4,8 +4,9 @@
 
 Every operator is a module of its own, 128 MiB a tensor, bf16, given to ``graphopt.optimize`` (code by
 Inductor), to ``torch.compile`` and, where it has one, Liger's kernel. ``forward`` is a call without
-gradients, ``backward`` the gradients of inputs and parameters for a given gradient. Percentages are of the
-copy bandwidth that the same run measures, on the least bytes: each tensor that must be read or written, once.
+gradients, ``backward`` the gradients of inputs and parameters for a given gradient, where there is one.
+Percentages are of the copy bandwidth that the same run measures, on the least bytes: each tensor that must be
+read or written, once.
 The GPU is kept busy while the host gets a call ready, so that host time does not count; medians after
 warm-up.
 
@@ -105,8 +106,28 @@ def softmax(x: torch.Tensor) -> torch.Tensor:
     return torch.softmax(x, -1)
 
 
+def log_softmax(x: torch.Tensor) -> torch.Tensor:
+    return torch.log_softmax(x, -1)
+
+
+def rms_norm_fp8(x: torch.Tensor, weight: torch.Tensor) -> Tensors:
+    y = rms_norm(x, weight).float()
+    scale = (y.abs().amax(-1, keepdim=True) / 448).clamp(min=1e-12)
+    return (y / scale).clamp(-448, 448).to(torch.float8_e4m3fn), scale
+
+
+def layer_norm_int8(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Tensors:
+    y = layer_norm(x, weight, bias).float()
+    scale = (y.abs().amax(-1, keepdim=True) / 127).clamp(min=1e-8)
+    return torch.round(y / scale).to(torch.int8), scale
+
+
 def cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.float(), target)
+
+
+def smoothed_cross_entropy(logits: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits, target, label_smoothing=0.1)
 
 
 def cases(widths: Sequence[int]) -> list[Callable[[], Case]]:
@@ -140,13 +161,20 @@ def cases(widths: Sequence[int]) -> list[Callable[[], Case]]:
         add("rms_norm", width, rms_norm, 1, 1, (2, 3))
         add("add_rms_norm", width, add_rms_norm, 2, 1, (4, 4))
         add("layer_norm", width, layer_norm, 1, 2, (2, 3))
+        add("rms_norm_fp8", width, rms_norm_fp8, 1, 1, (1.5, 0))
+        add("layer_norm_int8", width, layer_norm_int8, 1, 2, (1.5, 0))
+        add("softmax", width, softmax, 1, 0, (2, 3))
     for width in (widths[1], widths[-1]):
         add("swiglu", width, swiglu, 2, 0, (3, 5))
         add("geglu", width, geglu, 2, 0, (3, 5))
-        add("softmax", width, softmax, 1, 0, (2, 3))
+        add("log_softmax", width, log_softmax, 1, 0, (2, 3))
     made.append(rope_case)
     made.append(normed_rope_case)
-    made.append(lambda: cross_entropy_case(liger.get("cross_entropy")))
+    for columns in (32000, 128256):
+        made.append(
+            lambda columns=columns: cross_entropy_case("cross_entropy", columns, cross_entropy, liger)
+        )
+    made.append(lambda: cross_entropy_case("smoothed_cross_entropy", 128256, smoothed_cross_entropy, liger))
     return made
 
 
@@ -168,11 +196,12 @@ def normed_rope_case() -> Case:
     return Case("norm_rope", case.width, function, case.inputs, (weight,), 2, 3)
 
 
-def cross_entropy_case(liger: Callable[..., Any] | None) -> Case:
-    columns = 128256
+def cross_entropy_case(
+    name: str, columns: int, function: Callable[..., Any], liger: dict[str, Callable[..., Any]]
+) -> Case:
     logits = torch.randn(TENSOR // (2 * columns), columns, device="cuda", dtype=torch.bfloat16)
     target = torch.randint(0, columns, (logits.shape[0],), device="cuda")
-    return Case("cross_entropy", columns, cross_entropy, (logits, target), (), 1, 2, liger)
+    return Case(name, columns, function, (logits, target), (), 1, 2, liger.get(name))
 
 
 def liger_functions() -> dict[str, Callable[..., Any]]:
@@ -220,10 +249,23 @@ def milliseconds(run: Callable[[], Any], times: int = 11, busy: int = BUSY_CYCLE
     return statistics.median(taken)
 
 
+def backward_share(
+    function: Callable[..., Any], leaves: Sequence[Any], wanted: Sequence[Any], moved: float, copy: float
+) -> float:
+    """Percent of the copy bandwidth that gradients of ``wanted`` reach."""
+    result = function(*leaves)
+    outputs = [y for y in (result if isinstance(result, tuple) else (result,)) if y.requires_grad]
+    grads = [torch.randn_like(y) for y in outputs]
+    took = milliseconds(lambda: torch.autograd.grad(outputs, wanted, grads, retain_graph=True))
+    return round(100 * moved * TENSOR / took / 1e6 / copy, 1)
+
+
 def measured(case: Case, copy: float) -> dict[str, Any]:
     row: dict[str, Any] = {"case": case.name, "width": case.width}
     module = Module(case)
-    leaves = [x.requires_grad_() if x.is_floating_point() else x for x in case.inputs]
+    trains = case.backward > 0
+    leaves = [x.requires_grad_(trains) if x.is_floating_point() else x for x in case.inputs]
+    module.requires_grad_(trains)
     if case.name in ("rope", "norm_rope"):
         leaves = [leaves[0], *(x.detach() for x in leaves[1:])]
     wanted = [x for x in (*leaves, *module.parameters()) if x.requires_grad]
@@ -236,16 +278,8 @@ def measured(case: Case, copy: float) -> dict[str, Any]:
     for kind, function in kinds.items():
         torch._dynamo.reset() if kind == "compile" else None
         try:
-            result = function(*leaves)
-            outputs = [y for y in (result if isinstance(result, tuple) else (result,)) if y.requires_grad]
-            grads = [torch.randn_like(y) for y in outputs]
-
-            def backward(outputs: Any = outputs, grads: Any = grads) -> Any:
-                return torch.autograd.grad(outputs, wanted, grads, retain_graph=True)
-
-            took = milliseconds(backward)
-            row[f"{kind}_backward"] = round(100 * case.backward * TENSOR / took / 1e6 / copy, 1)
-            del result, outputs, grads, backward
+            if trains:
+                row[f"{kind}_backward"] = backward_share(function, leaves, wanted, case.backward, copy)
             with torch.no_grad():
                 took = milliseconds(lambda: function(*leaves))  # noqa: B023
             row[f"{kind}_forward"] = round(100 * case.forward * TENSOR / took / 1e6 / copy, 1)

@@ -557,7 +557,7 @@ def overwritten(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tens
             "the log-sum-exps are read before the loss, and a call between has an effect",
         ),
         (cut_off, "it cuts off a gradient"),
-        (overwritten, "what the product reads is written before the loss"),
+        (overwritten, "what it reads is written before the loss"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

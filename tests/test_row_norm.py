@@ -242,7 +242,7 @@ def test_the_kernels_compute_what_the_references_do() -> None:
             (torch.float32, torch.float16), ((7, 37), (5, 16), (1, 9)), (False, True),
             ((False, True), (True, False)),
         ):
-            launch = Launch(max(16, 1 << (width - 1).bit_length()), 2, 1, 1, ahead, held)
+            launch = Launch(max(16, 1 << (width - 1).bit_length()), 2, 1, 1, ahead, held, 1 if ahead else 3)
             chosen = dict(launch=launch, processors=2)
             x, added, passed, grad = (torch.randn(rows, width, dtype=dtype) for _ in range(4))
             for weight, bias, offset, rounds in (
@@ -268,6 +268,34 @@ def test_the_kernels_compute_what_the_references_do() -> None:
                     found = module.backward_rows(kernels, *arguments, **chosen)
                     for a, b in zip(found, module.row_norm_backward_reference(*arguments)):
                         torch.testing.assert_close(a, b, **near)
+        # Means far from zero, and first elements far from the mean: statistics are taken about them.
+        x = torch.randn(6, 1000)
+        x[1] += 100
+        x[2, 0] = 3000
+        x[3] = 100 + x[3] / 10
+        x[3, 0] = 400
+        x[4] = 7
+        x = x.half()
+        launch = Launch(1024, 2, 1, 0, False, False)
+        found, _, mean, rstd = module.forward_rows(
+            kernels, x, None, None, None, 1e-5, True, 0.0, False, torch.float32, launch=launch, processors=2
+        )
+        right, right_mean, right_rstd = module.row_norm_reference(
+            x.double(), None, None, 1e-5, True, 0.0, False, torch.float64
+        )
+        # In deviations of the row.
+        assert float(((mean - right_mean) * right_rstd).abs().max()) < 1e-4 and float(mean[4]) == 7
+        torch.testing.assert_close(rstd.double(), right_rstd, atol=0, rtol=2e-4)
+        torch.testing.assert_close(found.double(), right, atol=1e-4, rtol=2e-4)
+        # NaN and infinities, the first element of a row or another.
+        x = torch.randn(6, 37).half()
+        x[0, 0], x[1, 5], x[2, 0], x[3, 5] = [float("inf")] * 2 + [float("nan")] * 2
+        launch = Launch(64, 2, 1, 0, False, False)
+        found = module.forward_rows(
+            kernels, x, None, None, None, 1e-5, True, 0.0, False, torch.float32, launch=launch, processors=2
+        )
+        assert found[0].isnan().all(1).tolist() == 4 * [True] + 2 * [False]
+        assert found[0].isnan().any(1).tolist() == 4 * [True] + 2 * [False]
     """
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": ":".join(sys.path)}
     result = subprocess.run(
@@ -286,27 +314,92 @@ SPILLED = {(14336, True): 192}
 def test_the_kernels_compile_for_sm_90_without_spills(width: int, centered: bool) -> None:
     from graphopt_kernels import row_norm_triton
 
-    flags = {"CENTERED": centered, "WEIGHTED": True, "WIDTH": width}
     rows = dict.fromkeys(
         ("data", "added", "result", "total", "grad", "passed", "d_data", "weight", "bias"), "*bf16"
     )
     sums = dict.fromkeys(("means", "scales", "d_weights", "d_biases"), "*fp32")
     numbers = {"rows": "i32", "eps": "fp32", "offset": "fp32"}
-    forward = {**flags, "ADDED": True, "BIASED": centered, "ROUNDED": not centered}
-    widest = width > 8192
-    backward = {**flags, "PASSED": True, "D_DATA": True, "D_WEIGHT": True, "D_BIAS": centered and not widest}
     half, shift = torch.bfloat16, torch.bfloat16 if centered else None
-    asked = module.ForwardProblem(16384, width, half, half, half, shift, True, centered, not centered)
-    given = module.BackwardProblem(16384, width, half, half, True, centered, True, True, centered)
-    for kernel, launch, constants in (
-        (row_norm_triton.forward_kernel, module.forward_launch(asked), forward),
-        (row_norm_triton.backward_kernel, module.backward_launch(given), backward),
-    ):
-        constants |= {"BLOCK": launch.block, "ROWS": launch.rows, "AHEAD": launch.ahead, "HELD": launch.held}
-        code = compile_function_for_sm90(
-            kernel, {**rows, **sums, **numbers}, constants, warps=launch.warps, aligned=(*rows, *sums)
+
+    def compiled(kernel: Any, launch: module.Launch, **constants: Any) -> Any:
+        fields = launch._asdict()
+        given = {name.upper(): fields[name] for name in ("block", "rows", "ahead", "stages", "held")}
+        return compile_function_for_sm90(
+            kernel,
+            {**rows, **sums, **numbers},
+            {"CENTERED": centered, "WEIGHTED": True, "WIDTH": width, **given, **constants},
+            warps=launch.warps,
+            aligned=(*rows, *sums),
+            most_registers=constants.get("most"),
         )
-        allowed = SPILLED.get((width, centered), 0) if kernel is row_norm_triton.backward_kernel else 0
-        assert code.stack + code.local <= allowed, (kernel, code.stack, code.local)
-        assert code.shared <= 2048
+
+    for added in (False, True):
+        asked = module.ForwardProblem(16384, width, half, half, half, shift, added, centered, not centered)
+        launch = module.forward_launch(asked)
+        flags = {"ADDED": added, "BIASED": centered, "ROUNDED": not centered}
+        most = module.most_registers(launch, half, centered).get("maxnreg")
+        code = compiled(row_norm_triton.forward_kernel, launch, **flags, most=most)
+        assert not code.spills, code
+        assert code.shared + code.asked <= 16384
         assert code.widths("LDG")[128] >= 2 and code.widths("STG")[128] >= 1
+        # While one program waits for its rows, another computes.
+        assert code.registers * 32 * launch.warps * 2 <= 65536
+    for passed in (False, True):
+        given = module.BackwardProblem(16384, width, half, half, passed, centered, True, True, centered)
+        launch = module.backward_launch(given)
+        biased = centered and not (passed and launch.block == module.WIDEST)
+        flags = {"PASSED": passed, "D_DATA": True, "D_WEIGHT": True, "D_BIAS": biased}
+        code = compiled(row_norm_triton.backward_kernel, launch, **flags)
+        assert code.stack + code.local <= SPILLED.get((width, centered), 0), code
+        assert code.asked + 1024 <= 227 * 1024 // launch.programs
+        loads = code.widths("LDGSTS" if launch.stages > 1 else "LDG")
+        assert loads[128] >= 2 and code.widths("STG")[128] >= 1
+
+
+@needs_triton
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("rows", [64, 512])
+def test_sums_of_programs_are_read_16_bytes_at_a_time(rows: int, both: bool) -> None:
+    from graphopt_kernels.row_norm_triton import columns_kernel
+
+    types = {
+        "d_weights": "*fp32",
+        "d_biases": "*fp32",
+        "d_weight": "*bf16",
+        "d_bias": "*bf16",
+        "programs": "i32",
+    }
+    constants = {"D_WEIGHT": True, "D_BIAS": both, "WIDTH": 4096, "COLUMNS": 16, "ROWS": rows}
+    code = compile_function_for_sm90(
+        columns_kernel, types, constants, warps=rows // 32, aligned=tuple(types)[:4]
+    )
+    assert not code.spills and code.widths("LDG")[128] == 4 * (1 + both)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"stages": 9}, "9 stages are not from 1 to 8, or beside rows that are read ahead"),
+        ({"ahead": True}, "3 stages are not from 1 to 8, or beside rows that are read ahead"),
+        ({"stages": 8}, r"8 stages take 229376 bytes of shared memory: 212992 are there"),
+        ({"programs": 0}, "sums over rows need programs that stay"),
+    ],
+)
+def test_launches_that_cannot_be_are_refused(change: dict[str, Any], reason: str) -> None:
+    half = torch.bfloat16
+    problem = module.BackwardProblem(16384, 8192, half, half, False, True, True, True, True)
+    launch = module.backward_launch(problem)
+    assert module.check_launch(problem, launch) is None
+    assert str(module.check_launch(problem, launch._replace(**change))) == reason
+    forward = module.ForwardProblem(16384, 8192, half, half, half, None, False, False, True)
+    staged = module.forward_launch(forward)._replace(stages=2)
+    assert str(module.check_launch(forward, staged)) == "the forward has one stage"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_launches_by_rule_fit_shared_memory(dtype: torch.dtype) -> None:
+    for width, passed, centered in itertools.product(
+        (64, 2048, 4096, 8192, 16384), (False, True), (False, True)
+    ):
+        problem = module.BackwardProblem(16384, width, dtype, dtype, passed, centered, True, True, centered)
+        assert module.check_launch(problem, module.backward_launch(problem)) is None

@@ -79,6 +79,18 @@ def test_a_step_may_be_missing_and_binds_none_then() -> None:
     assert rewritten(semantic(lambda x: torch.tanh(x * 3), X), rule) == ["mul.Tensor", "sigmoid.default"]
 
 
+def test_an_output_may_be_read_by_another() -> None:
+    def pattern(x: Any) -> Any:
+        inner = exp(x)
+        return tanh(inner), inner
+
+    rule = Rule("r", pattern, lambda x: (aten.sin.default(x), aten.cos.default(x)))
+    program = semantic(lambda x: (torch.tanh(e := torch.exp(x)), e * 2), X)
+    assert sorted(rewritten(program, rule)) == ["cos.default", "mul.Tensor", "sin.default"]
+    for found, right in zip(program.gm(X), (X.sin(), X.cos() * 2), strict=True):
+        torch.testing.assert_close(found, right)
+
+
 def test_one_capture_is_one_value() -> None:
     rule = Rule("r", lambda x: times(tanh(x), exp(x)), lambda x: aten.neg.default(x), near=1)
     assert rewritten(semantic(lambda x: torch.tanh(x) * torch.exp(x), X), rule) == ["neg.default"]
@@ -282,4 +294,3 @@ def _tower(x: torch.Tensor, length: int) -> torch.Tensor:
     for _ in range(length):
         x = torch.tanh(x * 2)
     return x
-

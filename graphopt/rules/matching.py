@@ -171,6 +171,10 @@ class _Search:
             yield state
             return
         root, rest = roots[0], roots[1:]
+        if root in state.calls:
+            # Another root reads it.
+            yield from self.others(rest, state)
+            return
         near = _above(list(state.calls.values()), root)
         if not near:
             self.miss(state, f"nothing reads it by {root.operator}", state.calls[next(iter(state.calls))])

@@ -40,6 +40,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
         attention_reference,
         bandwidth,
         convolution_relu,
+        cross_entropy,
         linear_cross_entropy,
         linear_cross_entropy_arguments,
         linear_cross_entropy_blocks,
@@ -48,6 +49,8 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
         rotary_cache,
         rotary_reference,
         row_norm,
+        row_quantize,
+        softmax,
         sum_products,
     )
     from graphopt_kernels.saved_codecs import codes, groups, levels
@@ -66,6 +69,20 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=bandwidth.read_reference,
             supports=bandwidth.read_supports,
             summary="sums a vector block by block, to measure the read bandwidth",
+        ),
+        KernelSpec(
+            name="cross-entropy",
+            op="graphopt::cross_entropy",
+            reference=cross_entropy.cross_entropy_reference,
+            supports=cross_entropy.cross_entropy_supports,
+            summary="cross entropy and log-sum-exp of rows of logits, in one reading",
+        ),
+        KernelSpec(
+            name="cross-entropy-backward",
+            op="graphopt::cross_entropy_backward",
+            reference=cross_entropy.cross_entropy_backward_reference,
+            supports=cross_entropy.cross_entropy_backward_supports,
+            summary="gradient of logits, in one reading",
         ),
         KernelSpec(
             name="linear-cross-entropy",
@@ -122,6 +139,27 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=convolution_relu.convolution_relu_reference,
             supports=convolution_relu.convolution_relu_supports,
             summary="a convolution with the bias, the residual sum and the ReLU behind it",
+        ),
+        KernelSpec(
+            name="quantize-rows",
+            op="graphopt::quantize_rows",
+            reference=row_quantize.quantize_reference,
+            supports=row_quantize.quantize_supports,
+            summary="rows in float8 or int8, a scale for each",
+        ),
+        KernelSpec(
+            name="row-norm-quantize",
+            op="graphopt::row_norm_quantize",
+            reference=row_quantize.row_norm_quantize_reference,
+            supports=row_quantize.row_norm_quantize_supports,
+            summary="RMSNorm and LayerNorm of rows in float8 or int8, a scale for each",
+        ),
+        KernelSpec(
+            name="softmax",
+            op="graphopt::softmax",
+            reference=softmax.softmax_reference,
+            supports=softmax.softmax_supports,
+            summary="softmax of rows, or its logarithm, in one reading",
         ),
         KernelSpec(
             name="rotary",

@@ -45,12 +45,14 @@ __all__ = [
     "check_launch",
     "forward_launch",
     "forward_rows",
+    "most_registers",
     "row_norm",
     "row_norm_backward",
     "row_norm_backward_reference",
     "row_norm_backward_supports",
     "row_norm_reference",
     "row_norm_supports",
+    "staged_bytes",
     "statistics_in",
     "tile",
 ]
@@ -65,7 +67,12 @@ _GROUP = 2048
 _MANY = 16384
 """Groups of rows from which on more are alike for a launch: some for every program of any device."""
 
-_COLUMNS = 32
+_COLUMNS = 16
+_AT_ONCE = 512
+"""Programs whose sums are added up at a time: reading them in turn takes longer than adding them."""
+
+_STAGED = 208 * 2**10
+"""Bytes of shared memory for rows on their way; sums are exchanged in the rest."""
 
 
 def statistics_in(dtype: torch.dtype) -> torch.dtype:
@@ -309,6 +316,7 @@ def forward_rows(
             AHEAD=launch.ahead,
             HELD=launch.held,
             num_warps=launch.warps,
+            **most_registers(launch, input.dtype, centered),
         )
     return result, total, mean, rstd
 
@@ -350,8 +358,8 @@ def backward_rows(
         )
         launch = BACKWARD(problem, input.device)
     programs = _grid(launch, rows, processors or _multiprocessors(input.device))
-    if has_bias and launch.block == WIDEST:
-        # Sums for weight and bias do not both fit the registers.
+    if has_bias and launch.block == WIDEST and passed is not None:
+        # Sums for weight and bias do not both fit the registers beside three rows.
         d_bias = grad.reshape(rows, width).sum(0, dtype=torch.float32).to(d_bias.dtype)
         has_bias = False
     sums = [
@@ -382,10 +390,12 @@ def backward_rows(
             BLOCK=launch.block,
             ROWS=launch.rows,
             AHEAD=launch.ahead,
+            STAGES=launch.stages,
             HELD=launch.held,
             num_warps=launch.warps,
         )
         if has_weight or has_bias:
+            together = min(_AT_ONCE, max(64, 1 << (programs - 1).bit_length()))
             kernels.columns_kernel[(-(-width // _COLUMNS),)](
                 sums[0],
                 sums[1],
@@ -396,16 +406,16 @@ def backward_rows(
                 D_BIAS=has_bias,
                 WIDTH=width,
                 COLUMNS=_COLUMNS,
-                ROWS=64,
-                num_warps=4,
+                ROWS=together,
+                num_warps=together // 32,
             )
     return d_input, d_weight, d_bias
 
 
 class Launch(NamedTuple):
     """How a kernel is started. ``block``: elements of a row, rounded up to a power of two; ``rows`` of a
-    group; ``programs`` for each multiprocessor (0: one for each group); ``ahead`` and ``held`` as the kernels
-    say."""
+    group; ``programs`` for each multiprocessor (0: one for each group); ``ahead``, ``held`` and, of the
+    backward alone, ``stages`` as the kernels say."""
 
     block: int
     rows: int
@@ -413,6 +423,7 @@ class Launch(NamedTuple):
     programs: int
     ahead: bool
     held: bool
+    stages: int = 1
 
 
 class ForwardProblem(NamedTuple):
@@ -445,29 +456,61 @@ class BackwardProblem(NamedTuple):
 
 
 def forward_launch(problem: ForwardProblem) -> Launch:
-    """Measured on an H200: many small programs hide each other's loads best, and need not read ahead."""
+    """Measured on an H200: many small programs hide each other's loads best, and need not read ahead. Of the
+    longest rows a multiprocessor has registers for two programs where the weight is not held in them."""
     block, rows = tile(problem.width)
     if block < WIDEST:
         return Launch(block, rows, 4, 0, ahead=False, held=not problem.centered)
-    return Launch(block, rows, 8, 0, ahead=False, held=not problem.centered)
+    return Launch(block, rows, 8, 0, ahead=False, held=False)
 
 
 def backward_launch(problem: BackwardProblem) -> Launch:
-    """Measured on an H200: reading ahead pays until registers run out."""
+    """RMSNorm's as measured on an H200: reading ahead pays until registers run out. LayerNorm's sums leave it
+    no registers for that, so its rows wait in shared memory, and more warps with fewer elements each compute
+    them; so do RMSNorm's longest rows."""
     width, centered = problem.width, problem.centered
     block, rows = tile(width)
+    if centered:
+        launch = _centered_launch(problem, block, rows)
+        while launch.stages > 1 and staged_bytes(problem, launch) > _STAGED:
+            launch = launch._replace(stages=launch.stages - 1)
+        return launch
     if block <= 2048:
-        return Launch(block, rows, 4, 3 if centered else 4, True, True)
+        return Launch(block, rows, 4, 4, True, True)
     if block == 4096:
-        return Launch(block, rows, 8, 2, ahead=not centered, held=True)
+        return Launch(block, rows, 8, 2, True, True)
     if block == 8192:
         if width <= 6144:
             # Lanes beyond the row would idle: fewer of them, each with more elements.
-            return (
-                Launch(block, rows, 8, 1, True, True) if centered else Launch(block, rows, 4, 2, True, True)
-            )
-        return Launch(block, rows, 16, 1, ahead=not centered, held=not centered)
-    return Launch(block, rows, 8 if centered else 16, 1, False, False)
+            return Launch(block, rows, 4, 2, True, True)
+        return Launch(block, rows, 16, 1, True, True)
+    launch = Launch(block, rows, 16, 1, False, False, 1 if problem.passed else 2)
+    return launch if staged_bytes(problem, launch) <= _STAGED else launch._replace(stages=1)
+
+
+def _centered_launch(problem: BackwardProblem, block: int, rows: int) -> Launch:
+    if block <= 2048:
+        return Launch(block, rows, 8, 3, False, True, 4)
+    if block == 4096:
+        # Beside a third row two programs of sixteen warps do not fit.
+        return Launch(block, rows, 8 if problem.passed else 16, 2, False, True, 3)
+    if block == 8192:
+        return Launch(block, rows, 16, 1, False, True, 3)
+    return Launch(block, rows, 16, 1, False, False, 1 if problem.passed else 2)
+
+
+def staged_bytes(problem: BackwardProblem, launch: Launch) -> int:
+    """Shared memory of rows, and of a weight that is not held, on their way."""
+    row = (2 + problem.passed) * launch.rows * problem.dtype.itemsize
+    weight = problem.weight.itemsize if problem.weight is not None and not launch.held else 0
+    return (launch.stages - 1) * launch.block * (row + weight)
+
+
+def most_registers(launch: Launch, dtype: torch.dtype, centered: bool) -> dict[str, int]:
+    """Left alone, the assembler gives the longest rows of a LayerNorm so many registers that a multiprocessor
+    holds one program, and nothing hides its loads."""
+    is_long = centered and launch.block == WIDEST and launch.warps == 8 and dtype.itemsize == 2
+    return {"maxnreg": 128} if is_long else {}
 
 
 def check_launch(problem: ForwardProblem | BackwardProblem, launch: Launch) -> Reason | None:
@@ -482,8 +525,14 @@ def check_launch(problem: ForwardProblem | BackwardProblem, launch: Launch) -> R
         return Reason(f"{launch.rows} rows of {block} elements do not fit the registers of a program")
     if launch.programs < 0:
         return Reason(f"{launch.programs} programs cannot be launched")
-    if isinstance(problem, BackwardProblem) and not launch.programs:
+    if not isinstance(problem, BackwardProblem):
+        return None if launch.stages == 1 else Reason("the forward has one stage")
+    if not launch.programs:
         return Reason("sums over rows need programs that stay")
+    if not 1 <= launch.stages <= 8 or (launch.ahead and launch.stages > 1):
+        return Reason(f"{launch.stages} stages are not from 1 to 8, or beside rows that are read ahead")
+    if (needed := staged_bytes(problem, launch)) > _STAGED:
+        return Reason(f"{launch.stages} stages take {needed} bytes of shared memory: {_STAGED} are there")
     return None
 
 

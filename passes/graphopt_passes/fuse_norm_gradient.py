@@ -27,11 +27,11 @@ import torch.fx as fx
 from graphopt import _torch
 from graphopt.candidate import Candidate, CostDelta, NearMiss, Reason
 from graphopt.edit import Edit
-from graphopt.emit.fusion import Kind, kind_of
 from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.plugins import default_host
 from graphopt.program import Level, Program
 from graphopt.rules import argument
+from graphopt_passes.neighbours import is_generated, readers
 
 __all__ = ["FuseNormGradient"]
 
@@ -82,24 +82,8 @@ def _is_faster_alone(norm: fx.Node) -> bool:
     if not value.is_cuda or not _SHORT < width <= (_LONG_CENTERED if centered else _LONG):
         return False
     result = next((user for user in norm.users if user.args[1] == 0), None)
-    around = [norm.args[0], *(() if result is None else _readers(result))]
-    return not any(isinstance(node, fx.Node) and _is_generated(node) for node in around)
-
-
-def _readers(node: fx.Node) -> Iterable[fx.Node]:
-    """Calls that read ``node`` or a view of it."""
-    for user in node.users:
-        if user.op == "call_function" and kind_of(user, "cuda") is Kind.VIEW:
-            yield from _readers(user)
-        else:
-            yield user
-
-
-def _is_generated(node: fx.Node) -> bool:
-    """Whether a code generator makes the kernel of a call, so that it may be one with its neighbours."""
-    while node.op == "call_function" and kind_of(node, "cuda") is Kind.VIEW:
-        node = node.all_input_nodes[0]
-    return node.op == "call_function" and kind_of(node, "cuda") is not Kind.LIBRARY
+    around = [norm.args[0], *(() if result is None else readers(result))]
+    return not any(isinstance(node, fx.Node) and is_generated(node) for node in around)
 
 
 def _sum_of(backward: fx.Node) -> fx.Node | Reason | None:

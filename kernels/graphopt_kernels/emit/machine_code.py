@@ -154,10 +154,11 @@ def compile_function_for_sm90(
     warps: int,
     aligned: Collection[str] = (),
     stages: int = 3,
+    most_registers: int | None = None,
 ) -> MachineCode:
     """Compile a jitted ``function`` for sm_90: ``types`` of arguments by name, as triton spells them (more
     than it has do no harm), values of those that are ``constants``, which begin on 16 bytes, or are a
-    multiple of 16, and how many ``stages`` loops are pipelined in."""
+    multiple of 16, how many ``stages`` loops are pipelined in, and a bound on the registers of a thread."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -168,7 +169,7 @@ def compile_function_for_sm90(
     compiled = triton.compile(
         ASTSource(function, signature, {k: v for k, v in constants.items() if k in names}, attributes),
         target=GPUTarget("cuda", 90, 32),
-        options={"num_warps": warps, "num_stages": stages},
+        options={"num_warps": warps, "num_stages": stages, "maxnreg": most_registers},
     )
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder) / "kernel.cubin"

@@ -1,13 +1,15 @@
 """Launches of ``graphopt_kernels.row_norm``, for tuning: the forward, of a sum too, and the backward.
 
 The block is given by the width. What is left: rows of a group, warps, programs that stay on a multiprocessor
-(or one for each group), whether the next rows are read ahead, and whether the vectors stay in registers.
+(or one for each group), whether the next rows are read ahead, into registers or through shared memory, and
+whether the vectors stay in registers.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -170,7 +172,11 @@ def _backward_shipped() -> Iterable[BackwardProblem]:
 
 def _backward_configurations(problem: BackwardProblem) -> Iterator[Launch]:
     held = (True, False) if problem.weight is not None else (False,)
-    yield from _launches(problem.width, (1, 2, 3, 4), (False, True), held)
+    for launch in _launches(problem.width, (1, 2, 3, 4), (False, True), held):
+        for stages in (1,) if launch.ahead else (1, 2, 3, 4):
+            staged = launch._replace(stages=stages)
+            if norm.check_launch(problem, staged) is None:
+                yield staged
 
 
 def _backward_operands(problem: BackwardProblem, device: torch.device) -> tuple[Any, ...]:
@@ -204,9 +210,9 @@ def _backward_reference(problem: BackwardProblem, operands: tuple[Any, ...]) -> 
 
 def _estimated_backward(problem: BackwardProblem, launch: Launch) -> Usage:
     read = _words(problem.dtype) * (3 if problem.passed else 2)
-    sums = problem.d_weight + (problem.d_bias and launch.block < norm.WIDEST)
+    sums = problem.d_weight + (problem.d_bias and not (launch.block == norm.WIDEST and problem.passed))
     words = 2 + sums + read * (1 if launch.ahead else 0.5) + (_words(problem.weight) if launch.held else 0)
-    return _estimate(words, launch)
+    return replace(_estimate(words, launch), shared=norm.staged_bytes(problem, launch))
 
 
 def _predicted_backward(problem: BackwardProblem, launch: Launch, usage: Usage, gpu: Gpu) -> float:
@@ -232,6 +238,6 @@ def _streamed(
         groups=-(-rows // launch.rows),
         programs=launch.programs,
         tile_bytes=tensors * launch.rows * width * dtype.itemsize,
-        ahead=launch.ahead,
+        ahead=launch.ahead or launch.stages > 1,
         useful=width / launch.block,
     )

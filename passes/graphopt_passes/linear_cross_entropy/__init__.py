@@ -31,18 +31,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.fx as fx
 
 from graphopt.candidate import Candidate, NearMiss, Reason
-from graphopt.capture.aliasing import written_inputs
-from graphopt.capture.structure import Line, line_of
-from graphopt.capture.trained import trained_values
 from graphopt.edit import Edit
 from graphopt.errors import PassError
-from graphopt.order import has_effect
 from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.plugins import default_host
 from graphopt.program import Level, Program
+from graphopt_passes.linear_cross_entropy.facts import Facts
 from graphopt_passes.linear_cross_entropy.match import Match, match_loss
 from graphopt_passes.linear_cross_entropy.modes import KERNELS, MODES, cuts_classes, holds_gradients
 from graphopt_passes.linear_cross_entropy.price import LossPrices
@@ -74,17 +70,17 @@ class LinearCrossEntropy(Pass):
         losses = list(program.nodes(_LOSS))
         if not losses:
             return
-        facts = _Facts.of(program, trains=ctx.mode == "train")
+        facts = Facts.of(program, trains=ctx.mode == "train")
         for loss in losses:
             found = match_loss(loss, self.name)
             if isinstance(found, Match):
                 found = self._guard(found, facts) or found
             if isinstance(found, Match):
-                yield from self._candidates(found, facts.output_mask(found), ctx)
+                yield from self._candidates(found, _output_mask(found, facts), ctx)
             elif found is not None:
                 yield found
 
-    def _guard(self, match: Match, facts: _Facts) -> NearMiss | None:
+    def _guard(self, match: Match, facts: Facts) -> NearMiss | None:
         reason = _no_kernels(match) or facts.reason(match)
         if reason is None and not self._counts(match):
             least = min(self.chunks, default=0) * self.least_rows
@@ -130,48 +126,11 @@ class LinearCrossEntropy(Pass):
             )
 
 
-@dataclass(frozen=True)
-class _Facts:
-    """What is known of a program beyond its calls: where gradients flow, what is written in place."""
-
-    line: Line
-    trained: frozenset[fx.Node]
-
-    @classmethod
-    def of(cls, program: Program, *, trains: bool) -> _Facts:
-        line = line_of(program.graph)
-        switches = line.ambient.entry_grad is not None
-        return cls(line, trained_values(line) if trains or switches else frozenset())
-
-    def output_mask(self, match: Match) -> tuple[bool, bool, bool]:
-        """Whether the gradients of input, weight and bias are needed."""
-        if match.loss not in self.trained:
-            return (False, False, False)
-        return (match.input in self.trained, match.weight in self.trained, match.bias in self.trained)
-
-    def reason(self, match: Match) -> Reason | None:
-        operands = [node for node in (match.input, match.weight, match.bias) if node is not None]
-        stopped = next((node for node in match.nodes if node not in self.trained), None)
-        if stopped is not None and any(node in self.trained for node in operands):
-            return Reason("it cuts off a gradient", (stopped.name,))
-        # The operator runs where the loss did: what it reads must still hold then what the product read.
-        position = self.line.position
-        roots = {root for node in operands for root in self.line.aliases.roots[node]}
-        for node in self.line.nodes[position[match.product] + 1 : position[match.loss]]:
-            written = {root for ref in written_inputs(node) for root in self.line.aliases.roots[ref]}
-            if written & roots:
-                return Reason("what the product reads is written before the loss", (node.name,))
-        early = [position[node] for node in match.sums if position[node] < position[match.loss]]
-        for node in self.line.nodes[min(early) : position[match.loss]] if early else ():
-            if has_effect(node):
-                why = "the log-sum-exps are read before the loss, and a call between has an effect"
-                return Reason(why, (node.name,))
-        # The operator's backward needs its log-sum-exps as they were.
-        sums = {root for node in match.sums for root in self.line.aliases.roots[node]}
-        for node in self.line.nodes[position[match.product] + 1 :] if sums else ():
-            if sums & {root for ref in written_inputs(node) for root in self.line.aliases.roots[ref]}:
-                return Reason("the log-sum-exps are written in place", (node.name,))
-        return None
+def _output_mask(match: Match, facts: Facts) -> tuple[bool, bool, bool]:
+    """Whether the gradients of input, weight and bias are needed."""
+    if match.loss not in facts.trained:
+        return (False, False, False)
+    return (match.input in facts.trained, match.weight in facts.trained, match.bias in facts.trained)
 
 
 def _no_kernels(match: Match) -> Reason | None:

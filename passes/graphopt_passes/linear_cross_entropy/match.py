@@ -19,10 +19,10 @@ from graphopt.candidate import NearMiss, Reason
 from graphopt.rules import argument
 from graphopt_passes.linear_cross_entropy.sums import ORDERS, ROWS, SCALES, SUM, sum_refused
 
-__all__ = ["Match", "match_loss"]
+__all__ = ["PASSED", "REDUCTIONS", "Match", "Walk", "follow", "loss_refused", "match_loss", "rounded_scale"]
 
 _aten = torch.ops.aten
-_REDUCTIONS = ("none", "mean", "sum")
+REDUCTIONS = ("none", "mean", "sum")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 _PRODUCTS = frozenset({_aten.linear.default, _aten.matmul.default, _aten.mm.default, _aten.addmm.default})
@@ -73,6 +73,16 @@ class Match:
         return (self.product, *self.chain, *self.sums, self.loss)
 
     @property
+    def operands(self) -> tuple[fx.Node, ...]:
+        """What the operator reads beside the target."""
+        return tuple(node for node in (self.input, self.weight, self.bias) if node is not None)
+
+    @property
+    def first(self) -> fx.Node:
+        """The call that read them."""
+        return self.product
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype of the product, in which chunks of logits are held."""
         dtype: torch.dtype = self.product.meta["val"].dtype
@@ -80,7 +90,7 @@ class Match:
 
 
 @dataclass
-class _Walk:
+class Walk:
     """What the calls between product and loss do to the logits, in order."""
 
     row_steps: list[fx.Node] = field(default_factory=list)
@@ -96,7 +106,7 @@ def match_loss(loss: fx.Node, rule: str) -> Match | NearMiss | None:
     and why; ``None`` where the loss is not of a matrix product at all."""
     chain: list[fx.Node] = []
     node = argument(loss, "self")
-    while isinstance(node, fx.Node) and node.target in _PASSED:
+    while isinstance(node, fx.Node) and node.target in PASSED:
         chain.insert(0, node)
         node = node.args[0]
     if not isinstance(node, fx.Node) or node.target not in _PRODUCTS:
@@ -112,16 +122,16 @@ def match_loss(loss: fx.Node, rule: str) -> Match | NearMiss | None:
         sums += [(user, index) for user in others if user.target is SUM]
         if (read := _read_elsewhere(call, [user for user in others if user.target is not SUM])) is not None:
             return miss(index + 1, read)
-    if (refused := _loss_refused(loss)) is not None:
+    if (refused := loss_refused(loss)) is not None:
         return miss(len(found) - 1, refused)
     operands = _operands(node)
     if isinstance(operands, Reason):
         return miss(len(found) - 1, operands)
     input, weight, transposed, bias = operands
     columns = node.meta["val"].shape[-1]
-    walk = _Walk()
+    walk = Walk()
     for index, call in enumerate(chain):
-        if (reason := _follow(walk, call, columns, chain[index + 1 :])) is not None:
+        if (reason := follow(walk, call, columns, chain[index + 1 :])) is not None:
             return miss(index + 1, reason)
     values = argument(loss, "self").meta["val"]
     if values.dim() != 2 and not walk.moved:
@@ -132,8 +142,8 @@ def match_loss(loss: fx.Node, rule: str) -> Match | NearMiss | None:
             return miss(index + 1, other)
     return Match(
         loss, node, tuple(chain), tuple(call for call, _ in sums), input, weight, transposed, bias, target,
-        _REDUCTIONS[argument(loss, "reduction")], argument(loss, "ignore_index"),
-        float(argument(loss, "label_smoothing")), _rounded(walk.scale), walk.softcap,
+        REDUCTIONS[argument(loss, "reduction")], argument(loss, "ignore_index"),
+        float(argument(loss, "label_smoothing")), rounded_scale(walk.scale), walk.softcap,
         tuple(walk.row_steps), _torch.hint(target.meta["val"].numel()),
         _torch.hint(input.meta["val"].shape[-1]), _torch.hint(columns),
     )  # fmt: skip
@@ -155,11 +165,11 @@ def _reaches_output(node: fx.Node) -> bool:
     """Whether a reader is the output, or hands its input on to it."""
     if node.op == "output":
         return True
-    hands_on = node.target in _PASSED or node.target is _aten.detach.default
+    hands_on = node.target in PASSED or node.target is _aten.detach.default
     return hands_on and any(_reaches_output(user) for user in node.users)
 
 
-def _loss_refused(loss: fx.Node) -> Reason | None:
+def loss_refused(loss: fx.Node) -> Reason | None:
     if argument(loss, "weight") is not None:
         return Reason("the classes have weights", (loss.name,))
     target = argument(loss, "target")
@@ -222,7 +232,7 @@ def _normalised(values: Sequence[Any], rank: int) -> list[int]:
 # --- calls between product and loss ------------------------------------------------------------
 
 
-def _follow(walk: _Walk, call: fx.Node, columns: Any, rest: Sequence[fx.Node]) -> Reason | None:
+def follow(walk: Walk, call: fx.Node, columns: Any, rest: Sequence[fx.Node]) -> Reason | None:
     """Take note of one call of the chain, or say why it stands in the way."""
     target = call.target
     value, source = call.meta["val"], call.args[0].meta["val"]  # type: ignore[union-attr]
@@ -248,7 +258,7 @@ def _follow(walk: _Walk, call: fx.Node, columns: Any, rest: Sequence[fx.Node]) -
     return _follow_order(walk, call, source)
 
 
-def _follow_rows(walk: _Walk, call: fx.Node, value: torch.Tensor, source: torch.Tensor) -> Reason | None:
+def _follow_rows(walk: Walk, call: fx.Node, value: torch.Tensor, source: torch.Tensor) -> Reason | None:
     dim = argument(call, "dim")
     if not isinstance(dim, int) or walk.reshaped:
         return Reason("rows are taken of logits that were reshaped", (call.name,))
@@ -260,7 +270,7 @@ def _follow_rows(walk: _Walk, call: fx.Node, value: torch.Tensor, source: torch.
     return Reason("the loss reads some of the columns only", (call.name,))
 
 
-def _follow_order(walk: _Walk, call: fx.Node, source: torch.Tensor) -> Reason | None:
+def _follow_order(walk: Walk, call: fx.Node, source: torch.Tensor) -> Reason | None:
     """A permutation that puts the classes second, where the loss wants them, or leaves them last."""
     rank = source.dim()
     order = list(range(rank))
@@ -279,7 +289,7 @@ def _follow_order(walk: _Walk, call: fx.Node, source: torch.Tensor) -> Reason | 
     return Reason("the logits are rearranged before the loss", (call.name,))
 
 
-def _follow_scale(walk: _Walk, call: fx.Node, rest: Sequence[fx.Node]) -> Reason | None:
+def _follow_scale(walk: Walk, call: fx.Node, rest: Sequence[fx.Node]) -> Reason | None:
     if call.target is _aten.tanh.default:
         # tanh of scaled logits, times the softcap: that factor must follow.
         following = next((other for other in rest if other.target in SCALES), None)
@@ -307,10 +317,10 @@ def _factor(call: fx.Node) -> float | None:
     return 1.0 / other if divides else float(other)
 
 
-def _rounded(scale: float) -> float:
+def rounded_scale(scale: float) -> float:
     """1 / 30 * 30 is meant to be 1."""
     return 1.0 if math.isclose(scale, 1.0, rel_tol=1e-12) else scale
 
 
-_PASSED = frozenset({*_CASTS, *_SAME, *_RESHAPES, *ROWS, *ORDERS, *SCALES, _aten.tanh.default})
+PASSED = frozenset({*_CASTS, *_SAME, *_RESHAPES, *ROWS, *ORDERS, *SCALES, _aten.tanh.default})
 """Calls that may stand between the product and the loss."""

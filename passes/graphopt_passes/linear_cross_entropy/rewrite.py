@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.fx as fx
@@ -15,7 +15,7 @@ from graphopt.rules import argument
 from graphopt_passes.linear_cross_entropy.match import Match
 from graphopt_passes.linear_cross_entropy.modes import holds_gradients, operator_of
 
-__all__ = ["rewrite"]
+__all__ = ["Loss", "hand_out", "rewrite", "rows_of", "targets_of"]
 
 _aten = torch.ops.aten
 
@@ -35,26 +35,12 @@ def rewrite(edit: Edit, match: Match, mode: str, cuts: int, output_mask: Sequenc
         # An autocast region casts what a product reads; the operator takes its inputs as they are.
         return node if node.meta["val"].dtype is match.dtype else call(_aten.to.dtype, node, match.dtype)
 
-    rows = in_dtype(match.input)
-    rank = match.input.meta["val"].dim()
-    for step in match.row_steps:
-        # Rows of the logits are rows of the input.
-        others = _torch.schema_of(step.target).arguments[1:]
-        arguments = [argument(step, parameter.name) for parameter in others]
-        rows = call(step.target, rows, *arguments)
-        rank -= step.target is _aten.select.int
-    shaped = rows
-    if rank == 1:
-        rows = call(_aten.unsqueeze.default, rows, 0)
-    elif rank > 2:
-        rows = call(_aten.flatten.using_ints, rows, 0, rank - 2)
+    rows, shaped = rows_of(call, in_dtype(match.input), match.input.meta["val"].dim(), match.row_steps)
     weight = in_dtype(match.weight)
     if match.transposed:
         weight = call(_aten.t.default, weight)
     bias = None if match.bias is None else in_dtype(match.bias)
-    target = match.target
-    if target.meta["val"].dim() != 1:
-        target = call(_aten.flatten.using_ints, target, 0, -1)
+    target = targets_of(call, match.target)
     settings = (
         cuts,
         match.reduction,
@@ -67,6 +53,52 @@ def rewrite(edit: Edit, match: Match, mode: str, cuts: int, output_mask: Sequenc
     if holds_gradients(mode):
         settings = (*settings, list(output_mask))  # type: ignore[assignment]
     results = call(operator_of(mode), rows, weight, bias, target, *settings)
+    hand_out(edit, call, match, results, shaped)
+
+
+class Loss(Protocol):
+    """What is replaced: the loss, and the calls that give log-sum-exps."""
+
+    @property
+    def loss(self) -> fx.Node: ...
+
+    @property
+    def sums(self) -> tuple[fx.Node, ...]: ...
+
+    @property
+    def target(self) -> fx.Node: ...
+
+    @property
+    def reduction(self) -> str: ...
+
+
+def rows_of(
+    call: Callable[..., fx.Node], rows: fx.Node, rank: int, steps: Sequence[fx.Node]
+) -> tuple[fx.Node, fx.Node]:
+    """The rows of a tensor of ``rank`` that ``steps`` select, as a matrix and as they are shaped."""
+    for step in steps:
+        # Rows of the logits are rows of the input.
+        others = _torch.schema_of(step.target).arguments[1:]
+        rows = call(step.target, rows, *[argument(step, parameter.name) for parameter in others])
+        rank -= step.target is _aten.select.int
+    shaped = rows
+    if rank == 1:
+        rows = call(_aten.unsqueeze.default, rows, 0)
+    elif rank > 2:
+        rows = call(_aten.flatten.using_ints, rows, 0, rank - 2)
+    return rows, shaped
+
+
+def targets_of(call: Callable[..., fx.Node], target: fx.Node) -> fx.Node:
+    """The targets as a vector."""
+    return target if target.meta["val"].dim() == 1 else call(_aten.flatten.using_ints, target, 0, -1)
+
+
+def hand_out(
+    edit: Edit, call: Callable[..., fx.Node], match: Loss, results: fx.Node, shaped: fx.Node
+) -> None:
+    """Let the readers of ``match`` read the loss and the log-sum-exps among ``results``; rows are those of
+    ``shaped``."""
     loss = call(operator.getitem, results, 0)
     if match.reduction == "none" and match.target.meta["val"].dim() != 1:
         loss = call(_aten.view_as.default, loss, match.target)

@@ -1,0 +1,180 @@
+"""Triton source of ``graphopt_kernels.cross_entropy``. Imports triton: import it lazily.
+
+Kernel arguments are not annotated: triton evaluates annotations, and would take ``Any`` for a
+global variable of the kernel.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from graphopt_kernels.cross_entropy_rows_triton import exponential, gradient_of, transformed
+
+__all__ = ["finish_kernel", "gradient_kernel", "parts_kernel", "total_kernel"]
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def parts_kernel(  # type: ignore[no-untyped-def]
+    logits,
+    tops,
+    totals,
+    plains,
+    row_stride,
+    logit_scale,
+    softcap,
+    SCALED: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    SOFTCAPPED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """``BLOCK`` columns of a row for each program, ``PARTS`` programs a row, held in registers: their maximum
+    and the sum of exponentials below it; with ``SMOOTHED`` their plain sum as well."""
+    program = tl.program_id(0).to(tl.int64)
+    at = (program % PARTS).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < COLUMNS
+    z = tl.load(logits + program // PARTS * row_stride + at, mask=inside, other=0.0)
+    z = transformed(z, logit_scale, softcap, SOFTCAPPED) if SCALED or SOFTCAPPED else z.to(tl.float32)
+    if SMOOTHED:
+        tl.store(plains + program, tl.sum(tl.where(inside, z, 0.0), axis=0))
+    z = tl.where(inside, z, float("-inf"))
+    # Finite, so that a part of nothing but -inf makes no NaN.
+    top = tl.maximum(tl.max(z, axis=0), -3.0e38)
+    tl.store(tops + program, top)
+    tl.store(totals + program, tl.sum(exponential(z - top), axis=0))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def finish_kernel(  # type: ignore[no-untyped-def]
+    logits,
+    target,
+    tops,
+    totals,
+    plains,
+    losses,
+    log_sum_exps,
+    counts,
+    loss,
+    rows,
+    row_stride,
+    ignore_index,
+    smoothing,
+    logit_scale,
+    softcap,
+    SMOOTHED: tl.constexpr,
+    SOFTCAPPED: tl.constexpr,
+    REDUCED: tl.constexpr,
+    MEAN: tl.constexpr,
+    ALONE: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    LANES: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Losses and log-sum-exps of ``ROWS`` rows for each program, of ``PARTS`` parts in ``LANES``.
+
+    With ``REDUCED`` the rows' losses are summed up: the program's sum goes to ``losses``, and how many rows
+    count to ``counts``; if it is ``ALONE``, that is the ``loss``.
+    """
+    group = tl.program_id(0)
+    row = group * ROWS + tl.arange(0, ROWS)
+    within = row < rows
+    lane = tl.arange(0, LANES)
+    place = row.to(tl.int64)[:, None] * PARTS + lane[None, :]
+    inside = within[:, None] & (lane < PARTS)[None, :]
+    label = tl.load(target + row, mask=within, other=0)
+    named = (label >= 0) & (label < COLUMNS)
+    start = logits + row.to(tl.int64) * row_stride
+    picked = tl.load(start + label, mask=within & named, other=float("nan"))
+    top = tl.load(tops + place, mask=inside, other=-3.0e38)
+    total = tl.load(totals + place, mask=inside, other=0.0)
+    picked = transformed(picked, logit_scale, softcap, SOFTCAPPED)
+    peak = tl.max(top, axis=1)
+    log_sum_exp = peak + tl.log(tl.sum(total * tl.exp(top - peak[:, None]), axis=1))
+    found = log_sum_exp - (1.0 - smoothing) * picked
+    if SMOOTHED:
+        plain = tl.load(plains + place, mask=inside, other=0.0)
+        found -= smoothing / COLUMNS * tl.sum(plain, axis=1)
+    counted = within & (label != ignore_index)
+    found = tl.where(counted, found, 0.0)
+    # A label that names no column spoils its row, instead of passing for a right one.
+    log_sum_exp = tl.where(named | (label == ignore_index), log_sum_exp, float("nan"))
+    tl.store(log_sum_exps + row, log_sum_exp, mask=within)
+    if REDUCED:
+        result = tl.sum(found, axis=0)
+        count = tl.sum(counted.to(tl.float32), axis=0)
+        if ALONE:
+            if MEAN:
+                result = result / count
+            tl.store(loss, result.to(loss.dtype.element_ty))
+        else:
+            tl.store(losses + group, result)
+            tl.store(counts + group, count)
+    else:
+        tl.store(losses + row, found.to(losses.dtype.element_ty), mask=within)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def total_kernel(losses, counts, loss, groups, MEAN: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The loss, from the sums of ``groups`` of rows, always added up in the same order."""
+    found = tl.zeros([BLOCK], tl.float32)
+    counted = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, groups, BLOCK):
+        at = first + tl.arange(0, BLOCK)
+        found += tl.load(losses + at, mask=at < groups, other=0.0)
+        counted += tl.load(counts + at, mask=at < groups, other=0.0)
+    result = tl.sum(found, axis=0)
+    if MEAN:
+        result = result / tl.sum(counted, axis=0)
+    tl.store(loss, result.to(loss.dtype.element_ty))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def gradient_kernel(  # type: ignore[no-untyped-def]
+    logits,
+    target,
+    log_sum_exps,
+    scales,
+    sum_scales,
+    gradients,
+    row_stride,
+    scale_stride,
+    sum_scale_stride,
+    ignore_index,
+    smoothing,
+    logit_scale,
+    softcap,
+    SUMMED: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    SOFTCAPPED: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """The gradient of ``BLOCK`` columns of a row for each program, ``PARTS`` programs a row."""
+    program = tl.program_id(0).to(tl.int64)
+    row = program // PARTS
+    first = (program % PARTS).to(tl.int32) * BLOCK
+    at = first + tl.arange(0, BLOCK)
+    inside = at < COLUMNS
+    label = tl.load(target + row)
+    ignored = label == ignore_index
+    scale = tl.load(scales + row * scale_stride) * logit_scale
+    share = scale
+    if SUMMED:
+        scale = tl.where(ignored, 0.0, scale)
+        share = scale + tl.load(sum_scales + row * sum_scale_stride) * logit_scale
+    hot = label.to(tl.int32) - first
+    log_sum_exp = tl.load(log_sum_exps + row)
+    z = tl.load(logits + row * row_stride + at, mask=inside, other=0.0)
+    z = transformed(z, logit_scale, softcap, SOFTCAPPED)
+    gradient = gradient_of(
+        z, log_sum_exp, tl.arange(0, BLOCK) == hot, scale, share, smoothing, COLUMNS, softcap,
+        SUMMED, SMOOTHED, SOFTCAPPED,
+    )  # fmt: skip
+    if not SUMMED:
+        # Whatever its logits are.
+        gradient = tl.where(ignored, 0.0, gradient)
+    tl.store(gradients + row * COLUMNS + at, gradient.to(gradients.dtype.element_ty), mask=inside)
