@@ -303,6 +303,26 @@ def test_values_that_are_copied_already_are_copied_once() -> None:
     torch.testing.assert_close(fast(*given), model(*given))
 
 
+class Layers(nn.Module):
+    """Two layers of which each reads the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Attention(llama) for _ in range(2))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x = x + self.layers[0](x, cos, sin)
+        return x.mean() + self.layers[1](x.tanh(), cos, sin)
+
+
+def test_every_layer_has_its_call() -> None:
+    model, given = Layers(), inputs()
+    (program,) = semantic_programs(model, given, PIPELINE)
+    assert [node.args[5] for node in calls(program)] == [[1, HEADS, FEW, FEW]] * 2
+    fast = graphopt.optimize(model, given, pipeline=PIPELINE, emit="eager", on_error="raise")
+    torch.testing.assert_close(fast(*given), model(*given))
+
+
 def test_without_gradients_values_stay_in_the_projection() -> None:
     model, given = Attention(llama, packed=True), [t.detach() for t in inputs()]
     with torch.no_grad():

@@ -278,6 +278,32 @@ def test_writes_of_turned_keys_are_one_call(step: Step, emit: str) -> None:
     assert not list(program.nodes(torch.ops.aten.index_copy_.default))
 
 
+class Layers(nn.Module):
+    """Two steps of a decoder, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Decoder(static), Decoder(static)
+
+    def forward(self, x: Tensor, at: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        y = self.first(x, at, cos, sin).mean(1)
+        return self.second(x + y, at, cos, sin)
+
+
+def test_every_layer_writes_its_own_cache() -> None:
+    model = Layers().eval()
+    with torch.no_grad():
+        expected = model(*inputs())
+        caches = [buffer.clone() for buffer in model.buffers()]
+        for buffer in model.buffers():
+            buffer.zero_()
+        fast = optimized(model, CacheRotary())
+        torch.testing.assert_close(fast(*inputs()), expected)
+        torch.testing.assert_close(list(model.buffers()), caches)
+    (program,) = (program for program in fast.programs if program.level is Level.SEMANTIC)
+    assert len(list(program.nodes(ops.rotary_to_cache.default))) == 2
+
+
 def proposals(step: Step, *, mode: str = "infer", dtype: torch.dtype = torch.float32) -> list[Any]:
     found: list[Any] = []
 

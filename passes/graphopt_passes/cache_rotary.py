@@ -81,7 +81,7 @@ class CacheRotary(Pass):
                 yield Candidate(
                     f"{self.name}@{call.name}", self.name, tuple(node.name for node in nodes),
                     CostDelta(seconds=-2 * size / ctx.cost.device.copy_bytes_per_second),
-                    _writing(call.name),
+                    _writing(found, max(nodes[1:], key=lambda node: line.position[node]).name),
                 )  # fmt: skip
 
 
@@ -198,14 +198,13 @@ def _is_part(value: fx.Node, call: fx.Node) -> bool:
     return any(at.target is operator.getitem and at.args[0] is call for at in upwards(value))
 
 
-def _writing(name: str) -> Callable[[Edit], None]:
+def _writing(found: _Written, last_name: str) -> Callable[[Edit], None]:
+    """What rewrites; ``last_name`` is the write that runs last."""
+
     def apply(edit: Edit) -> None:
-        call = edit.node(name)
-        line = line_of(edit.graph)
-        found = _written(call, line)
-        assert isinstance(found, _Written)
-        writes = (found.keys, found.values)
-        last = max(writes, key=lambda node: line.position[node])
+        call, last = edit.node(found.call.name), edit.node(last_name)
+        keys, values, turned = (edit.node(n.name) for n in (found.keys, found.values, found.query))
+        writes = (keys, values)
         caches = [argument(write, "self") for write in writes]
         given: dict[str, Any] = {
             name: argument(call, name)
@@ -215,10 +214,10 @@ def _writing(name: str) -> Callable[[Edit], None]:
         query = edit.call_before(
             last,
             torch.ops.graphopt.rotary_to_cache.default,
-            (data, *caches, argument(found.keys, "index"), *given.values()),
+            (data, *caches, argument(keys, "index"), *given.values()),
             replaces=(call, *writes),
         )
-        edit.replace(found.query, query)
+        edit.replace(turned, query)
         for write, cache in zip(writes, caches, strict=True):
             edit.replace(write, cache)
             edit.erase(write)

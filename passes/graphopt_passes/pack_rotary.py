@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -86,10 +86,10 @@ class PackRotary(Pass):
                 yield NearMiss(self.name, calls[0].name, len(calls), len(calls) + 1, found)
                 continue
             nodes = (root, *found.calls, *found.values)
-            names = tuple(call.name for call in calls)
+            last = max(calls, key=lambda node: line.position[node])
             yield Candidate(
                 f"{self.name}@{root.name}", self.name, tuple(node.name for node in nodes),
-                _gain(found, ctx), _packing(root.name, names, found.copies_values),
+                _gain(found, ctx), _packing(found, last.name),
             )  # fmt: skip
 
 
@@ -252,15 +252,19 @@ def _effect_between(nodes: Sequence[fx.Node], line: Line) -> Reason | None:
 # --- rewriting ---------------------------------------------------------------------------------
 
 
-def _packing(root_name: str, call_names: Sequence[str], copies_values: bool) -> Callable[[Edit], None]:
+def _packing(found: _Packed, last_name: str) -> Callable[[Edit], None]:
+    """What rewrites; ``last_name`` is the call that runs last. Until all of the pass is rewritten, the graph
+    is not in order, and says nothing of what shares memory."""
+
     def apply(edit: Edit) -> None:
-        root = edit.node(root_name)
-        calls = [edit.node(name) for name in call_names]
-        line = line_of(edit.graph)
-        packed = _packed(root, calls, line, copies_values=copies_values)
-        assert isinstance(packed, _Packed)
-        first, second = packed.calls
-        last = max(calls, key=lambda node: line.position[node])
+        root, last = edit.node(found.projection.name), edit.node(last_name)
+        first, second = (edit.node(call.name) for call in found.calls)
+        packed = replace(
+            found,
+            projection=root,
+            calls=(first, second),
+            values=tuple(edit.node(value.name) for value in found.values),
+        )
         groups, *counts = packed.heads
         heads = edit.call_before(
             last, _aten.unflatten.int, (root, -1, [groups * sum(counts), packed.size]), replaces=(last,)
