@@ -7,8 +7,8 @@ Inductor), to ``torch.compile`` and, where it has one, Liger's kernel. ``forward
 gradients, ``backward`` the gradients of inputs and parameters for a given gradient, where there is one.
 ``error`` says how much further from float64 results and gradients are than those of eager mode. Percentages
 are of the copy bandwidth that the same run measures, on the least bytes: each tensor that must be read or
-written, once. The GPU is kept busy while the host gets a call ready, so that host time does not count; medians after
-warm-up.
+written, once. The GPU is kept busy while the host gets a call ready, so that host time does not count;
+medians after warm-up.
 
 Linear + cross entropy: 8,192 x 4,096 x 128,256, forward and backward; ``extra_mib`` is the peak above input,
 weight and targets, both gradients (1,067 MiB) included. ``error`` is the distance of the weight's gradient

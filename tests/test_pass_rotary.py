@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import graphopt
 from graphopt.candidate import Candidate, NearMiss
-from graphopt.program import Level, Program
+from graphopt.program import Level, Program, Signature
 from graphopt.testing import check_pass, semantic_programs
 from graphopt_passes.narrow_rotary import NarrowRotary
 from graphopt_passes.normalize import Normalize
@@ -476,6 +477,30 @@ def test_what_is_no_rotation_of_heads_stays_and_the_report_says_why(turn: Turn, 
 def test_where_it_gains_nothing_it_stays() -> None:
     assert "no kernel runs on cpu, where the operator gains nothing" in refusals(llama, inputs(), Rotary())
     assert "no kernel takes float64" in refusals(llama, inputs(torch.float64))
+
+
+@pytest.mark.parametrize("norm", [None, called_norm], ids=["plain", "normed"])
+def test_heads_without_a_norm_stay_with_generated_code(norm: Any) -> None:
+    """On a GPU that is not there: nothing is run."""
+
+    def turn(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor) -> Tensor:
+        x = x if norm is None else norm(x, weight)
+        return llama(x.transpose(1, 2), cos, sin)
+
+    with torch._subclasses.FakeTensorMode():
+        given = [
+            torch.empty(shape, device="cuda", dtype=torch.bfloat16)
+            for shape in ((2, LENGTH, HEADS, SIZE), (1, LENGTH, SIZE), (1, LENGTH, SIZE), (SIZE,))
+        ]
+        gm = make_fx(turn, pre_dispatch=True)(*given)
+    program = Program("g0", Level.SEMANTIC, gm, Signature((), ()))
+    found = list(Rotary().propose(program, context()))
+    if norm is None:
+        (miss,) = found
+        assert isinstance(miss, NearMiss)
+        assert miss.reason.text == "generated code turns heads as fast where no norm of them goes with it"
+    else:
+        assert any(isinstance(item, Candidate) for item in found), found
 
 
 def test_tables_that_are_trained_stay() -> None:

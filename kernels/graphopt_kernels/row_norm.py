@@ -45,7 +45,6 @@ __all__ = [
     "check_launch",
     "forward_launch",
     "forward_rows",
-    "most_registers",
     "row_norm",
     "row_norm_backward",
     "row_norm_backward_reference",
@@ -316,7 +315,6 @@ def forward_rows(
             AHEAD=launch.ahead,
             HELD=launch.held,
             num_warps=launch.warps,
-            **most_registers(launch, input.dtype, centered),
         )
     return result, total, mean, rstd
 
@@ -358,8 +356,8 @@ def backward_rows(
         )
         launch = BACKWARD(problem, input.device)
     programs = _grid(launch, rows, processors or _multiprocessors(input.device))
-    if has_bias and launch.block == WIDEST and passed is not None:
-        # Sums for weight and bias do not both fit the registers beside three rows.
+    if has_bias and launch.block == WIDEST:
+        # Sums for weight and bias do not both fit the registers.
         d_bias = grad.reshape(rows, width).sum(0, dtype=torch.float32).to(d_bias.dtype)
         has_bias = False
     sums = [
@@ -396,7 +394,11 @@ def backward_rows(
         )
         if has_weight or has_bias:
             together = min(_AT_ONCE, max(64, 1 << (programs - 1).bit_length()))
-            kernels.columns_kernel[(-(-width // _COLUMNS),)](
+            columns = _COLUMNS
+            if launch.block == WIDEST:
+                # Enough columns for every multiprocessor: wider pieces of fewer rows are read faster.
+                together, columns = 64, 2 * _COLUMNS
+            kernels.columns_kernel[(-(-width // columns),)](
                 sums[0],
                 sums[1],
                 d_weight,
@@ -405,9 +407,9 @@ def backward_rows(
                 D_WEIGHT=has_weight,
                 D_BIAS=has_bias,
                 WIDTH=width,
-                COLUMNS=_COLUMNS,
+                COLUMNS=columns,
                 ROWS=together,
-                num_warps=together // 32,
+                num_warps=max(4, together // 32),
             )
     return d_input, d_weight, d_bias
 
@@ -456,18 +458,17 @@ class BackwardProblem(NamedTuple):
 
 
 def forward_launch(problem: ForwardProblem) -> Launch:
-    """Measured on an H200: many small programs hide each other's loads best, and need not read ahead. Of the
-    longest rows a multiprocessor has registers for two programs where the weight is not held in them."""
+    """Measured on an H200: many small programs hide each other's loads best, and need not read ahead."""
     block, rows = tile(problem.width)
     if block < WIDEST:
         return Launch(block, rows, 4, 0, ahead=False, held=not problem.centered)
-    return Launch(block, rows, 8, 0, ahead=False, held=False)
+    return Launch(block, rows, 8, 0, ahead=False, held=not problem.centered)
 
 
 def backward_launch(problem: BackwardProblem) -> Launch:
-    """RMSNorm's as measured on an H200: reading ahead pays until registers run out. LayerNorm's sums leave it
-    no registers for that, so its rows wait in shared memory, and more warps with fewer elements each compute
-    them; so do RMSNorm's longest rows."""
+    """Measured on an H200: reading ahead pays until registers run out. LayerNorm's sums leave it no registers
+    for that, so its rows wait in shared memory, and more warps with fewer elements each compute them. The
+    longest rows do best without either."""
     width, centered = problem.width, problem.centered
     block, rows = tile(width)
     if centered:
@@ -484,8 +485,7 @@ def backward_launch(problem: BackwardProblem) -> Launch:
             # Lanes beyond the row would idle: fewer of them, each with more elements.
             return Launch(block, rows, 4, 2, True, True)
         return Launch(block, rows, 16, 1, True, True)
-    launch = Launch(block, rows, 16, 1, False, False, 1 if problem.passed else 2)
-    return launch if staged_bytes(problem, launch) <= _STAGED else launch._replace(stages=1)
+    return Launch(block, rows, 16, 1, False, False)
 
 
 def _centered_launch(problem: BackwardProblem, block: int, rows: int) -> Launch:
@@ -496,7 +496,7 @@ def _centered_launch(problem: BackwardProblem, block: int, rows: int) -> Launch:
         return Launch(block, rows, 8 if problem.passed else 16, 2, False, True, 3)
     if block == 8192:
         return Launch(block, rows, 16, 1, False, True, 3)
-    return Launch(block, rows, 16, 1, False, False, 1 if problem.passed else 2)
+    return Launch(block, rows, 8, 1, False, False)
 
 
 def staged_bytes(problem: BackwardProblem, launch: Launch) -> int:
@@ -504,13 +504,6 @@ def staged_bytes(problem: BackwardProblem, launch: Launch) -> int:
     row = (2 + problem.passed) * launch.rows * problem.dtype.itemsize
     weight = problem.weight.itemsize if problem.weight is not None and not launch.held else 0
     return (launch.stages - 1) * launch.block * (row + weight)
-
-
-def most_registers(launch: Launch, dtype: torch.dtype, centered: bool) -> dict[str, int]:
-    """Left alone, the assembler gives the longest rows of a LayerNorm so many registers that a multiprocessor
-    holds one program, and nothing hides its loads."""
-    is_long = centered and launch.block == WIDEST and launch.warps == 8 and dtype.itemsize == 2
-    return {"maxnreg": 128} if is_long else {}
 
 
 def check_launch(problem: ForwardProblem | BackwardProblem, launch: Launch) -> Reason | None:

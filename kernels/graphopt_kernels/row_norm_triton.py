@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["backward_kernel", "beginning", "columns_kernel", "forward_kernel", "normalized"]
+__all__ = ["backward_kernel", "columns_kernel", "forward_kernel", "normalized"]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -41,18 +41,8 @@ def _both(one, other, one_more, other_more):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def beginning(data, row, rows, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The mean of the first elements of each row."""
-    at = tl.arange(0, 16)[None, :]
-    few = tl.load(data + row * WIDTH + at, mask=(row < rows) & (at < WIDTH), other=0.0).to(tl.float32)
-    count: tl.constexpr = 16 if WIDTH > 16 else WIDTH
-    return tl.sum(few, axis=1, keep_dims=True) / count
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def normalized(  # type: ignore[no-untyped-def]
     x,
-    near,
     inside,
     at,
     weight,
@@ -69,27 +59,15 @@ def normalized(  # type: ignore[no-untyped-def]
     WIDTH: tl.constexpr,
     HELD: tl.constexpr,
 ):
-    """Rows ``x``, as they are stored, over their norm, with mean and rstd: float32. ``near``: a number near
-    the mean of each row. ``OFFSET``: one is added to the weight. ``HELD``: weight and bias are in registers,
-    as ``factor`` and ``shift``."""
+    """Rows ``x``, as they are stored, over their norm, with mean and rstd: float32. ``OFFSET``: one is added
+    to the weight. ``HELD``: weight and bias are in registers, as ``factor`` and ``shift``."""
     dtype = x.dtype
     x = x.to(tl.float32)
     mean = 0.0
-    if CENTERED and dtype.primitive_bitwidth == 16:
-        # Mean and variance in one exchange between warps, about the mean of a few elements: that is no
-        # further from the row's than sqrt(WIDTH / 16) deviations, so float32 loses less than 16 bits have.
-        x = tl.where(inside, x - near, 0.0)
-        total, squares = tl.reduce((x, x * x), 1, _both, keep_dims=True)
-        level = total / WIDTH
-        mean = near + level
-        variance = squares / WIDTH - level * level
-        variance = tl.where(variance < 0.0, 0.0, variance)
-        x = tl.where(inside, x - level, 0.0)
-    else:
-        if CENTERED:
-            mean = tl.sum(x, axis=1, keep_dims=True) / WIDTH
-            x = tl.where(inside, x - mean, 0.0)
-        variance = tl.sum(x * x, axis=1, keep_dims=True) / WIDTH
+    if CENTERED:
+        mean = tl.sum(x, axis=1, keep_dims=True) / WIDTH
+        x = tl.where(inside, x - mean, 0.0)
+    variance = tl.sum(x * x, axis=1, keep_dims=True) / WIDTH
     scale = 1.0 / tl.sqrt(variance + eps)
     y = x * scale
     if ROUNDED:
@@ -162,13 +140,8 @@ def forward_kernel(  # type: ignore[no-untyped-def]
             # What is normalized is the sum as it is stored.
             x = (x.to(tl.float32) + beside.to(tl.float32)).to(total.dtype.element_ty)
             tl.store(total + place, x, mask=inside)
-        near = 0.0
-        if CENTERED:
-            near = beginning(data, row, rows, WIDTH)
-            if ADDED:
-                near += beginning(added, row, rows, WIDTH)
         y, mean, scale = normalized(
-            x, near, inside, at, weight, bias, factor, shift, eps, offset,
+            x, inside, at, weight, bias, factor, shift, eps, offset,
             CENTERED, WEIGHTED, BIASED, ROUNDED, True, WIDTH, HELD,
         )  # fmt: skip
         if CENTERED:

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from graphopt_kernels.row_norm_triton import beginning, normalized
+from graphopt_kernels.row_norm_triton import normalized
 
 __all__ = ["DTYPES", "quantize_kernel"]
 
@@ -70,11 +70,8 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     place = row * WIDTH + at
     y = tl.load(data + place, mask=inside, other=0.0)
     if NORMALIZED:
-        near = 0.0
-        if CENTERED:
-            near = beginning(data, row, rows, WIDTH)
         y, _, _ = normalized(
-            y, near, inside, at, weight, bias, 0.0, 0.0, eps, offset,
+            y, inside, at, weight, bias, 0.0, 0.0, eps, offset,
             CENTERED, WEIGHTED, BIASED, ROUNDED, OFFSET, WIDTH, False,
         )  # fmt: skip
         y = y.to(DTYPE)

@@ -222,6 +222,8 @@ def _guard(match: Match, options: Rotary) -> Reason | None:
         return Reason(
             f"no kernel runs on {value.device.type}, where the operator gains nothing", (root.name,)
         )
+    if found.norm is None and not options.everywhere:
+        return Reason("generated code turns heads as fast where no norm of them goes with it", (root.name,))
     if not isinstance(found.count, int):
         return Reason("the number of heads is known at run time alone", (found.input.name,))
     if value.shape[-1] > _WIDEST:
@@ -291,8 +293,8 @@ def _short(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Rotary(RewritePass):
-    """Fuses rotary embeddings. ``everywhere``: also on devices that the operator has no kernel for, which
-    gains nothing."""
+    """Fuses rotary embeddings of heads that are normalized. ``everywhere``: of others as well, and on devices
+    that the operator has no kernel for, which gains nothing."""
 
     name: ClassVar[str] = "rotary"
     level: ClassVar[Level] = Level.SEMANTIC

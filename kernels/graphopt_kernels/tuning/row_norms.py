@@ -210,7 +210,7 @@ def _backward_reference(problem: BackwardProblem, operands: tuple[Any, ...]) -> 
 
 def _estimated_backward(problem: BackwardProblem, launch: Launch) -> Usage:
     read = _words(problem.dtype) * (3 if problem.passed else 2)
-    sums = problem.d_weight + (problem.d_bias and not (launch.block == norm.WIDEST and problem.passed))
+    sums = problem.d_weight + (problem.d_bias and launch.block < norm.WIDEST)
     words = 2 + sums + read * (1 if launch.ahead else 0.5) + (_words(problem.weight) if launch.held else 0)
     return replace(_estimate(words, launch), shared=norm.staged_bytes(problem, launch))
 
