@@ -219,6 +219,7 @@ def ours(name: str, shape: argparse.Namespace) -> dict[str, Any]:
         "obeyed": budget is None or row["whole_bytes"] <= budget,
         "points": [c.label for c in fast.plan.choices],
         "alternatives": sorted({c.alternative for c in fast.plan.choices} - {""}),
+        "notes": list(fast.report.diagnostics),
         "moved_mib": round(sum(v.bytes for c in fast.plan.choices for v in c.offloaded) / MIB, 1),
         "lower_bound_s": fast.plan.lower_bound,
     }

@@ -70,10 +70,13 @@ def gpu_kernels(record: dict[str, Any]) -> str:
             row["case"],
             row["width"],
             *(row.get(f"{kind}_{way}", "") for way in ("forward", "backward") for kind in kinds),
+            row.get("error", ""),
             row.get("date", record["date"]),
         )
         for row in record["rows"]
     ]
+    noted = [f"{row['case']} {row['width']}: {row['note']}" for row in record["rows"] if "note" in row]
+    notes = f" {'; '.join(noted)}." if noted else ""
     head = [f"{way}, {kind}" for way in ("forward", "backward") for kind in kinds]
     losses = [
         (
@@ -102,8 +105,9 @@ def gpu_kernels(record: dict[str, Any]) -> str:
         "## Operators that memory bounds, and linear + cross entropy\n\n"
         "bf16, 128 MiB a tensor; percent of the copy bandwidth of the same run, on the least bytes. Targets: "
         "93 % forward, 85 % backward. Each row says when it was measured; those of 24 November are of "
-        "code that held no rows in registers.\n\n"
-        + table(("operator", "width", *head, "date"), cells)
+        "code that held no rows in registers. `error`: how much further from float64 than eager mode the "
+        f"results and gradients are.{notes}\n\n"
+        + table(("operator", "width", *head, "error", "date"), cells)
         + "\n\nLinear + cross entropy, 8,192 x 4,096 x 128,256, forward and backward; the peak above "
         "the operands holds both gradients, 1,067 MiB. `error`: distance of the gradients of weight and "
         "input from float64, over that of whole bf16 logits.\n\n"
@@ -254,4 +258,34 @@ def gpu_pack_linears(record: dict[str, Any]) -> str:
         + table(("layers", "apart", "packed", "predicted"), layers)
         + "\n\nSingle products, rows x columns x depth, us:\n\n"
         + table(("product", "measured", "predicted"), products)
+    )
+
+
+def gpu_convolutions(record: dict[str, Any]) -> str:
+    cells = [
+        (
+            f"{row['channels']} x {row['height']}",
+            *(row[f"{kind}_us"] for kind in ("graphopt", "apart", "compile")),
+            row["error"],
+        )
+        for row in record["rows"]
+    ]
+    return (
+        "## Convolutions with the sum and the ReLU behind them\n\n"
+        "Three bottleneck blocks of a ResNet-50 in inference, 64 images, bf16, channels last; us. `apart`: "
+        "without fuse-convolution. `error`: distance from float64 over that of eager mode.\n\n"
+        + table(("channels x height", "graphopt", "apart", "compile", "error"), cells)
+    )
+
+
+def gpu_optimizer(record: dict[str, Any]) -> str:
+    cells = [
+        (row["case"], row["dtype"], row["peer"], row["ms"], row["host_ms"], row["percent"])
+        for row in record["rows"]
+    ]
+    return (
+        "## AdamW over all parameters\n\n"
+        "The parameters of the Llama-3.2-1B shape. `clipped`: with the norm of all gradients and clipping by "
+        "it. `percent`: of the copy bandwidth, on the bytes of a plain update. `host`: until queued.\n\n"
+        + table(("case", "dtype", "who", "ms", "host, ms", "percent"), cells)
     )
