@@ -56,8 +56,8 @@ def gpu_step(record: dict[str, Any]) -> str:
     best = min((row["ms"] for row in ours), default=math.inf)
     return (
         "## One training step with fused norms and packed layers\n\n"
-        f"The step of the section before, {shape['steps']} times, with norms fused, layers packed and gradients "
-        "of weights added within their products. "
+        f"The step of the section before, {shape['steps']} times, with norms fused, layers packed and "
+        "gradients of weights added within their products. "
         f"Target: 108 ms in 8,000 MiB: {verdict(best <= 108)}. Measured at {record['at']}, with "
         f"{record['pipeline']}. Not ready in time: {', '.join(record['missing']) or 'none'}.\n\n"
         + table(("mode", "activations, MiB", "ms"), cells)
