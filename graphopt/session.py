@@ -33,7 +33,7 @@ from graphopt.collection import uncollected
 from graphopt.cost import Cost, CostModel, MemoryProfile
 from graphopt.disallowed import advice_on_disallowed
 from graphopt.emit.eager import EagerEmitter
-from graphopt.emit.emitter import Emitter, Gradients
+from graphopt.emit.emitter import NONE, Emitter, Gradients
 from graphopt.emit.fused_point import fused_point
 from graphopt.errors import BudgetError, LoweringError
 from graphopt.forms import see, weigh_forms
@@ -221,7 +221,12 @@ class Session:
         self.near_misses.extend(done.near_misses)
 
     def gradients_of(self, specs: Sequence[InputSpec]) -> Gradients:
-        """What becomes of the gradients of a program with these inputs."""
+        """What becomes of the gradients of a program with these inputs. Where a step that was seen calls it
+        more than once, its first call makes gradients that later ones would add to: one plan for all calls
+        could not tell which, so each makes its own."""
+        several = self._seen is not None and max(self._seen[1].calls) > 1
+        if several and not self.all_gradients_held:
+            return NONE
         parameters = frozenset(k for k, spec in enumerate(specs) if spec.role == "parameter")
         return Gradients(parameters, self.all_gradients_held and not self.watched_gradients)
 

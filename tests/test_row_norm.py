@@ -268,7 +268,7 @@ def test_the_kernels_compute_what_the_references_do() -> None:
                     found = module.backward_rows(kernels, *arguments, **chosen)
                     for a, b in zip(found, module.row_norm_backward_reference(*arguments)):
                         torch.testing.assert_close(a, b, **near)
-        # Means far from zero, and first elements far from the mean: statistics are taken about them.
+        # Means far from zero, and first elements far from the mean.
         x = torch.randn(6, 1000)
         x[1] += 100
         x[2, 0] = 3000

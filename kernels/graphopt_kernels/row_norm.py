@@ -467,8 +467,8 @@ def forward_launch(problem: ForwardProblem) -> Launch:
 
 def backward_launch(problem: BackwardProblem) -> Launch:
     """Measured on an H200: reading ahead pays until registers run out. LayerNorm's sums leave it no registers
-    for that, so its rows wait in shared memory, and more warps with fewer elements each compute them. The
-    longest rows do best without either."""
+    for that, so its rows wait in shared memory, and more warps with fewer elements each compute them
+    (measured for rows of 2,048 and 5,120 elements). The longest rows do best without either."""
     width, centered = problem.width, problem.centered
     block, rows = tile(width)
     if centered:
