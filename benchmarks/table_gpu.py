@@ -107,7 +107,8 @@ def gpu_kernels(record: dict[str, Any]) -> str:
         "bf16, 128 MiB a tensor; percent of the copy bandwidth of the same run, on the least bytes. Targets: "
         "93 % forward, 85 % backward. Each row says when it was measured; those of 24 November are of "
         "code that held no rows in registers. `error`: how much further from float64 than eager mode the "
-        f"results and gradients are.{notes}\n\n"
+        f"results and gradients are.{notes} What was tried and left again is in the file "
+        "under `put_back`.\n\n"
         + table(("operator", "width", *head, "error", "date"), cells)
         + "\n\nLinear + cross entropy, 8,192 x 4,096 x 128,256, forward and backward; the peak above "
         "the operands holds both gradients, 1,067 MiB. `error`: distance of the gradients of weight and "
