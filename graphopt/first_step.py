@@ -26,8 +26,12 @@ class FirstStep:
     ``statistics`` are the counters of the allocator, ``None`` where reading them is not free: then
     nothing is measured. ``base_bytes`` are held before the step; gradients count as held throughout where
     ``held`` says so, else the step that is measured is the first that begins without any.
-    Resets the allocator's peak as that step begins, once. ``peak_bytes`` is the step's, ``None`` before its
+    Resets the allocator's peak as that step begins. ``peak_bytes`` is the step's, ``None`` before its
     end. ``note`` is told what makes a step take more than the plan counts.
+
+    ``workspace_bytes`` is what libraries hold for each thread from their first call on. It is part of
+    ``base_bytes``, so a step in which it may have been taken (one that ends with that much more than it
+    began with, gradients aside) would count it twice: the next step is measured in its place.
     """
 
     def __init__(
@@ -38,14 +42,17 @@ class FirstStep:
         calls: int,
         held: bool,
         note: Callable[[str], object],
+        workspace_bytes: int = 0,
     ) -> None:
         self.parameters, self.statistics = parameters, statistics
         self.calls, self.held, self.note = calls, held, note
+        self.workspace_bytes = workspace_bytes
         self.peak_bytes: int | None = None
         self.over = False
+        self._grew: bool | None = None
         self._made = 0
         self._start: int | None = None
-        self._base = 0
+        self._base = self._gradients = 0
         self._backwards = 0
         self._waiting: weakref.WeakSet[_Pending] = weakref.WeakSet()
 
@@ -53,8 +60,11 @@ class FirstStep:
         """The module is about to be called in training; ``base_bytes`` are held whatever the plan."""
         if self._backwards and self._made >= self.calls:
             self._check_gradients()
-            self.over = True
-            return
+            if not self._grew:
+                self.over = True
+                return
+            self._grew = False
+            self._made = self._backwards = 0
         waiting = len(self._waiting)
         if waiting and self._made >= self.calls:
             self.note(
@@ -65,6 +75,7 @@ class FirstStep:
         if self._made == 0 and self.statistics is not None and (self.held or not self._gradient_bytes()):
             self.statistics.reset_peak()
             self._start, self._base = self.statistics.allocated(), base_bytes
+            self._gradients = self._gradient_bytes()
         self._made += 1
 
     def returned(self, output: Any) -> None:
@@ -93,7 +104,13 @@ class FirstStep:
         if self.over:
             return
         self._backwards += 1
-        if self.statistics is not None and self._start is not None:
+        if self.statistics is None or self._start is None:
+            return
+        made = self._gradient_bytes() - self._gradients
+        kept = self.statistics.allocated() - self._start - made
+        if self._grew is None and self.workspace_bytes and kept >= self.workspace_bytes:
+            self._grew = True
+        if not self._grew:
             self.peak_bytes = self._base + self.statistics.peak() - self._start
 
     def _gradient_bytes(self) -> int:

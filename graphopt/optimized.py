@@ -103,8 +103,9 @@ class Optimized(torch.nn.Module):
     def report(self) -> Report:
         """Baseline, predicted and measured cost of the present step, and what was changed for it.
 
-        On CUDA the first training step is measured as it runs, by the allocator's own statistics; its peak
-        is reset once for that. On the CPU that would cost time: ``measure()`` fills it in.
+        On CUDA the first training step is measured as it runs (the second, where libraries took their
+        workspace in the first), by the allocator's own statistics, whose peak is reset for it. On the CPU
+        that would cost time: ``measure()`` fills it in.
 
         Raises ``CaptureError`` before anything was captured (no inputs given, not yet called).
         """

@@ -105,6 +105,33 @@ def test_a_step_that_begins_with_gradients_is_not_the_one_that_was_planned() -> 
     assert first.peak_bytes == 5500
 
 
+def test_a_step_in_which_libraries_take_their_workspace_is_not_the_one_that_is_measured() -> None:
+    counters = Counters()
+    first, net, notes = _watched(counters, workspace_bytes=64)
+
+    def step(taken: int) -> None:
+        first.begin(5000)
+        output = net(torch.ones(4))
+        first.returned(output)
+        counters.take(taken)
+        counters.take(16)
+        output.backward()
+        net.weight.grad = None
+        counters.take(-16)
+
+    step(64)
+    assert first.peak_bytes is None and not first.over
+    step(0)
+    assert first.peak_bytes == 5516
+    step(64)
+    assert first.over and first.peak_bytes == 5516 and not notes
+    # What each step keeps is measured, once it is seen to be no workspace.
+    first, net, _ = _watched(counters, workspace_bytes=64)
+    step(64)
+    step(64)
+    assert first.peak_bytes == 5580
+
+
 def test_a_step_of_two_calls_ends_with_the_last_backward() -> None:
     first, net, notes = _watched(Counters(), calls=2)
     first.begin(5000)

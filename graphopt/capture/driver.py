@@ -313,6 +313,7 @@ class Driver:
                 calls=self.calls,
                 held=self.gradients_held(),
                 note=self.session.diagnostics.append,
+                workspace_bytes=self.session.cost.device.workspace_bytes,
             )
         return None if self.first.over else self.first
 
