@@ -479,28 +479,41 @@ def test_where_it_gains_nothing_it_stays() -> None:
     assert "no kernel takes float64" in refusals(llama, inputs(torch.float64))
 
 
-@pytest.mark.parametrize("norm", [None, called_norm], ids=["plain", "normed"])
-def test_heads_without_a_norm_stay_with_generated_code(norm: Any) -> None:
+@pytest.mark.parametrize(
+    ("norm", "packed", "mode", "taken"),
+    [
+        (None, False, "train", False), (called_norm, False, "train", True),
+        (None, True, "train", True), (None, True, "inference", False),
+    ],
+)  # fmt: skip
+def test_heads_without_a_norm_stay_with_generated_code_but_for_those_of_a_projection_in_training(
+    norm: Any, packed: bool, mode: str, taken: bool
+) -> None:
     """On a GPU that is not there: nothing is run."""
 
     def turn(x: Tensor, cos: Tensor, sin: Tensor, weight: Tensor) -> Tensor:
+        x = x.narrow(2, 0, HEADS * SIZE).view(2, LENGTH, HEADS, SIZE) if packed else x
         x = x if norm is None else norm(x, weight)
         return chunked(x.transpose(1, 2), cos, sin).exp()
 
+    def projected(x: Tensor, *others: Tensor) -> Tensor:
+        return turn(x.neg(), *others)
+
+    whole = (2, LENGTH, 2 * HEADS * SIZE) if packed else (2, LENGTH, HEADS, SIZE)
     with torch._subclasses.FakeTensorMode():
         given = [
             torch.empty(shape, device="cuda", dtype=torch.bfloat16)
-            for shape in ((2, LENGTH, HEADS, SIZE), (1, LENGTH, SIZE), (1, LENGTH, SIZE), (SIZE,))
+            for shape in (whole, (1, LENGTH, SIZE), (1, LENGTH, SIZE), (SIZE,))
         ]
-        gm = make_fx(turn, pre_dispatch=True)(*given)
+        gm = make_fx(projected, pre_dispatch=True)(*given)
     program = Program("g0", Level.SEMANTIC, gm, Signature((), ()))
-    found = list(Rotary().propose(program, context()))
-    if norm is None:
+    found = list(Rotary().propose(program, context(mode)))
+    if taken:
+        assert any(isinstance(item, Candidate) for item in found), found
+    else:
         (miss,) = found
         assert isinstance(miss, NearMiss)
         assert miss.reason.text == "generated code turns heads as fast where no norm of them goes with it"
-    else:
-        assert any(isinstance(item, Candidate) for item in found), found
 
 
 def test_tables_that_are_trained_stay() -> None:

@@ -392,9 +392,9 @@ def test_the_kernels_compute_what_the_references_do() -> None:
             eps = 1e-5 if norm else None
             launch = launches.launch_for(heads, size, width)._replace(positions=2, heads=2, warps=1)
             settings = (heads, width, interleaved, eps, 1.0 if norm else 0.0)
-            for copies in (True, False):
+            for copies, whole in itertools.product((True, False), (True, False)):
                 given = (x, cos, sin, *weights, *settings, copies, dtype)
-                found = launches.forward_rows(kernels, *given, launch=launch)
+                found = launches.forward_rows(kernels, *given, launch=launch._replace(whole=whole))
                 for a, b in zip(found, references.rotary_reference(*given), strict=True):
                     torch.testing.assert_close(a, b, **near)
             grads = [torch.randn(batch, heads[0] * n, length, size).to(dtype) for n in heads[1:]]
@@ -402,9 +402,10 @@ def test_the_kernels_compute_what_the_references_do() -> None:
             here = next(n for n in (0, 1) if heads[1 + n])
             alone = [grad if n == here else None for n, grad in enumerate(grads)]
             asked = ((grads, [True] * 3), (alone, [True, True, False]), (grads, [False, False, True]))
-            for parts, mask in asked:
+            for (parts, mask), whole in itertools.product(asked, (True, False)):
                 given = (*parts, x if norm else None, cos, sin, *weights, *settings, dtype, mask)
-                found = launches.backward_rows(kernels, *given, launch=launch, processors=1)
+                cut = launch._replace(whole=whole)
+                found = launches.backward_rows(kernels, *given, launch=cut, processors=1)
                 for a, b in zip(found, references.rotary_backward_reference(*given), strict=True):
                     torch.testing.assert_close(a, b, **near)
     """
@@ -427,10 +428,11 @@ MODELS = [
 
 
 @needs_triton
+@pytest.mark.parametrize("whole", [False, True])
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("heads", "size", "width", "interleaved"), MODELS)
 def test_the_kernels_compile_for_sm_90_without_spills(
-    heads: tuple[int, ...], size: int, width: int, interleaved: bool, norm: bool
+    heads: tuple[int, ...], size: int, width: int, interleaved: bool, norm: bool, whole: bool
 ) -> None:
     from graphopt_kernels import rotary_norm_triton, rotary_triton
 
@@ -457,7 +459,7 @@ def test_the_kernels_compile_for_sm_90_without_spills(
             types | numbers,
             constants
             | {"BACK": backward, "CACHED": cached, "HALF": launch.half, "REST": launch.rest}
-            | {"POSITIONS": launch.positions, "HEADS": launch.heads},
+            | {"POSITIONS": launch.positions, "HEADS": launch.heads, "WHOLE": whole},
             warps=launch.warps,
             aligned=tuple(types),
         )

@@ -25,7 +25,7 @@ _COLUMNS = 32
 class Launch(NamedTuple):
     """``half``: pairs of a head and ``rest``: elements that are not turned, both rounded up to powers of two;
     ``positions`` and ``heads`` of a tile; ``programs`` for each multiprocessor that stay where gradients of
-    weights are summed up."""
+    weights are summed up; ``whole``: a program has all heads of its positions, tile by tile."""
 
     half: int
     rest: int
@@ -33,6 +33,7 @@ class Launch(NamedTuple):
     heads: int
     warps: int
     programs: int
+    whole: bool = False
 
 
 def launch_for(heads: Sequence[int], size: int, width: int, *, sums: bool = False) -> Launch:
@@ -250,7 +251,7 @@ def _turn(
     counts = (*heads[1:3], heads[3] if moves_values else 0)
     blocks = sum(-(-heads[0] * count // launch.heads) for count in counts)
     tables = [_dense(table) for table in tables]
-    grid = (-(-batch * length // launch.positions) * blocks,)
+    grid = (-(-batch * length // launch.positions) * (1 if launch.whole else blocks),)
     with _on(whole.device):
         kernels.turn_kernel[grid](
             whole, *parts, *tables, *(whole if weight is None else weight for weight in weights),
@@ -261,7 +262,7 @@ def _turn(
             **_parts(heads), VALUES_MOVED=int(moves_values), **_given(given), BACK=back,
             NORMED=eps is not None,
             QUERY_WEIGHTED=weights[0] is not None, KEY_WEIGHTED=weights[1] is not None,
-            **_tile_of(launch, size, width, interleaved, tables[0]),
+            WHOLE=launch.whole, **_tile_of(launch, size, width, interleaved, tables[0]),
         )  # fmt: skip
 
 

@@ -218,8 +218,7 @@ def norm_backward_kernel(  # type: ignore[no-untyped-def]
                 turn_part(
                     d_data + (batch * length + at) * (GROUPS * STEP * SIZE), SIZE,
                     value + (batch * value_batch + at * value_position), value_head,
-                    query_weight, (block - QUERY_BLOCKS - KEY_BLOCKS) * HEADS, present, present, cos, sin,
-                    eps, offset, GROUPS * VALUES, VALUES, QUERIES + KEYS, STEP, False, False, VALUE_GIVEN,
-                    True, False, False,
-                    INTERLEAVED, HALVED, SIZE, WIDTH, HALF, REST, HEADS,
+                    query_weight, (block - QUERY_BLOCKS - KEY_BLOCKS) * HEADS, present, present,
+                    0.0, 0.0, 0.0, 0.0, eps, offset, GROUPS * VALUES, VALUES, QUERIES + KEYS, STEP, False,
+                    False, VALUE_GIVEN, True, False, False, INTERLEAVED, SIZE, WIDTH, HALF, REST, HEADS,
                 )  # fmt: skip

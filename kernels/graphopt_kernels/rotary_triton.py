@@ -167,8 +167,10 @@ def turn_part(  # type: ignore[no-untyped-def]
     start,
     present,
     kept,
-    cos_rows,
-    sin_rows,
+    cos_first,
+    cos_second,
+    sin_first,
+    sin_second,
     eps,
     offset,
     TOTAL: tl.constexpr,
@@ -182,7 +184,6 @@ def turn_part(  # type: ignore[no-untyped-def]
     NORMED: tl.constexpr,
     WEIGHTED: tl.constexpr,
     INTERLEAVED: tl.constexpr,
-    HALVED: tl.constexpr,
     SIZE: tl.constexpr,
     WIDTH: tl.constexpr,
     HALF: tl.constexpr,
@@ -217,8 +218,6 @@ def turn_part(  # type: ignore[no-untyped-def]
         if SIZE > WIDTH:
             rest *= scale * factor_rest
     if TURNED:
-        cos_first, cos_second = load_table(cos_rows, present, WIDTH, HALF, INTERLEAVED, HALVED, HEADS)
-        sin_first, sin_second = load_table(sin_rows, present, WIDTH, HALF, INTERLEAVED, HALVED, HEADS)
         first, second = turn(first, second, cos_first, cos_second, sin_first, sin_second, BACK)
     if POISONED:
         first = tl.where(kept, first, float("nan"))
@@ -281,9 +280,11 @@ def turn_kernel(  # type: ignore[no-untyped-def]
     REST: tl.constexpr,
     POSITIONS: tl.constexpr,
     HEADS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """The parts of ``whole``, turned; or ``BACK``: the gradient of ``whole`` from those of its parts, where
     there is no norm. A program has some heads of one part; programs of the same positions are neighbours.
+    ``WHOLE``: it has all heads of its positions, one tile after the other, and reads their tables once.
 
     Strides are in elements. ``..._GIVEN``: where not, gradients are zero. ``CACHED``: keys and values go to
     ``places`` of ``capacity`` positions; others get no key, and their queries are NaN.
@@ -293,9 +294,9 @@ def turn_kernel(  # type: ignore[no-untyped-def]
     KEY_BLOCKS: tl.constexpr = (GROUPS * KEYS + HEADS - 1) // HEADS
     VALUE_BLOCKS: tl.constexpr = (GROUPS * VALUES * VALUES_MOVED + HEADS - 1) // HEADS
     BLOCKS: tl.constexpr = QUERY_BLOCKS + KEY_BLOCKS + VALUE_BLOCKS
-    program = tl.program_id(0)
-    block = program % BLOCKS
-    batch, at, present = tile_of(program // BLOCKS, positions, length, POSITIONS)
+    EACH: tl.constexpr = BLOCKS if WHOLE else 1
+    start = tl.program_id(0) * EACH
+    batch, at, present = tile_of(start // BLOCKS, positions, length, POSITIONS)
     whole_rows = whole + (batch * whole_batch + at * whole_position)
     cos_rows = cos + (batch * cos_batch + at * cos_position)
     sin_rows = sin + (batch * sin_batch + at * sin_position)
@@ -304,27 +305,36 @@ def turn_kernel(  # type: ignore[no-untyped-def]
     if CACHED:
         place = tl.load(places + at, mask=present, other=-1).to(tl.int64)
         kept = present & (place >= 0) & (place < capacity)
-    if block < QUERY_BLOCKS:
-        if QUERIES > 0:
-            turn_part(
-                whole_rows, whole_head, query + (batch * query_batch + at * query_position), query_head,
-                query_weight, block * HEADS, present, kept, cos_rows, sin_rows, eps, offset,
-                GROUPS * QUERIES, QUERIES, 0, STEP, True, CACHED, QUERY_GIVEN, BACK, NORMED, QUERY_WEIGHTED,
-                INTERLEAVED, HALVED, SIZE, WIDTH, HALF, REST, HEADS,
-            )  # fmt: skip
-    elif block < QUERY_BLOCKS + KEY_BLOCKS:
-        if KEYS > 0:
-            turn_part(
-                whole_rows, whole_head, key + (batch * key_batch + place * key_position), key_head,
-                key_weight, (block - QUERY_BLOCKS) * HEADS, kept, kept, cos_rows, sin_rows, eps, offset,
-                GROUPS * KEYS, KEYS, QUERIES, STEP, True, False, KEY_GIVEN, BACK, NORMED, KEY_WEIGHTED,
-                INTERLEAVED, HALVED, SIZE, WIDTH, HALF, REST, HEADS,
-            )  # fmt: skip
-    else:
-        if VALUE_BLOCKS > 0:
-            turn_part(
-                whole_rows, whole_head, value + (batch * value_batch + place * value_position), value_head,
-                key_weight, (block - QUERY_BLOCKS - KEY_BLOCKS) * HEADS, kept, kept, cos_rows, sin_rows, eps,
-                offset, GROUPS * VALUES, VALUES, QUERIES + KEYS, STEP, False, False, VALUE_GIVEN, BACK,
-                NORMED, False, INTERLEAVED, HALVED, SIZE, WIDTH, HALF, REST, HEADS,
-            )  # fmt: skip
+    # Values need no tables.
+    turns = present
+    if not WHOLE:
+        turns = present & (start % BLOCKS < QUERY_BLOCKS + KEY_BLOCKS)
+    cos_first, cos_second = load_table(cos_rows, turns, WIDTH, HALF, INTERLEAVED, HALVED, HEADS)
+    sin_first, sin_second = load_table(sin_rows, turns, WIDTH, HALF, INTERLEAVED, HALVED, HEADS)
+    for own in tl.static_range(EACH):
+        block = own if WHOLE else start % BLOCKS
+        if block < QUERY_BLOCKS:
+            if QUERIES > 0:
+                turn_part(
+                    whole_rows, whole_head, query + (batch * query_batch + at * query_position), query_head,
+                    query_weight, block * HEADS, present, kept, cos_first, cos_second, sin_first, sin_second,
+                    eps, offset, GROUPS * QUERIES, QUERIES, 0, STEP, True, CACHED, QUERY_GIVEN, BACK, NORMED,
+                    QUERY_WEIGHTED, INTERLEAVED, SIZE, WIDTH, HALF, REST, HEADS,
+                )  # fmt: skip
+        elif block < QUERY_BLOCKS + KEY_BLOCKS:
+            if KEYS > 0:
+                turn_part(
+                    whole_rows, whole_head, key + (batch * key_batch + place * key_position), key_head,
+                    key_weight, (block - QUERY_BLOCKS) * HEADS, kept, kept, cos_first, cos_second, sin_first,
+                    sin_second, eps, offset, GROUPS * KEYS, KEYS, QUERIES, STEP, True, False, KEY_GIVEN, BACK,
+                    NORMED, KEY_WEIGHTED, INTERLEAVED, SIZE, WIDTH, HALF, REST, HEADS,
+                )  # fmt: skip
+        else:
+            if VALUE_BLOCKS > 0:
+                turn_part(
+                    whole_rows, whole_head, value + (batch * value_batch + place * value_position),
+                    value_head, key_weight, (block - QUERY_BLOCKS - KEY_BLOCKS) * HEADS, kept, kept,
+                    cos_first, cos_second, sin_first, sin_second, eps, offset, GROUPS * VALUES, VALUES,
+                    QUERIES + KEYS, STEP, False, False, VALUE_GIVEN, BACK, NORMED, False, INTERLEAVED, SIZE,
+                    WIDTH, HALF, REST, HEADS,
+                )  # fmt: skip

@@ -34,10 +34,11 @@ import torch.fx as fx
 
 from graphopt.candidate import Reason
 from graphopt.capture.structure import attribute, is_trained_input
+from graphopt.passes import PassContext
 from graphopt.plugins import default_host
 from graphopt.program import Level
 from graphopt.rules import Match, RewritePass, Rule, either, operator
-from graphopt_passes.memory_place import source_of
+from graphopt_passes.memory_place import source_of, upwards, value_of
 from graphopt_passes.turned_heads import TurnedHeads, turned_heads
 
 __all__ = ["Rotary"]
@@ -207,7 +208,7 @@ def _rounded_apart(
 # --- guard --------------------------------------------------------------------------------------
 
 
-def _guard(match: Match, options: Rotary) -> Reason | None:
+def _guard(match: Match, options: Rotary, ctx: PassContext) -> Reason | None:
     root = match.roots[0]
     if "rotary" not in default_host().kernels():
         return Reason("the kernel rotary is not installed", (root.name,))
@@ -222,7 +223,8 @@ def _guard(match: Match, options: Rotary) -> Reason | None:
         return Reason(
             f"no kernel runs on {value.device.type}, where the operator gains nothing", (root.name,)
         )
-    if found.norm is None and not options.everywhere:
+    gathers = ctx.mode == "train" and _is_part_of_projection(found)
+    if found.norm is None and not gathers and not options.everywhere:
         return Reason("generated code turns heads as fast where no norm of them goes with it", (root.name,))
     if not isinstance(found.count, int):
         return Reason("the number of heads is known at run time alone", (found.input.name,))
@@ -268,6 +270,18 @@ def _guard_layout(root: fx.Node, found: TurnedHeads) -> Reason | None:
     return None
 
 
+def _is_part_of_projection(heads: TurnedHeads) -> bool:
+    """Whether they are some of those of a projection [B, S, W], whose gradient the backward of
+    ``pack-rotary``'s call gathers while it turns them."""
+    *_, root = upwards(heads.input)
+    whole = value_of(root)
+    if whole is None or root.op != "call_function" or whole.dim() != 3 or not whole.is_contiguous():
+        return False
+    width, size = whole.shape[2], heads.input.meta["val"].shape[-1]
+    known = all(isinstance(number, int) for number in (width, size, heads.count))
+    return known and heads.count * size < width
+
+
 def _is_trained(table: fx.Node) -> bool:
     """Whether a gradient may flow to a table."""
     seen: set[fx.Node] = set()
@@ -293,8 +307,9 @@ def _short(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Rotary(RewritePass):
-    """Fuses rotary embeddings of heads that are normalized. ``everywhere``: of others as well, and on devices
-    that the operator has no kernel for, which gains nothing."""
+    """Fuses rotary embeddings of heads that are normalized, and in training of heads of packed projections.
+    ``everywhere``: of others as well, and on devices that the operator has no kernel for, which gains
+    nothing."""
 
     name: ClassVar[str] = "rotary"
     level: ClassVar[Level] = Level.SEMANTIC
