@@ -483,7 +483,7 @@ def test_where_it_gains_nothing_it_stays() -> None:
     ("norm", "packed", "mode", "taken"),
     [
         (None, False, "train", False), (called_norm, False, "train", True),
-        (None, True, "train", True), (None, True, "inference", False),
+        (None, True, "train", True), (None, True, "infer", False),
     ],
 )  # fmt: skip
 def test_heads_without_a_norm_stay_with_generated_code_but_for_those_of_a_projection_in_training(
