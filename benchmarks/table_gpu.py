@@ -64,6 +64,65 @@ def gpu_step(record: dict[str, Any]) -> str:
     )
 
 
+def gpu_step_kernels(record: dict[str, Any]) -> str:
+    cells = [
+        (name, f"{ms:.1f}", f"{record['floor_ms'][name]:.1f}" if name in record["floor_ms"] else "")
+        for name, ms in sorted(record["kernels"].items(), key=lambda item: -item[1])
+    ]
+    floor = sum(record["floor_ms"].values())
+    rest = record["kernels"]["fills"] + record["kernels"]["others"]
+    return (
+        "## Where the time of that step goes\n\n"
+        f"Kernels of the step without a budget, launched one by one: {record['step_ms']:.1f} ms a step, "
+        f"{record['busy_ms']:.1f} of them with a kernel running (while a profiler looked on). The same "
+        f"products and attention timed alone, back to back, take {floor:.1f} ms: with everything else for "
+        f"nothing, the step would take no less; with what that takes now ({rest:.1f} ms), "
+        f"{floor + rest:.1f} ms.\n\n"
+        + table(("kernels", "ms a step", "alone, ms"), cells)
+    )
+
+
+def gpu_rotary(record: dict[str, Any]) -> str:
+    kinds = ("graphopt", "compile", "liger")
+    cells = [
+        (
+            row["case"],
+            "yes" if row["norm"] else "no",
+            *(row.get(f"{kind}_forward", "") for kind in kinds),
+            *(row.get(f"{kind}_backward", "") for kind in kinds[:2]),
+        )
+        for row in record["rows"]
+    ]
+    return (
+        "## Rotary embeddings\n\n"
+        "Queries and keys of a packed projection, or alone, 16,384 positions, bf16; percent of the copy "
+        "bandwidth of the same run on the least bytes. graphopt's forward copies values out of the "
+        "projection as well, which compile's leaves as a view; both backwards put the gradient "
+        "of the projection together.\n\n"
+        + table(
+            ("heads", "norm", *(f"{k} forward" for k in kinds), *(f"{k} backward" for k in kinds[:2])), cells
+        )
+    )
+
+
+def gpu_emitted_attention(record: dict[str, Any]) -> str:
+    cells = []
+    for row in record["rows"]:
+        known = {k: v for k, v in row["library"].items() if not isinstance(v, str)}
+        fastest = min(known, key=known.__getitem__)
+        shape = f"{row['batch']} x {row['heads']}/{row['few']} x {row['length']} x {row['width']}"
+        kind = ", ".join(name for name in ("causal", "bias") if row[name])
+        cells.append(
+            (shape, kind, row["half"], row["emitted"], f"{known[fastest]} ({fastest})", row["share"])
+        )
+    return (
+        "## Attention that is written out\n\n"
+        "Microseconds of the emitted kernels and of the fastest library call that takes the case; `share`: "
+        "the rate of the former over that of the latter. Backwards are beside FlashAttention alone.\n\n"
+        + table(("samples x heads x length x width", "", "half", "emitted", "library", "share"), cells)
+    )
+
+
 def gpu_kernels(record: dict[str, Any]) -> str:
     kinds = ("graphopt", "compile", "liger")
     cells = [

@@ -264,24 +264,21 @@ def test_what_is_not_written_out_says_why(function: Callable[..., Any], inputs: 
 LONG, SHORT = ((4, 16, 4096, 128), BF16), ((64, 16, 16, 64), BF16)
 
 
-def test_long_sequences_stay_with_the_library_and_short_ones_do_not() -> None:
+@pytest.mark.parametrize("given", [LONG, SHORT], ids=["long", "short"])
+def test_plain_attention_stays_with_a_library_that_is_faster(given: Any) -> None:
     causal: Callable[..., Any] = lambda q, k, v: FLASH(q, k, v, 0.0, True)[0]  # noqa: E731
-    found = groups_of(causal, LONG, LONG, LONG)
+    found = groups_of(causal, given, given, given)
     assert not found.kernels
     ((_, reason),) = found.left
-    assert str(reason).startswith("attention ") and "at 0.6 of the library's rate, the library " in str(
-        reason
-    )
-    found = groups_of(causal, SHORT, SHORT, SHORT)
-    (kernel,) = found.kernels
-    assert kernel.file.attends and not found.left
-    ((_, reason),) = found.taken
-    assert "of the library's rate" in str(reason) and str(reason).endswith("on h200")
+    assert str(reason).startswith("attention ")
+    assert "at 0.6 of the library's rate, the library " in str(reason) and str(reason).endswith("on h200")
     h200 = prices_for().device
     as_fast = Prices(replace(h200, emitted_attention_share={"bfloat16": 1.0}))
-    assert groups_of(causal, LONG, LONG, LONG, prices=as_fast).kernels
+    found = groups_of(causal, given, given, given, prices=as_fast)
+    (kernel,) = found.kernels
+    assert kernel.file.attends and not found.left
     assert attention_share(Prices(replace(h200, emitted_attention_share={})), kernel.file) == 0.5
-    assert emitted_attention(prices_for(), kernel.file) <= library_attention(prices_for(), kernel.file)
+    assert emitted_attention(as_fast, kernel.file) <= library_attention(as_fast, kernel.file)
 
 
 def test_what_no_library_has_is_written_out() -> None:

@@ -3,11 +3,13 @@
 What the library does not have is written out. Else the kernels have to be no slower by the figures of a
 device, those of all launches added up::
 
-    max(flops / (r F) + computed, bytes / B) + launch  <=  max(flops / F, bytes / B) + launch
+    max(flops / F + computed, bytes / B) / r + launch  <=  max(flops / F, bytes / B) + neighbours + launch
 
-with ``r`` the share of the library's rate that they reach (``DeviceSpec.emitted_attention_share``) and
-``computed`` what a computed bias takes. So long sequences stay with the library; short ones, bound by what
-they read, and biases that need not be read are written out.
+with ``r`` the share of the library's rate that they reach (``DeviceSpec.emitted_attention_share``),
+``computed`` what a computed bias takes and ``neighbours`` what goes along. ``r`` is of bytes too: heads of
+short sequences, bound by what they read, are no faster read than multiplied
+(benchmarks/results/gpu_emitted_attention.json). So plain attention stays with the library; biases that need
+not be read, and neighbours that need not be written, pay for what the kernels are slower.
 """
 
 from __future__ import annotations
@@ -73,7 +75,7 @@ def library_attention(prices: Prices, file: KernelFile) -> float:
 def emitted_attention(prices: Prices, file: KernelFile) -> float:
     """Seconds of the kernels of a file."""
     built = _built(file)
-    rate = _rate(prices, built) * attention_share(prices, file)
+    rate, share = _rate(prices, built), attention_share(prices, file)
     of, computed = built.attention, built.computed
     slots = slots_of(computed.values) if computed is not None else 0
     total = 0.0
@@ -83,7 +85,8 @@ def emitted_attention(prices: Prices, file: KernelFile) -> float:
         busy = 2 * of.scores * products / rate
         if products:
             busy += slots * of.scores / prices.device.vector_flops["float32"]
-        total += max(busy, _moved(prices, _bytes(call, built))) + prices.device.launch_seconds
+        taken = max(busy, _moved(prices, _bytes(call, built)))
+        total += (taken / share if products else taken) + prices.device.launch_seconds
     return total
 
 
