@@ -64,6 +64,62 @@ def test_values_and_gradients_are_those_of_torch(
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_classes_weigh_as_in_torch(
+    reduction: str, settings: tuple[float, float, float], written: bool
+) -> None:
+    logits, target = drawn()
+    weights = torch.rand(CLASSES, dtype=torch.float64)
+    weights[target[0]] = 0
+    smoothing, scale, cap = settings
+    z = logits * scale
+    z = cap * torch.tanh(z / cap) if cap else z
+    loss = F.cross_entropy(z, target, weights, reduction=reduction, label_smoothing=smoothing)
+    right = (loss, z.logsumexp(1))
+    found = ops.cross_entropy(
+        logits, target, reduction, IGNORED, *settings, torch.float64, written, class_weight=weights
+    )
+    for a, b in zip(found, right, strict=True):
+        torch.testing.assert_close(a, b)
+    beside = torch.randn_like(loss)
+    for mix in (
+        lambda loss, sums: (loss * beside).sum(),
+        lambda loss, sums: (loss * beside).sum() + 1e-2 * sums.square().mean(),
+    ):
+        (a,), (b,) = (
+            torch.autograd.grad(mix(*values), logits, retain_graph=True) for values in (found, right)
+        )
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_where_nothing_weighs_and_where_logits_are_infinite_it_is_as_in_torch(
+    smoothing: float, written: bool
+) -> None:
+    weights = torch.rand(CLASSES)
+    weights[:9] = 0
+    numbers = (IGNORED, smoothing, 1.0, 0.0, torch.float32, written)
+    nothing, none = torch.arange(9), torch.full((9,), IGNORED)
+    logits, usual = drawn(torch.float32)
+    wild = logits.detach().clone()
+    wild[4] = -math.inf
+    for row, column, value in ((1, 3, math.nan), (2, 5, math.inf), (5, 20, math.inf), (6, 2, -math.inf)):
+        wild[row, column] = value
+    for target, reduction in itertools.product((nothing, none, usual), ("none", "mean", "sum")):
+        for given in (logits, wild.requires_grad_()):
+            found, _ = ops.cross_entropy(given, target, reduction, *numbers, class_weight=weights)
+            right = F.cross_entropy(given, target, weights, reduction=reduction, label_smoothing=smoothing)
+            torch.testing.assert_close(found, right, equal_nan=True)
+            (a,), (b,) = (torch.autograd.grad(loss.sum(), given) for loss in (found, right))
+            if given is logits:
+                torch.testing.assert_close(a, b, equal_nan=True)
+            counted = (target != IGNORED) & given.isfinite().all(1)
+            torch.testing.assert_close(a[counted], b[counted], equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("written", [False, True])
 def test_it_errs_no_more_than_separate_operators(dtype: torch.dtype, written: bool) -> None:
@@ -145,10 +201,13 @@ def test_the_operators_pass_opcheck() -> None:
     for reduction, written in itertools.product(("none", "mean"), (False, True)):
         settings = (reduction, IGNORED, 0.1, 1.0, 2.0)
         check(ops.cross_entropy.default, (logits, target, *settings, torch.float32, written))
-    plain = logits.detach()
+    plain, weights = logits.detach(), torch.rand(CLASSES)
+    check(ops.cross_entropy.default, (logits, target, *settings, torch.float32, True, weights))
+    check(ops.cross_entropy.default, (logits, target, *settings, torch.float32, False, weights))
     _, sums = ops.cross_entropy(plain, target, *settings, torch.float32)
-    for beside in (None, torch.randn(ROWS)):
-        check(ops.cross_entropy_backward.default, (torch.tensor(2.0), plain, target, sums, *settings, beside))
+    for beside, weight in ((None, None), (torch.randn(ROWS), None), (None, weights)):
+        given = (torch.tensor(2.0), plain, target, sums, *settings, beside, weight)
+        check(ops.cross_entropy_backward.default, given)
 
 
 @pytest.mark.parametrize("written", [False, True])
@@ -197,6 +256,25 @@ def test_what_it_does_not_take_it_says(
             ops.cross_entropy(*fakes, reduction, IGNORED, 0.0, 1.0, 0.0, torch.float32)
 
 
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        (torch.ones(4), "the class weights have shape [4]: expected [5]"),
+        (torch.ones(5, 1), "the class weights have shape [5, 1]: expected [5]"),
+        (torch.ones(5, dtype=torch.int64), "takes floating-point class weights, got torch.int64"),
+        (torch.ones(5, device="meta"), "the class weights are on meta, the logits on cpu"),
+    ],
+    ids=["too-few", "a-matrix", "integers", "elsewhere"],
+)
+def test_weights_that_it_does_not_take(weights: torch.Tensor, reason: str) -> None:
+    logits, target = torch.ones(3, 5), torch.zeros(3, dtype=torch.int64)
+    numbers = (IGNORED, 0.0, 1.0, 0.0)
+    found = module.cross_entropy_supports(logits, target, "mean", *numbers, torch.float32, False, weights)
+    assert str(found) == reason
+    given = (torch.ones(()), logits, target, torch.ones(3), "mean", *numbers, None, weights)
+    assert str(module.cross_entropy_backward_supports(*given)) == reason
+
+
 def test_integers_and_other_sums_are_refused() -> None:
     target = torch.zeros(3, dtype=torch.int64)
     logits = torch.ones(3, 5, dtype=torch.int32)
@@ -237,22 +315,29 @@ def test_the_kernels_compute_what_the_references_do() -> None:
             target[7] = 30
             near = dict(atol=2e-3, rtol=2e-3) if dtype is torch.float16 else dict(atol=2e-6, rtol=2e-6)
             settings = RowSettings(-100, smoothing, scale, cap)
-            for reduction, rows in itertools.product(("none", "mean", "sum"), (7, 8, 11)):
+            weights = torch.rand(37)
+            weights[target[0]] = 0
+            for reduction, rows, weight in itertools.product(
+                ("none", "mean", "sum"), (7, 8, 11), (None, weights)
+            ):
                 given = (logits[:rows], target[:rows])
                 numbers = (-100, smoothing, scale, cap)
-                found = losses_of_rows(kernels, *given, settings, reduction, torch.float32, launch=launch)
-                right = module.cross_entropy_reference(*given, reduction, *numbers, torch.float32)
+                wanted = (settings, reduction, torch.float32, weight)
+                found = losses_of_rows(kernels, *given, *wanted, launch=launch)
+                right = module.cross_entropy_reference(
+                    *given, reduction, *numbers, torch.float32, class_weight=weight
+                )
                 torch.testing.assert_close(found[0], right[0], equal_nan=True, **near)
                 sums = right[1]
                 finite = torch.isfinite(sums)
                 torch.testing.assert_close(found[1][finite], sums[finite], **near)
             weight, beside = torch.rand(11), torch.rand(11)
-            for sum_grad in (None, beside):
+            for sum_grad, of_class in itertools.product((None, beside), (None, weights)):
                 found = gradient_of_rows(
-                    kernels, logits, target, sums, weight, sum_grad, settings, launch=launch
+                    kernels, logits, target, sums, weight, sum_grad, settings, of_class, launch=launch
                 )
                 right = module.cross_entropy_backward_reference(
-                    weight, logits, target, sums, "none", *numbers, sum_grad
+                    weight, logits, target, sums, "none", *numbers, sum_grad, of_class
                 )
                 torch.testing.assert_close(found, right, equal_nan=True, **near)
         # A label that names no class spoils its row alone.
@@ -264,23 +349,33 @@ def test_the_kernels_compute_what_the_references_do() -> None:
 
 
 @needs_triton
-@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize(
-    ("rows", "columns", "dtype"), [(523, 128256, "bf16"), (8192, 128256, "fp16"), (8192, 32000, "fp32")]
+    ("rows", "columns", "dtype", "plain", "weighted"),
+    [
+        (523, 128256, "bf16", True, False),
+        (523, 128256, "bf16", False, False),
+        (8192, 128256, "fp16", True, False),
+        (8192, 128256, "fp16", False, False),
+        (8192, 128256, "fp16", False, True),
+        (8192, 32000, "fp32", True, False),
+        (8192, 32000, "fp32", False, True),
+    ],
 )
 def test_the_kernels_compile_for_sm_90_without_spills(
-    rows: int, columns: int, dtype: str, plain: bool
+    rows: int, columns: int, dtype: str, plain: bool, weighted: bool
 ) -> None:
     from graphopt_kernels import cross_entropy_parts_triton as kernels
 
     launch = part_launch(rows, columns, 4 if dtype == "fp32" else 2)
     halves = dict.fromkeys(("logits", "gradients"), f"*{dtype}")
     floats = ("tops", "totals", "plains", "losses", "log_sum_exps", "counts", "loss", "scales", "sum_scales")
+    floats = (*floats, "class_weights", "weight_sum")
     pointers = {**halves, **dict.fromkeys(floats, "*fp32"), "target": "*i64"}
     integers = ("row_stride", "scale_stride", "sum_scale_stride", "ignore_index", "rows", "groups")
     numbers = dict.fromkeys(integers, "i32") | dict.fromkeys(("smoothing", "logit_scale", "softcap"), "fp32")
     constants = {
         **dict.fromkeys(("SMOOTHED", "SOFTCAPPED", "SCALED", "SUMMED"), not plain),
+        "WEIGHTED": weighted,
         "REDUCED": True,
         "MEAN": True,
         "ALONE": launch.alone,
@@ -308,8 +403,9 @@ def test_the_kernels_compile_for_sm_90_without_spills(
         assert not code.spills, (name, code)
         assert code.shared + code.asked <= 8192
         if name in ("parts_kernel", "gradient_kernel"):
-            # Four loads of 16 bytes in flight for each thread.
-            assert code.widths("LDG")[128] == 4
+            # Four loads of 16 bytes in flight for each thread, beside those of float32 weights.
+            of_weights = (4 if dtype == "fp32" else 8) * weighted
+            assert code.widths("LDG")[128] == 4 + of_weights
             elements = launch.block // (32 * warps)
             most = 12 if name == "parts_kernel" else 18
             assert not plain or sum(code.instructions.values()) <= most * elements + 64

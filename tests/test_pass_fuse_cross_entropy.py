@@ -51,11 +51,28 @@ def with_z_loss(z: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(z.view(-1, CLASSES), t.view(-1)) + 1e-2 * sums.square().mean()
 
 
+def weighted(z: Tensor, t: Tensor) -> Tensor:
+    weights = torch.arange(CLASSES) / CLASSES
+    z = z.float()
+    loss = F.cross_entropy(z.view(-1, CLASSES), t.view(-1), weights, label_smoothing=0.1)
+    return loss + 1e-2 * z.logsumexp(-1).square().mean()
+
+
+def weighted_rows(z: Tensor, t: Tensor) -> Tensor:
+    weights, z = torch.arange(CLASSES) / CLASSES, torch.tanh(z / 3.0) * 3.0
+    return F.cross_entropy(z.view(-1, CLASSES), t.view(-1), weights, reduction="none", ignore_index=1).sum()
+
+
+def weighted_twice(z: Tensor, t: Tensor) -> Tensor:
+    """The second of rows that are all ignored."""
+    return weighted(z, t) + 0 * weighted(z.detach(), t * 0 - 100).nan_to_num()
+
+
 def returned_too(z: Tensor, t: Tensor) -> Any:
     return F.cross_entropy(z.float().view(-1, CLASSES), t.view(-1)) + z.square().mean(), z
 
 
-LOSSES: list[Loss] = [plain, cast, shifted, capped, with_z_loss, returned_too]
+LOSSES: list[Loss] = [plain, cast, shifted, capped, with_z_loss, weighted, weighted_rows, returned_too]
 
 
 class Model(nn.Module):
@@ -89,9 +106,12 @@ def test_what_stands_before_the_loss_goes_into_the_operator(loss: Loss) -> None:
         cast: ("mean", -100, 0.1, 1.0, 0.0),
         shifted: ("sum", 3, 0.0, 1.0, 0.0),
         capped: ("none", -100, 0.0, 0.5, 3.0),
+        weighted: ("mean", -100, 0.1, 1.0, 0.0),
+        weighted_rows: ("none", 1, 0.0, 1.0, 3.0),
     }
     assert tuple(node.args[2:7]) == expected.get(loss, ("mean", -100, 0.0, 1.0, 0.0))
     aten = torch.ops.aten
+    assert (len(node.args) == 10) is (loss in (weighted, weighted_rows))
     for gone in (aten.cross_entropy_loss.default, aten.logsumexp.default, aten.tanh.default):
         assert not list(program.nodes(gone))
 
@@ -131,10 +151,6 @@ def proposals(
     return list(step.propose(semantic(function, *given), context()))
 
 
-def weighted(z: Tensor, t: Tensor) -> Tensor:
-    return F.cross_entropy(z, t, weight=torch.ones(CLASSES))
-
-
 def probabilities(z: Tensor, t: Tensor) -> Tensor:
     return F.cross_entropy(z, F.one_hot(t, CLASSES).float())
 
@@ -158,7 +174,6 @@ def whole(z: Tensor, t: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("loss", "reason"),
     [
-        (weighted, "the classes have weights"),
         (probabilities, "the targets are float32, not int64 class numbers"),
         (pixels, "the classes are not the last dimension"),
         (overwritten, "what it reads is written before the loss"),
@@ -167,6 +182,42 @@ def whole(z: Tensor, t: Tensor) -> Tensor:
 def test_other_losses_stay_and_the_report_says_why(loss: Loss, reason: str) -> None:
     (found,) = proposals(loss, torch.randn(10, CLASSES), torch.randint(0, CLASSES, (10,)))
     assert isinstance(found, NearMiss) and found.reason.text == reason
+
+
+@pytest.mark.parametrize(
+    ("device", "region", "weights", "reason"),
+    [
+        ("cuda", False, {"device": "cuda", "dtype": torch.bfloat16}, None),
+        ("cpu", True, {}, None),
+        ("cpu", True, {"dtype": torch.float64}, "the class weights are float64, the logits bfloat16"),
+        ("cuda", False, {"device": "cuda"}, "the class weights are float32, the logits bfloat16"),
+        ("cuda", False, {"dtype": torch.bfloat16}, "the class weights are on cpu, the logits on cuda:0"),
+        (
+            "cpu",
+            False,
+            {"dtype": torch.bfloat16, "requires_grad": True},
+            "the class weights require a gradient, which torch has none of",
+        ),
+    ],
+    ids=["on-a-gpu", "autocast", "double", "wider", "elsewhere", "trained"],
+)
+def test_weights_of_classes_that_no_operator_takes_stay_with_a_reason(
+    device: str, region: bool, weights: dict[str, Any], reason: str | None
+) -> None:
+    """On a GPU that is not there: nothing is run."""
+    with torch._subclasses.FakeTensorMode():
+        z = torch.empty(16, 32000, device=device, dtype=torch.bfloat16)
+        t, w = torch.empty(16, device=device, dtype=torch.int64), torch.empty(32000, **weights)
+
+        def loss(z: Tensor, t: Tensor, w: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16, enabled=region):
+                return torch.ops.aten.cross_entropy_loss.default(z, t, w)
+
+        gm = make_fx(loss, pre_dispatch=True)(z, t, torch.empty(32000, device=device, dtype=w.dtype))
+    # As it stands: some are refused by the trace already.
+    [node for node in gm.graph.nodes if node.op == "placeholder"][-1].meta["val"] = w
+    (found,) = EVERYWHERE.propose(Program("g0", Level.SEMANTIC, gm, Signature((), ())), context())
+    assert (found.reason.text if isinstance(found, NearMiss) else None) == reason
 
 
 def test_where_it_gains_nothing_it_stays() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import graphopt
 from graphopt._torch import quiet_capture
@@ -19,7 +20,7 @@ from graphopt.capture.semantic import semantic_program
 from graphopt.measure import allocator_peak
 from graphopt.passes import Proposal
 from graphopt.plugins import PluginHost
-from graphopt.program import InputSpec, Program
+from graphopt.program import InputSpec, Level, Program, Signature
 from graphopt_passes import linear_cross_entropy as module
 from graphopt_passes.linear_cross_entropy import LinearCrossEntropy
 from tests.programs import context
@@ -210,6 +211,56 @@ def one_step(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(
         F.linear(x.transpose(0, 1).repeat(3, 1, 1), w)[:, 1, :], t.repeat(2, 2)[0, :14].repeat(2)[:21]
     )
+
+
+def weights_of_classes(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.arange(VOCABULARY, dtype=dtype) / VOCABULARY
+
+
+def weighted_mean(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    logits = F.linear(x, w)[:, :-1].float()
+    loss = F.cross_entropy(logits.transpose(1, 2), t[:, 1:], weights_of_classes(), ignore_index=3)
+    return loss + 0.01 * logits.logsumexp(-1).square().mean()
+
+
+def weighted_rows(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    losses = F.cross_entropy(F.linear(x, w).transpose(1, 2), t, weights_of_classes(), reduction="none")
+    return losses * torch.arange(7.0)
+
+
+def weighted_sum(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    logits = torch.tanh(F.linear(x, w) / 5.0).flatten(0, 1) * 5.0
+    return F.cross_entropy(logits, t.flatten(), weights_of_classes(), reduction="sum", ignore_index=3)
+
+
+@pytest.mark.parametrize("loss", [weighted_mean, weighted_rows, weighted_sum])
+def test_weights_of_classes_multiply_losses_of_rows(loss: Callable[..., torch.Tensor]) -> None:
+    for mode in ("recompute", "blocks"):
+        program = rewritten(loss, X, W, T, mode=mode)
+        assert fused(program).args[5] == "none"
+    program, _ = captured(loss, X, W, T)
+    assert {id_.split("/")[1] for id_ in offers(program)} == {"recompute", "blocks"}
+
+
+def test_two_weighted_losses_and_none_that_counts() -> None:
+    def ignored(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        logits = F.linear(x, w)
+        return F.cross_entropy(logits.flatten(0, 1), t.flatten() * 0 - 100, weights_of_classes())
+
+    def both(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return weighted_mean(x, w, t), ignored(x.detach(), w.detach(), t)
+
+    program, inputs = captured(both, X, W, T)
+    right, gradients = run(program, inputs)
+    chosen = [c for id_, c in offers(program).items() if id_.endswith("/recompute/3")]
+    with program.edit("linear-cross-entropy") as edit:
+        for candidate in chosen:
+            candidate.apply(edit)
+    assert len(chosen) == 2
+    found, of_inputs = run(program, inputs)
+    torch.testing.assert_close(found, right, equal_nan=True)
+    torch.testing.assert_close(of_inputs, gradients)
+    assert found[1].isnan()
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -419,8 +470,8 @@ def clipped(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(flat(logits), t.view(-1)) + logits.square().mean()
 
 
-def weighted(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    return F.cross_entropy(flat(F.linear(x, w)), t.view(-1), weight=torch.ones(VOCABULARY))
+def weighted_and_smoothed(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(flat(F.linear(x, w)), t.view(-1), weights_of_classes(), label_smoothing=0.1)
 
 
 def probabilities(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
@@ -533,7 +584,7 @@ def overwritten(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tens
     ("loss", "reason"),
     [
         (clipped, "the logits are read by another call as well"),
-        (weighted, "the classes have weights"),
+        (weighted_and_smoothed, "smoothed labels take the weights of all classes for every row"),
         (probabilities, "the targets are float32, not int64 class numbers"),
         (rounded, "the logits are rounded before the loss"),
         (column_slice, "the loss reads some of the columns only"),
@@ -568,6 +619,18 @@ def test_what_does_not_match_stays_with_a_reason(loss: Callable[..., torch.Tenso
     assert found.reason.text == reason
     assert found.reason.nodes and 0 < found.matched <= found.total
     assert program.fingerprint == before
+
+
+def test_weights_of_another_dtype_raise_where_they_did() -> None:
+    def loss(x: torch.Tensor, w: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(flat(F.linear(x, w)), t.view(-1), weights_of_classes(torch.float64))
+
+    given = [each.detach() for each in (X, W, T)]
+    with torch._subclasses.FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(each) for each in given]
+        graph = make_fx(loss, pre_dispatch=True)(*fakes)
+    found = refusal(Program("g0", Level.SEMANTIC, graph, Signature((), ())))
+    assert found.reason.text == "the class weights are float64, the logits float32"
 
 
 def test_few_rows_stay_whole() -> None:

@@ -18,6 +18,10 @@ needs them any more.
 Arithmetic is float32 (float64 for float64) and each result is rounded once. All results are the same in every
 run. Rows whose target is ``ignore_index`` count neither in the loss nor in the mean and have a gradient of
 exactly zero. A target that is no class raises ``RuntimeError`` on the CPU and gives NaN on CUDA.
+
+Classes may weigh differently, as in ``torch.nn.functional.cross_entropy``: a row's loss is multiplied by the
+weight of its target, the smoothing's share of each class by that of the class, and the mean is over the
+targets' weights. Without smoothing a weight is a number of its row, and the logits are read as ever.
 """
 
 from __future__ import annotations
@@ -36,7 +40,7 @@ from graphopt_kernels.cross_entropy_rows import (
     cross_entropy_rows_reference,
 )
 from graphopt_kernels.linear_cross_entropy_arguments import REDUCTIONS
-from graphopt_kernels.linear_cross_entropy_autograd import reduced, scale_of
+from graphopt_kernels.linear_cross_entropy_autograd import reduced, scale_of, weight_of_targets
 
 __all__ = [
     "cross_entropy",
@@ -62,17 +66,20 @@ def cross_entropy(
     softcap: float,
     dtype: torch.dtype,
     written_out: bool = False,
+    class_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross entropy of ``logits`` [N, V] with ``target`` [N] (int64), and the log-sum-exp of each row.
 
     Of logits ``z`` first comes ``logit_scale * z``, then ``softcap * tanh(z / softcap)`` unless that is 0.
     The loss, of ``dtype``, has shape [], or [N] with reduction "none"; log-sum-exps [N] are float32 (float64
-    for float64), those of rows that are ignored included. Both have a gradient.
+    for float64), those of rows that are ignored included. Both have a gradient. ``class_weight`` [V] of any
+    floating-point dtype has none.
     """
     settings = RowSettings(ignore_index, label_smoothing, logit_scale, softcap)
-    if (kernels := _kernels_for(logits)) is not None:
-        return losses_of_rows(kernels, logits, target, settings, reduction, dtype)
     exact = computes_in(logits.dtype)
+    weights = None if class_weight is None else class_weight.to(exact)
+    if (kernels := _kernels_for(logits)) is not None:
+        return losses_of_rows(kernels, logits, target, settings, reduction, dtype, weights)
     losses, log_sum_exp = (logits.new_empty(logits.shape[0], dtype=exact) for _ in range(2))
     step = max(1, BLOCK_ELEMENTS // max(logits.shape[1], 1))
     for start in range(0, logits.shape[0], step):
@@ -84,8 +91,9 @@ def cross_entropy(
             settings,
             log_sum_exp=log_sum_exp[part],
             losses=losses[part],
+            class_weight=weights,
         )
-    return reduced(losses, target, reduction, ignore_index, dtype), log_sum_exp
+    return reduced(losses, target, reduction, ignore_index, dtype, weights), log_sum_exp
 
 
 @cross_entropy.register_fake
@@ -99,8 +107,9 @@ def _(
     softcap: float,
     dtype: torch.dtype,
     written_out: bool = False,
+    class_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    reason = cross_entropy_supports(logits, target, reduction)
+    reason = cross_entropy_supports(logits, target, reduction, class_weight=class_weight)
     if reason is not None:
         raise ValueError(f"cross_entropy: {reason}")
     rows = logits.shape[0]
@@ -120,16 +129,25 @@ def cross_entropy_backward(
     logit_scale: float,
     softcap: float,
     sum_grad: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The gradient of ``logits`` for ``grad`` of the loss ([], or [N] with reduction "none") and
     ``sum_grad`` [N] of the log-sum-exps."""
     settings = RowSettings(ignore_index, label_smoothing, logit_scale, softcap)
-    scale = scale_of(grad, target, reduction, ignore_index, computes_in(logits.dtype))
+    exact = computes_in(logits.dtype)
+    weights = None if class_weight is None else class_weight.to(exact)
+    scale = scale_of(grad, target, reduction, ignore_index, exact, weights)
     if (kernels := _kernels_for(logits)) is not None:
-        return gradient_of_rows(kernels, logits, target, log_sum_exp, scale, sum_grad, settings)
+        return gradient_of_rows(kernels, logits, target, log_sum_exp, scale, sum_grad, settings, weights)
     gradient = torch.empty_like(logits, memory_format=torch.contiguous_format).copy_(logits)
     cross_entropy_rows_reference(
-        gradient, target, settings, log_sum_exp=log_sum_exp, scale=scale, sum_scale=sum_grad
+        gradient,
+        target,
+        settings,
+        log_sum_exp=log_sum_exp,
+        scale=scale,
+        sum_scale=sum_grad,
+        class_weight=weights,
     )
     return gradient
 
@@ -146,6 +164,7 @@ def _(
     logit_scale: float,
     softcap: float,
     sum_grad: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return torch.empty_like(logits, memory_format=torch.contiguous_format)
 
@@ -164,6 +183,7 @@ def written_gradient(
     logit_scale: float,
     softcap: float,
     sum_grad: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What ``cross_entropy_backward`` computes, in elementwise operators of ATen."""
     exact = computes_in(logits.dtype)
@@ -171,13 +191,22 @@ def written_gradient(
     capped = torch.tanh(z / softcap) if softcap else None
     z = z if capped is None else capped * softcap
     ignored = (target == ignore_index)[:, None]
-    scale = scale_of(grad, target, reduction, ignore_index, exact)[:, None].masked_fill(ignored, 0)
-    share = scale if sum_grad is None else scale + sum_grad[:, None]
+    weights = None if class_weight is None else class_weight.to(exact)
+    scale = scale_of(grad, target, reduction, ignore_index, exact, weights)[:, None].masked_fill(ignored, 0)
     columns = torch.arange(logits.shape[1], device=logits.device)
-    label = torch.where(columns == target[:, None], scale * (1 - label_smoothing), 0.0)
+    even = scale * (label_smoothing / logits.shape[1]) if label_smoothing else None
+    share = one = scale
+    if weights is not None:
+        one = scale * weight_of_targets(weights, target, ignore_index)[:, None]
+        share = one * (1 - label_smoothing)
+        if even is not None:
+            share, even = share + even * weights.sum(), even * weights
+    if sum_grad is not None:
+        share = share + sum_grad[:, None]
+    label = torch.where(columns == target[:, None], one * (1 - label_smoothing), 0.0)
     gradient = torch.exp(z - log_sum_exp[:, None]) * share - label
-    if label_smoothing:
-        gradient = gradient - scale * (label_smoothing / logits.shape[1])
+    if even is not None:
+        gradient = gradient - even
     if capped is not None:
         gradient = gradient * (1 - capped * capped)
     if logit_scale != 1.0:
@@ -189,8 +218,8 @@ def written_gradient(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -> None:
-    logits, target, *settings, _, written_out = inputs
-    ctx.save_for_backward(logits, target, output[1])
+    logits, target, *settings, _, written_out, class_weight = inputs
+    ctx.save_for_backward(logits, target, output[1], class_weight)
     ctx.settings = tuple(settings)
     ctx.written_out = written_out
     ctx.set_materialize_grads(False)
@@ -198,13 +227,15 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, ...]) -
 
 def _backward(ctx: Any, grad: torch.Tensor | None, sum_grad: torch.Tensor | None) -> tuple[Any, ...]:
     if grad is None and sum_grad is None:
-        return (None,) * 9
-    logits, target, log_sum_exp = ctx.saved_tensors
+        return (None,) * 10
+    logits, target, log_sum_exp, class_weight = ctx.saved_tensors
     if grad is None:
         grad = log_sum_exp.new_zeros(log_sum_exp.shape if ctx.settings[0] == "none" else ())
     function: Any = written_gradient if ctx.written_out else torch.ops.graphopt.cross_entropy_backward
     given = (grad, logits, target, log_sum_exp, *ctx.settings)
-    return function(*given) if sum_grad is None else function(*given, sum_grad), *(None,) * 8
+    beside = () if sum_grad is None and class_weight is None else (sum_grad,)
+    weights = () if class_weight is None else (class_weight,)
+    return function(*given, *beside, *weights), *(None,) * 9
 
 
 torch.library.register_autograd("graphopt::cross_entropy", _backward, setup_context=_keep)
@@ -233,7 +264,16 @@ def _kernels() -> Any:
 
 
 def cross_entropy_supports(
-    logits: torch.Tensor, target: torch.Tensor, reduction: str, *_: Any
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    reduction: str,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    written_out: bool = False,
+    class_weight: torch.Tensor | None = None,
 ) -> Reason | None:
     """``None``, or why the operator does not take these arguments."""
     if logits.dim() != 2 or target.dim() != 1 or logits.shape[0] != target.shape[0]:
@@ -248,6 +288,18 @@ def cross_entropy_supports(
         return Reason(f"takes int64 targets, got {target.dtype}")
     if reduction not in REDUCTIONS:
         return Reason(f"reduction is {reduction!r}: expected one of {', '.join(map(repr, REDUCTIONS))}")
+    return None if class_weight is None else _weights_refused(logits, class_weight)
+
+
+def _weights_refused(logits: torch.Tensor, class_weight: torch.Tensor) -> Reason | None:
+    if tuple(class_weight.shape) != (logits.shape[1],):
+        return Reason(
+            f"the class weights have shape {list(class_weight.shape)}: expected [{logits.shape[1]}]"
+        )
+    if class_weight.dtype not in _DTYPES:
+        return Reason(f"takes floating-point class weights, got {class_weight.dtype}")
+    if class_weight.device != logits.device:
+        return Reason(f"the class weights are on {class_weight.device}, the logits on {logits.device}")
     return None
 
 
@@ -257,12 +309,17 @@ def cross_entropy_backward_supports(
     target: torch.Tensor,
     log_sum_exp: torch.Tensor,
     reduction: str,
-    *_: Any,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    logit_scale: float = 1.0,
+    softcap: float = 0.0,
+    sum_grad: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
 ) -> Reason | None:
     """As ``cross_entropy_supports``; log-sum-exps are those of the rows."""
     if log_sum_exp.shape != target.shape:
         return Reason(f"log-sum-exps have shape {list(log_sum_exp.shape)}: expected {list(target.shape)}")
-    return cross_entropy_supports(logits, target, reduction)
+    return cross_entropy_supports(logits, target, reduction, class_weight=class_weight)
 
 
 # --- references --------------------------------------------------------------------------------
@@ -278,13 +335,19 @@ def cross_entropy_reference(
     softcap: float,
     dtype: torch.dtype,
     written_out: bool = False,
+    class_weight: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What ``cross_entropy`` computes, with operators of torch; differentiable."""
     z = logits.to(computes_in(logits.dtype)) * logit_scale
     if softcap:
         z = softcap * torch.tanh(z / softcap)
     loss = torch.nn.functional.cross_entropy(
-        z, target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        z,
+        target,
+        None if class_weight is None else class_weight.to(z.dtype),
+        ignore_index=ignore_index,
+        reduction=reduction,
+        label_smoothing=label_smoothing,
     )
     return loss.to(dtype), z.logsumexp(1)
 

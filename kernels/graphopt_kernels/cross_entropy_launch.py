@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from graphopt_kernels.cross_entropy_rows import RowSettings
-from graphopt_kernels.linear_cross_entropy_autograd import reduced
+from graphopt_kernels.linear_cross_entropy_autograd import reduced, weight_of_targets
 
 __all__ = ["PartLaunch", "gradient_of_rows", "losses_of_rows", "part_launch"]
 
@@ -68,10 +68,12 @@ def losses_of_rows(
     settings: RowSettings,
     reduction: str,
     dtype: torch.dtype,
+    class_weight: torch.Tensor | None = None,
     *,
     launch: PartLaunch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``graphopt::cross_entropy`` by ``kernels``, the module of the jitted functions."""
+    """``graphopt::cross_entropy`` by ``kernels``, the module of the jitted functions; ``class_weight`` [V] is
+    float32."""
     rows, columns = logits.shape
     device = logits.device
     log_sum_exp = torch.empty(rows, dtype=torch.float32, device=device)
@@ -86,9 +88,11 @@ def losses_of_rows(
     tops, totals, plains = partial[0], partial[1], partial[-1]
     loss = torch.empty(() if is_whole else (rows,), dtype=dtype, device=device)
     sums = torch.empty(2, groups, dtype=torch.float32, device=device) if is_whole else loss
+    weights, weight_sum = _weights(class_weight, log_sum_exp, is_smoothed)
     constants: dict[str, Any] = {
         "SMOOTHED": is_smoothed,
         "SOFTCAPPED": settings.softcap != 0,
+        "WEIGHTED": class_weight is not None,
         "COLUMNS": columns,
         "PARTS": launch.parts,
     }
@@ -98,6 +102,7 @@ def losses_of_rows(
             tops,
             totals,
             plains,
+            weights,
             logits.stride(0),
             settings.logit_scale,
             settings.softcap,
@@ -112,6 +117,8 @@ def losses_of_rows(
             tops,
             totals,
             plains,
+            weights,
+            weight_sum,
             sums[0] if is_whole else loss,
             log_sum_exp,
             sums[-1],
@@ -132,7 +139,14 @@ def losses_of_rows(
         )
         if is_whole and not launch.alone:
             kernels.total_kernel[(1,)](
-                sums[0], sums[1], loss, groups, MEAN=reduction == "mean", BLOCK=_GROUPS, num_warps=4
+                sums[0],
+                sums[1],
+                loss,
+                groups,
+                MEAN=reduction == "mean",
+                WEIGHTED=class_weight is not None,
+                BLOCK=_GROUPS,
+                num_warps=4,
             )
     return loss, log_sum_exp
 
@@ -145,17 +159,22 @@ def gradient_of_rows(
     scale: torch.Tensor,
     sum_scale: torch.Tensor | None,
     settings: RowSettings,
+    class_weight: torch.Tensor | None = None,
     *,
     launch: PartLaunch | None = None,
 ) -> torch.Tensor:
     """``graphopt::cross_entropy_backward`` by ``kernels``; ``scale`` [N] is what each row's loss is
-    multiplied by."""
+    multiplied by, ``class_weight`` [V] is float32."""
     rows, columns = logits.shape
     gradient = torch.empty((rows, columns), dtype=logits.dtype, device=logits.device)
     if not rows:
         return gradient
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
     launch = launch or part_launch(rows, columns, logits.element_size())
+    is_smoothed = settings.label_smoothing != 0
+    if class_weight is not None and not is_smoothed:
+        scale = scale * weight_of_targets(class_weight, target, settings.ignore_index)
+    weights, weight_sum = _weights(class_weight, log_sum_exp, is_smoothed)
     with _on(logits.device):
         kernels.gradient_kernel[(rows * launch.parts,)](
             logits,
@@ -163,6 +182,8 @@ def gradient_of_rows(
             log_sum_exp.contiguous(),
             scale,
             scale if sum_scale is None else sum_scale,
+            weights,
+            weight_sum,
             gradient,
             logits.stride(0),
             scale.stride(0),
@@ -172,14 +193,25 @@ def gradient_of_rows(
             settings.logit_scale,
             settings.softcap,
             SUMMED=sum_scale is not None,
-            SMOOTHED=settings.label_smoothing != 0,
+            SMOOTHED=is_smoothed,
             SOFTCAPPED=settings.softcap != 0,
+            WEIGHTED=is_smoothed and class_weight is not None,
             COLUMNS=columns,
             PARTS=launch.parts,
             BLOCK=launch.block,
             num_warps=launch.warps,
         )
     return gradient
+
+
+def _weights(
+    class_weight: torch.Tensor | None, unused: torch.Tensor, is_smoothed: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights of classes, and their sum where losses are smoothed; ``unused`` for what is not read."""
+    if class_weight is None:
+        return unused, unused
+    class_weight = class_weight.contiguous()
+    return class_weight, class_weight.sum() if is_smoothed else unused
 
 
 def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:

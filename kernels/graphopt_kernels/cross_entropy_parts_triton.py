@@ -20,25 +20,31 @@ def parts_kernel(  # type: ignore[no-untyped-def]
     tops,
     totals,
     plains,
+    class_weights,
     row_stride,
     logit_scale,
     softcap,
     SCALED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """``BLOCK`` columns of a row for each program, ``PARTS`` programs a row, held in registers: their maximum
-    and the sum of exponentials below it; with ``SMOOTHED`` their plain sum as well."""
+    and the sum of exponentials below it; with ``SMOOTHED`` their plain sum as well, or with ``WEIGHTED`` that
+    of products with their classes' weights."""
     program = tl.program_id(0).to(tl.int64)
     at = (program % PARTS).to(tl.int32) * BLOCK + tl.arange(0, BLOCK)
     inside = at < COLUMNS
     z = tl.load(logits + program // PARTS * row_stride + at, mask=inside, other=0.0)
     z = transformed(z, logit_scale, softcap, SOFTCAPPED) if SCALED or SOFTCAPPED else z.to(tl.float32)
     if SMOOTHED:
-        tl.store(plains + program, tl.sum(tl.where(inside, z, 0.0), axis=0))
+        plain = tl.where(inside, z, 0.0)
+        if WEIGHTED:
+            plain *= tl.load(class_weights + at, mask=inside, other=0.0)
+        tl.store(plains + program, tl.sum(plain, axis=0))
     z = tl.where(inside, z, float("-inf"))
     # Finite, so that a part of nothing but -inf makes no NaN.
     top = tl.maximum(tl.max(z, axis=0), -3.0e38)
@@ -53,6 +59,8 @@ def finish_kernel(  # type: ignore[no-untyped-def]
     tops,
     totals,
     plains,
+    class_weights,
+    weight_sum,
     losses,
     log_sum_exps,
     counts,
@@ -65,6 +73,7 @@ def finish_kernel(  # type: ignore[no-untyped-def]
     softcap,
     SMOOTHED: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     REDUCED: tl.constexpr,
     MEAN: tl.constexpr,
     ALONE: tl.constexpr,
@@ -76,7 +85,8 @@ def finish_kernel(  # type: ignore[no-untyped-def]
     """Losses and log-sum-exps of ``ROWS`` rows for each program, of ``PARTS`` parts in ``LANES``.
 
     With ``REDUCED`` the rows' losses are summed up: the program's sum goes to ``losses``, and how many rows
-    count to ``counts``; if it is ``ALONE``, that is the ``loss``.
+    count to ``counts``; if it is ``ALONE``, that is the ``loss``. With ``WEIGHTED`` each row counts as often
+    as its target's class weighs, and the smoothing's share of a class likewise.
     """
     group = tl.program_id(0)
     row = group * ROWS + tl.arange(0, ROWS)
@@ -93,21 +103,34 @@ def finish_kernel(  # type: ignore[no-untyped-def]
     picked = transformed(picked, logit_scale, softcap, SOFTCAPPED)
     peak = tl.max(top, axis=1)
     log_sum_exp = peak + tl.log(tl.sum(total * tl.exp(top - peak[:, None]), axis=1))
-    found = log_sum_exp - (1.0 - smoothing) * picked
-    if SMOOTHED:
-        plain = tl.load(plains + place, mask=inside, other=0.0)
-        found -= smoothing / COLUMNS * tl.sum(plain, axis=1)
     counted = within & (label != ignore_index)
+    if WEIGHTED:
+        weight = tl.load(class_weights + label, mask=within & named, other=0.0)
+        found = weight * (log_sum_exp - picked)
+        if SMOOTHED:
+            plain = tl.load(plains + place, mask=inside, other=0.0)
+            beside = tl.load(weight_sum) * log_sum_exp - tl.sum(plain, axis=1)
+            found = (1.0 - smoothing) * found + smoothing / COLUMNS * beside
+    else:
+        found = log_sum_exp - (1.0 - smoothing) * picked
+        if SMOOTHED:
+            plain = tl.load(plains + place, mask=inside, other=0.0)
+            found -= smoothing / COLUMNS * tl.sum(plain, axis=1)
     found = tl.where(counted, found, 0.0)
     # A label that names no column spoils its row, instead of passing for a right one.
     log_sum_exp = tl.where(named | (label == ignore_index), log_sum_exp, float("nan"))
     tl.store(log_sum_exps + row, log_sum_exp, mask=within)
     if REDUCED:
         result = tl.sum(found, axis=0)
-        count = tl.sum(counted.to(tl.float32), axis=0)
+        if WEIGHTED:
+            count = tl.sum(tl.where(counted, weight, 0.0), axis=0)
+        else:
+            count = tl.sum(counted.to(tl.float32), axis=0)
         if ALONE:
             if MEAN:
                 result = result / count
+                if WEIGHTED:
+                    result = tl.where(count == 0.0, float("nan"), result)
             tl.store(loss, result.to(loss.dtype.element_ty))
         else:
             tl.store(losses + group, result)
@@ -117,7 +140,9 @@ def finish_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def total_kernel(losses, counts, loss, groups, MEAN: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def total_kernel(  # type: ignore[no-untyped-def]
+    losses, counts, loss, groups, MEAN: tl.constexpr, WEIGHTED: tl.constexpr, BLOCK: tl.constexpr
+):
     """The loss, from the sums of ``groups`` of rows, always added up in the same order."""
     found = tl.zeros([BLOCK], tl.float32)
     counted = tl.zeros([BLOCK], tl.float32)
@@ -127,7 +152,11 @@ def total_kernel(losses, counts, loss, groups, MEAN: tl.constexpr, BLOCK: tl.con
         counted += tl.load(counts + at, mask=at < groups, other=0.0)
     result = tl.sum(found, axis=0)
     if MEAN:
-        result = result / tl.sum(counted, axis=0)
+        count = tl.sum(counted, axis=0)
+        result = result / count
+        if WEIGHTED:
+            # Of classes that weigh nothing there is no mean, whatever the smoothing adds.
+            result = tl.where(count == 0.0, float("nan"), result)
     tl.store(loss, result.to(loss.dtype.element_ty))
 
 
@@ -138,6 +167,8 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     log_sum_exps,
     scales,
     sum_scales,
+    class_weights,
+    weight_sum,
     gradients,
     row_stride,
     scale_stride,
@@ -149,11 +180,16 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     SUMMED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
+    WEIGHTED: tl.constexpr,
     COLUMNS: tl.constexpr,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The gradient of ``BLOCK`` columns of a row for each program, ``PARTS`` programs a row."""
+    """The gradient of ``BLOCK`` columns of a row for each program, ``PARTS`` programs a row.
+
+    ``WEIGHTED``: the smoothing is of classes that weigh differently. Without smoothing the weights are in
+    ``scales``.
+    """
     program = tl.program_id(0).to(tl.int64)
     row = program // PARTS
     first = (program % PARTS).to(tl.int32) * BLOCK
@@ -163,16 +199,26 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
     ignored = label == ignore_index
     scale = tl.load(scales + row * scale_stride) * logit_scale
     share = scale
+    even = 0.0
     if SUMMED:
         scale = tl.where(ignored, 0.0, scale)
-        share = scale + tl.load(sum_scales + row * sum_scale_stride) * logit_scale
+        beside = tl.load(sum_scales + row * sum_scale_stride) * logit_scale
+        share = scale + beside
+    if WEIGHTED:
+        named = (label >= 0) & (label < COLUMNS)
+        smooth = scale * (smoothing / COLUMNS)
+        even = smooth * tl.load(class_weights + at, mask=inside, other=0.0)
+        scale *= tl.load(class_weights + label, mask=named, other=0.0)
+        share = scale * (1.0 - smoothing) + smooth * tl.load(weight_sum)
+        if SUMMED:
+            share += beside
     hot = label.to(tl.int32) - first
     log_sum_exp = tl.load(log_sum_exps + row)
     z = tl.load(logits + row * row_stride + at, mask=inside, other=0.0)
     z = transformed(z, logit_scale, softcap, SOFTCAPPED)
     gradient = gradient_of(
         z, log_sum_exp, tl.arange(0, BLOCK) == hot, scale, share, smoothing, COLUMNS, softcap,
-        SUMMED, SMOOTHED, SOFTCAPPED,
+        SUMMED, SMOOTHED, SOFTCAPPED, even, WEIGHTED,
     )  # fmt: skip
     if not SUMMED:
         # Whatever its logits are.

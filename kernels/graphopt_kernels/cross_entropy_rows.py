@@ -116,8 +116,13 @@ def cross_entropy_rows_reference(
     sum_scale: torch.Tensor | None = None,
     first: int = 0,
     classes: int | None = None,
+    class_weight: torch.Tensor | None = None,
 ) -> None:
-    """``cross_entropy_rows`` with ATen operators, in place, some rows at a time."""
+    """``cross_entropy_rows`` with ATen operators, in place, some rows at a time.
+
+    With ``class_weight`` [V], of ``computes_in(logits.dtype)``, losses are weighted as torch does; the rows
+    are then whole, and losses come before their gradient.
+    """
     rows, columns = logits.shape
     whole = columns if classes is None else classes
     step = max(1, BLOCK_ELEMENTS // max(columns, 1))
@@ -133,6 +138,7 @@ def cross_entropy_rows_reference(
             None if sum_scale is None else sum_scale[part],
             first,
             whole,
+            class_weight,
         )
 
 
@@ -146,6 +152,7 @@ def _block(
     sum_scale: torch.Tensor | None,
     first: int,
     classes: int,
+    class_weight: torch.Tensor | None,
 ) -> None:
     dtype = computes_in(logits.dtype)
     z = logits if logits.dtype is dtype else logits.to(dtype)
@@ -165,13 +172,21 @@ def _block(
         z.mul_(settings.softcap)
     if losses is not None:
         value = z.gather(1, label).squeeze(1).mul_(smoothing - 1)
-        if smoothing:
+        if class_weight is not None:
+            value.mul_(class_weight[label.squeeze(1)])
+        if smoothing and class_weight is not None:
+            value.add_((z * class_weight).sum(1), alpha=-smoothing / classes)
+        elif smoothing:
             value.add_(z.mean(1), alpha=-smoothing)
         top = z.amax(1, keepdim=True)
         z.sub_(top).exp_()
         total = z.sum(1, keepdim=True)
         log_sum_exp.copy_((top + total.log()).squeeze(1))
-        losses.copy_(value.add_(log_sum_exp).masked_fill_(ignored, 0))
+        if class_weight is None:
+            value.add_(log_sum_exp)
+        else:
+            value.add_(log_sum_exp * _taken(class_weight, label.squeeze(1), smoothing))
+        losses.copy_(value.masked_fill_(ignored, 0))
         if scale is not None:
             log_sum_exp.masked_fill_(ignored, 0)
     else:
@@ -180,15 +195,17 @@ def _block(
     if scale is None:
         return
     weight = scale[:, None]
-    if sum_scale is None:
-        z.mul_(weight / total)
-    else:
+    if sum_scale is not None:
         weight = weight.masked_fill(ignored[:, None], 0)
-        z.mul_(weight + sum_scale[:, None])
+    share = weight if class_weight is None else weight * _taken(class_weight, label, smoothing)
+    z.mul_(share / total if sum_scale is None else share + sum_scale[:, None])
     hot = weight * (smoothing - 1)
+    if class_weight is not None:
+        hot = hot * class_weight[label]
     z.scatter_add_(1, label, hot.masked_fill(elsewhere[:, None], 0) if is_part else hot.expand_as(label))
     if smoothing:
-        z.sub_(weight * (smoothing / classes))
+        even = weight * (smoothing / classes)
+        z.sub_(even if class_weight is None else even * class_weight)
     if slope is not None:
         z.mul_(slope)
     if settings.logit_scale != 1.0:
@@ -197,6 +214,12 @@ def _block(
         z.masked_fill_(ignored[:, None], 0)
     if z is not logits:
         logits.copy_(z)
+
+
+def _taken(class_weight: torch.Tensor, label: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """How often the log-sum-exp of a row is in its weighted loss."""
+    taken = class_weight[label] * (1 - smoothing)
+    return taken + class_weight.sum() * (smoothing / class_weight.shape[0]) if smoothing else taken
 
 
 class RowsProblem(NamedTuple):

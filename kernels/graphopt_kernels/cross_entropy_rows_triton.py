@@ -40,10 +40,15 @@ def gradient_of(  # type: ignore[no-untyped-def]
     SUMMED: tl.constexpr,
     SMOOTHED: tl.constexpr,
     SOFTCAPPED: tl.constexpr,
+    even=0.0,
+    WEIGHTED: tl.constexpr = False,
 ):
     """The gradient of logits that became ``z``, for that of their row's loss, ``scale``, and with ``SUMMED``
-    that of the log-sum-exp as well: ``share`` is the sum of both."""
-    if SUMMED:
+    that of the log-sum-exp as well: ``share`` is the sum of both. With ``WEIGHTED`` the smoothing takes
+    ``even`` from each logit; ``share`` is then the sum of all that is taken."""
+    if WEIGHTED:
+        gradient = tl.exp(z - log_sum_exp) * share - tl.where(is_label, scale * (1.0 - smoothing), 0.0) - even
+    elif SUMMED:
         gradient = tl.exp(z - log_sum_exp) * share - tl.where(is_label, scale * (1.0 - smoothing), 0.0)
         if SMOOTHED:
             gradient -= scale * (smoothing / classes)

@@ -6,6 +6,7 @@ gradients that the forward computed.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,7 @@ __all__ = [
     "reduced",
     "scale_of",
     "scaling_backward",
+    "weight_of_targets",
 ]
 
 
@@ -85,29 +87,54 @@ def scaling_backward(operator: Any) -> Callable[..., tuple[Any, ...]]:
     return backward
 
 
-def _counted(target: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """How many rows count, on the device."""
+def weight_of_targets(class_weight: torch.Tensor, target: torch.Tensor, ignore_index: int) -> torch.Tensor:
+    """The weight [N] of each row's class, 0 of rows that are ignored. Labels that name no class take that of
+    another one: their losses are spoilt elsewhere."""
+    ignored = target == ignore_index
+    label = target.masked_fill(ignored, 0).clamp(0, class_weight.shape[0] - 1)
+    return class_weight[label].masked_fill(ignored, 0)
+
+
+def _counted(target: torch.Tensor, ignore_index: int, class_weight: torch.Tensor | None) -> torch.Tensor:
+    """How many rows count, or the sum of their classes' weights, on the device."""
+    if class_weight is not None:
+        return weight_of_targets(class_weight, target, ignore_index).sum()
     return (target != ignore_index).sum()
 
 
 def scale_of(
-    grad: torch.Tensor, target: torch.Tensor, reduction: str, ignore_index: int, dtype: torch.dtype
+    grad: torch.Tensor,
+    target: torch.Tensor,
+    reduction: str,
+    ignore_index: int,
+    dtype: torch.dtype,
+    class_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What the loss of each row is multiplied by [N], of ``dtype``, where the whole loss has gradient
-    ``grad``."""
+    ``grad``; ``class_weight`` [V] is of ``dtype``."""
     scale = grad.to(dtype)
     if reduction == "mean":
-        scale = scale / _counted(target, ignore_index)
+        scale = scale / _counted(target, ignore_index, class_weight)
     return scale.expand(target.shape[0])
 
 
 def reduced(
-    losses: torch.Tensor, target: torch.Tensor, reduction: str, ignore_index: int, dtype: torch.dtype
+    losses: torch.Tensor,
+    target: torch.Tensor,
+    reduction: str,
+    ignore_index: int,
+    dtype: torch.dtype,
+    class_weight: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The loss, of ``dtype``, of rows with ``losses`` [N]."""
+    """The loss, of ``dtype``, of rows with ``losses`` [N], which are weighted already where there is a
+    ``class_weight`` [V]."""
     if reduction == "none":
         return losses.to(dtype)
     total = losses.sum()
     if reduction == "mean":
-        total = total / _counted(target, ignore_index)
+        counted = _counted(target, ignore_index, class_weight)
+        total = total / counted
+        if class_weight is not None:
+            # Of classes that weigh nothing there is no mean, whatever the smoothing adds.
+            total = total.masked_fill(counted == 0, math.nan)
     return total.to(dtype)

@@ -16,7 +16,8 @@ log-sum-exp for each row the gradient of a logit needs that logit alone. For a c
 out in elementwise operators, which it may compute over the logits where nobody reads them any more.
 
 Casts to a wider type, views, slices of rows, constant scales and a softcap before the loss go into the
-operator, and log-sum-exps of the same logits, as a z-loss reads them, are its second result.
+operator, and log-sum-exps of the same logits, as a z-loss reads them, are its second result. Weights of
+classes are an argument of it.
 
 A loss of a linear layer may be computed in pieces as well (``linear-cross-entropy``), so there this is an
 alternative, which the planner weighs. Elsewhere it is done where it is predicted to gain.
@@ -24,6 +25,7 @@ alternative, which the planner weighs. Elsewhere it is done where it is predicte
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -70,6 +72,7 @@ class Logits:
     chain: tuple[fx.Node, ...]
     sums: tuple[fx.Node, ...]
     target: fx.Node
+    class_weight: fx.Node | None
     reduction: str
     ignore_index: int
     label_smoothing: float
@@ -109,7 +112,7 @@ def match_logits(loss: fx.Node, position: Callable[[fx.Node], int]) -> Logits | 
             continue
         found = tuple(call for calls in sums for call in calls)
         return Logits(
-            loss, source, tuple(steps), found, argument(loss, "target"),
+            loss, source, tuple(steps), found, argument(loss, "target"), argument(loss, "weight"),
             REDUCTIONS[argument(loss, "reduction")], argument(loss, "ignore_index"),
             float(argument(loss, "label_smoothing")), rounded_scale(walk.scale), walk.softcap,
             tuple(walk.row_steps), min((loss, *steps, *found), key=position),
@@ -244,7 +247,8 @@ def _writing(name: str, written_out: bool) -> Callable[[Edit], None]:
             match.softcap,
             match.loss.meta["val"].dtype,
             written_out,
+            *(() if match.class_weight is None else (match.class_weight,)),
         )
-        hand_out(edit, call, match, results, shaped)
+        hand_out(edit, call, match, call(operator.getitem, results, 0), results, shaped)
 
     return apply

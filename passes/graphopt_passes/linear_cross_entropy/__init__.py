@@ -15,7 +15,8 @@ After::
 
 Views, casts to a wider type, constant scales and a softcap between the two go into the operator; slices
 of rows are taken of the input instead. Labels stay as they are computed. Log-sum-exps of the same logits,
-which a z-loss adds to the loss, are the operator's second result.
+which a z-loss adds to the loss, are the operator's second result. Where classes weigh differently the rows'
+losses are multiplied and summed up behind the operator.
 
 Whether that pays depends on the budget and on what else would make room, so each candidate is an
 alternative, which the planner weighs (docs/kernels.md). ``forward`` computes the gradients with the loss, at
@@ -104,8 +105,8 @@ class LinearCrossEntropy(Pass):
         self, match: Match, output_mask: tuple[bool, bool, bool], ctx: PassContext
     ) -> Iterable[Candidate]:
         # A loss scale would come too late for gradients in float16 that are rounded in the forward.
-        # And who reads log-sum-exps adds to the gradient.
-        ahead = any(output_mask) and match.reduction != "none" and match.dtype is not torch.float16
+        # Who reads log-sum-exps adds to the gradient, and so do rows that weigh differently.
+        ahead = any(output_mask) and match.by_row != "none" and match.dtype is not torch.float16
         ids = {
             (mode, cuts): f"{self.name}@{match.loss.name}/{mode}/{cuts}"
             for mode in MODES

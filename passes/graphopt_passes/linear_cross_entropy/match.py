@@ -46,7 +46,8 @@ class Match:
     ``chain`` holds the calls from the ``product`` to the ``loss``, both left out, ``sums`` those that give
     log-sum-exps of the logits that the loss reads. ``weight`` is [V, D],
     or [D, V] if ``transposed``. ``row_steps`` select rows of the logits and are to be applied to the
-    ``input`` instead. ``rows``, ``width`` and ``columns`` are N, D and V as traced.
+    ``input`` instead. ``class_weight`` [V] weighs rows by their target. ``rows``, ``width`` and ``columns``
+    are N, D and V as traced.
     """
 
     loss: fx.Node
@@ -58,6 +59,7 @@ class Match:
     transposed: bool
     bias: fx.Node | None
     target: fx.Node
+    class_weight: fx.Node | None
     reduction: str
     ignore_index: int
     label_smoothing: float
@@ -71,6 +73,12 @@ class Match:
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
         return (self.product, *self.chain, *self.sums, self.loss)
+
+    @property
+    def by_row(self) -> str:
+        """The reduction that the operator does: where rows weigh differently their losses are summed up
+        behind it."""
+        return self.reduction if self.class_weight is None else "none"
 
     @property
     def operands(self) -> tuple[fx.Node, ...]:
@@ -122,7 +130,7 @@ def match_loss(loss: fx.Node, rule: str) -> Match | NearMiss | None:
         sums += [(user, index) for user in others if user.target is SUM]
         if (read := _read_elsewhere(call, [user for user in others if user.target is not SUM])) is not None:
             return miss(index + 1, read)
-    if (refused := loss_refused(loss)) is not None:
+    if (refused := loss_refused(loss) or _smoothed_weights(loss)) is not None:
         return miss(len(found) - 1, refused)
     operands = _operands(node)
     if isinstance(operands, Reason):
@@ -142,6 +150,7 @@ def match_loss(loss: fx.Node, rule: str) -> Match | NearMiss | None:
             return miss(index + 1, other)
     return Match(
         loss, node, tuple(chain), tuple(call for call, _ in sums), input, weight, transposed, bias, target,
+        argument(loss, "weight"),
         REDUCTIONS[argument(loss, "reduction")], argument(loss, "ignore_index"),
         float(argument(loss, "label_smoothing")), rounded_scale(walk.scale), walk.softcap,
         tuple(walk.row_steps), _torch.hint(target.meta["val"].numel()),
@@ -170,8 +179,6 @@ def _reaches_output(node: fx.Node) -> bool:
 
 
 def loss_refused(loss: fx.Node) -> Reason | None:
-    if argument(loss, "weight") is not None:
-        return Reason("the classes have weights", (loss.name,))
     target = argument(loss, "target")
     if target.meta["val"].dtype is not torch.int64:
         dtype = str(target.meta["val"].dtype).removeprefix("torch.")
@@ -181,6 +188,12 @@ def loss_refused(loss: fx.Node) -> Reason | None:
     if argument(loss, "self").meta["val"].dim() < 2:
         return Reason("the loss is of one row", (loss.name,))
     return None
+
+
+def _smoothed_weights(loss: fx.Node) -> Reason | None:
+    if argument(loss, "weight") is None or not argument(loss, "label_smoothing"):
+        return None
+    return Reason("smoothed labels take the weights of all classes for every row", (loss.name,))
 
 
 def _operands(product: fx.Node) -> tuple[fx.Node, fx.Node, bool, fx.Node | None] | Reason:

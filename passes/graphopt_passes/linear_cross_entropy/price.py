@@ -115,7 +115,7 @@ class LossPrices:
         wide = torch.float64 if match.dtype is torch.float64 else torch.float32
         log_sum_exp = self._tensor((match.rows,), wide)
         operands = (self._rows, self._weight, self._bias, self._target)
-        settings = (cuts, match.reduction, match.ignore_index, match.label_smoothing, match.logit_scale)
+        settings = (cuts, match.by_row, match.ignore_index, match.label_smoothing, match.logit_scale)
         settings = (*settings, match.softcap)  # type: ignore[assignment]
         empty = self._tensor((0,), match.dtype)
         gradients = tuple(
@@ -127,9 +127,10 @@ class LossPrices:
             seconds = self._seconds(op, (*operands, *settings, one.dtype, mask), (one, *gradients))
             scaled = [tensor for tensor, needed in zip(gradients, mask, strict=True) if needed]
             return seconds + sum(self._seconds(_aten.mul.Tensor, (t, one), t) for t in scaled)
-        seconds = self._seconds(op, (*operands, *settings, one.dtype), (one, log_sum_exp))
+        loss = log_sum_exp if match.by_row == "none" else one
+        seconds = self._seconds(op, (*operands, *settings, loss.dtype), (loss, log_sum_exp))
         if any(mask):
-            arguments = (one, *operands, log_sum_exp, *settings, mask)
+            arguments = (loss, *operands, log_sum_exp, *settings, mask)
             seconds += self._seconds(backward_of(mode), arguments, gradients)
         return seconds
 

@@ -41,19 +41,40 @@ def rewrite(edit: Edit, match: Match, mode: str, cuts: int, output_mask: Sequenc
         weight = call(_aten.t.default, weight)
     bias = None if match.bias is None else in_dtype(match.bias)
     target = targets_of(call, match.target)
+    wide = torch.float64 if match.dtype is torch.float64 else torch.float32
     settings = (
         cuts,
-        match.reduction,
+        match.by_row,
         match.ignore_index,
         match.label_smoothing,
         match.logit_scale,
         match.softcap,
-        match.loss.meta["val"].dtype,
+        match.loss.meta["val"].dtype if match.class_weight is None else wide,
     )
     if holds_gradients(mode):
         settings = (*settings, list(output_mask))  # type: ignore[assignment]
     results = call(operator_of(mode), rows, weight, bias, target, *settings)
-    hand_out(edit, call, match, results, shaped)
+    loss = call(operator.getitem, results, 0)
+    if match.class_weight is not None:
+        loss = _weighted(call, match, loss, target, wide)
+    hand_out(edit, call, match, loss, results, shaped)
+
+
+def _weighted(
+    call: Callable[..., fx.Node], match: Match, losses: fx.Node, target: fx.Node, dtype: torch.dtype
+) -> fx.Node:
+    """The loss of rows that weigh what the class of their target does, with ``losses`` of ``dtype``."""
+    ignored = call(_aten.eq.Scalar, target, match.ignore_index)
+    label = call(_aten.masked_fill.Scalar, target, ignored, 0)
+    taken = call(_aten.index_select.default, match.class_weight, 0, label)
+    weights = call(_aten.masked_fill.Scalar, call(_aten.to.dtype, taken, dtype), ignored, 0)
+    loss = call(_aten.mul.Tensor, losses, weights)
+    if match.reduction != "none":
+        loss = call(_aten.sum.default, loss)
+    if match.reduction == "mean":
+        loss = call(_aten.div.Tensor, loss, call(_aten.sum.default, weights))
+    given = match.loss.meta["val"].dtype
+    return loss if given is dtype else call(_aten.to.dtype, loss, given)
 
 
 class Loss(Protocol):
@@ -95,11 +116,10 @@ def targets_of(call: Callable[..., fx.Node], target: fx.Node) -> fx.Node:
 
 
 def hand_out(
-    edit: Edit, call: Callable[..., fx.Node], match: Loss, results: fx.Node, shaped: fx.Node
+    edit: Edit, call: Callable[..., fx.Node], match: Loss, loss: fx.Node, results: fx.Node, shaped: fx.Node
 ) -> None:
-    """Let the readers of ``match`` read the loss and the log-sum-exps among ``results``; rows are those of
-    ``shaped``."""
-    loss = call(operator.getitem, results, 0)
+    """Let the readers of ``match`` read the ``loss`` and the log-sum-exps among ``results``; rows are those
+    of ``shaped``."""
     if match.reduction == "none" and match.target.meta["val"].dim() != 1:
         loss = call(_aten.view_as.default, loss, match.target)
     edit.replace(match.loss, loss)
