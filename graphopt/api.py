@@ -246,7 +246,7 @@ def make_session(
     return Session(
         budget=Budget.of(budget),
         cost=cost,
-        emitter=resolve_emitter(emit, runs_on, lambda gm: proposed(gm, host, cost)),
+        emitter=resolve_emitter(emit, runs_on, lambda gm: proposed(gm, host, cost), cost),
         provisional_emitter=EagerEmitter(),
         host=host,
         passes=chosen.steps,

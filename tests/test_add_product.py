@@ -70,6 +70,41 @@ def test_a_matrix_without_memory_becomes_the_product(turned: bool) -> None:
     torch.testing.assert_close(into, 2 * (left @ right))
 
 
+@pytest.mark.parametrize(
+    ("into", "operands", "device", "reason"),
+    [
+        (torch.float32, torch.bfloat16, "cuda", None),
+        (torch.float32, torch.float16, "cuda", "an operand is torch.float16, what is added to torch.float32"),
+        (torch.float32, torch.bfloat16, "cpu", "an operand is torch.bfloat16, what is added to torch.float32"),
+    ],
+)
+def test_a_wider_sum_is_of_a_gpu(
+    into: torch.dtype, operands: torch.dtype, device: str, reason: str | None
+) -> None:
+    """On a GPU that is not there: nothing is run."""
+    with torch._subclasses.FakeTensorMode():
+        left, right = (torch.empty(4, 4, dtype=operands, device=device) for _ in range(2))
+        found = add_product_supports(torch.empty(4, 4, dtype=into, device=device), left, right)
+    assert (None if found is None else found.text) == reason
+
+
+@pytest.mark.gpu
+def test_products_of_bfloat16_are_added_in_float32() -> None:
+    left, right = (torch.randn(512, 512, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    held = torch.randn(512, 512, device="cuda")
+    blank = torch.empty(512, 512, device="cuda")
+    blank.untyped_storage().resize_(0)
+    for a, b in ((left, right), (left.t(), right), (left[:, ::2], right[:256]), (left.t()[64:192], right)):
+        exact = a.double() @ b.double()
+        into = held[: a.shape[0]].clone()
+        add_product(into, a, b)
+        torch.testing.assert_close(into.double(), held[: a.shape[0]].double() + exact, atol=1e-3, rtol=1e-5)
+        made = blank[: a.shape[0]].detach()
+        if a.shape[0] == 512:
+            add_product(made, a, b)
+            torch.testing.assert_close(made.double(), exact, atol=1e-3, rtol=1e-5)
+
+
 def test_special_values_go_where_they_go_in_eager() -> None:
     into, left, right = operands()
     into[0, 0], left[1, 2], right[3, 4], into[5, 0] = float("nan"), float("inf"), float("nan"), float("-inf")

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from operator import getitem
 from typing import Any
 
 import pytest
@@ -15,10 +18,16 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import graphopt
+from graphopt.candidate import Candidate, CostDelta
 from graphopt.emit import held_products
 from graphopt.emit.held_products import add_to_held, settled
 from graphopt.emit.lowered import LoweredMemory, LoweredStorage
 from graphopt.measure import allocator_peak
+from graphopt.passes import PassContext
+from graphopt.program import Program
+from graphopt_passes.linear_cross_entropy import LinearCrossEntropy
+from graphopt_passes.pack_linears import PackLinears
+from tests.programs import host
 
 IDS = torch.arange(24).view(2, 12) * 7 % 60
 
@@ -359,8 +368,11 @@ LOSS = 64
 
 def peak(fast: graphopt.Optimized, inputs: Tensor) -> int:
     """Bytes that a step takes above what is there before it."""
-    peaks = sorted(allocator_peak(lambda: fast(inputs).backward(), torch.device("cpu")) for _ in range(3))
-    return peaks[1]
+    return peak_of(lambda: fast(inputs).backward())
+
+
+def peak_of(step: Callable[[], Any]) -> int:
+    return sorted(allocator_peak(step, torch.device("cpu")) for _ in range(3))[1]
 
 
 def test_no_gradient_is_in_memory_beside_the_held_one() -> None:
@@ -420,8 +432,8 @@ W = torch.randn(4, 3)
 def rewritten(build: Callable[..., Any], parameter: Tensor | None = W) -> tuple[fx.GraphModule, int]:
     """A backward graph of ``build`` once it was rewritten, and how many of its gradients are added."""
     gm = backward_graph(build, DY, X)
-    count = len(add_to_held(gm, [parameter] * len(gm(DY, X))))
-    return gm, count
+    slots, _ = add_to_held(gm, [parameter] * len(gm(DY, X)))
+    return gm, len(slots)
 
 
 @pytest.mark.parametrize(
@@ -469,9 +481,159 @@ def test_other_gradients_stay_as_they_are(build: Callable[..., Any], parameter: 
     torch.testing.assert_close(list(gm(DY, X)), build(DY, X))
 
 
+def both(dy: Tensor, x: Tensor) -> list[Tensor]:
+    product = dy.t() @ x
+    return [product[:3], product[3:]]
+
+
+def turned(dy: Tensor, x: Tensor) -> list[Tensor]:
+    product = x.t() @ dy
+    return [product[:, :3].permute(1, 0), product.permute(1, 0)[3:]]
+
+
+@pytest.mark.parametrize("build", [both, turned])
+def test_products_of_several_layers_are_added_part_by_part(build: Callable[..., Any]) -> None:
+    gm = backward_graph(build, DY, X)
+    slots, misses = add_to_held(gm, [W[:3], W[3:]])
+    assert [slot.position for slot in slots] == [0, 1] and not misses
+    into = [torch.ones(3, 3), torch.ones(1, 3)]
+    assert list(gm(DY, X, *into)) == [None, None]
+    for held, part in zip(into, (DY.t() @ X).split([3, 1]), strict=True):
+        torch.testing.assert_close(held, 1 + part)
+    assert sum(node.target is torch.ops.aten.mm.default for node in gm.graph.nodes) == 0
+
+
+def test_a_part_that_is_no_gradient_keeps_the_product_whole() -> None:
+    for parameters in ([W[:3], None], [None, W[3:]]):
+        gm = backward_graph(both, DY, X)
+        assert add_to_held(gm, parameters) == ([], [])
+        torch.testing.assert_close(list(gm(DY, X)), both(DY, X))
+
+
+@pytest.mark.parametrize(
+    ("widths", "apart"), [((2048, 1024, 1024), True), ((8, 8, 8), False)], ids=["wide", "narrow"]
+)
+def test_one_product_stays_where_adding_its_parts_is_faster(widths: tuple[int, ...], apart: bool) -> None:
+    def build(dy: Tensor, x: Tensor) -> list[Tensor]:
+        product, ends = dy.t() @ x, list(itertools.accumulate(widths))
+        return [product[end - width : end] for width, end in zip(widths, ends, strict=True)]
+
+    with torch._subclasses.FakeTensorMode():
+        dy, x = (torch.empty(8192, n, dtype=torch.bfloat16) for n in (sum(widths), 2048))
+        gm = make_fx(build)(dy, x)
+        parameters = [torch.empty(n, 2048, dtype=torch.bfloat16) for n in widths]
+        cost = host().cost_model("roofline").build(host().device("h200"))
+        slots, misses = add_to_held(gm, parameters, cost=cost)
+    assert len(slots) == 3 * apart
+    text = "one product whose parts are added is predicted to be faster"
+    assert [miss.reason.text for miss in misses] == [text] * (not apart)
+    assert gm.graph.find_nodes(op="call_function", target=torch.ops.aten.mm.default) == [] or not apart
+
+
+@pytest.mark.parametrize(
+    ("device", "computed", "stored", "reason"),
+    [
+        ("cuda", torch.bfloat16, torch.float32, None),
+        ("cuda", torch.float16, torch.float32, "a product in float16 tells a loss scaler of what overflows"),
+        ("cuda", torch.bfloat16, torch.float64, "no product of bfloat16 is added to float64"),
+        (
+            "cpu",
+            torch.bfloat16,
+            torch.float32,
+            "no product on the cpu has a wider result than its operands",
+        ),
+    ],
+    ids=["bfloat16", "float16", "float64", "cpu"],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_products_of_an_autocast_region_are_added_in_float32(
+    device: str, computed: torch.dtype, stored: torch.dtype, reason: str | None, packed: bool
+) -> None:
+    """On a GPU that is not there: nothing is run."""
+
+    def build(dy: Tensor, x: Tensor) -> list[Tensor]:
+        wide = torch.ops.prims.convert_element_type.default(dy.t() @ x, stored)
+        cut = torch.ops.aten.slice.Tensor
+        return [cut(wide, 0, 0, 3), cut(wide, 0, 3, 4)] if packed else [wide]
+
+    with torch._subclasses.FakeTensorMode():
+        dy, x = (torch.empty(6, n, dtype=computed, device=device) for n in (4, 3))
+        gm = make_fx(build)(dy, x)
+        parameters = [torch.empty(n, 3, dtype=stored, device=device) for n in ((3, 1) if packed else (4,))]
+        slots, misses = add_to_held(gm, parameters)
+    assert [miss.reason.text for miss in misses] == ([] if reason is None else [reason])
+    assert len(slots) == (0 if reason else len(parameters))
+    if reason is None:
+        assert all(slot.like.dtype is torch.float32 for slot in slots)
+        calls = gm.graph.find_nodes(op="call_function", target=torch.ops.graphopt.add_product.default)
+        rows = [call.args[1].meta["val"].shape[0] for call in calls]
+        assert rows == [parameter.shape[0] for parameter in parameters]
+
+
+def loss_of(name: str, cuts: int, dtype: torch.dtype) -> tuple[fx.GraphModule, Tensor]:
+    """The backward of a loss of a linear layer, and its weight."""
+    host().kernels()  # registers the operators
+    x, w = torch.randn(9, 3).to(dtype), torch.randn(7, 3).to(dtype)
+    target, sums = torch.arange(9) % 7, (x.float() @ w.float().t()).logsumexp(1)
+
+    def build(grad: Tensor, x: Tensor, w: Tensor, target: Tensor, sums: Tensor) -> list[Tensor]:
+        settings = (cuts, "mean", -100, 0.0, 1.0, 0.0, [True, True, False])
+        op = getattr(torch.ops.graphopt, name)
+        return list(op(grad, x, w, None, target, sums, *settings)[:2])
+
+    return make_fx(build, tracing_mode="real")(torch.tensor(0.5), x, w, target, sums), w
+
+
+CHUNKED = "linear_cross_entropy_backward"
+BLOCKED = "linear_cross_entropy_blocks_backward"
+
+
+@pytest.mark.parametrize(
+    ("blocked", "cuts", "dtype", "held", "reason"),
+    [
+        (False, 2, torch.float32, False, None),
+        (False, 1, torch.bfloat16, True, None),
+        (False, 2, torch.bfloat16, True, "a sum in bfloat16 would be rounded once a chunk"),
+        (True, 3, torch.float32, True, None),
+        (True, 3, torch.bfloat16, True, None),
+        (True, 3, torch.float32, False, "until it is written a new gradient is room for other sums"),
+    ],
+)
+def test_losses_of_linear_layers_add_their_weights_gradient(
+    blocked: bool, cuts: int, dtype: torch.dtype, held: bool, reason: str | None
+) -> None:
+    gm, weight = loss_of(BLOCKED if blocked else CHUNKED, cuts, dtype)
+    x = torch.randn(9, 3).to(dtype)
+    sums = (x.float() @ weight.float().t()).logsumexp(1)
+    given = (torch.tensor(0.5), x, weight, torch.arange(9) % 7, sums)
+    right = gm(*given)
+    slots, misses = add_to_held(gm, [None, weight], held=held)
+    assert [miss.reason.text for miss in misses] == ([] if reason is None else [reason])
+    if reason is not None:
+        torch.testing.assert_close(gm(*given), right)
+        return
+    into = torch.ones_like(weight)
+    of_input, nothing = gm(*given, into)
+    assert nothing is None and [slot.position for slot in slots] == [1]
+    torch.testing.assert_close(of_input, right[0])
+    torch.testing.assert_close(into, 1 + right[1])
+
+
+def test_what_is_rearranged_behind_a_loss_stays() -> None:
+    gm, weight = loss_of(CHUNKED, 2, torch.float32)
+    (gradient,) = [node for node in gm.graph.nodes if node.target is getitem and node.args[1] == 1]
+    output = gm.graph.output_node()
+    with gm.graph.inserting_before(output):
+        turned = gm.graph.call_function(torch.ops.aten.permute.default, (gradient, [1, 0]))
+    turned.meta["val"] = gradient.meta["val"].t()
+    output.args = ([output.args[0][0], turned],)
+    slots, (miss,) = add_to_held(gm, [None, weight.t()])
+    assert not slots and miss.reason.text == "what the loss makes is rearranged"
+
+
 def test_what_the_code_holds_is_said_of_the_graph_as_it_was() -> None:
     gm = backward_graph(lambda dy, x: [dy @ W, dy.t() @ x], DY, X)
-    (slot,) = add_to_held(gm, [None, W])
+    ((slot,), _) = add_to_held(gm, [None, W])
     taken = LoweredStorage(48, -1, 3, input=slot.name)
     other = LoweredStorage(24, 0, None, outputs=(0,))
     record = LoweredMemory(
@@ -481,6 +643,62 @@ def test_what_the_code_holds_is_said_of_the_graph_as_it_was() -> None:
     assert held.storages == (other,) and held.output_bytes == 24
     assert made.storages == (LoweredStorage(48, 3, None, outputs=(1,)), other) and made.output_bytes == 72
     assert held.input_names == made.input_names == ("x",) and "" not in held.output_names
+
+
+class Packed(nn.Module):
+    """Layers of one value, whose products are packed, and a loss that is computed piece by piece."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(64, width, bias=False) for width in (64, 32, 32))
+        self.head = nn.Linear(32, 500, bias=False)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        x = x.tanh()
+        q = self.q(x).view(-1, 2, 32).sum(1)
+        return F.cross_entropy(self.head(q * self.k(x) + self.v(x)), t)
+
+
+@dataclass(frozen=True)
+class One(LinearCrossEntropy):
+    """Of all that it offers the one that ``ends`` so, done without being weighed."""
+
+    ends: str = ""
+
+    def propose(self, program: Program, ctx: PassContext) -> Iterator[Any]:
+        for found in super().propose(program, ctx):
+            if isinstance(found, Candidate) and found.id.endswith(self.ends):
+                yield replace(found, alternative=False, conflicts=(), delta=CostDelta(seconds=-1.0))
+
+
+@pytest.mark.parametrize("ends", ["/recompute/2", "/blocks/200"])
+def test_packed_layers_and_losses_in_pieces_add_to_what_is_there(ends: str, added: list[bool]) -> None:
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    model = Packed()
+    plain = copy.deepcopy(model)
+    x, t = torch.randn(40, 64), torch.randint(0, 500, (40,))
+    for each in (model, plain):
+        zero(each)
+    pipeline = [PackLinears(everywhere=True), One(chunks=(2,), blocks=(200,), least_rows=4, ends=ends)]
+    fast = graphopt.optimize(model, (x, t), pipeline=pipeline, emit="inductor", on_error="raise")
+    steps = {step.id: step.status for step in fast.report.steps}
+    assert steps == {"pack-linears": "applied", "linear-cross-entropy": "applied"}
+    for each in (fast, plain):
+        each(x, t).backward()
+    assert_same(fast, plain)
+    packed = not any("parts are added" in miss.reason.text for miss in fast.report.near_misses)
+    assert added == [True] * (4 if packed else 1)
+    held = sum(p.nbytes for p in fast.parameters())
+    predicted = fast.plan.predicted.peak_bytes
+    found = peak_of(lambda: fast(x, t).backward())
+    assert found <= predicted - 2 * held - x.nbytes - t.nbytes + LOSS
+    # Gradients that are made anew fit beside it.
+    fast.zero_grad(set_to_none=True)
+    plain.zero_grad(set_to_none=True)
+    for each in (fast, plain):
+        each(x, t).backward()
+    assert_same(fast, plain)
 
 
 class Broken(nn.Module):

@@ -72,6 +72,12 @@ class _Blocks:
     def holds_logits(self) -> bool:
         return str(self.call.packet).endswith("_with_gradients")
 
+    @property
+    def into(self) -> TensorSpec | None:
+        """What the weight's gradient is added to, where it is."""
+        adds = str(self.call.packet).endswith("_add_backward")
+        return self.call.argument("into") if adds else None
+
     @cached_property
     def mask(self) -> tuple[bool, bool, bool]:
         if not self.computes_gradients:
@@ -92,7 +98,7 @@ class _Blocks:
     @cached_property
     def front(self) -> int:
         """Classes before the place of that sum; all where it has memory of its own."""
-        if not (self.sums and self.mask[1]):
+        if not (self.sums and self.mask[1]) or self.into is not None:
             return self.classes
         taken = -(-self.rows * self.wide // self.size)
         return max(0, (self.classes - taken) // _ALIGNED * _ALIGNED) or self.classes
@@ -202,7 +208,10 @@ def _written(blocks: _Blocks, count: int) -> Iterator[Phase]:
     """Gradients of the weight and the bias of a block."""
     rows, width, size = blocks.rows, blocks.width, blocks.size
     if blocks.mask[1]:
-        yield _matmul(blocks, count, (count + width) * rows * size, count * width * size)
+        into = blocks.into
+        summed = count * width * (size if into is None else into.dtype.itemsize)
+        read = (count + width) * rows * size + (0 if into is None else summed)
+        yield _matmul(blocks, count, read, summed)
     if blocks.mask[2]:
         yield Phase(0, rows * count, rows * count * size, count * size, "float32")
 

@@ -45,8 +45,19 @@ def _loss_backward(call: Call) -> tuple[Phase, ...]:
     return _chunked(call, call.inputs[1:3], gradient=True, output_mask=call.argument("output_mask"))
 
 
+def _loss_add_backward(call: Call) -> tuple[Phase, ...]:
+    """The same, where the first chunk too reads what the weight's gradient is added to."""
+    mask = call.argument("output_mask")
+    return _chunked(call, call.inputs[2:4], gradient=True, output_mask=mask, into=call.inputs[0])
+
+
 def _chunked(
-    call: Call, operands: Sequence[TensorSpec], *, gradient: bool, output_mask: Sequence[bool]
+    call: Call,
+    operands: Sequence[TensorSpec],
+    *,
+    gradient: bool,
+    output_mask: Sequence[bool],
+    into: TensorSpec | None = None,
 ) -> tuple[Phase, ...]:
     """Per chunk: the logits, one kernel over their rows, a product for each gradient that is wanted.
 
@@ -68,7 +79,9 @@ def _chunked(
         if any(output_mask[:1]):
             phases.append(Phase(flops, touched, logits + weight, data, dtype))
         if any(output_mask[1:2]):
-            phases.append(Phase(flops, touched, logits + data + (weight if start else 0), weight, dtype))
+            summed = weight if into is None else into.stored_bytes
+            again = summed if start or into is not None else 0
+            phases.append(Phase(flops, touched, logits + data + again, summed, dtype))
         if any(output_mask[2:3]):
             phases.append(Phase(0, count * columns, logits, columns * size, "float32"))
     return tuple(phases)
@@ -138,9 +151,11 @@ _FORMULAS: dict[str, Callable[[Call], tuple[Phase, ...]]] = {
     "graphopt.attention_backward": attention_backward_phases,
     "graphopt.linear_cross_entropy": _loss,
     "graphopt.linear_cross_entropy_backward": _loss_backward,
+    "graphopt.linear_cross_entropy_add_backward": _loss_add_backward,
     "graphopt.linear_cross_entropy_with_gradients": _loss_with_gradients,
     PREFIX: block_phases,
     f"{PREFIX}_backward": block_phases,
+    f"{PREFIX}_add_backward": block_phases,
     f"{PREFIX}_with_gradients": block_phases,
     "graphopt.convolution_relu": _convolution_relu,
     "graphopt.add_product": _added_product,

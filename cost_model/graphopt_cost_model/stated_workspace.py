@@ -48,7 +48,7 @@ def stated_workspace(call: Call) -> int | None:
     of_block = (9 + 5 * wide) * block
     if name == _PREFIX:
         of_rows = rows * wide - call.outputs[0].stored_bytes
-    elif name == f"{_PREFIX}_backward":
+    elif name.endswith("_backward"):
         grad: TensorSpec = call.argument("grad")
         scales = 1 if call.argument("reduction") == "mean" else grad.elements * (grad.dtype.itemsize != wide)
         of_rows, of_block = scales * wide, (9 + 2 * wide) * block + 8 + wide

@@ -373,7 +373,7 @@ class Driver:
             earlier=tuple(map(_summary, earlier)),
             steps=tuple(session.records),
             declined=tuple(session.declined),
-            near_misses=tuple(session.near_misses),
+            near_misses=(*session.near_misses, *dict.fromkeys(session.emitter.near_misses)),
             diagnostics=tuple(session.diagnostics),
             groups=tuple(dict.fromkeys(session.emitter.groups)),
         )

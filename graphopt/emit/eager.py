@@ -165,6 +165,7 @@ class EagerEmitter:
     by_segments = False
     records = ()
     groups = ()
+    near_misses = ()
 
     def __init__(self, around: Around | None = None) -> None:
         self._around = around

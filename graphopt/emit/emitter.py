@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch.fx as fx
 
+from graphopt.candidate import NearMiss
 from graphopt.group_record import GroupRecord
 
 __all__ = ["NONE", "Emitter", "Gradients", "Inference", "Partition"]
@@ -51,6 +52,11 @@ class Emitter(Protocol):
     @property
     def groups(self) -> Sequence[GroupRecord]:
         """What was said of groups of operators that a plugin has kernels for."""
+        ...
+
+    @property
+    def near_misses(self) -> Sequence[NearMiss]:
+        """What the code generator leaves as it is of what it usually rewrites, and why."""
         ...
 
     @property

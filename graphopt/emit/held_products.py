@@ -21,13 +21,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import getitem
 from typing import Any
 
 import torch
 import torch.fx as fx
 
 from graphopt import _torch
+from graphopt.candidate import NearMiss
+from graphopt.cost import CostModel
 from graphopt.emit.lowered import LoweredMemory, LoweredStorage
+from graphopt.emit.weight_gradients import KERNELS, Made, cut_of, made_gradients
 from graphopt.hand_over import after_adding, held_gradient, leaf_of
 from graphopt.plugins import default_host
 
@@ -51,70 +55,83 @@ class Slot:
 
 
 def add_to_held(
-    gm: fx.GraphModule, parameters: Sequence[torch.Tensor | None], *, held: bool = False
-) -> list[Slot]:
-    """Rewrite a backward graph in place; what its new inputs, behind the others, stand for.
+    gm: fx.GraphModule,
+    parameters: Sequence[torch.Tensor | None],
+    *,
+    held: bool = False,
+    cost: CostModel | None = None,
+) -> tuple[list[Slot], list[NearMiss]]:
+    """Rewrite a backward graph in place; what its new inputs, behind the others, stand for, and why some
+    gradients stay as they are.
 
     ``parameters[k]`` is an example of the parameter that gradient ``k`` belongs to, ``None`` for what is no
-    parameter. Gradients that are anything but a product of two matrices stay as they are. ``held``: see
-    ``settled``.
+    parameter. ``held``: see ``settled``. ``cost``: see ``made_gradients``.
     """
     graph = gm.graph
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
-    returned = list(output.args[0])
-    if len(returned) != len(parameters) or "add-product" not in default_host().kernels():
-        return []
-    last = [node for node in graph.nodes if node.op == "placeholder"][-1:]
+    last = next((node for node in reversed(graph.nodes) if node.op == "placeholder"), None)
+    if last is None or len(output.args[0]) != len(parameters):
+        return [], []
+    if not set(KERNELS.values()) <= set(default_host().kernels()):
+        return [], []
+    groups, misses = made_gradients(output, parameters, held=held, cost=cost)
     slots: list[Slot] = []
-    for position, (made, parameter) in enumerate(zip(returned, parameters, strict=True)):
-        if parameter is None or not last or (product := _product(made, parameter)) is None:
-            continue
-        with graph.inserting_after(last[0]):
-            into = graph.placeholder(f"{_torch.KEPT if held else _torch.MADE}_{position}")
-        like = made.meta["val"].new_empty_strided(parameter.shape, parameter.stride())
-        into.meta["val"] = like
-        last = [into]
-        left, right = product.all_input_nodes[0], product.all_input_nodes[-1]
-        with graph.inserting_before(product):
-            if product is not made:
-                left, right = _transposed(graph, right), _transposed(graph, left)
-            graph.call_function(torch.ops.graphopt.add_product.default, (into, left, right))
-        _torch.return_none(output, position)
-        for node in dict.fromkeys((made, product)):
-            graph.erase_node(node)
-        slots.append(Slot(position, into.name, like))
+    replaced: list[fx.Node] = []
+    for made in sorted((made for group in groups for made in group), key=lambda made: made.position):
+        with graph.inserting_after(last):
+            last = graph.placeholder(f"{_torch.KEPT if held else _torch.MADE}_{made.position}")
+        value, parameter = made.returned.meta["val"], made.parameter
+        like = value.new_empty_strided(parameter.shape, parameter.stride())
+        last.meta["val"] = like
+        slots.append(Slot(made.position, last.name, like))
+        if made.loss is None:
+            _add_product(graph, made, last)
+        else:
+            replaced.append(_add_in_loss(graph, made, last))
+        _torch.return_none(output, made.position)
+    gone = {node for group in groups for made in group for node in made.nodes}
+    for node in [*(node for node in reversed(graph.nodes) if node in gone), *replaced]:
+        graph.erase_node(node)
     gm.recompile()
-    return slots
+    return slots, misses
 
 
-def _product(made: Any, parameter: torch.Tensor) -> fx.Node | None:
-    """The product of matrices that a gradient is, or is the transpose of, where nothing else reads it."""
-    if not isinstance(made, fx.Node) or len(made.users) != 1 or not _is_matrix(made, parameter):
-        return None
-    (output,) = made.users
-    node: Any = made
-    if node.target is _aten.permute.default and list(node.args[1]) == [1, 0]:
-        node = node.args[0]
-    alone = len(node.users) == 1 and list(output.args[0]).count(made) == 1  # type: ignore[arg-type]
-    return node if alone and node.target is _aten.mm.default else None
+def _add_product(graph: fx.Graph, made: Made, into: fx.Node) -> None:
+    """Add what ``made`` says to ``into``, before the product that it is a part of."""
+    with graph.inserting_before(made.base):
+        sides: list[Any] = list(made.base.args)
+        for step in made.steps:
+            if (place := cut_of(step)) is not None:
+                side, start, end = place
+                sides[side] = _called(graph, _aten.slice.Tensor, sides[side], side, start, end)
+            elif step.target is _aten.permute.default:
+                sides = [_called(graph, _aten.permute.default, side, [1, 0]) for side in reversed(sides)]
+        graph.call_function(torch.ops.graphopt.add_product.default, (into, *sides))
 
 
-def _is_matrix(made: fx.Node, parameter: torch.Tensor) -> bool:
-    """Whether a gradient is a matrix like its parameter, which lies in memory row by row or column by
-    column, with sizes that are known."""
-    value = made.meta.get("val")
-    if not isinstance(value, torch.Tensor) or parameter.dim() != 2 or parameter.layout != torch.strided:
-        return False
-    if not all(isinstance(size, int) for size in (*parameter.shape, *parameter.stride())):
-        return False
-    if not (parameter.is_contiguous() or parameter.t().is_contiguous()):
-        return False
-    return (value.shape, value.dtype, value.device) == (parameter.shape, parameter.dtype, parameter.device)
+def _add_in_loss(graph: fx.Graph, made: Made, into: fx.Node) -> fx.Node:
+    """Let the backward of a loss add the weight's gradient to ``into``. Returned is the call that goes, once
+    nothing reads its result."""
+    loss = made.loss
+    assert loss is not None
+    name = KERNELS[str(loss.target)].replace("-", "_")
+    of_input, _, of_bias = loss.meta["val"]
+    with graph.inserting_before(loss):
+        target = getattr(torch.ops.graphopt, name).default
+        added = graph.call_function(target, (into, *loss.args), dict(loss.kwargs))
+        added.meta["val"] = (of_input, of_bias)
+        for user in [user for user in loss.users if user is not made.base]:
+            kept = graph.call_function(getitem, (added, 1 if user.args[1] else 0))
+            kept.meta["val"] = user.meta["val"]
+            user.replace_all_uses_with(kept)
+            graph.erase_node(user)
+    return loss
 
 
-def _transposed(graph: fx.Graph, node: fx.Node) -> fx.Node:
-    made = graph.call_function(_aten.permute.default, (node, [1, 0]))
-    made.meta["val"] = node.meta["val"].t()
+def _called(graph: fx.Graph, op: Any, *args: Any) -> fx.Node:
+    """A call whose result is known by the values of what it is given."""
+    made = graph.call_function(op, args)
+    made.meta["val"] = op(*(arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args))
     return made
 
 

@@ -11,10 +11,12 @@ from typing import Any
 import torch.fx as fx
 
 from graphopt import _torch
+from graphopt.candidate import NearMiss
+from graphopt.cost import CostModel
 from graphopt.emit import kernel_order
 from graphopt.emit.emitter import NONE, Gradients, Inference, Partition
 from graphopt.emit.fusion import OPERATIONS_LIMIT
-from graphopt.emit.held_products import add_to_held, holding, settled
+from graphopt.emit.held_products import Slot, add_to_held, holding, settled
 from graphopt.emit.kernel_order import least_memory_order
 from graphopt.emit.lowered import LoweredCompiler, LoweredMemory
 from graphopt.emit.replacing import Replacing
@@ -38,15 +40,20 @@ class InductorEmitter:
     """Inductor for both halves. ``records`` holds the memory of each graph compiled last, ``groups`` what
     ``replacing`` said of groups of operators of all graphs.
 
-    Gradients of weights are added to ``.grad`` by the products that make them (``held_products``).
+    Gradients of weights are added to ``.grad`` by the products that make them (``held_products``);
+    ``near_misses`` says which are not, and why. ``cost`` predicts what is faster.
     """
 
     name = "inductor"
     fuses = True
     by_segments = True
 
-    def __init__(self, granularity: int = 1, replacing: Replacing | None = None) -> None:
+    def __init__(
+        self, granularity: int = 1, replacing: Replacing | None = None, cost: CostModel | None = None
+    ) -> None:
         self.granularity = granularity
+        self._cost = cost
+        self.near_misses: list[NearMiss] = []
         self.records: list[LoweredMemory] = []
         self.groups: list[GroupRecord] = []
         self._replacing = replacing
@@ -68,7 +75,10 @@ class InductorEmitter:
                 seen.append(graph)
                 graph = inference(graph)
             backward = bool(kwargs.get("is_backward"))
-            slots = add_to_held(graph, examples, held=gradients.held) if backward else []
+            slots: list[Slot] = []
+            if backward:
+                slots, misses = add_to_held(graph, examples, held=gradients.held, cost=self._cost)
+                self.near_misses += misses
             if self._replacing is not None:
                 graph, groups = self._replacing(graph)
                 self.groups += groups

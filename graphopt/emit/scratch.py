@@ -187,7 +187,8 @@ def _chunked_loss(name: str, args: dict[str, Any]) -> int:
             # Sums of exponentials, until the last block has come.
             total += rows * exact.itemsize
         taken = -(-rows * exact.itemsize // dtype.itemsize)
-        fits = mask[1] and columns - taken >= _ROW_ALIGNMENT
+        # A gradient that is added to has no room.
+        fits = mask[1] and columns - taken >= _ROW_ALIGNMENT and "into" not in args
         if mask[0] and exact is not dtype and not fits:
             total += rows * int(args["input"].shape[1]) * exact.itemsize
     is_mean = args["reduction"] == "mean"

@@ -25,7 +25,15 @@ import torch
 
 from graphopt_kernels.cross_entropy_rows import BLOCK_ELEMENTS, computes_in
 
-__all__ = ["ALIGNED", "BlockGradients", "ClassBlocks", "HeldLogits", "empty_gradients", "front_classes"]
+__all__ = [
+    "ALIGNED",
+    "BlockGradients",
+    "ClassBlocks",
+    "HeldLogits",
+    "add_matrices",
+    "empty_gradients",
+    "front_classes",
+]
 
 ALIGNED = 64
 """Rows of logits on a GPU, and the place of a sum, are padded to a multiple of this many elements: products
@@ -87,8 +95,14 @@ class BlockGradients:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         output_mask: Sequence[bool],
+        into: torch.Tensor | None = None,
+        *,
+        is_new: bool = False,
     ) -> None:
+        """``into``, where it is given, is what the gradient of the weight is added to, or is if it
+        ``is_new``; that of ``output_mask`` is not wanted then."""
         self._blocks, self._input, self._weight, self._mask = blocks, input, weight, output_mask
+        self._into, self._into_is_new = into, is_new
         self.results = empty_gradients(input, weight, bias, output_mask)
         of_input, of_weight, _ = self.results
         (rows, width), classes = input.shape, weight.shape[0]
@@ -123,11 +137,13 @@ class BlockGradients:
 
     def _add(self, part: slice, logits: torch.Tensor) -> None:
         if self._sums is not None:
-            _add_product(self._sums, logits, self._weight[part], is_first=self._sums_are_empty)
+            add_matrices(self._sums, logits, self._weight[part], is_first=self._sums_are_empty)
             self._sums_are_empty = False
 
     def _write(self, part: slice, logits: torch.Tensor) -> None:
-        if self._mask[1]:
+        if self._into is not None:
+            add_matrices(self._into[part], logits.t(), self._input, is_first=self._into_is_new)
+        elif self._mask[1]:
             torch.mm(logits.t(), self._input, out=self.results[1][part])
         if self._mask[2]:
             torch.sum(logits, 0, out=self.results[2][part])
@@ -219,7 +235,7 @@ def _room(memory: torch.Tensor, dtype: torch.dtype, rows: int, columns: int) -> 
     return memory.view(-1)[:elements].view(dtype).view(rows, columns)
 
 
-def _add_product(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, is_first: bool) -> None:
+def add_matrices(sums: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, is_first: bool) -> None:
     """``sums += left @ right``, or ``=``, the product not rounded before it is added."""
     if sums.dtype is left.dtype:
         if is_first:

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 import torch
 
+from graphopt_kernels.class_blocks import add_matrices
+
 __all__ = ["even_classes", "gradient_of_input", "gradient_of_weight", "logits"]
 
 _ALIGNED = 16
@@ -53,12 +55,10 @@ def gradient_of_input(grad: torch.Tensor, weight: torch.Tensor, out: torch.Tenso
 def gradient_of_weight(
     grad: torch.Tensor, input: torch.Tensor, out: torch.Tensor, even: int, *, adds: bool
 ) -> None:
-    """``grad.T`` [V, N] ``@ input`` [N, D] into ``out`` [V, D], or added to it."""
+    """``grad.T`` [V, N] ``@ input`` [N, D] into ``out`` [V, D], or added to it. On CUDA ``out`` may be
+    float32 where they are bfloat16."""
     for part in _parts(out.shape[0], even):
-        if adds:
-            out[part].addmm_(grad[:, part].t(), input)
-        else:
-            torch.mm(grad[:, part].t(), input, out=out[part])
+        add_matrices(out[part], grad[:, part].t(), input, is_first=not adds)
 
 
 def _parts(classes: int, even: int) -> list[slice]:

@@ -48,6 +48,8 @@ from graphopt_kernels.linear_cross_entropy_autograd import (
 
 __all__ = [
     "ALIGNED",
+    "ChunkGradients",
+    "backward_by_chunks",
     "linear_cross_entropy",
     "linear_cross_entropy_backward",
     "linear_cross_entropy_reference",
@@ -129,8 +131,28 @@ def linear_cross_entropy_backward(
     reduction "none") and ``sum_grad`` [N] of the log-sum-exps. Those that ``output_mask`` leaves out have
     no elements."""
     settings = RowSettings(ignore_index, label_smoothing, logit_scale, softcap)
-    scale = scale_of(grad, target, reduction, ignore_index, computes_in(input.dtype))
-    gradients = _Gradients(input, weight, bias, output_mask)
+    gradients = ChunkGradients(input, weight, bias, output_mask)
+    backward_by_chunks(
+        gradients, grad, input, weight, bias, target, log_sum_exp, chunks, reduction, settings, sum_grad
+    )
+    return gradients.results()
+
+
+def backward_by_chunks(
+    gradients: ChunkGradients,
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    log_sum_exp: torch.Tensor,
+    chunks: int,
+    reduction: str,
+    settings: RowSettings,
+    sum_grad: torch.Tensor | None,
+) -> None:
+    """Let ``gradients`` take in what is computed chunk by chunk; see ``linear_cross_entropy_backward``."""
+    scale = scale_of(grad, target, reduction, settings.ignore_index, computes_in(input.dtype))
 
     def visit(part: slice, logits: torch.Tensor) -> None:
         cross_entropy_rows(
@@ -144,7 +166,6 @@ def linear_cross_entropy_backward(
         gradients.add(part, logits)
 
     _each_chunk(input, weight, bias, chunks, visit)
-    return gradients.results()
 
 
 @linear_cross_entropy_backward.register_fake
@@ -192,7 +213,7 @@ def linear_cross_entropy_with_gradients(
     rows = input.shape[0]
     losses, log_sum_exp = (input.new_empty(rows, dtype=exact) for _ in range(2))
     scale = scale_of(input.new_ones((), dtype=exact), target, reduction, ignore_index, exact)
-    gradients = _Gradients(input, weight, bias, output_mask)
+    gradients = ChunkGradients(input, weight, bias, output_mask)
 
     def visit(part: slice, logits: torch.Tensor) -> None:
         cross_entropy_rows(
@@ -267,7 +288,7 @@ def _each_chunk(
             visit(part, logits)
 
 
-class _Gradients:
+class ChunkGradients:
     """Gradients of input, weight and bias, as chunks of the logits' gradient come in."""
 
     def __init__(
@@ -276,11 +297,19 @@ class _Gradients:
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         output_mask: Sequence[bool],
+        into: torch.Tensor | None = None,
+        *,
+        is_new: bool = False,
     ) -> None:
+        """``into``, where it is given, is what the gradient of the weight is added to, or is if it
+        ``is_new``; that of ``output_mask`` is not wanted then."""
         self._sources = (input, weight)
         self._bias = bias
-        self._mask = output_mask
+        self._mask = output_mask if into is None else (output_mask[0], True, output_mask[2])
         self._input, self._weight, _ = empty_gradients(input, weight, None, output_mask)
+        self._adds = into is not None and not is_new
+        if into is not None:
+            self._weight = into
         exact = computes_in(input.dtype)
         self._sums = weight.new_zeros(weight.shape[0] if output_mask[2] else 0, dtype=exact)
         self._even = even_products.even_classes(weight.shape[0], weight.dtype, weight.device)
@@ -292,14 +321,14 @@ class _Gradients:
             even_products.gradient_of_input(logits, weight, self._input[part], self._even)
         if self._mask[1]:
             even_products.gradient_of_weight(
-                logits, input[part], self._weight, self._even, adds=not self._is_first
+                logits, input[part], self._weight, self._even, adds=self._adds or not self._is_first
             )
         if self._mask[2]:
             self._sums += logits.sum(0)
         self._is_first = False
 
     def results(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        if self._is_first and self._mask[1]:
+        if self._is_first and self._mask[1] and not self._adds:
             self._weight.zero_()
         sums = self._sums if self._bias is None else self._sums.to(self._bias.dtype)
         return self._input, self._weight, sums

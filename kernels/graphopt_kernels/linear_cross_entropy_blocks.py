@@ -48,6 +48,7 @@ from graphopt_kernels.linear_cross_entropy_autograd import (
 )
 
 __all__ = [
+    "backward_by_blocks",
     "blocks_reference",
     "blocks_supports",
     "blocks_with_gradients_reference",
@@ -154,10 +155,32 @@ def linear_cross_entropy_blocks_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As ``graphopt::linear_cross_entropy_backward``, with the classes in blocks of ``block``."""
     settings = RowSettings(ignore_index, label_smoothing, logit_scale, softcap)
-    scale = scale_of(grad, target, reduction, ignore_index, computes_in(input.dtype))
+    return backward_by_blocks(
+        grad, input, weight, bias, target, log_sum_exp, block, reduction, settings, output_mask, sum_grad
+    )
+
+
+def backward_by_blocks(
+    grad: torch.Tensor,
+    input: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    target: torch.Tensor,
+    log_sum_exp: torch.Tensor,
+    block: int,
+    reduction: str,
+    settings: RowSettings,
+    output_mask: Sequence[bool],
+    sum_grad: torch.Tensor | None,
+    into: torch.Tensor | None = None,
+    *,
+    is_new: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``linear_cross_entropy_blocks_backward``; see ``BlockGradients`` for ``into``."""
+    scale = scale_of(grad, target, reduction, settings.ignore_index, computes_in(input.dtype))
     with torch.amp.autocast(input.device.type, enabled=False):
         blocks = ClassBlocks(input, weight, bias, block)
-        gradients = BlockGradients(blocks, input, weight, bias, output_mask)
+        gradients = BlockGradients(blocks, input, weight, bias, output_mask, into, is_new=is_new)
 
         def gradient(part: slice) -> torch.Tensor:
             logits = blocks.logits(part)

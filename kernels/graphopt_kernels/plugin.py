@@ -42,6 +42,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
         convolution_relu,
         cross_entropy,
         linear_cross_entropy,
+        linear_cross_entropy_add,
         linear_cross_entropy_arguments,
         linear_cross_entropy_blocks,
         optimizer_step,
@@ -195,6 +196,20 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=add_product.add_product_reference,
             supports=add_product.add_product_supports,
             summary="a product of matrices that is added to a matrix as it is computed",
+        ),
+        KernelSpec(
+            name="linear-cross-entropy-add-backward",
+            op="graphopt::linear_cross_entropy_add_backward",
+            reference=linear_cross_entropy_add.add_backward_reference,
+            supports=linear_cross_entropy_add.add_backward_supports,
+            summary="backward of linear-cross-entropy that adds the weight's gradient to a matrix",
+        ),
+        KernelSpec(
+            name="linear-cross-entropy-blocks-add-backward",
+            op="graphopt::linear_cross_entropy_blocks_add_backward",
+            reference=linear_cross_entropy_add.add_backward_reference,
+            supports=linear_cross_entropy_add.blocks_add_backward_supports,
+            summary="backward of linear-cross-entropy-blocks that adds the weight's gradient to a matrix",
         ),
         KernelSpec(
             name="adam-step",
