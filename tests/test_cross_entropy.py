@@ -299,9 +299,10 @@ def test_the_kernels_compute_what_the_references_do() -> None:
         kernels = module._kernels()
         several = PartLaunch(16, 1, 3, 4, 4, 1, False)
         alone = PartLaunch(64, 1, 1, 1, 16, 1, True)
+        joined = several._replace(joined=True, streams=True)
         for dtype, launch, (smoothing, scale, cap) in itertools.product(
             (torch.float32, torch.float16),
-            (several, alone),
+            (several, alone, joined),
             ((0.0, 1.0, 0.0), (0.1, -0.5, 0.0), (0.2, 2.0, 3.0)),
         ):
             # Rows with gaps, ignored ones, NaN, and infinities.
@@ -343,8 +344,9 @@ def test_the_kernels_compute_what_the_references_do() -> None:
         # A label that names no class spoils its row alone.
         target[0] = 37
         given = (kernels, logits[:7], target[:7], RowSettings(), "none", torch.float32)
-        loss, sums = losses_of_rows(*given, launch=alone)
-        assert loss.isnan().tolist() == sums.isnan().tolist() == [True] + 6 * [False]
+        for launch in (alone, joined):
+            loss, sums = losses_of_rows(*given, launch=launch)
+            assert loss.isnan().tolist() == sums.isnan().tolist() == [True] + 6 * [False]
     """)
 
 
@@ -371,11 +373,13 @@ def test_the_kernels_compile_for_sm_90_without_spills(
     floats = ("tops", "totals", "plains", "losses", "log_sum_exps", "counts", "loss", "scales", "sum_scales")
     floats = (*floats, "class_weights", "weight_sum")
     pointers = {**halves, **dict.fromkeys(floats, "*fp32"), "target": "*i64"}
+    pointers["arrivals"] = "*i32"
     integers = ("row_stride", "scale_stride", "sum_scale_stride", "ignore_index", "rows", "groups")
     numbers = dict.fromkeys(integers, "i32") | dict.fromkeys(("smoothing", "logit_scale", "softcap"), "fp32")
     constants = {
         **dict.fromkeys(("SMOOTHED", "SOFTCAPPED", "SCALED", "SUMMED"), not plain),
         "WEIGHTED": weighted,
+        "STREAMS": not plain,
         "REDUCED": True,
         "MEAN": True,
         "ALONE": launch.alone,
@@ -390,9 +394,10 @@ def test_the_kernels_compile_for_sm_90_without_spills(
         ("parts_kernel", launch.warps),
         ("finish_kernel", launch.finish_warps),
         ("gradient_kernel", launch.warps),
+        ("joined_kernel", launch.warps),
         ("total_kernel", 4),
     ):
-        given = constants | ({"BLOCK": 1024} if name == "total_kernel" else {})
+        given = constants | ({"BLOCK": 1024} if name == "total_kernel" else {}) | {"TOGETHER": 1024}
         code = compile_function_for_sm90(
             getattr(kernels, name),
             {**pointers, **numbers},

@@ -494,7 +494,7 @@ def turned(dy: Tensor, x: Tensor) -> list[Tensor]:
 @pytest.mark.parametrize("build", [both, turned])
 def test_products_of_several_layers_are_added_part_by_part(build: Callable[..., Any]) -> None:
     gm = backward_graph(build, DY, X)
-    slots, misses = add_to_held(gm, [W[:3], W[3:]])
+    slots, misses = add_to_held(gm, [W[:3], W[3:]], held=True)
     assert [slot.position for slot in slots] == [0, 1] and not misses
     into = [torch.ones(3, 3), torch.ones(1, 3)]
     assert list(gm(DY, X, *into)) == [None, None]
@@ -503,10 +503,17 @@ def test_products_of_several_layers_are_added_part_by_part(build: Callable[..., 
     assert sum(node.target is torch.ops.aten.mm.default for node in gm.graph.nodes) == 0
 
 
+def test_new_gradients_are_rows_of_one_product() -> None:
+    gm = backward_graph(both, DY, X)
+    slots, (miss,) = add_to_held(gm, [W[:3], W[3:]])
+    assert not slots and miss.reason.text == "new gradients are rows of one product"
+    torch.testing.assert_close(list(gm(DY, X)), both(DY, X))
+
+
 def test_a_part_that_is_no_gradient_keeps_the_product_whole() -> None:
     for parameters in ([W[:3], None], [None, W[3:]]):
         gm = backward_graph(both, DY, X)
-        assert add_to_held(gm, parameters) == ([], [])
+        assert add_to_held(gm, parameters, held=True) == ([], [])
         torch.testing.assert_close(list(gm(DY, X)), both(DY, X))
 
 
@@ -523,7 +530,7 @@ def test_one_product_stays_where_adding_its_parts_is_faster(widths: tuple[int, .
         gm = make_fx(build)(dy, x)
         parameters = [torch.empty(n, 2048, dtype=torch.bfloat16) for n in widths]
         cost = host().cost_model("roofline").build(host().device("h200"))
-        slots, misses = add_to_held(gm, parameters, cost=cost)
+        slots, misses = add_to_held(gm, parameters, held=True, cost=cost)
     assert len(slots) == 3 * apart
     text = "one product whose parts are added is predicted to be faster"
     assert [miss.reason.text for miss in misses] == [text] * (not apart)
@@ -560,7 +567,7 @@ def test_products_of_an_autocast_region_are_added_in_float32(
         dy, x = (torch.empty(6, n, dtype=computed, device=device) for n in (4, 3))
         gm = make_fx(build)(dy, x)
         parameters = [torch.empty(n, 3, dtype=stored, device=device) for n in ((3, 1) if packed else (4,))]
-        slots, misses = add_to_held(gm, parameters)
+        slots, misses = add_to_held(gm, parameters, held=True)
     assert [miss.reason.text for miss in misses] == ([] if reason is None else [reason])
     assert len(slots) == (0 if reason else len(parameters))
     if reason is None:

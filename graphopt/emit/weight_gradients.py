@@ -163,14 +163,21 @@ def _all_taken(group: Sequence[Made], output: fx.Node) -> bool:
 
 
 def _refused(group: Sequence[Made], held: bool, cost: CostModel | None) -> Reason | None:
-    base = group[0].base
     if any(made.is_cast for made in group) and (reason := _cast_refused(group)) is not None:
         return reason
     if group[0].loss is None:
-        if any(made.is_cut for made in group) and cost is not None and _packed_is_faster(group, cost):
-            return Reason("one product whose parts are added is predicted to be faster", (base.name,))
-        return None
+        return _parts_refused(group, held, cost) if any(made.is_cut for made in group) else None
     return _loss_refused(group, held)
+
+
+def _parts_refused(group: Sequence[Made], held: bool, cost: CostModel | None) -> Reason | None:
+    base = group[0].base
+    if not held:
+        # Nothing is to be added to the first time: each is handed its rows.
+        return Reason("new gradients are rows of one product", (base.name,))
+    if cost is not None and _packed_is_faster(group, cost):
+        return Reason("one product whose parts are added is predicted to be faster", (base.name,))
+    return None
 
 
 def _cast_refused(group: Sequence[Made]) -> Reason | None:

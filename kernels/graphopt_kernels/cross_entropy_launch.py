@@ -28,7 +28,8 @@ _GROUPS = 1024
 class PartLaunch(NamedTuple):
     """How rows are cut: ``block`` columns a program, a power of two, with so many ``warps``; ``parts`` of a
     row, in ``lanes``, a power of two, of the programs that finish ``rows`` each, ``alone`` if there is one of
-    them."""
+    them. ``joined``: rows are finished by the last of their programs to arrive instead, in one launch.
+    ``streams``: logits, and their gradients, are the first to leave caches."""
 
     block: int
     warps: int
@@ -37,6 +38,8 @@ class PartLaunch(NamedTuple):
     rows: int
     finish_warps: int
     alone: bool
+    joined: bool = False
+    streams: bool = False
 
 
 def part_launch(rows: int, columns: int, itemsize: int) -> PartLaunch:
@@ -83,7 +86,7 @@ def losses_of_rows(
     launch = launch or part_launch(rows, columns, logits.element_size())
     is_smoothed = settings.label_smoothing != 0
     is_whole = reduction != "none"
-    groups = -(-rows // launch.rows)
+    groups = rows if launch.joined else -(-rows // launch.rows)
     partial = torch.empty(3 if is_smoothed else 2, rows, launch.parts, dtype=torch.float32, device=device)
     tops, totals, plains = partial[0], partial[1], partial[-1]
     loss = torch.empty(() if is_whole else (rows,), dtype=dtype, device=device)
@@ -96,6 +99,38 @@ def losses_of_rows(
         "COLUMNS": columns,
         "PARTS": launch.parts,
     }
+    if launch.joined:
+        with _on(device):
+            kernels.joined_kernel[(rows * launch.parts,)](
+                logits,
+                target.contiguous(),
+                tops,
+                totals,
+                plains,
+                weights,
+                weight_sum,
+                sums[0] if is_whole else loss,
+                log_sum_exp,
+                sums[-1],
+                loss,
+                torch.zeros(rows + 1, dtype=torch.int32, device=device),
+                rows,
+                logits.stride(0),
+                settings.ignore_index,
+                settings.label_smoothing,
+                settings.logit_scale,
+                settings.softcap,
+                **constants,
+                SCALED=settings.logit_scale != 1.0,
+                STREAMS=launch.streams,
+                REDUCED=is_whole,
+                MEAN=reduction == "mean",
+                LANES=launch.lanes,
+                BLOCK=launch.block,
+                TOGETHER=_GROUPS,
+                num_warps=launch.warps,
+            )
+        return loss, log_sum_exp
     with _on(device):
         kernels.parts_kernel[(rows * launch.parts,)](
             logits,
@@ -108,6 +143,7 @@ def losses_of_rows(
             settings.softcap,
             **constants,
             SCALED=settings.logit_scale != 1.0,
+            STREAMS=launch.streams,
             BLOCK=launch.block,
             num_warps=launch.warps,
         )
@@ -196,6 +232,7 @@ def gradient_of_rows(
             SMOOTHED=is_smoothed,
             SOFTCAPPED=settings.softcap != 0,
             WEIGHTED=is_smoothed and class_weight is not None,
+            STREAMS=launch.streams,
             COLUMNS=columns,
             PARTS=launch.parts,
             BLOCK=launch.block,

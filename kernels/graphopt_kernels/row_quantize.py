@@ -125,10 +125,11 @@ def launch_rows(
     *,
     block: int | None = None,
     rows: int | None = None,
+    started: dict[str, Any] | None = None,
 ) -> Rows:
     """Both operators by ``kernels``, the module of the jitted function; ``norm`` are the arguments of
-    ``row_norm`` behind the input. ``rows`` of ``block`` elements a program, chosen where they are not
-    given."""
+    ``row_norm`` behind the input. ``rows`` of ``block`` elements a program, which is ``started`` as
+    ``warps_and_registers`` says, chosen where they are not given."""
     result = torch.empty(input.shape, dtype=codes, device=input.device)
     scale = torch.empty((*input.shape[:-1], 1), dtype=torch.float32, device=input.device)
     if not input.numel():
@@ -172,7 +173,7 @@ def launch_rows(
             WIDTH=width,
             BLOCK=block,
             ROWS=rows,
-            **warps_and_registers(block, norm is not None and not centered),
+            **(started or warps_and_registers(block, norm is not None and not centered)),
         )
     return result, scale
 
