@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 import graphopt_kernels.cross_entropy as module
-from graphopt_kernels.cross_entropy_launch import part_launch
+from graphopt_kernels.cross_entropy_launch import losses_of_rows, part_launch
+from graphopt_kernels.cross_entropy_rows import RowSettings
 from graphopt_kernels.emit.machine_code import compile_function_for_sm90
 from tests.loss_kernels import interpret
 
@@ -416,3 +417,32 @@ def test_the_kernels_compile_for_sm_90_without_spills(
             assert not plain or sum(code.instructions.values()) <= most * elements + 64
         if name == "gradient_kernel":
             assert code.widths("STG")[128] == 4
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(("rows", "columns"), [(523, 128256), (2097, 32000), (8192, 5000)])
+def test_on_a_gpu_weighted_and_joined_losses_are_those_of_torch(
+    rows: int, columns: int, smoothing: float
+) -> None:
+    torch.manual_seed(0)
+    logits = (3 * torch.randn(rows, columns, device="cuda")).bfloat16().requires_grad_()
+    target = torch.randint(0, columns, (rows,), device="cuda")
+    target[::7] = IGNORED
+    weights = torch.rand(columns, device="cuda")
+    settings = (IGNORED, smoothing, 1.0, 0.0)
+    for given in (None, weights):
+        wide = logits.detach().double().requires_grad_()
+        of_class = None if given is None else given.double()
+        right = F.cross_entropy(wide, target, of_class, label_smoothing=smoothing)
+        found, _ = ops.cross_entropy(logits, target, "mean", *settings, torch.float32, class_weight=given)
+        torch.testing.assert_close(found.double(), right, atol=1e-5, rtol=1e-5)
+        (a,), (b,) = (torch.autograd.grad(*pair) for pair in ((found, logits), (right, wide)))
+        assert float((a.double() - b).norm() / b.norm()) < 4e-3
+        kernels, numbers = module._kernels(), RowSettings(IGNORED, smoothing)
+        launch = part_launch(rows, columns, 2)._replace(joined=True)
+        wanted = (kernels, logits.detach(), target, numbers, "mean", torch.float32, given)
+        # Whoever comes last, over and over.
+        joined = {float(losses_of_rows(*wanted, launch=launch)[0]) for _ in range(50)}
+        assert len(joined) == 1
+        assert joined.pop() == pytest.approx(float(right), rel=1e-5)
