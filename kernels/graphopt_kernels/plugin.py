@@ -37,7 +37,6 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
     from graphopt_kernels import (
         add_product,
         attention,
-        attention_reference,
         bandwidth,
         convolution_relu,
         cross_entropy,
@@ -213,14 +212,14 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
         KernelSpec(
             name="attention",
             op="graphopt::attention",
-            reference=attention_reference.attention_reference,
+            reference=attention.attention_plain,
             supports=attention.attention_supports,
             summary="attention without its scores in memory: caps, windows, biases, groups of heads",
         ),
         KernelSpec(
             name="attention-backward",
             op="graphopt::attention_backward",
-            reference=attention_reference.attention_backward_reference,
+            reference=attention.attention_backward_plain,
             supports=attention.attention_backward_supports,
             summary="gradients of query, key, value and bias of attention",
         ),
