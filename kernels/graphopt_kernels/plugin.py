@@ -40,6 +40,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
         bandwidth,
         convolution_relu,
         cross_entropy,
+        dropout_add,
         linear_cross_entropy,
         linear_cross_entropy_arguments,
         linear_cross_entropy_blocks,
@@ -138,6 +139,13 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=convolution_relu.convolution_relu_reference,
             supports=convolution_relu.convolution_relu_supports,
             summary="a convolution with the bias, the residual sum and the ReLU behind it",
+        ),
+        KernelSpec(
+            name="dropout-add",
+            op="graphopt::dropout_add",
+            reference=dropout_add.dropout_add_reference,
+            supports=dropout_add.dropout_add_supports,
+            summary="dropout and the sum behind it, of which only a seed is kept",
         ),
         KernelSpec(
             name="quantize-rows",
