@@ -42,8 +42,8 @@ def dropout_add(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     """``input`` [...] of a floating-point dtype, dropped out with probability ``p``, at least 0 and below 1,
-    plus ``residual`` [...] of the same shape. ``seed`` is int64 of one element. The result is contiguous and of
-    ``dtype``, by default that which the sum of both has. Raises ``ValueError`` for other arguments."""
+    plus ``residual`` [...] of the same shape. ``seed`` is int64 of one element. The result is contiguous,
+    of ``dtype`` or else of that which the sum of both has. Raises ``ValueError`` for other arguments."""
     if (kernels := _kernels_for(input, residual)) is not None:
         return dropout_add_elements(kernels, input, residual, p, seed, dtype)
     return dropout_add_reference(input, residual, p, seed, dtype)
