@@ -110,6 +110,7 @@ def called(
     query: Any, keys: Any, value: Any, bias: Any, scale: float, cap: float, rate: Any, training: Any
 ) -> Any:
     """``graphopt.attention``; ``bias``, where there is one, with its rank."""
+    dropping = (rate, seed_beside(query)) if drops(rate, training) else ()
     key = untransposed(keys)
     has_heads = query.node.meta["val"].dim() == 4
     if has_heads:
@@ -120,7 +121,6 @@ def called(
         query, key, value = (_aten.unsqueeze.default(x, 1) for x in (query, key, value))
         if bias is not None and bias[1] == 3:
             bias = _aten.unsqueeze.default(bias[0], 1), 4
-    dropping = (rate, seed_beside(query)) if drops(rate, training) else ()
     made = torch.ops.graphopt.attention.default(
         query, key, value, None if bias is None else bias[0], scale, cap, None, None, *dropping
     )
