@@ -256,6 +256,43 @@ def test_the_kernels_drop_what_the_references_do_at_any_tile() -> None:
     """)
 
 
+@needs_triton
+def test_the_kernels_keep_the_same_scores_one_by_one() -> None:
+    """Weights are even, and values or gradients a unit matrix: results show the mask."""
+    interpret("""
+        import torch
+        import graphopt_kernels.attention_launch as launching
+        from graphopt_kernels.attention_launch import Launch
+        from graphopt_kernels.philox import factors_of_scores
+
+        kernels, seed = launching.jitted(), torch.tensor([2**62 + 11])
+        settings, unit = (1.0, 0.0, None, None), torch.eye(32).expand(2, 2, 32, 32)
+        for tile in (Launch(16, 16, 1, 1), Launch(32, 16, 1, 1), Launch(16, 32, 1, 1)):
+            zeros, few = torch.zeros(2, 2, 37, 32), torch.zeros(2, 2, 32, 32)
+            mask = factors_of_scores(seed, 0.5, 4, slice(0, 37), slice(0, 32), torch.float32) > 0
+            output, _ = launching.forward(kernels, zeros, few, unit, None, *settings, 0.5, seed, launch=tile)
+            assert torch.equal(output > 0, mask.view(2, 2, 37, 32))
+            mask = factors_of_scores(seed, 0.5, 4, slice(0, 32), slice(0, 37), torch.float32) > 0
+            given = (few, zeros, zeros, None)
+            found = launching.forward(kernels, *given, *settings, 0.5, seed, launch=tile)
+            wanted = [True, True, True, False]
+            _, _, d_value, _ = launching.backward(
+                kernels, unit, *given, *found, *settings, wanted, 0.5, seed, launch=tile
+            )
+            assert torch.equal((d_value > 0).mT, mask.view(2, 2, 32, 37))
+            # With keys that are a unit matrix the gradient of queries shows those of weights.
+            given = (torch.zeros(2, 2, 37, 32), unit, unit, None)
+            found = launching.forward(kernels, *given, *settings, 0.5, seed, launch=tile)
+            grad = torch.ones(2, 2, 37, 32)
+            d_query, _, _, _ = launching.backward(
+                kernels, grad, *given, *found, *settings, wanted, 0.5, seed, launch=tile
+            )
+            factors = factors_of_scores(seed, 0.5, 4, slice(0, 37), slice(0, 32), torch.float32)
+            right = ((factors - factors.mean(-1, keepdim=True)) / 32).view(2, 2, 37, 32)
+            torch.testing.assert_close(d_query, right)
+    """)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ["causal", "groups and a window", "cap", "bias", "hidden", "longer"])
 @pytest.mark.parametrize(
