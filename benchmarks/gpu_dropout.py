@@ -2,21 +2,20 @@
 
     python benchmarks/gpu_dropout.py --out benchmarks/results/gpu_dropout.json
 
-``masks``: whether the kernels keep what the reference on the CPU keeps, element by element: those of sums, of
-attention's forward, and of the gradient of values (weights are even there, values or gradients a unit matrix, so
-that results show the mask).
+``masks``: whether the kernels keep what the reference on the CPU keeps, element by element: those of sums,
+of attention's forward, and of the gradient of values (weights are even there, values or gradients a unit
+matrix, so that results show the mask).
 
-``sum``: 16,384 x 4,096 elements in bf16, probability 0.1. ``gb_per_s`` counts input, residual and result of the
-forward, and both gradients and the incoming one of the backward. ``kept_mib``: what a forward leaves for the
-backward, beside operands and result.
+``sum``: 16,384 x 4,096 elements in bf16, probability 0.1. ``forward_gb_per_s`` counts input, residual and
+result. ``kept_mib``: what a forward leaves for the backward, beside operands and result.
 
-``attention``: batch 2, 32 heads of queries and 8 of keys, 4,096 positions, heads of 128 and 64, bf16, causal,
-with and without dropout of 0.1: graphopt's kernels, ``scaled_dot_product_attention``, and torch.compile of the
-operators written out.
+``attention``: batch 2, 32 heads of queries and 8 of keys, 4,096 positions, heads of 128 and 64, bf16,
+causal, with and without dropout of 0.1: graphopt's kernels, ``scaled_dot_product_attention``, and
+torch.compile of the operators written out.
 
-``step``: forward, backward and nothing else of a transformer encoder of 8 layers, 1,024 wide, 16 heads, whose
-attention is written out, dropout 0.1 on weights and both residuals, 8 sequences of 1,024 in bf16 under
-torch.compile and under graphopt with and without ``allow=("fuse-dropout",)``: ms and peak.
+``step``: forward and backward of a transformer encoder of 8 layers, 1,024 wide, 16 heads, whose attention is
+written out, dropout of 0.1 on weights and both residuals, 8 sequences of 1,024 in bf16: torch.compile, and
+graphopt with and without ``allow=("fuse-dropout",)``. Milliseconds and peak.
 
 The GPU is kept busy while the host gets a call ready; medians after warm-up.
 """
