@@ -430,7 +430,10 @@ SPILLED = {("bf16", 256): 24, ("fp16", 128): 64, ("fp32", 64): 32}
 
 
 @needs_triton
-@pytest.mark.parametrize("features", FEATURES)
+@pytest.mark.parametrize(
+    "features",
+    [pytest.param(name, marks=pytest.mark.slow) if name == "causal, dropout" else name for name in FEATURES],
+)
 @pytest.mark.parametrize(
     ("dtype", "width"),
     [
