@@ -69,7 +69,7 @@ def offers(
         return []
     families: dict[str, list[Candidate]] = {}
     for candidate in found:
-        if candidate.exactness != "lossy" or step.name in ctx.allow:
+        if candidate.exactness != "lossy" or (candidate.allowed_by or step.name) in ctx.allow:
             families.setdefault(candidate.family or candidate.id, []).append(candidate)
     made = [
         Offer(together[0].id if len(together) == 1 else name, together)

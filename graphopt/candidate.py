@@ -40,10 +40,11 @@ class Candidate:
     """One rewrite that a pass offers.
 
     ``exactness`` is ``"exact"``, ``"reassociated"`` (same mathematics, another order of rounding)
-    or ``"lossy"``; ``metric`` says what ``delta.error`` measures. ``conflicts`` are ids of
-    candidates that cannot be chosen beside this one. An ``alternative`` trades one resource for
-    another: the planner decides, together with the other levers, whether it pays under the budget. Those
-    of one ``family`` do the same in several places and are weighed together, under its name.
+    or ``"lossy"``; ``metric`` says what ``delta.error`` measures, and ``allowed_by`` which pass ``allow``
+    has to name for it, where that is not the candidate's own. ``conflicts`` are ids of candidates that
+    cannot be chosen beside this one. An ``alternative`` trades one resource for another: the planner
+    decides, together with the other levers, whether it pays under the budget. Those of one ``family`` do
+    the same in several places and are weighed together, under its name.
     """
 
     id: str
@@ -56,6 +57,7 @@ class Candidate:
     conflicts: tuple[str, ...] = ()
     alternative: bool = False
     family: str = ""
+    allowed_by: str = ""
 
 
 @dataclass(frozen=True)

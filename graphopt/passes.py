@@ -43,7 +43,7 @@ class Pass:
     A pass keeps no state between runs. ``name`` is kebab-case and unique per plugin.
     ``after``/``before`` map other passes' names to the reason for the order; they constrain only
     passes that are present. ``needs``/``keeps`` are program properties. A pass with ``exact``
-    false runs only when ``allow`` names it.
+    false runs only when ``allow`` names it; ``inexact`` says what it does then.
     """
 
     name: ClassVar[str]
@@ -54,6 +54,7 @@ class Pass:
     after: ClassVar[dict[str, str]] = {}
     before: ClassVar[dict[str, str]] = {}
     exact: ClassVar[bool] = True
+    inexact: ClassVar[str] = "changes results"
     mandatory: ClassVar[bool] = False
 
     def propose(self, program: Program, ctx: PassContext) -> Iterable[Proposal]:

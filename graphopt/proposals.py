@@ -107,7 +107,7 @@ def _nonsense(step: Pass, program: Program, candidate: Candidate, names: set[str
     if not (math.isfinite(delta.seconds) and math.isfinite(delta.error)):
         return f"delta is not finite: seconds={delta.seconds}, error={delta.error}"
     if candidate.exactness == "lossy":
-        if step.exact:
+        if step.exact and not candidate.allowed_by:
             return "it is lossy, but the pass says that it is exact"
         if not candidate.metric:
             return "it is lossy and does not say in which metric"

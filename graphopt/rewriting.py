@@ -142,7 +142,7 @@ def run_pass(
     ``closed``: why this program can take no candidate, where that is so; each is declined with it.
     """
     if not step.exact and step.name not in ctx.allow:
-        why = f"changes results: runs with allow=({step.name!r},)"
+        why = f"{step.inexact}: runs with allow=({step.name!r},)"
         return Rewriting((_record(step, host, "skipped", why),))
     try:
         verify_values(program)

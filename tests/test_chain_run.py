@@ -19,6 +19,8 @@ from graphopt.chain_plan import Rerun
 from graphopt.chain_run import ChainRunner, Layout
 from graphopt.errors import LoweringError
 from graphopt.host_memory import HostMemory, Moved
+from graphopt_kernels.dropout_add import dropout_add  # noqa: F401  (registers the operator)
+from graphopt_kernels.philox import drawn_seed
 from tests.test_segments import one
 
 DEPTH = 7
@@ -128,6 +130,24 @@ def test_gradients_statistics_and_random_numbers_are_those_of_one_run(
     plain, mine = Run((), dropout), Run(rows, dropout)
     for _ in range(2):
         same(plain.step(), mine.step())
+
+
+class Seeded(nn.Module):
+    """Dropout as ``fuse-dropout`` writes it."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.graphopt.dropout_add(x, None, self.p, drawn_seed(x.device))  # type: ignore[no-any-return]
+
+
+def test_dropout_by_a_seed_drops_the_same_when_its_row_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nn, "Dropout", Seeded)
+    plain, mine = Run((), 0.3), Run(ROWS["nested"], 0.3)
+    same(plain.step(), mine.step())
+    assert not torch.equal(plain.loss(), plain.loss())
 
 
 def test_gradients_of_some_values_and_twice() -> None:

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 import graphopt_kernels.attention as module
+import graphopt_kernels.dropout_add as dropout
 from graphopt import _torch
 from graphopt.device import DeviceSpec
 from graphopt.emit.scratch import scratch_bytes
+from graphopt_cost_model import dropout_cost
 from graphopt_cost_model.attention_cost import SLICE_ELEMENTS, visible_scores
 from graphopt_cost_model.call import call_of
 from graphopt_cost_model.flops import flops
@@ -19,10 +21,11 @@ from graphopt_cost_model.roofline import RooflineCostModel
 from graphopt_cost_model.stated_workspace import stated_workspace
 from graphopt_cost_model.traffic import traffic
 from graphopt_cost_model.workspace import Probe, _measured
+from graphopt_kernels import philox
 from graphopt_kernels.attention_reference import SLICE_ELEMENTS as KERNEL_SLICE
 from tests.cost_graphs import call_node
 
-assert module.__all__, "importing it registers the operators"
+assert module.__all__ and dropout.__all__, "importing them registers the operators"
 ops = torch.ops.graphopt
 FORWARD, BACKWARD = ops.attention.default, ops.attention_backward.default
 
@@ -119,28 +122,47 @@ def sized(op: Any, rows: int, dtype: torch.dtype, **given: Any) -> Any:
     bias = torch.empty(1, 4, rows, 600, dtype=dtype) if given.get("bias") else None
     sums = torch.empty(2, 4, rows)
     settings = (0.3, given.get("softcap", 0.0), given.get("left"), given.get("right"))
+    dropping = (0.3, torch.zeros(1, dtype=torch.int64)) if given.get("drops") else ()
     if op is FORWARD:
-        return call_node(op, (query, key, value, bias, *settings), (torch.empty_like(query), sums))
+        return call_node(op, (query, key, value, bias, *settings, *dropping), (torch.empty_like(query), sums))
     d_bias = torch.empty(0, dtype=dtype) if bias is None else torch.empty_like(bias)
     made = (*(torch.empty_like(x) for x in (query, key, value)), d_bias)
-    args = (query, query, key, value, bias, query, sums, *settings, [True, True, True, bias is not None])
+    mask = [True, True, True, bias is not None]
+    args = (query, query, key, value, bias, query, sums, *settings, mask, *dropping)
     return call_node(op, args, made)
 
 
 @pytest.mark.parametrize("op", [FORWARD, BACKWARD], ids=str)
 @pytest.mark.parametrize(
     "given",
-    [{}, {"softcap": 2.0}, {"right": 0}, {"left": 63, "right": 0}, {"bias": True, "softcap": 2.0}],
+    [
+        {}, {"softcap": 2.0}, {"right": 0}, {"left": 63, "right": 0}, {"bias": True, "softcap": 2.0},
+        {"drops": True}, {"drops": True, "left": 63, "right": 0}, {"drops": True, "right": 0, "softcap": 2.0},
+    ],
     ids=str,
-)
+)  # fmt: skip
 def test_the_stated_workspace_is_what_the_cpu_takes_at_most(op: Any, given: dict[str, Any]) -> None:
-    assert SLICE_ELEMENTS == KERNEL_SLICE
+    assert SLICE_ELEMENTS == KERNEL_SLICE and dropout_cost.BLOCK_ELEMENTS == philox.BLOCK_ELEMENTS
     for rows, dtype in ((700, torch.float32), (700, torch.bfloat16), (100, torch.float32)):
         call = call_of(sized(op, rows, dtype, **given))
         stated = stated_workspace(call)
         assert stated is not None
         taken = _measured(call)
         assert isinstance(taken, Probe) and taken.workspace <= stated <= 2 * taken.workspace, (rows, dtype)
+
+
+def test_dropout_takes_a_block_of_words_and_moves_each_operand_once() -> None:
+    op = ops.dropout_add.default
+    for count, dtype, adds in ((3000, torch.float32, True), (2**19, torch.bfloat16, False),
+                               (2**18, torch.float64, True)):  # fmt: skip
+        x, seed = torch.empty(count, dtype=dtype), torch.zeros(1, dtype=torch.int64)
+        node = call_node(op, (x, torch.empty_like(x) if adds else None, 0.5, seed), torch.empty_like(x))
+        stated, taken = stated_workspace(call_of(node)), _measured(call_of(node))
+        assert stated is not None and isinstance(taken, Probe)
+        assert taken.workspace <= stated <= 2 * taken.workspace
+        moved = traffic(node)
+        assert (moved.read, moved.written) == ((1 + adds) * x.nbytes + 8, x.nbytes)
+    assert str(op.overloadpacket) == "graphopt.dropout_add"
 
 
 def test_the_operators_are_known_by_the_names_that_they_are_registered_under() -> None:

@@ -208,6 +208,11 @@ REFUSED: list[tuple[Callable[..., Any], Given, str]] = [
         SAME,
         "attention with dropout draws the numbers of the library",
     ),
+    (
+        lambda q, k, v, n: own.attention(q, k, v, None, 1.0, 0.0, None, None, 0.5, n)[0],
+        [*SAME, ((1,), torch.int64)],
+        "attention with dropout by a seed stays a call",
+    ),
     (lambda q, k, v: FLASH(q, k, v, 0.0, True)[0], [Q, K, K], CAUSAL),
     (lambda q, k, v: CUDNN(q, k, v, None, False, 0.0, True)[0], [Q, K, K], CAUSAL),
     (

@@ -22,6 +22,7 @@ from graphopt.errors import EmitError
 from graphopt_kernels.emit.tensors_file import write_tensors
 from graphopt_kernels.emit.write import write_program
 from graphopt_passes.window_attention import WindowAttention
+from tests.programs import host
 
 pytest.importorskip("triton")
 
@@ -259,6 +260,25 @@ def test_attention_that_no_kernel_computes_is_carried_over(tmp_path: Path) -> No
         for part in ("", "_launch", "_reference", "_triton", "_backward_triton", "_bias_triton")
     }
     assert not any("from graphopt." in path.read_text() for path in folder.glob("*.py"))
+
+
+@pytest.mark.slow
+def test_dropout_by_a_seed_is_carried_over(tmp_path: Path) -> None:
+    """Its seed is drawn by the program."""
+    host().kernels()
+
+    class Dropping(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = super().forward(x).unflatten(-1, (3, 2, 16)).permute(2, 0, 3, 1, 4)
+            seed = torch.randint(2**63 - 1, (1,))
+            mixed = torch.ops.graphopt.attention(q, k, v, None, 0.25, 0.0, 3, 0, 0.5, seed)[0]
+            return torch.ops.graphopt.dropout_add(mixed, v, 0.5, seed).square().mean()  # type: ignore[no-any-return]
+
+    emitted(Dropping(32, 96), (torch.randn(2, 12, 32),), tmp_path)
+    checks(tmp_path)
+    folder = tmp_path / "out" / "ops"
+    assert {"philox.py", "philox_triton.py", "dropout_add.py"} <= {path.name for path in folder.glob("*.py")}
+    assert not any("graphopt_kernels" in path.read_text() for path in folder.glob("*.py"))
 
 
 class Padded(nn.Module):

@@ -107,6 +107,15 @@ def test_lossy_candidates_of_an_allowed_pass() -> None:
     assert chosen(lossy, allow=("some-pass",), exact=False)[0] == ["swap"]
 
 
+def test_lossy_candidates_of_an_exact_pass_go_by_the_pass_that_allows_them(program: Program) -> None:
+    lossy = candidate(exactness="lossy", metric="SQNR", allowed_by="another")
+    assert chosen(lossy) == ([], {"swap": "lossy in SQNR: runs with allow=('another',)"})
+    assert chosen(lossy, allow=("some-pass",))[0] == []
+    assert chosen(lossy, allow=("another",))[0] == ["swap"]
+    (record,) = run(program, lossy).records
+    assert (record.status, record.reason) == ("no-op", "0 of 1 candidates chosen")
+
+
 def test_bytes_count_under_a_budget_only() -> None:
     rate = context().cost.device.copy_bytes_per_second
     smaller = candidate(delta=CostDelta(peak_bytes=-int(rate), seconds=0.5))
@@ -119,6 +128,8 @@ def test_bytes_count_under_a_budget_only() -> None:
 def test_a_lossy_pass_that_is_not_allowed_is_skipped(program: Program) -> None:
     (record,) = run(program, candidate(), exact=False).records
     assert (record.status, record.reason) == ("skipped", "changes results: runs with allow=('some-pass',)")
+    (record,) = run(program, candidate(), exact=False, inexact="rounds").records
+    assert record.reason == "rounds: runs with allow=('some-pass',)"
 
 
 def test_a_program_that_was_not_traced_is_left_alone(program: Program) -> None:

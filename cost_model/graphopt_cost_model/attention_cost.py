@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from graphopt_cost_model.call import Call, TensorSpec
+from graphopt_cost_model.dropout_cost import words_bytes
 from graphopt_cost_model.phase import Phase
 
 __all__ = [
@@ -108,14 +109,17 @@ def attention_workspace(call: Call) -> int:
     again = rows > step
     moved: int = batch * heads * step * (2 * width + value_width) + batch * few * seen * (width + value_width)
     bias = call.argument("bias")
+    drops = bool(call.argument("dropout_p"))
+    # Of an item at least, with counters that are whole along the keys.
+    words: int = words_bytes(batch * heads, step * (seen + 16)) if drops else 0
     if call.argument("output_mask") is None:
-        held: int = 1 + again + (bias is not None) + capped * (2 + again)
-        return held * scores + 2 * moved * size
+        held: int = 1 + again + (bias is not None) + capped * (2 + again) + drops
+        return held * scores + 2 * moved * size + words
     sums: int = batch * few * columns * (width + value_width) * size
     if bias is not None and call.argument("output_mask")[3]:
         sums += bias.elements * size + scores
-    held = 3 + capped * (1 + 2 * again)
-    return held * scores + 2 * moved * size + sums
+    held = 3 + capped * (1 + 2 * again) + 2 * drops
+    return held * scores + 2 * moved * size + sums + words
 
 
 def _dtype(spec: TensorSpec) -> str:

@@ -14,6 +14,7 @@ from graphopt_cost_model.attention_cost import attention_workspace
 from graphopt_cost_model.call import Call, TensorSpec
 from graphopt_cost_model.class_blocks import BLOCK_ELEMENTS, block_workspace
 from graphopt_cost_model.class_blocks import PREFIX as BLOCKS
+from graphopt_cost_model.dropout_cost import dropout_workspace
 
 __all__ = ["stated_workspace"]
 
@@ -34,6 +35,8 @@ def stated_workspace(call: Call) -> int | None:
         return block_workspace(call)
     if name in _ATTENTION:
         return attention_workspace(call)
+    if name == "graphopt.dropout_add":
+        return dropout_workspace(call)
     if not name.startswith(_PREFIX):
         return None
     data: TensorSpec = call.argument("input")

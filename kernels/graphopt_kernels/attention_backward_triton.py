@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from graphopt_kernels.attention_triton import base_two_scores, only_visible, place_of, reach, tile
+from graphopt_kernels.philox_triton import factors_of_tile
 
 __all__ = ["d_scores_of_tile", "keys_kernel", "queries_kernel", "rows_kernel"]
 
@@ -60,6 +61,7 @@ def keys_kernel(  # type: ignore[no-untyped-def]
     key,
     value,
     bias,
+    seed,
     grad,
     shifts,
     along,
@@ -95,6 +97,9 @@ def keys_kernel(  # type: ignore[no-untyped-def]
     softcap,
     left,
     right,
+    cut,
+    kept,
+    DROPS: tl.constexpr,
     CAPPED: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     BIAS: tl.constexpr,
@@ -126,6 +131,9 @@ def keys_kernel(  # type: ignore[no-untyped-def]
     column = begin + tl.arange(0, COLUMNS)
     # A key is seen from ``right`` before its place to ``left`` after it.
     first, whole, broken, last = reach(begin, end, rows, right, left, RIGHT, LEFT, ROWS)
+    number = 0
+    if DROPS:
+        number = tl.load(seed)
     d_k = tl.zeros([COLUMNS, BLOCK_D], tl.float32)
     d_v = tl.zeros([COLUMNS, BLOCK_V], tl.float32)
     # One loop over heads and blocks: several, with masks or without, would not fit the registers.
@@ -134,7 +142,8 @@ def keys_kernel(  # type: ignore[no-untyped-def]
         head = shared * group + step // steps
         start = first + step % steps * ROWS
         row = start + tl.arange(0, ROWS)
-        of_rows = (batch * heads + head) * rows + row
+        item = batch * heads + head
+        of_rows = item * rows + row
         q_at = query + batch * query_batch + head * query_head
         q = tile(q_at, start, query_row, rows, ROWS, WIDTH, BLOCK_D, True)
         products = tl.dot(k, tl.trans(q), input_precision=PRECISION)
@@ -153,8 +162,13 @@ def keys_kernel(  # type: ignore[no-untyped-def]
         weights = tl.exp2(scores - shift[None, :])
         dy_at = grad + batch * grad_batch + head * grad_head
         dy = tile(dy_at, start, grad_row, rows, ROWS, VALUE_WIDTH, BLOCK_V, True)
-        d_v = tl.dot(weights.to(dy.dtype), dy, d_v, input_precision=PRECISION)
-        d_weights = tl.dot(v, tl.trans(dy), input_precision=PRECISION)
+        if DROPS:
+            factors = factors_of_tile(number, item, start, begin, cut, kept, ROWS, COLUMNS, True)
+            d_v = tl.dot((weights * factors).to(dy.dtype), dy, d_v, input_precision=PRECISION)
+            d_weights = tl.dot(v, tl.trans(dy), input_precision=PRECISION) * factors
+        else:
+            d_v = tl.dot(weights.to(dy.dtype), dy, d_v, input_precision=PRECISION)
+            d_weights = tl.dot(v, tl.trans(dy), input_precision=PRECISION)
         sums = tl.load(along + of_rows, mask=row < rows, other=0.0)
         d_scores = weights * (d_weights - sums[None, :])
         if CAPPED:
@@ -191,6 +205,12 @@ def d_scores_of_tile(  # type: ignore[no-untyped-def]
     softcap,
     left,
     right,
+    number,
+    item,
+    begin,
+    cut,
+    kept,
+    DROPS: tl.constexpr,
     CAPPED: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     BIAS: tl.constexpr,
@@ -201,6 +221,7 @@ def d_scores_of_tile(  # type: ignore[no-untyped-def]
     VALUE_WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
@@ -218,6 +239,8 @@ def d_scores_of_tile(  # type: ignore[no-untyped-def]
     weights = tl.exp2(scores - shift[:, None])
     v = tile(value, start, value_row, columns, COLUMNS, VALUE_WIDTH, BLOCK_V, MASKED)
     d_weights = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
+    if DROPS:
+        d_weights *= factors_of_tile(number, item, begin, start, cut, kept, ROWS, COLUMNS, False)
     return weights * (d_weights - sums[:, None]), k, slope
 
 
@@ -244,6 +267,12 @@ def _along_keys(  # type: ignore[no-untyped-def]
     softcap,
     left,
     right,
+    number,
+    item,
+    begin,
+    cut,
+    kept,
+    DROPS: tl.constexpr,
     CAPPED: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     BIAS: tl.constexpr,
@@ -254,6 +283,7 @@ def _along_keys(  # type: ignore[no-untyped-def]
     VALUE_WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
@@ -262,8 +292,9 @@ def _along_keys(  # type: ignore[no-untyped-def]
     for start in range(first, last, COLUMNS):
         d_scores, k, slope = d_scores_of_tile(
             q, dy, shift, sums, start, row, key, value, bias, key_row, value_row, bias_row, bias_column,
-            rows, columns, scale, softcap, left, right, CAPPED, APPROXIMATE, BIAS, BY_ROW, LEFT, RIGHT,
-            WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_V, COLUMNS, PRECISION, MASKED,
+            rows, columns, scale, softcap, left, right, number, item, begin, cut, kept, DROPS, CAPPED,
+            APPROXIMATE, BIAS, BY_ROW, LEFT, RIGHT, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_V, ROWS, COLUMNS,
+            PRECISION, MASKED,
         )  # fmt: skip
         if CAPPED:
             d_scores = d_scores * slope
@@ -277,6 +308,7 @@ def queries_kernel(  # type: ignore[no-untyped-def]
     key,
     value,
     bias,
+    seed,
     grad,
     shifts,
     along,
@@ -308,6 +340,9 @@ def queries_kernel(  # type: ignore[no-untyped-def]
     softcap,
     left,
     right,
+    cut,
+    kept,
+    DROPS: tl.constexpr,
     CAPPED: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     BIAS: tl.constexpr,
@@ -346,25 +381,28 @@ def queries_kernel(  # type: ignore[no-untyped-def]
     shift = tl.load(shifts + of_rows, mask=row < rows, other=float("inf"))
     sums = tl.load(along + of_rows, mask=row < rows, other=0.0)
     first, whole, broken, last = reach(begin, end, columns, left, right, LEFT, RIGHT, COLUMNS)
+    number = 0
+    if DROPS:
+        number = tl.load(seed)
     d_q = tl.zeros([ROWS, BLOCK_D], tl.float32)
     if LEFT:
         d_q = _along_keys(
             d_q, q, dy, shift, sums, first, tl.minimum(whole, last), row, key, value, bias, key_row,
-            value_row, bias_row, bias_column, rows, columns, scale, softcap, left, right, CAPPED,
-            APPROXIMATE, BIAS, BY_ROW, LEFT, RIGHT, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_V, COLUMNS,
-            PRECISION, True,
+            value_row, bias_row, bias_column, rows, columns, scale, softcap, left, right, number,
+            item, begin, cut, kept, DROPS, CAPPED, APPROXIMATE, BIAS, BY_ROW, LEFT, RIGHT, WIDTH,
+            VALUE_WIDTH, BLOCK_D, BLOCK_V, ROWS, COLUMNS, PRECISION, True,
         )  # fmt: skip
     d_q = _along_keys(
         d_q, q, dy, shift, sums, whole, broken, row, key, value, bias, key_row,
-        value_row, bias_row, bias_column, rows, columns, scale, softcap, left, right, CAPPED,
-        APPROXIMATE, BIAS, BY_ROW, LEFT, RIGHT, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_V, COLUMNS,
-        PRECISION, False,
+        value_row, bias_row, bias_column, rows, columns, scale, softcap, left, right, number,
+        item, begin, cut, kept, DROPS, CAPPED, APPROXIMATE, BIAS, BY_ROW, LEFT, RIGHT, WIDTH,
+        VALUE_WIDTH, BLOCK_D, BLOCK_V, ROWS, COLUMNS, PRECISION, False,
     )  # fmt: skip
     d_q = _along_keys(
         d_q, q, dy, shift, sums, tl.maximum(whole, broken), last, row, key, value, bias, key_row,
-        value_row, bias_row, bias_column, rows, columns, scale, softcap, left, right, CAPPED,
-        APPROXIMATE, BIAS, BY_ROW, LEFT, RIGHT, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_V, COLUMNS,
-        PRECISION, True,
+        value_row, bias_row, bias_column, rows, columns, scale, softcap, left, right, number,
+        item, begin, cut, kept, DROPS, CAPPED, APPROXIMATE, BIAS, BY_ROW, LEFT, RIGHT, WIDTH,
+        VALUE_WIDTH, BLOCK_D, BLOCK_V, ROWS, COLUMNS, PRECISION, True,
     )  # fmt: skip
     wide = tl.arange(0, BLOCK_D)[None, :]
     here = row[:, None].to(tl.int64)

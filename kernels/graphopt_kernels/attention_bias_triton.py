@@ -22,6 +22,7 @@ def bias_kernel(  # type: ignore[no-untyped-def]
     key,
     value,
     bias,
+    seed,
     grad,
     shifts,
     along,
@@ -51,6 +52,9 @@ def bias_kernel(  # type: ignore[no-untyped-def]
     softcap,
     left,
     right,
+    cut,
+    kept,
+    DROPS: tl.constexpr,
     OVER_BATCHES: tl.constexpr,
     OVER_HEADS: tl.constexpr,
     OVER_ROWS: tl.constexpr,
@@ -84,6 +88,9 @@ def bias_kernel(  # type: ignore[no-untyped-def]
     own_row = program // own_columns % own_rows
     own_head = program // own_columns // own_rows % own_heads
     own_batch = program // own_columns // own_rows // own_heads
+    number = 0
+    if DROPS:
+        number = tl.load(seed)
     sums_of_tile = tl.zeros([ROWS, COLUMNS], tl.float32)
     for step in range(through_batches * through_heads * through_rows * through_columns):
         column_block = own_column + step % through_columns
@@ -114,8 +121,9 @@ def bias_kernel(  # type: ignore[no-untyped-def]
                 q, dy, shift, sums, start, row, key + far * key_batch + shared * key_head,
                 value + far * value_batch + shared * value_head,
                 bias + far * bias_batch + at * bias_head, key_row, value_row, bias_row, bias_column,
-                rows, columns, scale, softcap, left, right, CAPPED, APPROXIMATE, 1, True, LEFT, RIGHT,
-                WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_V, COLUMNS, PRECISION, True,
+                rows, columns, scale, softcap, left, right, number, item, begin, cut, kept, DROPS, CAPPED,
+                APPROXIMATE, 1, True, LEFT, RIGHT, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_V, ROWS, COLUMNS,
+                PRECISION, True,
             )  # fmt: skip
             sums_of_tile += d_scores
     row = own_row * ROWS + tl.arange(0, ROWS)[:, None]

@@ -15,6 +15,7 @@ import torch
 
 from graphopt.candidate import Reason
 from graphopt_kernels.attention_reference import gradient_buffers, result_buffers
+from graphopt_kernels.philox import cut_of
 from graphopt_kernels.tuning.lookup import Choice, rows_class
 
 __all__ = [
@@ -60,7 +61,8 @@ class Launch(NamedTuple):
 class AttentionProblem(NamedTuple):
     """What a launch is for: ``heads`` of queries over batches, ``group`` of them for each of the keys, the
     lengths of both, widths of heads, whether scores are biased and capped, how many keys behind it a query
-    sees in a ``window`` (0: all), and whether what it sees ahead is bounded (``causal``)."""
+    sees in a ``window`` (0: all), whether what it sees ahead is bounded (``causal``), and whether weights are
+    dropped."""
 
     heads: int
     group: int
@@ -73,11 +75,13 @@ class AttentionProblem(NamedTuple):
     capped: bool
     window: int
     causal: bool
+    drops: bool = False
 
     @property
-    def size(self) -> tuple[int, int, bool, bool]:
+    def size(self) -> tuple[int, int, bool, bool, bool]:
         """What the rules for launches go by."""
-        return _block(max(self.width, self.value_width)), self.dtype.itemsize, self.biased, self.capped
+        widest = _block(max(self.width, self.value_width))
+        return widest, self.dtype.itemsize, self.biased, self.capped, self.drops
 
 
 _MOST_HEADS, _MOST_LENGTH = 256, 8192
@@ -93,37 +97,52 @@ def check_launch(problem: AttentionProblem, launch: Launch) -> Reason | None:
     return None
 
 
-def forward_launch(width: int, itemsize: int, biased: bool, capped: bool) -> Launch:
+def forward_launch(width: int, itemsize: int, biased: bool, capped: bool, drops: bool = False) -> Launch:
     """For heads of up to ``width`` elements of ``itemsize`` bytes, a power of two. Where scores are both
-    capped and biased, registers are fewest."""
+    capped and biased, or either beside dropout, registers are fewest."""
+    full = _fills_registers(biased, capped, drops)
     if itemsize == 4:
         # Products of float32 are three of tensor cores each: tiles are small.
         return Launch(32, 16, 4, 2) if width > 64 else Launch(32 if biased else 64, 32, 4, 2)
     if width <= 64:
         return Launch(128, 64 if biased else 128, 8, 3)
     if width <= 128:
-        return Launch(128, 32 if biased and capped else 64, 8, 3)
-    return Launch(64 if biased and capped else 128, 32, 8, 2)
+        return Launch(128, 32 if full else 64, 8, 3)
+    if drops:
+        return Launch(64, 16, 8, 2) if full else Launch(128, 32, 8, 3)
+    return Launch(64 if full else 128, 32, 8, 2)
 
 
-def keys_launch(width: int, itemsize: int, biased: bool, capped: bool) -> Launch:
+def keys_launch(width: int, itemsize: int, biased: bool, capped: bool, drops: bool = False) -> Launch:
     """Programs that hold ``columns`` keys and go along the queries."""
+    full = _fills_registers(biased, capped, drops)
     if itemsize == 4:
         return Launch(16, 32, 4, 2) if width <= 64 else Launch(16, 16, 4, 1)
     if width <= 64:
-        return Launch(32, 128, 8, 3) if biased and capped else Launch(64, 128, 8, 2)
-    return Launch(32, 128, 8, 3) if width <= 128 else Launch(16 if biased else 32, 64, 8, 2)
+        return Launch(32, 128, 8, 3) if full else Launch(64, 128, 8, 2)
+    if width <= 128:
+        return Launch(32, 64 if biased and drops else 128, 8, 3)
+    if drops:
+        return Launch(16, 32 if full else 64, 8, 2)
+    return Launch(16 if biased else 32, 64, 8, 2)
 
 
-def queries_launch(width: int, itemsize: int, biased: bool, capped: bool) -> Launch:
+def queries_launch(width: int, itemsize: int, biased: bool, capped: bool, drops: bool = False) -> Launch:
     """Programs that hold ``rows`` queries and go along the keys."""
+    full = _fills_registers(biased, capped, drops)
     if itemsize == 4:
         return Launch(32, 16, 4, 2) if width <= 64 else Launch(16, 32, 8, 1)
     if width <= 64:
         return Launch(128, 64, 8, 3)
     if width <= 128:
-        return Launch(128, 32, 8, 3) if biased and capped else Launch(128, 64, 8, 2)
-    return Launch(64, 16, 8, 2) if biased and capped else Launch(128, 32, 8, 2)
+        return Launch(128, 32, 8, 3) if full else Launch(128, 64, 8, 2)
+    if drops:
+        return Launch(32, 32, 8, 2) if full else Launch(128, 16, 8, 2)
+    return Launch(64, 16, 8, 2) if full else Launch(128, 32, 8, 2)
+
+
+def _fills_registers(biased: bool, capped: bool, drops: bool) -> bool:
+    return biased + capped + drops >= 2
 
 
 def bias_launch(width: int, itemsize: int) -> Launch:
@@ -135,9 +154,9 @@ def bias_launch(width: int, itemsize: int) -> Launch:
     return Launch(64, 64, 8, 2) if width <= 128 else Launch(64, 32, 8, 1)
 
 
-_SHARED = "graphopt_kernels.attention_triton"
-_BACKWARD = ("graphopt_kernels.attention_backward_triton", _SHARED)
-FORWARD = Choice("attention-forward", (_SHARED,), lambda p: forward_launch(*p.size), check_launch)
+_SHARED = ("graphopt_kernels.attention_triton", "graphopt_kernels.philox_triton")
+_BACKWARD = ("graphopt_kernels.attention_backward_triton", *_SHARED)
+FORWARD = Choice("attention-forward", _SHARED, lambda p: forward_launch(*p.size), check_launch)
 KEYS = Choice("attention-keys", _BACKWARD, lambda p: keys_launch(*p.size), check_launch)
 QUERIES = Choice("attention-queries", _BACKWARD, lambda p: queries_launch(*p.size), check_launch)
 BIAS = Choice(
@@ -197,6 +216,8 @@ class _Problem:
         softcap: float,
         left: int | None,
         right: int | None,
+        dropout_p: float,
+        seed: torch.Tensor | None,
     ) -> None:
         self.query, self.key, self.value = (rows_together(x) for x in (query, key, value))
         self.batch, self.heads, self.rows, self.width = query.shape
@@ -204,6 +225,8 @@ class _Problem:
         # Without one the kernels do not look at it.
         self.bias = self.query if bias is None else bias.expand(*query.shape[:3], key.shape[2])
         self.bias_strides = (0, 0, 0, 0) if bias is None else self.bias.stride()
+        drops = dropout_p != 0.0
+        self.seed = seed if drops and seed is not None else self.query
         # Bounds beyond the last key or the first hide nothing, and kernels take 32 bits.
         far = self.rows + self.columns
         self.left = None if left is None or left >= self.rows - 1 else max(left, -far)
@@ -220,10 +243,13 @@ class _Problem:
             softcap != 0.0,
             0 if self.left is None else rows_class(max(self.left, 0) + 1, _MOST_LENGTH),
             self.right is not None,
+            drops,
         )
-        self.numbers = (scale, softcap, self.left or 0, self.right or 0)
+        dropping = (cut_of(dropout_p), 1.0 / (1.0 - dropout_p))
+        self.numbers = (scale, softcap, self.left or 0, self.right or 0, *dropping)
         self.sizes = (self.heads, self.heads // self.few, self.rows, self.columns)
         self.flags: dict[str, Any] = {
+            "DROPS": drops,
             "CAPPED": softcap != 0.0,
             "APPROXIMATE": query.dtype is torch.bfloat16,
             "LEFT": self.left is not None,
@@ -242,7 +268,7 @@ class _Problem:
 
     @property
     def operands(self) -> tuple[torch.Tensor, ...]:
-        return self.query, self.key, self.value, self.bias
+        return self.query, self.key, self.value, self.bias, self.seed
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -260,13 +286,15 @@ def forward(
     softcap: float,
     left: int | None,
     right: int | None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
     *,
     launch: Launch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``graphopt::attention`` by its kernel. ``launch``: in place of the one for the problem."""
     results = result_buffers(query, value)
     if results[0].numel():
-        settings = (scale, softcap, left, right)
+        settings = (scale, softcap, left, right, dropout_p, seed)
         forward_into(kernels, results, query, key, value, bias, *settings, launch=launch)
     return results
 
@@ -282,13 +310,15 @@ def forward_into(
     softcap: float,
     left: int | None,
     right: int | None,
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
     *,
     launch: Launch | None = None,
 ) -> None:
     """Write ``results``: an output of any strides with the elements of a row together, and a contiguous
     log-sum-exp. Neither is empty."""
     output, lse = results
-    problem = _Problem(query, key, value, bias, scale, softcap, left, right)
+    problem = _Problem(query, key, value, bias, scale, softcap, left, right, dropout_p, seed)
     launch = launch or FORWARD(problem.tuned, query.device)
     with _on(query):
         kernels.forward[(_blocks(problem.rows, launch.rows) * problem.batch * problem.heads,)](
@@ -319,6 +349,8 @@ def backward(
     left: int | None,
     right: int | None,
     output_mask: Sequence[bool],
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
     *,
     launch: Launch | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -331,7 +363,7 @@ def backward(
         return found
     settings = (scale, softcap, left, right)
     given = (grad, query, key, value, bias, output, lse, *settings)
-    backward_into(kernels, found, *given, output_mask, launch=launch)
+    backward_into(kernels, found, *given, output_mask, dropout_p, seed, launch=launch)
     return found
 
 
@@ -350,13 +382,15 @@ def backward_into(
     left: int | None,
     right: int | None,
     output_mask: Sequence[bool],
+    dropout_p: float = 0.0,
+    seed: torch.Tensor | None = None,
     *,
     launch: Launch | None = None,
 ) -> None:
     """Write the gradients ``found`` that ``output_mask`` asks for: of any strides with the elements of a row
     together, that of the bias contiguous. Nothing is empty, and ``lse`` is contiguous."""
     d_query, d_key, d_value, d_bias = found
-    problem = _Problem(query, key, value, bias, scale, softcap, left, right)
+    problem = _Problem(query, key, value, bias, scale, softcap, left, right, dropout_p, seed)
     grad, output = rows_together(grad), rows_together(output)
     shifts, along = torch.empty_like(lse), torch.empty_like(lse)
     common = (*problem.operands, grad, shifts, along)

@@ -7,7 +7,7 @@ is float32 (float64 for float64). A slice of rows reads the keys that some row o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
@@ -72,8 +72,10 @@ def attention_reference(
     softcap: float,
     left: int | None,
     right: int | None,
+    factors: Callable[[slice, slice], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ``attention`` computes, with ATen operators."""
+    """What ``attention`` computes, with ATen operators. ``factors``: what the softmax of rows and columns is
+    multiplied by, [B, H, m, n], for dropout."""
     output, lse = result_buffers(query, value)
     for rows, columns in _slices(query, key, left, right):
         if columns.stop <= columns.start:
@@ -85,6 +87,8 @@ def attention_reference(
         scores.sub_(highest.masked_fill(highest == -math.inf, 0.0)).exp_()
         total = scores.sum(-1, keepdim=True)
         lse[:, :, rows] = (highest + total.log()).squeeze(-1)
+        if factors is not None:
+            scores *= factors(rows, columns)
         # Not by the log-sum-exp, which says less of a row that is hidden whole.
         result = _grouped(scores, value[:, :, columns].to(scores.dtype))
         output[:, :, rows] = result / total.masked_fill(total == 0.0, 1.0)
@@ -104,8 +108,9 @@ def attention_backward_reference(
     left: int | None,
     right: int | None,
     output_mask: Sequence[bool],
+    factors: Callable[[slice, slice], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What ``attention_backward`` computes, with ATen operators."""
+    """What ``attention_backward`` computes, with ATen operators, and the ``factors`` of the forward."""
     exact = arithmetic_in(query.dtype)
     d_query, d_key, d_value, d_bias = gradient_buffers(query, key, value, bias, output_mask)
     # Keys, values and a bias get something from several slices.
@@ -120,9 +125,13 @@ def attention_backward_reference(
         scores, slope = _scores(query, key, bias, scale, softcap, left, right, rows, columns)
         weights = _weights(scores, lse[:, :, rows])
         dy = grad[:, :, rows].to(exact)
+        factor = None if factors is None else factors(rows, columns)
         if output_mask[2]:
-            sums[1][:, :, columns] += _summed_over_group(weights, dy, key.shape[1])
+            kept = weights if factor is None else weights * factor
+            sums[1][:, :, columns] += _summed_over_group(kept, dy, key.shape[1])
         d_scores = _grouped(dy, value[:, :, columns].to(exact).transpose(-2, -1))
+        if factor is not None:
+            d_scores *= factor
         d_scores -= (dy * output[:, :, rows].to(exact)).sum(-1, keepdim=True)
         d_scores *= weights
         if output_mask[3] and bias is not None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from graphopt_kernels.philox_triton import factors_of_tile
+
 __all__ = ["base_two_scores", "bias_of_tile", "forward_kernel", "only_visible", "place_of", "reach", "tile"]
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -172,6 +174,12 @@ def _along_keys(  # type: ignore[no-untyped-def]
     softcap,
     left,
     right,
+    number,
+    item,
+    begin,
+    cut,
+    kept,
+    DROPS: tl.constexpr,
     CAPPED: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     BIAS: tl.constexpr,
@@ -182,6 +190,7 @@ def _along_keys(  # type: ignore[no-untyped-def]
     VALUE_WIDTH: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_V: tl.constexpr,
+    ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
@@ -203,6 +212,8 @@ def _along_keys(  # type: ignore[no-untyped-def]
         weights = tl.exp2(scores - shift[:, None])
         shrink = tl.exp2(most - shift)
         total = total * shrink + tl.sum(weights, axis=1)
+        if DROPS:
+            weights *= factors_of_tile(number, item, begin, start, cut, kept, ROWS, COLUMNS, False)
         v = tile(value, start, stride_value, columns, COLUMNS, VALUE_WIDTH, BLOCK_V, MASKED)
         result = result * shrink[:, None]
         result = tl.dot(weights.to(v.dtype), v, result, input_precision=PRECISION)
@@ -216,6 +227,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     key,
     value,
     bias,
+    seed,
     output,
     log_sum_exp,
     query_batch,
@@ -242,6 +254,9 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     softcap,
     left,
     right,
+    cut,
+    kept,
+    DROPS: tl.constexpr,
     CAPPED: tl.constexpr,
     APPROXIMATE: tl.constexpr,
     BIAS: tl.constexpr,
@@ -263,7 +278,8 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     block = program % blocks
     if RIGHT:
         block = blocks - 1 - block
-    batch, head, shared = place_of(program // blocks, heads, group)
+    place = program // blocks
+    batch, head, shared = place_of(place, heads, group)
     begin = block * ROWS
     end = tl.minimum(begin + ROWS, rows) - 1
     query += batch * query_batch + head * query_head
@@ -274,28 +290,33 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     q = tile(query, begin, query_row, rows, ROWS, WIDTH, BLOCK_D, True)
     row = begin + tl.arange(0, ROWS)
     first, whole, broken, last = reach(begin, end, columns, left, right, LEFT, RIGHT, COLUMNS)
+    number = 0
+    if DROPS:
+        number = tl.load(seed)
     total = tl.zeros([ROWS], tl.float32)
     most = tl.full([ROWS], -float("inf"), tl.float32)
     result = tl.zeros([ROWS, BLOCK_V], tl.float32)
     if LEFT:
         total, most, result = _along_keys(
             total, most, result, q, first, tl.minimum(whole, last), row, key, value, bias, key_row, value_row,
-            bias_row, bias_column, rows, columns, scale, softcap, left, right, CAPPED, APPROXIMATE, BIAS,
-            BY_ROW, LEFT, RIGHT, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_V, COLUMNS, PRECISION, True,
+            bias_row, bias_column, rows, columns, scale, softcap, left, right, number, place, begin, cut,
+            kept, DROPS, CAPPED, APPROXIMATE, BIAS, BY_ROW, LEFT, RIGHT, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_V,
+            ROWS, COLUMNS, PRECISION, True,
         )  # fmt: skip
     total, most, result = _along_keys(
         total, most, result, q, whole, broken, row, key, value, bias, key_row, value_row,
-        bias_row, bias_column, rows, columns, scale, softcap, left, right, CAPPED, APPROXIMATE, BIAS,
-        BY_ROW, LEFT, RIGHT, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_V, COLUMNS, PRECISION, False,
+        bias_row, bias_column, rows, columns, scale, softcap, left, right, number, place, begin, cut,
+        kept, DROPS, CAPPED, APPROXIMATE, BIAS, BY_ROW, LEFT, RIGHT, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_V,
+        ROWS, COLUMNS, PRECISION, False,
     )  # fmt: skip
     total, most, result = _along_keys(
         total, most, result, q, tl.maximum(whole, broken), last, row, key, value, bias, key_row, value_row,
-        bias_row, bias_column, rows, columns, scale, softcap, left, right, CAPPED, APPROXIMATE, BIAS,
-        BY_ROW, LEFT, RIGHT, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_V, COLUMNS, PRECISION, True,
+        bias_row, bias_column, rows, columns, scale, softcap, left, right, number, place, begin, cut,
+        kept, DROPS, CAPPED, APPROXIMATE, BIAS, BY_ROW, LEFT, RIGHT, WIDTH, VALUE_WIDTH, BLOCK_D, BLOCK_V,
+        ROWS, COLUMNS, PRECISION, True,
     )  # fmt: skip
     result = result / tl.where(total == 0.0, 1.0, total)[:, None]
     sums = most * LN2 + tl.log(total)
-    place = program // blocks
     tl.store(log_sum_exp + place.to(tl.int64) * rows + row, sums, mask=row < rows)
     wide = tl.arange(0, BLOCK_V)[None, :]
     at = output + row[:, None].to(tl.int64) * output_row + wide

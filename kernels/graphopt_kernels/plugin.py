@@ -37,10 +37,10 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
     from graphopt_kernels import (
         add_product,
         attention,
-        attention_reference,
         bandwidth,
         convolution_relu,
         cross_entropy,
+        dropout_add,
         linear_cross_entropy,
         linear_cross_entropy_add,
         linear_cross_entropy_arguments,
@@ -142,6 +142,13 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             summary="a convolution with the bias, the residual sum and the ReLU behind it",
         ),
         KernelSpec(
+            name="dropout-add",
+            op="graphopt::dropout_add",
+            reference=dropout_add.dropout_add_reference,
+            supports=dropout_add.dropout_add_supports,
+            summary="dropout and the sum behind it, of which only a seed is kept",
+        ),
+        KernelSpec(
             name="quantize-rows",
             op="graphopt::quantize_rows",
             reference=row_quantize.quantize_reference,
@@ -228,14 +235,14 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
         KernelSpec(
             name="attention",
             op="graphopt::attention",
-            reference=attention_reference.attention_reference,
+            reference=attention.attention_plain,
             supports=attention.attention_supports,
             summary="attention without its scores in memory: caps, windows, biases, groups of heads",
         ),
         KernelSpec(
             name="attention-backward",
             op="graphopt::attention_backward",
-            reference=attention_reference.attention_backward_reference,
+            reference=attention.attention_backward_plain,
             supports=attention.attention_backward_supports,
             summary="gradients of query, key, value and bias of attention",
         ),

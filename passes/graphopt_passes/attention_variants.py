@@ -31,17 +31,21 @@ import torch
 import torch.fx as fx
 
 from graphopt.candidate import Reason
-from graphopt.plugins import default_host
+from graphopt.passes import PassContext
 from graphopt.program import Program
 from graphopt.rules import Match, Rule, either, operator
+from graphopt_passes.drawn_seed import seed_beside
 from graphopt_passes.grouped_attention import same_heads, shared_heads
 from graphopt_passes.written_attention import (
     attended,
     biased,
     cast,
+    drops,
     factor,
     guard_bias,
     guard_choice,
+    guard_dropout,
+    guard_kernel,
     guard_products,
     masked,
     number,
@@ -53,13 +57,10 @@ from graphopt_passes.written_attention import (
     untransposed,
 )
 
-__all__ = ["VARIANTS", "guard_kernel", "takes_trained_biases"]
+__all__ = ["VARIANTS", "called", "takes_trained_biases"]
 
 _aten = torch.ops.aten
 _tanh = operator(_aten.tanh.default)
-
-_WIDEST = 256
-_WIDEST_FLOAT32 = 128
 
 
 def _capped(query: Any, keys: Any, scale: Any, divisor: Any, before: Any, below: Any, cap: Any) -> Any:
@@ -71,39 +72,45 @@ def _capped(query: Any, keys: Any, scale: Any, divisor: Any, before: Any, below:
 
 
 def capped(
-    query: Any, keys: Any, scale: Any, divisor: Any, before: Any, below: Any, cap: Any, dim: Any, value: Any
-) -> Any:
-    return attended(_capped(query, keys, scale, divisor, before, below, cap), dim, value)
+    query: Any, keys: Any, scale: Any, divisor: Any, before: Any, below: Any, cap: Any, dim: Any, value: Any,
+    rate: Any, training: Any,
+) -> Any:  # fmt: skip
+    scores = _capped(query, keys, scale, divisor, before, below, cap)
+    return attended(scores, dim, value, rate, training)
 
 
 def capped_with_bias(
     query: Any, keys: Any, scale: Any, divisor: Any, before: Any, below: Any, cap: Any, bias: Any, dim: Any,
-    value: Any,
+    value: Any, rate: Any, training: Any,
 ) -> Any:  # fmt: skip
     scores = _capped(query, keys, scale, divisor, before, below, cap)
-    return attended(masked(scores, bias=bias), dim, value)
+    return attended(masked(scores, bias=bias), dim, value, rate, training)
 
 
 def capped_and_filled(
     query: Any, keys: Any, scale: Any, divisor: Any, before: Any, below: Any, cap: Any, hidden: Any,
-    low: Any, dim: Any, value: Any,
+    low: Any, dim: Any, value: Any, rate: Any, training: Any,
 ) -> Any:  # fmt: skip
     scores = _capped(query, keys, scale, divisor, before, below, cap)
-    return attended(masked(scores, hidden=hidden, low=low), dim, value)
+    return attended(masked(scores, hidden=hidden, low=low), dim, value, rate, training)
 
 
 def capped_and_chosen(
     query: Any, keys: Any, scale: Any, divisor: Any, before: Any, below: Any, cap: Any, visible: Any,
-    low: Any, dim: Any, value: Any,
+    low: Any, dim: Any, value: Any, rate: Any, training: Any,
 ) -> Any:  # fmt: skip
     scores = _capped(query, keys, scale, divisor, before, below, cap)
-    return attended(masked(scores, visible=visible, low=low), dim, value)
+    return attended(masked(scores, visible=visible, low=low), dim, value, rate, training)
 
 
 # --- replacements -------------------------------------------------------------------------------
 
 
-def _called(query: Any, keys: Any, value: Any, bias: Any, scale: float, cap: float) -> Any:
+def called(
+    query: Any, keys: Any, value: Any, bias: Any, scale: float, cap: float, rate: Any, training: Any
+) -> Any:
+    """``graphopt.attention``; ``bias``, where there is one, with its rank."""
+    dropping = (rate, seed_beside(query)) if drops(rate, training) else ()
     key = untransposed(keys)
     has_heads = query.node.meta["val"].dim() == 4
     if has_heads:
@@ -115,7 +122,7 @@ def _called(query: Any, keys: Any, value: Any, bias: Any, scale: float, cap: flo
         if bias is not None and bias[1] == 3:
             bias = _aten.unsqueeze.default(bias[0], 1), 4
     made = torch.ops.graphopt.attention.default(
-        query, key, value, None if bias is None else bias[0], scale, cap, None, None
+        query, key, value, None if bias is None else bias[0], scale, cap, None, None, *dropping
     )
     output = python_operator.getitem(made, 0)
     return output if has_heads else _aten.squeeze.dim(output, 1)
@@ -132,60 +139,52 @@ def _rank(mask: Any) -> int:
 
 
 def _cap(
-    query: Any, keys: Any, scale: Any, divisor: Any, before: Any, below: Any, cap: Any, value: Any
-) -> Any:
-    return _called(query, keys, value, None, *_numbers(scale, divisor, before, below, cap))
+    query: Any, keys: Any, scale: Any, divisor: Any, before: Any, below: Any, cap: Any, value: Any,
+    rate: Any, training: Any,
+) -> Any:  # fmt: skip
+    return called(query, keys, value, None, *_numbers(scale, divisor, before, below, cap), rate, training)
 
 
 def _cap_with_bias(
-    query: Any, keys: Any, scale: Any, divisor: Any, before: Any, below: Any, cap: Any, bias: Any, value: Any
-) -> Any:
+    query: Any, keys: Any, scale: Any, divisor: Any, before: Any, below: Any, cap: Any, bias: Any, value: Any,
+    rate: Any, training: Any,
+) -> Any:  # fmt: skip
     given = (bias, _rank(bias))
-    return _called(query, keys, value, given, *_numbers(scale, divisor, before, below, cap))
+    return called(query, keys, value, given, *_numbers(scale, divisor, before, below, cap), rate, training)
 
 
 def _cap_and_hide(
     query: Any, keys: Any, scale: Any, divisor: Any, before: Any, below: Any, cap: Any, hidden: Any,
-    value: Any,
+    value: Any, rate: Any, training: Any,
 ) -> Any:  # fmt: skip
     given = (_aten.bitwise_not.default(hidden), _rank(hidden))
-    return _called(query, keys, value, given, *_numbers(scale, divisor, before, below, cap))
+    return called(query, keys, value, given, *_numbers(scale, divisor, before, below, cap), rate, training)
 
 
 def _cap_and_show(
     query: Any, keys: Any, scale: Any, divisor: Any, before: Any, below: Any, cap: Any, visible: Any,
-    value: Any,
+    value: Any, rate: Any, training: Any,
 ) -> Any:  # fmt: skip
     given = (visible, _rank(visible))
-    return _called(query, keys, value, given, *_numbers(scale, divisor, before, below, cap))
+    return called(query, keys, value, given, *_numbers(scale, divisor, before, below, cap), rate, training)
 
 
-def _trained(query: Any, keys: Any, value: Any, bias: Any, scale: Any, divisor: Any) -> Any:
-    return _called(query, keys, value, (bias, _rank(bias)), factor(scale, divisor), 0.0)
+def _trained(
+    query: Any, keys: Any, value: Any, bias: Any, scale: Any, divisor: Any, rate: Any, training: Any
+) -> Any:
+    return called(query, keys, value, (bias, _rank(bias)), factor(scale, divisor), 0.0, rate, training)
 
 
 def _trained_twice(
-    query: Any, keys: Any, value: Any, bias: Any, further: Any, scale: Any, divisor: Any
-) -> Any:
+    query: Any, keys: Any, value: Any, bias: Any, further: Any, scale: Any, divisor: Any, rate: Any,
+    training: Any,
+) -> Any:  # fmt: skip
     rank = max(_rank(bias), _rank(further))
     both = _aten.add.Tensor(bias, further)
-    return _called(query, keys, value, (both, rank), factor(scale, divisor), 0.0)
+    return called(query, keys, value, (both, rank), factor(scale, divisor), 0.0, rate, training)
 
 
 # --- guards -------------------------------------------------------------------------------------
-
-
-def guard_kernel(query: fx.Node, everywhere: bool, root: str) -> Reason | None:
-    """Whether ``graphopt.attention`` has a kernel for heads such as ``query``."""
-    if "attention" not in default_host().kernels():
-        return Reason("the kernel attention is not installed", (root,))
-    known = query.meta["val"]
-    if not known.is_cuda and not everywhere:
-        return Reason(f"no kernel runs on {known.device.type}, where the operator gains nothing", (root,))
-    widest = _WIDEST_FLOAT32 if known.dtype is torch.float32 else _WIDEST
-    if not isinstance(known.shape[-1], int) or known.shape[-1] > widest:
-        return Reason(f"heads of {known.shape[-1]} elements do not fit the registers of a program", (root,))
-    return None
 
 
 def takes_trained_biases(match: Match, options: Any) -> bool:
@@ -193,9 +192,10 @@ def takes_trained_biases(match: Match, options: Any) -> bool:
     return bool(options.everywhere) and guard_kernel(match.captures["query"], True, "") is None
 
 
-def _guard(match: Match, options: Any) -> Reason | None:
+def _guard(match: Match, options: Any, ctx: PassContext) -> Reason | None:
     root, captures = match.roots[0], match.captures
-    reason = guard_products(match) or guard_kernel(captures["query"], options.everywhere, root.name)
+    reason = guard_products(match) or guard_dropout(match, options, ctx)
+    reason = reason or guard_kernel(captures["query"], options.everywhere, root.name)
     if reason is not None:
         return reason
     product = 1.0
@@ -212,8 +212,8 @@ def _guard(match: Match, options: Any) -> Reason | None:
     return Reason("the scale of the scores is below zero", (root.name,)) if product < 0 else None
 
 
-def _guard_bias(match: Match, program: Program, options: Any) -> Reason | None:
-    return _guard(match, options) or guard_bias(match, program)
+def _guard_bias(match: Match, program: Program, options: Any, ctx: PassContext) -> Reason | None:
+    return _guard(match, options, ctx) or guard_bias(match, program)
 
 
 def _guard_libraries(match: Match, options: Any) -> Reason | None:
@@ -222,16 +222,16 @@ def _guard_libraries(match: Match, options: Any) -> Reason | None:
     return Reason("libraries of GPUs give the gradient of a bias", (match.roots[0].name,))
 
 
-def _guard_trained(match: Match, program: Program, options: Any) -> Reason | None:
-    reason = _guard_bias(match, program, options) or _guard_libraries(match, options)
+def _guard_trained(match: Match, program: Program, options: Any, ctx: PassContext) -> Reason | None:
+    reason = _guard_bias(match, program, options, ctx) or _guard_libraries(match, options)
     if reason is None and trained_part(match.captures["bias"]) is None:
         return Reason("the bias is not trained: libraries have kernels for it", (match.roots[0].name,))
     return reason
 
 
-def _guard_trained_twice(match: Match, program: Program, options: Any) -> Reason | None:
+def _guard_trained_twice(match: Match, program: Program, options: Any, ctx: PassContext) -> Reason | None:
     root = match.roots[0].name
-    reason = _guard_bias(match, program, options) or guard_bias(match, program, "further")
+    reason = _guard_bias(match, program, options, ctx) or guard_bias(match, program, "further")
     reason = reason or _guard_libraries(match, options)
     if reason is None and match.captures["query"].meta["val"].dtype is torch.float16:
         return Reason("two masks may be too low for float16 together", (root,))
@@ -240,12 +240,12 @@ def _guard_trained_twice(match: Match, program: Program, options: Any) -> Reason
     return reason
 
 
-def _guard_hidden(match: Match, options: Any) -> Reason | None:
-    return _guard(match, options) or guard_choice(match, "hidden", hidden=True, added=False)
+def _guard_hidden(match: Match, options: Any, ctx: PassContext) -> Reason | None:
+    return _guard(match, options, ctx) or guard_choice(match, "hidden", hidden=True, added=False)
 
 
-def _guard_visible(match: Match, options: Any) -> Reason | None:
-    return _guard(match, options) or guard_choice(match, "visible", hidden=False, added=False)
+def _guard_visible(match: Match, options: Any, ctx: PassContext) -> Reason | None:
+    return _guard(match, options, ctx) or guard_choice(match, "visible", hidden=False, added=False)
 
 
 def _rule(name: str, pattern: Any, replacement: Any, guard: Any) -> Rule:

@@ -20,8 +20,8 @@ Where libraries have no kernel, for capped scores and trained biases, it is ``gr
 (``attention_variants``).
 
 A row that a mask hides whole is NaN when softmax is written out and zero in the fused call: where a mask
-may hold one, attention stays as it is. So it does under dropout: fused kernels draw other random
-numbers.
+may hold one, attention stays as it is. So it does under dropout, as fused kernels draw other random
+numbers, unless ``allow`` names ``fuse-dropout``: then it is ``graphopt.attention`` with a seed.
 """
 
 from __future__ import annotations
@@ -31,19 +31,24 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.fx as fx
 
-from graphopt.candidate import Reason
+from graphopt.candidate import Candidate, Reason
+from graphopt.passes import PassContext
 from graphopt.program import Level, Program
 from graphopt.rules import Match, RewritePass, Rule
-from graphopt_passes.attention_variants import VARIANTS, takes_trained_biases
+from graphopt_passes.attention_variants import VARIANTS, called, takes_trained_biases
+from graphopt_passes.drawn_seed import other_numbers
 from graphopt_passes.written_attention import (
     biased,
     chosen,
+    drops,
     factor,
     fill_for_hidden,
     filled,
     guard_bias,
     guard_choice,
+    guard_dropout,
     guard_products,
     trained_part,
     twice_biased,
@@ -56,8 +61,14 @@ __all__ = ["FuseAttention"]
 _aten = torch.ops.aten
 
 
-def _fused(query: Any, keys: Any, value: Any, mask: Any, rank_of_mask: int, scale: float) -> Any:
-    """``scaled_dot_product_attention``; ``keys`` are transposed."""
+def _fused(
+    query: Any, keys: Any, value: Any, mask: Any, rank_of_mask: int, scale: float, rate: Any, training: Any
+) -> Any:
+    """``scaled_dot_product_attention``, or graphopt's own where weights are dropped; ``keys`` are
+    transposed."""
+    if drops(rate, training):
+        bias = None if mask is None else (mask, rank_of_mask)
+        return called(query, keys, value, bias, scale, 0.0, rate, training)
     key = untransposed(keys)
     if query.node.meta["val"].dim() == 4:
         return _aten.scaled_dot_product_attention.default(query, key, value, mask, scale=scale)
@@ -73,56 +84,70 @@ def _rank(mask: Any) -> int:
     return int(mask.node.meta["val"].dim())
 
 
-def _plain(query: Any, keys: Any, value: Any, scale: Any, divisor: Any) -> Any:
-    return _fused(query, keys, value, None, 0, factor(scale, divisor))
+def _plain(
+    query: Any, keys: Any, value: Any, scale: Any, divisor: Any, rate: Any, training: Any
+) -> Any:
+    return _fused(query, keys, value, None, 0, factor(scale, divisor), rate, training)
 
 
-def _with_bias(query: Any, keys: Any, value: Any, bias: Any, scale: Any, divisor: Any) -> Any:
-    return _fused(query, keys, value, bias, _rank(bias), factor(scale, divisor))
+def _with_bias(
+    query: Any, keys: Any, value: Any, bias: Any, scale: Any, divisor: Any, rate: Any, training: Any
+) -> Any:
+    return _fused(query, keys, value, bias, _rank(bias), factor(scale, divisor), rate, training)
 
 
-def _with_biases(query: Any, keys: Any, value: Any, bias: Any, further: Any, scale: Any, divisor: Any) -> Any:
+def _with_biases(
+    query: Any, keys: Any, value: Any, bias: Any, further: Any, scale: Any, divisor: Any, rate: Any,
+    training: Any,
+) -> Any:  # fmt: skip
     rank = max(_rank(bias), _rank(further))
     both = _aten.add.Tensor(bias, further)
-    return _fused(query, keys, value, both, rank, factor(scale, divisor))
+    return _fused(query, keys, value, both, rank, factor(scale, divisor), rate, training)
 
 
-def _with_hidden(query: Any, keys: Any, value: Any, hidden: Any, scale: Any, divisor: Any) -> Any:
+def _with_hidden(
+    query: Any, keys: Any, value: Any, hidden: Any, scale: Any, divisor: Any, rate: Any, training: Any
+) -> Any:
     mask = _aten.bitwise_not.default(hidden)
-    return _fused(query, keys, value, mask, _rank(hidden), factor(scale, divisor))
+    return _fused(query, keys, value, mask, _rank(hidden), factor(scale, divisor), rate, training)
 
 
-def _with_visible(query: Any, keys: Any, value: Any, visible: Any, scale: Any, divisor: Any) -> Any:
-    return _fused(query, keys, value, visible, _rank(visible), factor(scale, divisor))
+def _with_visible(
+    query: Any, keys: Any, value: Any, visible: Any, scale: Any, divisor: Any, rate: Any, training: Any
+) -> Any:
+    return _fused(query, keys, value, visible, _rank(visible), factor(scale, divisor), rate, training)
 
 
 def _with_hidden_added(
-    query: Any, keys: Any, value: Any, hidden: Any, low: Any, scale: Any, divisor: Any
-) -> Any:
+    query: Any, keys: Any, value: Any, hidden: Any, low: Any, scale: Any, divisor: Any, rate: Any,
+    training: Any,
+) -> Any:  # fmt: skip
     mask = fill_for_hidden(low, hidden, query.node.meta["val"].dtype, hidden=True)
-    return _fused(query, keys, value, mask, _rank(hidden), factor(scale, divisor))
+    return _fused(query, keys, value, mask, _rank(hidden), factor(scale, divisor), rate, training)
 
 
 def _with_visible_added(
-    query: Any, keys: Any, value: Any, visible: Any, low: Any, scale: Any, divisor: Any
-) -> Any:
+    query: Any, keys: Any, value: Any, visible: Any, low: Any, scale: Any, divisor: Any, rate: Any,
+    training: Any,
+) -> Any:  # fmt: skip
     mask = fill_for_hidden(low, visible, query.node.meta["val"].dtype, hidden=False)
-    return _fused(query, keys, value, mask, _rank(visible), factor(scale, divisor))
+    return _fused(query, keys, value, mask, _rank(visible), factor(scale, divisor), rate, training)
 
 
 # --- guards -------------------------------------------------------------------------------------
 
 
-def _guard(match: Match) -> Reason | None:
-    return guard_products(match)
+def _guard(match: Match, options: FuseAttention, ctx: PassContext) -> Reason | None:
+    return guard_products(match) or guard_dropout(match, options, ctx)
 
 
-def _guard_bias(match: Match, program: Program, options: FuseAttention) -> Reason | None:
-    return guard_products(match) or guard_bias(match, program) or _guard_trained(match, options, "bias")
+def _guard_bias(match: Match, program: Program, options: FuseAttention, ctx: PassContext) -> Reason | None:
+    reason = _guard(match, options, ctx) or guard_bias(match, program)
+    return reason or _guard_trained(match, options, "bias")
 
 
-def _guard_biases(match: Match, program: Program, options: FuseAttention) -> Reason | None:
-    reason = guard_products(match)
+def _guard_biases(match: Match, program: Program, options: FuseAttention, ctx: PassContext) -> Reason | None:
+    reason = _guard(match, options, ctx)
     for name in ("bias", "further"):
         reason = reason or guard_bias(match, program, name) or _guard_trained(match, options, name)
     return reason or _guard_overflow(match)
@@ -146,20 +171,20 @@ def _guard_trained(match: Match, options: FuseAttention, name: str) -> Reason | 
     return None
 
 
-def _guard_hidden(match: Match) -> Reason | None:
-    return guard_products(match) or guard_choice(match, "hidden", hidden=True, added=False)
+def _guard_hidden(match: Match, options: FuseAttention, ctx: PassContext) -> Reason | None:
+    return _guard(match, options, ctx) or guard_choice(match, "hidden", hidden=True, added=False)
 
 
-def _guard_visible(match: Match) -> Reason | None:
-    return guard_products(match) or guard_choice(match, "visible", hidden=False, added=False)
+def _guard_visible(match: Match, options: FuseAttention, ctx: PassContext) -> Reason | None:
+    return _guard(match, options, ctx) or guard_choice(match, "visible", hidden=False, added=False)
 
 
-def _guard_hidden_added(match: Match) -> Reason | None:
-    return guard_products(match) or guard_choice(match, "hidden", hidden=True, added=True)
+def _guard_hidden_added(match: Match, options: FuseAttention, ctx: PassContext) -> Reason | None:
+    return _guard(match, options, ctx) or guard_choice(match, "hidden", hidden=True, added=True)
 
 
-def _guard_visible_added(match: Match) -> Reason | None:
-    return guard_products(match) or guard_choice(match, "visible", hidden=False, added=True)
+def _guard_visible_added(match: Match, options: FuseAttention, ctx: PassContext) -> Reason | None:
+    return _guard(match, options, ctx) or guard_choice(match, "visible", hidden=False, added=True)
 
 
 @dataclass(frozen=True)
@@ -199,3 +224,8 @@ class FuseAttention(RewritePass):
     )
 
     everywhere: bool = False
+
+    def _candidate(self, match: Match, node: fx.Node, ctx: PassContext) -> Candidate:
+        found = super()._candidate(match, node, ctx)
+        dropping = drops(match.captures["rate"], match.captures["training"])
+        return other_numbers(found) if dropping else found

@@ -25,11 +25,13 @@ from typing import Any, ClassVar
 import torch
 import torch.fx as fx
 
-from graphopt.candidate import Reason
+from graphopt.candidate import Candidate, Reason
+from graphopt.passes import PassContext
 from graphopt.program import Level
 from graphopt.rules import Match, RewritePass, Rule, either, operator
 from graphopt.rules.matching import Missed, match_pattern
 from graphopt.rules.pattern import Pattern
+from graphopt_passes.drawn_seed import ALLOWED_BY, other_numbers
 
 __all__ = ["GroupedAttention", "same_heads", "shared_heads"]
 
@@ -69,8 +71,9 @@ def _grouped(query: Any, keys: Any, values: Any, mask: Any, dropout: Any, causal
 
 
 def _guard(
-    query: Any, keys: Any, values: Any, axis: Any, other_axis: Any, mask: Any, dropout: Any, match: Match
-) -> Reason | None:
+    query: Any, keys: Any, values: Any, axis: Any, other_axis: Any, mask: Any, dropout: Any, match: Match,
+    ctx: PassContext,
+) -> Reason | None:  # fmt: skip
     root = match.roots[0]
     heads = query.meta["val"] if isinstance(query, fx.Node) else None
     if not isinstance(heads, torch.Tensor) or heads.dim() != 4:
@@ -80,10 +83,12 @@ def _guard(
             return reason
     if keys.meta["val"].shape[1] != values.meta["val"].shape[1]:
         return Reason("keys and values are of other groups", (root.name,))
-    if dropout:
+    if dropout and ALLOWED_BY not in ctx.allow:
         return Reason("dropout of weights: another kernel may draw other random numbers", (root.name,))
     # Kernels that take groups; without one of them the keys would be repeated after all.
     on_cpu = heads.device.type == "cpu"
+    if dropout and on_cpu:
+        return Reason("no kernel takes groups beside dropout here", (root.name,))
     if heads.dtype not in (_ON_CPU if on_cpu else _ON_GPU):
         dtype = str(heads.dtype).removeprefix("torch.")
         return Reason(f"no kernel takes {dtype} in groups here", (query.name,))
@@ -158,3 +163,7 @@ class GroupedAttention(RewritePass):
     rules: ClassVar[Sequence[Rule]] = (
         Rule("grouped-attention", spread, _grouped, _guard, "reassociated", near=4),
     )
+
+    def _candidate(self, match: Match, node: fx.Node, ctx: PassContext) -> Candidate:
+        found = super()._candidate(match, node, ctx)
+        return other_numbers(found) if match.captures["dropout"] else found

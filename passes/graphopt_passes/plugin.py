@@ -25,6 +25,7 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.fuse_attention:FuseAttention",
         "graphopt_passes.fuse_convolution:FuseConvolution",
         "graphopt_passes.fuse_cross_entropy:FuseCrossEntropy",
+        "graphopt_passes.fuse_dropout:FuseDropout",
         "graphopt_passes.fuse_norm:FuseNorm",
         "graphopt_passes.fuse_norm_gradient:FuseNormGradient",
         "graphopt_passes.fuse_quantize:FuseQuantize",

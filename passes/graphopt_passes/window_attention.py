@@ -33,11 +33,11 @@ from graphopt.edit import Edit
 from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.program import Level, Program
 from graphopt.rules import argument
-from graphopt_passes.attention_variants import guard_kernel
 from graphopt_passes.constant_values import constant_value
+from graphopt_passes.drawn_seed import ALLOWED_BY, no_known_rate, other_numbers, seed_before
 from graphopt_passes.grouped_attention import same_heads, shared_heads
 from graphopt_passes.mask_proof import Band, band
-from graphopt_passes.written_attention import number, short
+from graphopt_passes.written_attention import guard_kernel, number, short
 
 __all__ = ["WindowAttention"]
 
@@ -87,7 +87,7 @@ class WindowAttention(Pass):
                 part, rest = _apart(mask, size, aliases) if _is_own(node) else (mask, None)
                 known[place] = _verdict(part, size, aliases), part, rest
             verdict, part, rest = known[place]
-            reason = verdict if isinstance(verdict, Reason) else self._refusal(node, verdict, size)
+            reason = verdict if isinstance(verdict, Reason) else self._refusal(node, verdict, size, ctx)
             if reason is not None:
                 yield NearMiss(self.name, node.name, 1, 2, reason)
                 continue
@@ -95,13 +95,16 @@ class WindowAttention(Pass):
             value = part.meta["val"]
             read = value.numel() * value.element_size() / ctx.cost.device.read_bytes_per_second
             hidden = 1.0 - _share(size, verdict)
-            yield Candidate(
+            candidate = Candidate(
                 f"{self.name}@{node.name}", self.name, (node.name,),
                 CostDelta(seconds=-read - hidden * ctx.cost.node(node).seconds),
                 _telling(node.name, verdict, None if rest is None else rest.name), exactness="reassociated",
             )  # fmt: skip
+            # graphopt's own goes on to drop by the seed that it has.
+            dropping = not _is_own(node) and argument(node, "dropout_p")
+            yield other_numbers(candidate) if dropping else candidate
 
-    def _refusal(self, node: fx.Node, found: Band, size: Size) -> Reason | None:
+    def _refusal(self, node: fx.Node, found: Band, size: Size, ctx: PassContext) -> Reason | None:
         if _is_own(node):
             return None
         root = node.name
@@ -114,8 +117,11 @@ class WindowAttention(Pass):
             return Reason(f"no kernel takes {short(query.dtype)} here", (root,))
         if key.shape[0] != query.shape[0] or value.shape[:3] != key.shape[:3]:
             return Reason("heads are broadcast", (root,))
-        if argument(node, "dropout_p"):
+        rate = argument(node, "dropout_p")
+        if rate and ALLOWED_BY not in ctx.allow:
             return Reason("dropout of weights: another kernel draws other random numbers", (root,))
+        if rate and (wrong := no_known_rate(rate, root)) is not None:
+            return wrong
         scale = argument(node, "scale")
         if scale is not None and not (isinstance(scale, (int, float)) and scale > 0):
             return Reason("the scale of the scores is not a number above zero", (root,))
@@ -224,7 +230,7 @@ def _telling(name: str, found: Band, rest: str | None) -> Callable[[Edit], None]
         node = edit.node(name)
         bias = None if rest is None else edit.node(rest)
         if _is_own(node):
-            args = [*node.args[:3], bias, *node.args[4:6], *found]
+            args = [*node.args[:3], bias, *node.args[4:6], *found, *node.args[8:]]
             new = edit.call_before(node, node.target, args, replaces=(node,))
             edit.replace(node, new)
             return
@@ -236,8 +242,10 @@ def _telling(name: str, found: Band, rest: str | None) -> Callable[[Edit], None]
         scale = argument(node, "scale")
         factor = query.meta["val"].shape[-1] ** -0.5 if scale is None else float(scale)
         operator = torch.ops.graphopt.attention.default
+        rate = argument(node, "dropout_p")
+        dropping = [rate, seed_before(edit, node, (node,))] if rate else []
         made = edit.call_before(
-            node, operator, [query, key, value, None, factor, 0.0, *found], replaces=(node,)
+            node, operator, [query, key, value, None, factor, 0.0, *found, *dropping], replaces=(node,)
         )
         output = edit.call_before(node, python_operator.getitem, [made, 0], replaces=(node,))
         edit.replace(node, output)

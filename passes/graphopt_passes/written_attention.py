@@ -14,20 +14,26 @@ import torch.fx as fx
 from graphopt.candidate import Reason
 from graphopt.capture.aliasing import Aliases
 from graphopt.capture.structure import is_trained_input
+from graphopt.passes import PassContext
+from graphopt.plugins import default_host
 from graphopt.program import Program
 from graphopt.rules import Match, either, operator
 from graphopt_passes.constant_values import constant_value, hides_a_row
+from graphopt_passes.drawn_seed import ALLOWED_BY, no_known_rate
 
 __all__ = [
     "attended",
     "biased",
     "cast",
     "chosen",
+    "drops",
     "factor",
     "fill_for_hidden",
     "filled",
     "guard_bias",
     "guard_choice",
+    "guard_dropout",
+    "guard_kernel",
     "guard_products",
     "masked",
     "number",
@@ -54,6 +60,9 @@ _choose = operator(_aten.where.self, _aten.where.ScalarOther)
 _softmax = operator(_aten.softmax.int)
 _dropout = operator(_aten.dropout.default)
 
+_WIDEST = 256
+_WIDEST_FLOAT32 = 128
+
 _CASTS = (_aten.to.dtype, _aten._to_copy.default, _aten.type_as.default)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _INFINITY = float("inf")
@@ -69,11 +78,11 @@ def scaled_scores(query: Any, keys: Any, scale: Any, divisor: Any) -> Any:
     return either(cast(scaled, dtype=...), scaled)
 
 
-def attended(scores: Any, dim: Any, value: Any) -> Any:
-    """Values weighted by the softmax of ``scores``."""
+def attended(scores: Any, dim: Any, value: Any, rate: Any, training: Any) -> Any:
+    """Values weighted by the softmax of ``scores``, of which dropout leaves some."""
     weights = _softmax(scores, dim, ...)
     rounded = either(cast(weights, dtype=...), _cast_like(weights, ...), weights)
-    return _product(either(_dropout(rounded, ..., ...), rounded), value)
+    return _product(either(_dropout(rounded, rate, training), rounded), value)
 
 
 def masked(scores: Any, **by: Any) -> Any:
@@ -90,32 +99,41 @@ def masked(scores: Any, **by: Any) -> Any:
     return either(cast(changed, dtype=...), changed)
 
 
-def unmasked(query: Any, keys: Any, scale: Any, divisor: Any, dim: Any, value: Any) -> Any:
-    return attended(scaled_scores(query, keys, scale, divisor), dim, value)
+def unmasked(
+    query: Any, keys: Any, scale: Any, divisor: Any, dim: Any, value: Any, rate: Any, training: Any
+) -> Any:
+    return attended(scaled_scores(query, keys, scale, divisor), dim, value, rate, training)
 
 
-def biased(query: Any, keys: Any, scale: Any, divisor: Any, bias: Any, dim: Any, value: Any) -> Any:
-    return attended(masked(scaled_scores(query, keys, scale, divisor), bias=bias), dim, value)
+def biased(
+    query: Any, keys: Any, scale: Any, divisor: Any, bias: Any, dim: Any, value: Any, rate: Any, training: Any
+) -> Any:
+    scores = masked(scaled_scores(query, keys, scale, divisor), bias=bias)
+    return attended(scores, dim, value, rate, training)
 
 
 def twice_biased(
-    query: Any, keys: Any, scale: Any, divisor: Any, bias: Any, further: Any, dim: Any, value: Any
-) -> Any:
+    query: Any, keys: Any, scale: Any, divisor: Any, bias: Any, further: Any, dim: Any, value: Any, rate: Any,
+    training: Any,
+) -> Any:  # fmt: skip
     scores = scaled_scores(query, keys, scale, divisor)
-    return attended(masked(scores, bias=bias, further=further), dim, value)
+    return attended(masked(scores, bias=bias, further=further), dim, value, rate, training)
 
 
 def filled(
-    query: Any, keys: Any, scale: Any, divisor: Any, hidden: Any, low: Any, dim: Any, value: Any
-) -> Any:
-    return attended(masked(scaled_scores(query, keys, scale, divisor), hidden=hidden, low=low), dim, value)
+    query: Any, keys: Any, scale: Any, divisor: Any, hidden: Any, low: Any, dim: Any, value: Any, rate: Any,
+    training: Any,
+) -> Any:  # fmt: skip
+    scores = masked(scaled_scores(query, keys, scale, divisor), hidden=hidden, low=low)
+    return attended(scores, dim, value, rate, training)
 
 
 def chosen(
-    query: Any, keys: Any, scale: Any, divisor: Any, visible: Any, low: Any, dim: Any, value: Any
-) -> Any:
-    scores = scaled_scores(query, keys, scale, divisor)
-    return attended(masked(scores, visible=visible, low=low), dim, value)
+    query: Any, keys: Any, scale: Any, divisor: Any, visible: Any, low: Any, dim: Any, value: Any, rate: Any,
+    training: Any,
+) -> Any:  # fmt: skip
+    scores = masked(scaled_scores(query, keys, scale, divisor), visible=visible, low=low)
+    return attended(scores, dim, value, rate, training)
 
 
 def untransposed(keys: Any) -> Any:
@@ -153,6 +171,39 @@ def factor(scale: Any, divisor: Any) -> float:
 # --- guards -------------------------------------------------------------------------------------
 
 
+def drops(rate: Any, training: Any) -> bool:
+    """Whether weights are dropped: dropout that is off is left in a pattern as well."""
+    return bool(rate is not None and training and rate)
+
+
+def guard_dropout(match: Match, options: Any, ctx: PassContext) -> Reason | None:
+    """Dropout of weights, where it may draw other numbers."""
+    captures, root = match.captures, match.roots[0].name
+    if not drops(captures["rate"], captures["training"]):
+        return None
+    if ALLOWED_BY not in ctx.allow:
+        where = next(node.name for node in match.nodes if node.target is _aten.dropout.default)
+        return Reason("dropout of weights: a fused kernel draws other random numbers", (where,))
+    if factor(captures["scale"], captures["divisor"]) < 0:
+        return Reason("the scale of the scores is below zero", (root,))
+    return no_known_rate(captures["rate"], root) or guard_kernel(
+        captures["query"], options.everywhere, root
+    )
+
+
+def guard_kernel(query: fx.Node, everywhere: bool, root: str) -> Reason | None:
+    """Whether ``graphopt.attention`` has a kernel for heads such as ``query``."""
+    if "attention" not in default_host().kernels():
+        return Reason("the kernel attention is not installed", (root,))
+    known = query.meta["val"]
+    if not known.is_cuda and not everywhere:
+        return Reason(f"no kernel runs on {known.device.type}, where the operator gains nothing", (root,))
+    widest = _WIDEST_FLOAT32 if known.dtype is torch.float32 else _WIDEST
+    if not isinstance(known.shape[-1], int) or known.shape[-1] > widest:
+        return Reason(f"heads of {known.shape[-1]} elements do not fit the registers of a program", (root,))
+    return None
+
+
 def guard_products(match: Match) -> Reason | None:
     """Operands that kernels take, and nothing in between that they would do otherwise."""
     root = match.roots[0]
@@ -177,8 +228,6 @@ def guard_products(match: Match) -> Reason | None:
             return Reason("softmax is not over the keys", (node.name,))
         if node.target in _CASTS and node.meta["val"].dtype not in (torch.float32, query.meta["val"].dtype):
             return Reason(f"scores are rounded to {short(node.meta['val'].dtype)}", (node.name,))
-        if node.target is _aten.dropout.default and node.args[1] and node.args[2]:
-            return Reason("dropout of weights: a fused kernel draws other random numbers", (node.name,))
     for name in ("scale", "divisor"):
         given = match.captures[name]
         if given is not None and not number(given, match.line.aliases):

@@ -139,7 +139,8 @@ def attention_of(node: fx.Node) -> Attention:
     form = _FORMS[node.target]
     given = _arguments(node)
     if given.get("dropout_p"):
-        raise _no("attention with dropout draws the numbers of the library")
+        whose = "draws the numbers of the library" if form.library else "by a seed stays a call"
+        raise _no(f"attention with dropout {whose}")
     if given.get("return_debug_mask"):
         raise _no("attention gives a mask of its dropout")
     roles = ("query", "key", "value", "bias", *(("grad", "output", "log_sum_exp") if form.backward else ()))

@@ -14,18 +14,16 @@ import torch
 
 from graphopt.plugins import TunableSpec
 from graphopt_kernels import attention_launch as launching
+from graphopt_kernels.attention import attention_backward_plain, attention_plain
 from graphopt_kernels.attention_launch import AttentionProblem, Launch
-from graphopt_kernels.attention_reference import (
-    attention_backward_reference,
-    attention_reference,
-    result_buffers,
-)
+from graphopt_kernels.attention_reference import result_buffers
 from graphopt_kernels.tuning.lookup import Choice
 from graphopt_kernels.tuning.model import Gpu, Usage, resident
 
 __all__ = ["attention_tunables"]
 
 _CAP = 50.0
+_RATE = 0.1
 _WIDTHS = (64, 128)
 _LENGTHS = (1024, 4096)
 _BUSY_WARPS = 8
@@ -114,6 +112,12 @@ def _settings(problem: AttentionProblem) -> tuple[float, float, int | None, int 
     return problem.width**-0.5, _CAP if problem.capped else 0.0, left, right
 
 
+def _dropping(problem: AttentionProblem, operands: tuple[Any, ...]) -> tuple[float, torch.Tensor | None]:
+    if not problem.drops:
+        return 0.0, None
+    return _RATE, torch.zeros(1, dtype=torch.int64, device=operands[0].device)
+
+
 def _saved(problem: AttentionProblem, device: torch.device) -> tuple[Any, ...]:
     """What a backward takes: the gradient, operands, output and log-sum-exp."""
     operands = _operands(problem, device)
@@ -121,7 +125,8 @@ def _saved(problem: AttentionProblem, device: torch.device) -> tuple[Any, ...]:
     if device.type == "meta":
         output, sums = result_buffers(query, value)
     else:
-        output, sums = attention_reference(query, key, value, bias, *_settings(problem))
+        given = _dropping(problem, operands)
+        output, sums = attention_plain(query, key, value, bias, *_settings(problem), *given)
     return torch.randn_like(output), *operands, output, sums
 
 
@@ -129,12 +134,13 @@ def _run_forward(
     kernels: Any, processors: int, problem: AttentionProblem, operands: tuple[Any, ...], launch: Launch
 ) -> Sequence[torch.Tensor]:
     query, key, value, bias = operands
-    return launching.forward(kernels, query, key, value, bias, *_settings(problem), launch=launch)
+    settings = (*_settings(problem), *_dropping(problem, operands))
+    return launching.forward(kernels, query, key, value, bias, *settings, launch=launch)
 
 
 def _forward_reference(problem: AttentionProblem, operands: tuple[Any, ...]) -> Sequence[torch.Tensor]:
     query, key, value, bias = operands
-    return attention_reference(query, key, value, bias, *_settings(problem))
+    return attention_plain(query, key, value, bias, *_settings(problem), *_dropping(problem, operands))
 
 
 def _backward(mask: list[bool]) -> Callable[..., Sequence[torch.Tensor]]:
@@ -142,8 +148,9 @@ def _backward(mask: list[bool]) -> Callable[..., Sequence[torch.Tensor]]:
         kernels: Any, processors: int, problem: AttentionProblem, operands: tuple[Any, ...], launch: Launch
     ) -> Sequence[torch.Tensor]:
         dy, query, key, value, bias, output, sums = operands
+        settings = (*_settings(problem), mask, *_dropping(problem, operands))
         found = launching.backward(
-            kernels, dy, query, key, value, bias, output, sums, *_settings(problem), mask, launch=launch
+            kernels, dy, query, key, value, bias, output, sums, *settings, launch=launch
         )
         return [x for x, wanted in zip(found, mask, strict=True) if wanted]
 
@@ -153,9 +160,8 @@ def _backward(mask: list[bool]) -> Callable[..., Sequence[torch.Tensor]]:
 def _backward_reference(mask: list[bool]) -> Callable[..., Sequence[torch.Tensor]]:
     def reference(problem: AttentionProblem, operands: tuple[Any, ...]) -> Sequence[torch.Tensor]:
         dy, query, key, value, bias, output, sums = operands
-        found = attention_backward_reference(
-            dy, query, key, value, bias, output, sums, *_settings(problem), mask
-        )
+        settings = (*_settings(problem), mask, *_dropping(problem, operands))
+        found = attention_backward_plain(dy, query, key, value, bias, output, sums, *settings)
         return [x for x, wanted in zip(found, mask, strict=True) if wanted]
 
     return reference
@@ -164,9 +170,9 @@ def _backward_reference(mask: list[bool]) -> Callable[..., Sequence[torch.Tensor
 def _estimated(problem: AttentionProblem, launch: Launch) -> Usage:
     """A tile of scores, one of results and the running sums in registers; tiles that are read in shared
     memory, those of a loop once for each stage."""
-    width, itemsize, biased, capped = problem.size
+    width, itemsize, biased, capped, drops = problem.size
     threads = 32 * launch.warps
-    words = launch.rows * launch.columns * (1.5 + 0.5 * biased + 0.5 * capped) + launch.rows * width
+    words = launch.rows * launch.columns * (1.5 + 0.5 * (biased + capped + drops)) + launch.rows * width
     needed = round(words / threads) + 48
     shared = itemsize * width * (launch.rows + 2 * launch.columns * launch.stages)
     return Usage(min(needed, 255), 4 * max(0, needed - 255), shared)
