@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from graphopt import _torch
 from graphopt.alternatives import Offer, alternatives, copied, joint_alternatives, united
 from graphopt.budget import Budget, format_bytes
 from graphopt.candidate import Declined, Frontier, FrontierPoint, NearMiss
+from graphopt.capture.aliasing import alias_map
 from graphopt.capture.auxiliary import reattach
 from graphopt.capture.joint import drop_unread_statistics, inference_program, joint_program, save_everything
 from graphopt.capture.observe import Observer
@@ -27,6 +29,7 @@ from graphopt.capture.semantic import (
     semantic_graph,
     semantic_program,
 )
+from graphopt.capture.structure import attribute
 from graphopt.captured import Captured
 from graphopt.chain_plan import Link, Rerun, chain_peak, least_chain, plan_chain, rerun_calls
 from graphopt.collection import uncollected
@@ -122,6 +125,7 @@ class Session:
     reruns: tuple[Rerun, ...] = ()
     cuda_graphs: bool = True
     recorders: list[Recorder] = field(default_factory=list)
+    _written: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
     _seen: tuple[tuple[Captured, ...], ObservedPlan] | None = None
     _counted: tuple[tuple[int | None, ...], tuple[FrontierPoint, ...], Cost] | None = None
 
@@ -152,8 +156,10 @@ class Session:
         if auxiliary:
             detach_outputs(semantic, auxiliary)
         program = semantic_program(name, semantic, specs)
+        self._keep_written(program, inputs)
         self._rewrite(program, inputs)
-        if self.whole and self.emitter.by_segments:
+        # What runs between levels of functorch has no memory that could be followed from call to call.
+        if self.whole and self.emitter.by_segments and not _torch.transforms_functions(semantic):
             return self._segmented(name, semantic, inputs, specs, original, auxiliary)
         captured = Captured(name, program, specs, provisional=not self.whole)
         self._begin(captured)
@@ -196,6 +202,37 @@ class Session:
             return captured.run(*args)
 
         return call
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Runs in the block are for looking: what programs captured in it write is afterwards what it was."""
+        self._written = {}
+        try:
+            yield
+        finally:
+            written, self._written = self._written, None
+            with torch.no_grad():
+                for tensor, value in written.values():
+                    tensor.copy_(value)
+
+    def _keep_written(self, program: Program, inputs: Sequence[Any]) -> None:
+        """Note what lasts of what a program writes, before it first runs; buffers are kept by whoever runs
+        it. On the host, so that no more memory seems taken."""
+        if self._written is None:
+            return
+        given = {id(leaf) for leaf in torch.utils._pytree.tree_leaves(self.arguments)}
+        lasting: dict[str, Any] = {
+            spec.node: value
+            for spec, value in zip(program.signature.inputs, inputs, strict=True)
+            if spec.role == "parameter" or (spec.role != "buffer" and id(value) in given)
+        }
+        if not _torch.transforms_functions(program.gm):
+            roots = alias_map(program.graph).changed
+            lasting |= {n.name: attribute(program.graph, n) for n in roots if n.op == "get_attr"}
+            lasting = {node.name: lasting[node.name] for node in roots if node.name in lasting}
+        for tensor in lasting.values():
+            if isinstance(tensor, torch.Tensor) and id(tensor) not in self._written:
+                self._written[id(tensor)] = tensor, tensor.detach().to("cpu", copy=True)
 
     @uncollected()
     def _rewrite(self, program: Program, inputs: Sequence[Any]) -> None:

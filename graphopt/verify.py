@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,6 +79,9 @@ def verify_structure(program: Program, before: Interface) -> None:
     dtypes and devices), ``signature`` (names the nodes that are returned), ``aliasing`` (the same
     outputs share memory), ``mutation`` (the same inputs are written). Raises ``VerificationError``
     naming node and rule.
+
+    An output that is there to be copied to an input may become that input, written in place: the copy then
+    finds its work done.
     """
     _verify_graph(program)
     verify_values(program)
@@ -85,8 +89,9 @@ def verify_structure(program: Program, before: Interface) -> None:
     if after.inputs != before.inputs:
         was, now = _first_difference(before.inputs, after.inputs)
         raise _broken(program, "inputs", f"input was {_pair(was)}, is {_pair(now)}")
-    _verify_outputs(program, before, after)
-    for name in sorted(after.written - before.written):
+    in_place = _written_in_place(program, after)
+    _verify_outputs(program, before, after, in_place)
+    for name in sorted(after.written - before.written - set(in_place.values())):
         raise _broken(program, "mutation", f"input {name!r} is written in place, which it was not before")
     for name in sorted(before.written - after.written):
         raise _broken(program, "mutation", f"input {name!r} is no longer written in place")
@@ -112,7 +117,20 @@ def _verify_graph(program: Program) -> None:
         raise _broken(program, "lint", " ".join(str(error).split())) from error
 
 
-def _verify_outputs(program: Program, before: Interface, after: Interface) -> None:
+def _written_in_place(program: Program, after: Interface) -> dict[int, str]:
+    """By position the outputs that are to be copied to an input, and are it, and the graph writes it."""
+    names = {name: spec.node for spec in program.signature.inputs for name in (spec.fqn, spec.node) if name}
+    found = {}
+    for index, spec in enumerate(program.signature.outputs):
+        target = names.get(spec.target)
+        if spec.role == "mutation" and spec.node == target and target in after.written:
+            found[index] = target
+    return found
+
+
+def _verify_outputs(
+    program: Program, before: Interface, after: Interface, in_place: Mapping[int, str]
+) -> None:
     if len(after.outputs) != len(before.outputs):
         what = f"there were {len(before.outputs)} outputs, now there are {len(after.outputs)}"
         raise _broken(program, "outputs", what)
@@ -123,7 +141,9 @@ def _verify_outputs(program: Program, before: Interface, after: Interface) -> No
         was, now = before.outputs[index], after.outputs[index]
         if was != now:
             raise _broken(program, "outputs", f"{where} was {was}, is {now}")
-        if before.shared[index] != after.shared[index]:
+        if before.shared[index] != after.shared[index] and (
+            before.shared[index] or after.shared[index] != (f"input {in_place.get(index)}",)
+        ):
             old, new = (", ".join(s.shared[index]) or "nothing" for s in (before, after))
             raise _broken(program, "aliasing", f"{where} shared memory with {old}, now with {new}")
     returned = [leaf.name for leaf in flat if isinstance(leaf, fx.Node)]

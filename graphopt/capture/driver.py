@@ -156,11 +156,13 @@ class Driver:
         session.captured = []
         session.observer = _observer((self.model.parameters(), self.model.buffers(), args, kwargs))
         call = _torch.compile_apart(self.model, session.backend, dynamic=self.dynamic)
+        leaves = [p for p in self.model.parameters() if p.requires_grad]
         try:
-            with _buffers_restored(self.model), torch.random.fork_rng(devices=_cuda_devices(self.model)):
-                call(*args, **kwargs)
-            if session.observer is not None:
-                self._observe(session.observer, lambda: call(*args, **kwargs), (args, kwargs))
+            with session.put_back():
+                with restored(self.model, leaves), torch.random.fork_rng(devices=_cuda_devices(self.model)):
+                    call(*args, **kwargs)
+                if session.observer is not None:
+                    self._observe(session.observer, lambda: call(*args, **kwargs), (args, kwargs))
             session.finish()
         except Exception as error:
             inner = _torch.inner_error(error)
@@ -193,7 +195,11 @@ class Driver:
         reason = "the memory of this device cannot be watched"
         try:
             with _torch.quiet_capture():
-                with restored(self.model, leaves), torch.random.fork_rng(devices=_cuda_devices(self.model)):
+                with (
+                    session.put_back(),
+                    restored(self.model, leaves),
+                    torch.random.fork_rng(devices=_cuda_devices(self.model)),
+                ):
                     self._watched = call
                     # The first run captures, and has things to set up that later ones find done.
                     self.calls = 0
@@ -232,7 +238,8 @@ class Driver:
         """Run whole steps, everything put back, to see what the programs share and what lies between."""
 
         def backward(output: Any) -> None:
-            if training:
+            # A step that differentiates its loss itself, and updates parameters, returns nothing to go on from.
+            if training and (self.loss_fn is not None or _is_differentiable(output)):
                 torch.autograd.backward(loss_of(output, self.loss_fn))
 
         training = any(captured.mode == "train" for captured in self.session.current)
@@ -481,6 +488,11 @@ def _observer(values: Any) -> Observer | None:
     devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)}
     timeline = timeline_of(devices.pop()) if len(devices) == 1 else None
     return Observer(timeline) if timeline is not None else None
+
+
+def _is_differentiable(output: Any) -> bool:
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
 
 
 def _cuda_devices(model: torch.nn.Module) -> list[int]:

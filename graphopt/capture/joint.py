@@ -74,12 +74,16 @@ def inference_program(name: str, gm: fx.GraphModule, specs: Sequence[InputSpec])
         spec = specs[position - offset] if position >= offset else InputSpec(node.name, "input")
         role = spec.role if isinstance(node.meta.get("val"), torch.Tensor) else "symbol"
         inputs.append(InputSpec(node.name, role, spec.fqn))
-    output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
-    flat = torch.utils._pytree.tree_leaves(output.args[0])
-    outputs = tuple(
-        OutputSpec(v.name, "output", str(i)) for i, v in enumerate(flat) if isinstance(v, fx.Node)
-    )
-    return Program(name, Level.JOINT, gm, Signature(tuple(inputs), outputs))
+    outputs = []
+    for position, (node, role, index) in enumerate(_torch.describe_joint(gm)[1]):
+        if not node:
+            continue
+        if role == "mutation" and 0 <= index < len(specs):
+            target = specs[index].fqn or placeholders[index + offset].name
+            outputs.append(OutputSpec(node, "mutation", target))
+        else:
+            outputs.append(OutputSpec(node, "output", str(position)))
+    return Program(name, Level.JOINT, gm, Signature(tuple(inputs), tuple(outputs)))
 
 
 def save_everything(program: Program, *, random_states: bool = False) -> Schedule:

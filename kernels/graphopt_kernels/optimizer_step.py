@@ -276,12 +276,56 @@ def _launch(
     kernel[(owner.numel(),)](*given, **constants, num_warps=_WARPS)
 
 
-@functools.lru_cache(maxsize=_TABLES)
+Rows = tuple[tuple[int, ...], ...]
+
+
 def _table(
-    rows: tuple[tuple[int, ...], ...], counts: tuple[int, ...], device: torch.device, stream: int
+    rows: Rows, counts: tuple[int, ...], device: torch.device, stream: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Addresses, sizes and first chunks of tensors, and whose each chunk is. Kept: steps use the same memory
-    again and again. For one ``stream``: others would have to wait for the copy to the device."""
+    again and again. For one ``stream``: others would have to wait for the copy to the device.
+
+    A CUDA graph that is recorded copies them again each time that it is replayed, from memory of the host
+    that is pinned before and stays as it is.
+    """
+    if device.type != "cuda":
+        return _kept_table(rows, counts, device, stream)
+    place = rows[0], counts
+    if not torch.cuda.is_current_stream_capturing():
+        if place not in _spare:
+            _spare[place] = tuple(torch.empty_like(x, pin_memory=True) for x in _host_table(rows, counts))
+            for gone in list(_spare)[:-_TABLES]:
+                del _spare[gone]
+        return _kept_table(rows, counts, device, stream)
+    if place not in _spare:
+        raise RuntimeError("these tensors were not updated before recording: run the step once without it")
+    pinned = _spare.pop(place)
+    _recorded.append(pinned)
+    for target, source in zip(pinned, _host_table(rows, counts), strict=True):
+        target.copy_(source)
+    table, owner = (x.to(device, non_blocking=True) for x in pinned)
+    return table, owner
+
+
+_spare: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[torch.Tensor, ...]] = {}
+"""Pinned memory for tables, by addresses and sizes of parameters: none can be had while recording."""
+
+_recorded: list[tuple[torch.Tensor, ...]] = []
+"""What recorded graphs copy from, some KiB each."""
+
+
+@functools.lru_cache(maxsize=_TABLES)
+def _kept_table(
+    rows: Rows, counts: tuple[int, ...], device: torch.device, stream: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    whole, owner = _host_table(rows, counts)
+    if device.type != "cuda":
+        return whole, owner
+    table, owners = (x.pin_memory().to(device, non_blocking=True) for x in (whole, owner))
+    return table, owners
+
+
+def _host_table(rows: Rows, counts: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
     chunks = [-(-count // _CHUNK) for count in counts]
     firsts = tuple(itertools.accumulate(chunks, initial=0))[:-1]
     empty = (0,) * len(counts)
@@ -289,10 +333,7 @@ def _table(
     owner = torch.repeat_interleave(
         torch.arange(len(counts), dtype=torch.int32), torch.tensor(chunks, dtype=torch.int64)
     )
-    if device.type != "cuda":
-        return whole, owner
-    table, owners = (x.pin_memory().to(device, non_blocking=True) for x in (whole, owner))
-    return table, owners
+    return whole, owner
 
 
 def _triton_type(dtype: torch.dtype) -> Any:

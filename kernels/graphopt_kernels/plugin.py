@@ -46,6 +46,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
         linear_cross_entropy_arguments,
         linear_cross_entropy_blocks,
         optimizer_step,
+        optimizer_update,
         rotary,
         rotary_cache,
         rotary_reference,
@@ -231,6 +232,20 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=optimizer_step.sgd_step_reference,
             supports=optimizer_step.step_supports,
             summary="a step of SGD over many tensors, gradients clipped and set to 0 on the way",
+        ),
+        KernelSpec(
+            name="adam-update",
+            op="graphopt::adam_update",
+            reference=optimizer_update.adam_update_reference,
+            supports=optimizer_update.update_supports,
+            summary="an update of Adam or AdamW over many tensors, of numbers that may be on the device",
+        ),
+        KernelSpec(
+            name="sgd-update",
+            op="graphopt::sgd_update",
+            reference=optimizer_update.sgd_update_reference,
+            supports=optimizer_update.update_supports,
+            summary="an update of SGD over many tensors, of numbers that may be on the device",
         ),
         KernelSpec(
             name="attention",
