@@ -14,7 +14,7 @@ from graphopt.replay import is_random, statistics_of
 if TYPE_CHECKING:
     from graphopt.session import Captured
 
-__all__ = ["draws_random", "pinned", "written_inputs"]
+__all__ = ["draws_random", "pinned", "written_inputs", "written_names"]
 
 
 def pinned(kind: Captured) -> str:
@@ -29,7 +29,7 @@ def pinned(kind: Captured) -> str:
     for node in program.graph.nodes:
         if is_collective(node.target):
             return f"{node.name} waits for other ranks"
-    for name in _written(program):
+    for name in written_names(program):
         reader = _result_that_depends_on(program, name)
         if reader:
             return f"{reader} depends on {name}, which is written in place"
@@ -41,7 +41,7 @@ def written_inputs(kind: Captured) -> tuple[int, ...]:
     program = kind.joint
     if program is None:
         return ()
-    written = _written(program)
+    written = written_names(program)
     return tuple(k for k, spec in enumerate(_given(program)) if spec.node in written)
 
 
@@ -56,7 +56,7 @@ def _given(program: Program) -> list[InputSpec]:
     return [spec for spec in program.signature.inputs if spec.role != "tangent"]
 
 
-def _written(program: Program) -> set[str]:
+def written_names(program: Program) -> set[str]:
     """Inputs that are written, by name: by the caller from an output, or by an operator of the graph."""
     by_name = {spec.fqn: spec.node for spec in program.signature.inputs if spec.fqn}
     found = {

@@ -9,7 +9,7 @@ import torch
 
 from graphopt.errors import InputsError, brief
 
-__all__ = ["loss_of"]
+__all__ = ["is_differentiable", "loss_of"]
 
 
 def loss_of(output: Any, loss_fn: Callable[[Any], torch.Tensor] | None = None) -> torch.Tensor:
@@ -39,6 +39,12 @@ def loss_of(output: Any, loss_fn: Callable[[Any], torch.Tensor] | None = None) -
     if len(scalars) == 1:
         return scalars[0]
     return torch.stack([t.sum() for t in (scalars or leaves)]).sum()
+
+
+def is_differentiable(output: Any) -> bool:
+    """Whether a gradient flows to any tensor in ``output``."""
+    leaves = torch.utils._pytree.tree_leaves(output)
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
 
 
 def _checked(loss: object) -> torch.Tensor:

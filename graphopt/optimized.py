@@ -14,7 +14,7 @@ from graphopt.capture.driver import Driver
 from graphopt.cost import Cost, MemoryProfile
 from graphopt.errors import UnknownNameError
 from graphopt.explanation import MemoryExplanation
-from graphopt.loss import loss_of
+from graphopt.loss import is_differentiable, loss_of
 from graphopt.measure import Measurement, measure
 from graphopt.pareto_front import ParetoPoint
 from graphopt.plans import Plan
@@ -150,10 +150,11 @@ class Optimized(torch.nn.Module):
 
         ``inputs`` as for ``optimize``; without it the captured example inputs. The peak counts parameters,
         buffers and inputs; gradients are absent when the step begins (or zero, where the parameters carried
-        some when the model was optimized) and outputs are held until it ends. Gradients and buffers are put
-        back afterwards. The loss is the output's ``loss``, or ``loss_fn(output)``, or the sum of all
-        differentiable outputs. Kernels are launched one by one, not replayed from a graph. A module that was
-        optimized for a ``step`` runs that, unless ``inputs`` are given.
+        some when the model was optimized) and outputs are held until it ends. Gradients, buffers and
+        parameters that the model itself writes are put back afterwards. The loss is the output's ``loss``, or
+        ``loss_fn(output)``, or the sum of all differentiable outputs. Kernels are launched one by one, not
+        replayed from a graph. A module that was optimized for a ``step`` runs that, unless ``inputs`` are
+        given.
         """
         whole = self._driver.step if inputs is None else None
         args, kwargs = self._driver.bind(inputs) if whole is None else ((), {})
@@ -167,11 +168,14 @@ class Optimized(torch.nn.Module):
                 return whole()
             with torch.set_grad_enabled(training):
                 output = self(*args, **kwargs)
-                if training:
+                # A step that updates parameters may have differentiated its loss itself.
+                if training and not (written and not is_differentiable(output)):
                     torch.autograd.backward(self._loss(output))
             return output
 
-        with restored(self._model, parameters), self._driver.launching():
+        known = dict(self._model.named_parameters())
+        written = [known[name] for name in self._driver.written_parameters() if name in known]
+        with restored(self._model, parameters, written), self._driver.launching():
             state = torch.get_rng_state()
 
             def reset() -> None:

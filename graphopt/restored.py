@@ -11,11 +11,15 @@ __all__ = ["restored"]
 
 
 @contextmanager
-def restored(model: torch.nn.Module, leaves: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Afterwards the gradients of ``leaves``, the model's buffers and the random state are what they were."""
+def restored(
+    model: torch.nn.Module, leaves: Sequence[torch.Tensor], written: Sequence[torch.Tensor] = ()
+) -> Iterator[None]:
+    """Afterwards the gradients of ``leaves``, the model's buffers, what is ``written`` besides and the random
+    state are what they were."""
     # Copies on the host: the step may write into the gradients, and must not find more memory taken.
     gradients = [(t.grad, None if t.grad is None else t.grad.detach().cpu().clone()) for t in leaves]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    others = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in written]
     random = torch.get_rng_state()
     try:
         yield
@@ -26,5 +30,5 @@ def restored(model: torch.nn.Module, leaves: Sequence[torch.Tensor]) -> Iterator
                 leaf.grad = gradient
                 if gradient is not None and value is not None:
                     gradient.copy_(value)
-            for buffer, value in buffers:
-                buffer.copy_(value)
+            for tensor, value in (*buffers, *others):
+                tensor.copy_(value)

@@ -32,6 +32,7 @@ from graphopt.capture.semantic import (
 from graphopt.capture.structure import attribute
 from graphopt.captured import Captured
 from graphopt.chain_plan import Link, Rerun, chain_peak, least_chain, plan_chain, rerun_calls
+from graphopt.chain_rows import written_names
 from graphopt.collection import uncollected
 from graphopt.cost import Cost, CostModel, MemoryProfile
 from graphopt.disallowed import advice_on_disallowed
@@ -204,9 +205,11 @@ class Session:
         return call
 
     @contextmanager
-    def put_back(self) -> Iterator[None]:
-        """Runs in the block are for looking: what programs captured in it write is afterwards what it was."""
+    def put_back(self, model: torch.nn.Module) -> Iterator[None]:
+        """Runs in the block are for looking: what programs captured in it write is afterwards what it was.
+        Parameters of ``model`` that something else writes are noted."""
         self._written = {}
+        before = [(name, p, p._version) for name, p in model.named_parameters()]
         try:
             yield
         finally:
@@ -214,6 +217,22 @@ class Session:
             with torch.no_grad():
                 for tensor, value in written.values():
                     tensor.copy_(value)
+            others = [name for name, p, was in before if p._version != was and id(p) not in written]
+            if others:
+                more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+                self.diagnostics.append(
+                    f"plain code of the model writes {others[0]}{more}: looking at a step took some steps"
+                )
+
+    def written_parameters(self) -> list[str]:
+        """Parameters that the present programs write, by their dotted names."""
+        found = []
+        for captured in self.current:
+            if captured.joint is not None:
+                names = written_names(captured.joint)
+                weights = captured.joint.signature.by_role("parameter")
+                found += [spec.fqn for spec in weights if spec.node in names and spec.fqn]
+        return list(dict.fromkeys(found))
 
     def _keep_written(self, program: Program, inputs: Sequence[Any]) -> None:
         """Note what lasts of what a program writes, before it first runs; buffers are kept by whoever runs
@@ -482,6 +501,11 @@ class Session:
         if not planned and (captured.point is None or not captured.forms):
             self.see_inference(captured, graph)
             self._decide(captured)
+        elif captured.joint is not None and captured.joint.fingerprint != captured.traced:
+            traced = inference_program(captured.name, graph, captured.specs).fingerprint
+            if traced == captured.traced:
+                # Traced again, it is as it was before passes rewrote it.
+                graph = fx.GraphModule(captured.joint.gm, captured.joint.graph)
         graph.graph = ordered(graph.graph, captured.schedule.forward)
         graph.recompile()
         captured.lowered = (graph,)
@@ -504,6 +528,7 @@ class Session:
         """Take note of a functional inference graph, and what it could run."""
         captured.mode = "infer"
         captured.joint = inference_program(captured.name, graph, captured.specs)
+        captured.traced = captured.joint.fingerprint
         captured.baseline = _unchanged(captured.joint)
         captured.frontier = self._frontier(captured)
 

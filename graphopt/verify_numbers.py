@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.capture.inputs import bind_inputs
 from graphopt.errors import VerificationError
+from graphopt.loss import is_differentiable
 from graphopt.program import tensor_leaves
 
 if TYPE_CHECKING:
@@ -48,18 +49,22 @@ class _Observed:
 def verify_numerically(model: torch.nn.Module, optimized: Optimized, inputs: Any) -> None:
     """Compare one step of ``optimized`` with one of ``model``, from the same random state.
 
-    Outputs, buffers after the step and, in training, the gradients of all parameters and inputs. What
-    differs by more than the tolerance of the least precise type that the programs compute in is held
-    against the same step in float64, if the model can run in it and draws no random numbers: it passes
-    if it is about as close to that as the model itself. Gradients, buffers and random states are put
+    Outputs, buffers, parameters that the step writes, and, in training, the gradients of all parameters
+    and inputs, unless the step updates parameters and returns nothing to differentiate. What differs by
+    more than the tolerance of the least precise type that the programs compute in is held against the same
+    step in float64, if the model can run in it and draws no random numbers: it passes if it is about as
+    close to that as the model itself. Gradients, buffers, written parameters and random states are put
     back. Raises ``VerificationError`` naming what differs, by how much, and the tolerance.
     """
     args, kwargs = bind_inputs(model, inputs)
     training = optimized._driver.training_step()
+    updated = optimized._driver.written_parameters()
 
     def observe(run: Callable[..., Any], owner: torch.nn.Module, arguments: Any) -> _Observed:
-        with _state_kept(owner, arguments):
-            return _observe(run, owner, arguments, optimized._loss if training else None)
+        known = dict(owner.named_parameters())
+        written = {name: known[name] for name in updated if name in known}
+        with _state_kept(owner, arguments, written):
+            return _observe(run, owner, arguments, optimized._loss if training else None, written)
 
     reference = observe(model, model, (args, kwargs))
     found = observe(optimized, model, (args, kwargs))
@@ -87,6 +92,7 @@ def _observe(
     owner: torch.nn.Module,
     arguments: Any,
     loss: Callable[[Any], torch.Tensor] | None,
+    written: Mapping[str, torch.Tensor],
 ) -> _Observed:
     parameters = {name: p for name, p in owner.named_parameters() if p.requires_grad}
     leaves, spec = pytree.tree_flatten(arguments)
@@ -102,22 +108,25 @@ def _observe(
         output = run(*args, **kwargs)
         outputs, output_spec = pytree.tree_flatten(output)
         values = {f"output {i}": _detached(leaf) for i, leaf in enumerate(outputs)}
-        if loss is not None:
+        if loss is not None and not (written and not is_differentiable(output)):
             torch.autograd.backward(loss(output))
     if loss is not None:
         values.update({f"gradient of {name}": p.grad for name, p in parameters.items()})
         inputs = enumerate(leaf for leaf in leaves if isinstance(leaf, torch.Tensor))
         values.update({f"gradient of input {i}": leaf.grad for i, leaf in inputs if leaf.requires_grad})
     values.update({f"buffer {name}": buffer.detach().clone() for name, buffer in owner.named_buffers()})
+    values.update({f"parameter {name}": p.detach().clone() for name, p in written.items()})
     after = _random_states()
     random = any(not torch.equal(x, y) for x, y in zip(before, after, strict=True))
     return _Observed(values, output_spec, random)
 
 
 @contextmanager
-def _state_kept(owner: torch.nn.Module, arguments: Any) -> Iterator[None]:
+def _state_kept(
+    owner: torch.nn.Module, arguments: Any, written: Mapping[str, torch.Tensor]
+) -> Iterator[None]:
     gradients = [(p, p.grad) for p in owner.parameters()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in owner.buffers()]
+    buffers = [(tensor, tensor.detach().clone()) for tensor in (*owner.buffers(), *written.values())]
     tensors = [*owner.parameters(), *owner.buffers(), *tensor_leaves(arguments)]
     devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
     try:

@@ -20,7 +20,7 @@ from graphopt.cost import Cost, MemoryProfile
 from graphopt.errors import CaptureError, GraphoptError, InputsError, UnknownNameError, brief
 from graphopt.explanation import MemoryExplanation
 from graphopt.first_step import FirstStep
-from graphopt.loss import loss_of
+from graphopt.loss import is_differentiable, loss_of
 from graphopt.pareto_front import ParetoPoint
 from graphopt.plans import Plan
 from graphopt.program import Level, Program, Signature, layer_of
@@ -158,7 +158,7 @@ class Driver:
         call = _torch.compile_apart(self.model, session.backend, dynamic=self.dynamic)
         leaves = [p for p in self.model.parameters() if p.requires_grad]
         try:
-            with session.put_back():
+            with session.put_back(self.model):
                 with restored(self.model, leaves), torch.random.fork_rng(devices=_cuda_devices(self.model)):
                     call(*args, **kwargs)
                 if session.observer is not None:
@@ -196,7 +196,7 @@ class Driver:
         try:
             with _torch.quiet_capture():
                 with (
-                    session.put_back(),
+                    session.put_back(self.model),
                     restored(self.model, leaves),
                     torch.random.fork_rng(devices=_cuda_devices(self.model)),
                 ):
@@ -238,10 +238,11 @@ class Driver:
         """Run whole steps, everything put back, to see what the programs share and what lies between."""
 
         def backward(output: Any) -> None:
-            # A step that differentiates its loss itself, and updates parameters, returns nothing to go on from.
-            if training and (self.loss_fn is not None or _is_differentiable(output)):
+            if training and not (updates and not is_differentiable(output)):
                 torch.autograd.backward(loss_of(output, self.loss_fn))
 
+        # A step that updates parameters may have differentiated its loss itself.
+        updates = self.written_parameters()
         training = any(captured.mode == "train" for captured in self.session.current)
         tensors = [t for t in torch.utils._pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)]
         leaves = [t for t in (*self.model.parameters(), *tensors) if t.is_leaf and t.requires_grad]
@@ -299,6 +300,10 @@ class Driver:
         finally:
             for recorder in self.session.recorders:
                 recorder.paused = False
+
+    def written_parameters(self) -> list[str]:
+        """Parameters that the present programs write, by their dotted names."""
+        return self.session.written_parameters()
 
     def gradients_held(self) -> bool:
         """Whether parameters carried gradients when the model was optimized."""
@@ -488,11 +493,6 @@ def _observer(values: Any) -> Observer | None:
     devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)}
     timeline = timeline_of(devices.pop()) if len(devices) == 1 else None
     return Observer(timeline) if timeline is not None else None
-
-
-def _is_differentiable(output: Any) -> bool:
-    leaves = torch.utils._pytree.tree_leaves(output)
-    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in leaves)
 
 
 def _cuda_devices(model: torch.nn.Module) -> list[int]:
