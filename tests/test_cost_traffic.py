@@ -111,3 +111,18 @@ def test_attention_reads_query_key_value():
 
 def test_a_product_moves_its_matrices():
     assert moved(torch.mm, torch.ones(3, 4), torch.ones(4, 5)) == Traffic(48 + 80, 60)
+
+
+def test_an_update_reads_all_and_writes_parameters_and_states():
+    lists = [[torch.ones(8, 4), torch.ones(16)] for _ in range(4)]
+
+    def update(*tensors):
+        given = [list(tensors[k : k + 2]) for k in range(0, 8, 2)]
+        numbers = [1.0, 0.99, 0.0, 0.1, 0.99, 0.01, 0.02, 0.3, 1e-8]
+        torch.ops.graphopt.adam_update(*given, numbers, [tensors[8]], [6])
+        return tensors[0] + 0
+
+    tensors = [tensor for each in lists for tensor in each]
+    found = moved(update, *tensors, torch.ones(()), op=torch.ops.graphopt.adam_update)
+    once = 4 * (32 + 16)
+    assert found == Traffic(4 * once + 4, 3 * once)

@@ -7,6 +7,8 @@ import torch
 
 from graphopt import _torch
 from graphopt.emit import scratch
+from graphopt.emit.scratch import scratch_bytes
+from graphopt.plugins import default_host
 
 CONVOLUTION = torch.ops.aten.convolution.default
 
@@ -30,6 +32,14 @@ def test_a_convolution_is_watched_once_for_what_it_looks_like(monkeypatch: pytes
             assert scratch.watched_bytes(CONVOLUTION, args) == 4096
             assert scratch.scratch_bytes(CONVOLUTION, args) == 0
     assert tried == [(2, 3, 8, 8), (2, 3, 16, 16)]
+
+
+def test_updates_take_a_table_of_their_tensors() -> None:
+    default_host().kernels()
+    with torch._subclasses.FakeTensorMode():
+        lists = [[torch.empty(size, device="cuda") for size in (5, 40000)] for _ in range(4)]
+        assert scratch_bytes(torch.ops.graphopt.adam_update.default, [*lists, [], [], []]) == 6 * 16 + 4 * 4
+        assert scratch_bytes(torch.ops.graphopt.sgd_update.default, [[], [], [], [], [], [], False]) == 0
 
 
 def test_what_does_not_fit_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,10 +7,12 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import graphopt
 from graphopt.errors import VerificationError
-from graphopt.verify import interface_of, verify_numerically, verify_structure
+from graphopt.program import InputSpec, Level, OutputSpec, Program, Signature
+from graphopt.verify import Interface, interface_of, verify_numerically, verify_structure
 from tests.programs import semantic
 
 aten = torch.ops.aten
@@ -189,3 +191,32 @@ def test_structure_rules_name_node_and_rule() -> None:
     extra.meta["val"] = value
     with pytest.raises(VerificationError, match="input was nothing, is 'extra': f32"):
         verify_structure(program, interface)
+
+
+def test_an_output_for_an_input_may_be_that_input_written_in_place() -> None:
+    """Where a caller copies a result to an input, the graph may as well write the input itself."""
+
+    def made(*, target: str, written: bool) -> tuple[Program, Interface]:
+        with torch._subclasses.FakeTensorMode():
+            gm = make_fx(lambda p, q: (p + q, q * 2))(torch.empty(4), torch.empty(4))
+        p, q = (node for node in gm.graph.nodes if node.op == "placeholder")
+        output = next(node for node in gm.graph.nodes if node.op == "output")
+        new, double = output.args[0]
+        inputs = tuple(InputSpec(node.name, "parameter", f"w.{k}") for k, node in enumerate((p, q)))
+        outputs = (OutputSpec(new.name, "mutation", target), OutputSpec(double.name, "output", "0"))
+        program = Program("g0", Level.JOINT, gm, Signature(inputs, outputs))
+        before = interface_of(program)
+        if written:
+            with gm.graph.inserting_before(output):
+                copy_ = gm.graph.call_function(aten.copy_.default, (p, new))
+            copy_.meta["val"] = p.meta["val"]
+        output.args = ((p, double),)
+        outputs = (OutputSpec(p.name, "mutation", target), outputs[1])
+        program.signature = Signature(inputs, outputs)
+        return program, before
+
+    verify_structure(*made(target="w.0", written=True))
+    with pytest.raises(VerificationError, match="now with input p_1: rule 'aliasing'"):
+        verify_structure(*made(target="w.0", written=False))
+    with pytest.raises(VerificationError, match="now with input p_1: rule 'aliasing'"):
+        verify_structure(*made(target="w.1", written=True))

@@ -22,6 +22,11 @@ _FLOAT = 4
 
 _CONVOLUTIONS = ("convolution", "convolution_backward", "convolution_relu")
 
+_UPDATES = ("adam_step", "adam_update", "sgd_step", "sgd_update")
+
+_CHUNK = 16384
+"""Elements that a program of an optimizer's kernel updates (``graphopt_kernels.optimizer_step``)."""
+
 _MULTIPROCESSORS = 132
 """Of an H100 or H200, where the GPU is not there to be asked."""
 
@@ -50,6 +55,8 @@ def scratch_bytes(op: Any, args: Sequence[Any]) -> int:
         # Two numbers a row: the log-sum-exp in base 2, and the sum of gradient times output
         # (``graphopt_kernels.attention_launch``).
         return 2 * _FLOAT * int(args[6].numel())
+    if name in _UPDATES and args[0] and args[0][0].device.type == "cuda":
+        return _table_of_tensors(args[0])
     if is_collective(op) and isinstance(args[0], torch.Tensor) and args[0].device.type == "cpu":
         size = _torch.hint(args[0].untyped_storage().nbytes())
         gathered = name.startswith("all_gather")
@@ -59,6 +66,13 @@ def scratch_bytes(op: Any, args: Sequence[Any]) -> int:
     if name == "embedding_dense_backward":
         return _gradient_of_embedding(args[0], args[1], int(args[2]))
     return 0
+
+
+def _table_of_tensors(params: Sequence[torch.Tensor]) -> int:
+    """Six numbers of each tensor, and whose each chunk is: kept from step to step
+    (``graphopt_kernels.optimizer_step``)."""
+    chunks = sum(-(-_torch.hint(p.numel()) // _CHUNK) for p in params)
+    return 6 * 8 * len(params) + 4 * chunks
 
 
 _watched_before: dict[tuple[Any, ...], int] = {}
