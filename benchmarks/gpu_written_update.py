@@ -4,9 +4,9 @@
 
 AdamW over parameters shaped as those of a Llama-3.2-1B (bfloat16, and float32), gradients given, the count of
 steps a tensor. ``tensors``: written tensor by tensor; ``lists``: with ``torch._foreach_*``. ``torch-fused``
-is ``torch.optim.AdamW(fused=True)`` over the same parameters. ``percent`` is of the copy bandwidth that the same
-run measures, on the bytes that an update must move: parameters, gradients and states read, parameters and
-states written. ``peak_mib`` is what a step takes above what is there before it. Medians after warm-up;
+is ``torch.optim.AdamW(fused=True)`` over the same parameters. ``percent`` is of the copy bandwidth that the
+same run measures, on the bytes that an update must move: parameters, gradients and states read, parameters
+and states written. ``peak_mib`` is what a step takes above what is there before it. Medians after warm-up;
 kernels are launched one by one, not replayed.
 """
 
@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_optimizer import copy_bandwidth, median_ms, shapes
 from torch import Tensor, nn
 
 import graphopt
-from benchmarks.gpu_optimizer import copy_bandwidth, median_ms, shapes
 from graphopt.atomic import write_atomically
 from graphopt.pipeline import Pipeline
 from graphopt.plugins import default_host

@@ -1048,6 +1048,50 @@ def _ordering(order: KernelOrder, key: str) -> Callable[[list[Any]], list[Any]]:
     return made
 
 
+_ordered: set[Any] = set()
+
+
+def read_before_writes(graph: fx.Graph) -> None:
+    """Let Inductor compute what reads memory before an operator of ``graph`` that is not torch's writes it.
+
+    It computes elementwise values where they are used, unless a write comes in between. Writes of custom
+    operators it notes when their call has its place, and what reads the memory then comes behind.
+    """
+    from torch._inductor import lowering as inductor_lowering
+    from torch._library.utils import get_layout_constraint_tag
+
+    lowering: Any = inductor_lowering
+    for node in graph.nodes:
+        op = node.target
+        if not isinstance(op, torch._ops.OpOverload) or op in _ordered or not op._schema.is_mutable:
+            continue
+        if op.namespace in ("aten", "prims") or (op in lowering.lowerings and op not in lowering.fallbacks):
+            continue
+        if op not in lowering.lowerings:
+            tag: Any = get_layout_constraint_tag(op, with_default=True)
+            lowering.make_fallback(op, layout_constraint=lowering.tag_to_layout_constraint(tag), warn=False)
+        lowering.lowerings[op] = _noting_writes(op, lowering.lowerings[op])
+        _ordered.add(op)
+
+
+def _noting_writes(op: Any, lower: Callable[..., Any]) -> Callable[..., Any]:
+    from torch._inductor.virtualized import V
+    from torch._library.utils import zip_schema
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        graph: Any = V.graph
+        for argument, value in zip_schema(op._schema, args, kwargs):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            for tensor in value if isinstance(value, (list, tuple)) else [value]:
+                if tensor is not None:
+                    tensor.realize()
+                    graph.mark_buffer_mutated(tensor.get_name())
+        return lower(*args, **kwargs)
+
+    return call
+
+
 def compile_with_inductor(
     gm: fx.GraphModule,
     inputs: Sequence[Any],

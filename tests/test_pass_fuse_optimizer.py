@@ -347,6 +347,35 @@ def test_values_that_others_read_stay() -> None:
     assert_same(ours, model)
 
 
+def test_numbers_and_weights_that_change_are_read_before() -> None:
+    """A rate that falls at each step, and an average of the weights before the update."""
+
+    class Falling(Updates):
+        def __init__(self) -> None:
+            super().__init__(sgd)
+            self.rate = nn.Parameter(torch.tensor(0.1), requires_grad=False)
+
+        def forward(self, gradients: list[Tensor]) -> None:
+            with torch.no_grad():
+                for p_, g_, mean in zip(self.p, gradients, self.more, strict=True):
+                    mean.lerp_(p_, 0.01)
+                    p_.sub_(self.rate * g_)
+                self.rate.mul_(0.9)
+
+    for emit in ("eager", "inductor"):
+        ours = Falling()
+        theirs, given = copy.deepcopy(ours), gradients(ours)
+        fast = optimized(ours, (given[0],), emit=emit)
+        (call,) = calls(fast)
+        assert [node.meta["val"].shape for node in call.args[4]] == [()]
+        missed = [miss.reason.text for miss in fast.report.near_misses]
+        assert missed == ["its gradient is memory that an update writes"] * 3
+        for each in given:
+            fast(each)
+            theirs(each)
+        assert_same(ours, theirs)
+
+
 # Programs that are not captured: what cannot be had, or would need a GPU.
 
 
@@ -410,7 +439,7 @@ def test_memory_that_is_not_an_updates_own_stays() -> None:
         return plain_sgd(p, q, p.view(9).view(3, 3), q.view(9).view(3, 3))
 
     assert reasons(own_view, torch.randn(3, 3), torch.randn(3, 3), g, h) == {
-        "its gradient is a view of what it writes"
+        "its gradient is memory that an update writes"
     }
 
     def overwritten(p: Tensor, q: Tensor, g: Tensor, h: Tensor) -> Any:
@@ -425,7 +454,7 @@ def test_memory_that_is_not_an_updates_own_stays() -> None:
     made = [proposals(f, p, q, g, h, written=w) for f, w in ((overwritten, (2, 1, 0)), (cleared, (0, 1, 2)))]
     assert [[type(item) for item in each] for each in made] == [[Candidate], [Candidate]]
     assert reasons(passed_on, p, q, g, h, written=(2, 1, 0)) == {
-        "its old value is read after its gradient is overwritten"
+        "its old value is read after what it reads is overwritten"
     }
 
 

@@ -462,3 +462,34 @@ def test_what_a_graph_no_longer_returns_is_none_of_what_users_see() -> None:
     assert list(get_user_visible_output_strides(gm.graph).values()) == [(3, 1)]
     # On GPUs Inductor goes through them.
     mark_nodes_dislike_padding(gm.graph, get_user_visible_output_strides(gm.graph))
+
+
+def test_what_reads_memory_is_computed_before_a_custom_operator_writes_it() -> None:
+    def clear(values: list[torch.Tensor]) -> None:
+        torch._foreach_zero_(values)
+
+    with torch.library._scoped_library("graphopt_tests", "FRAGMENT") as library:
+        library.define("clear(Tensor(a!)[] values) -> ()")
+        library.impl("clear", clear, "CompositeExplicitAutograd")
+        library.impl("clear", lambda values: None, "Meta")
+        op = torch.ops.graphopt_tests.clear.default
+        with torch._subclasses.FakeTensorMode():
+            given = [torch.empty(size) for size in (3, 4, 3, 4)]
+            gm = make_fx(lambda x, y, to_x, to_y: (x + 1, y * 2))(*given)
+        output = next(node for node in gm.graph.nodes if node.op == "output")
+        x, y, *targets = (node for node in gm.graph.nodes if node.op == "placeholder")
+        with gm.graph.inserting_before(output):
+            gm.graph.call_function(op, ([x, y],)).meta["val"] = None
+            for target, value in zip(targets, output.args[0], strict=True):
+                copy_ = gm.graph.call_function(torch.ops.aten.copy_.default, (target, value))
+                copy_.meta["val"] = target.meta["val"]
+        output.args = ((),)
+        gm.recompile()
+        _torch.read_before_writes(gm.graph)
+        values = [torch.ones(size) for size in (3, 4, 3, 4)]
+        from torch._inductor.compile_fx import compile_fx_inner
+
+        compile_fx_inner(gm, values, is_inference=True)(list(values))
+        assert [value.tolist() for value in values] == [[0.0] * 3, [0.0] * 4, [2.0] * 3, [2.0] * 4]
+        torch._inductor.lowering.lowerings.pop(op)
+        _torch._ordered.discard(op)

@@ -82,6 +82,7 @@ class InductorEmitter:
             if self._replacing is not None:
                 graph, groups = self._replacing(graph)
                 self.groups += groups
+            _torch.read_before_writes(graph.graph)
             if not slots:
                 return compiler(graph, graph_inputs, **kwargs)
             given = len(graph_inputs)

@@ -70,7 +70,7 @@ class FuseOptimizer(Pass):
             return
         for write, matched, why in missed:
             yield NearMiss(self.name, write.value.name, matched, 5, why)
-        surroundings = _Surroundings(program)
+        surroundings = _Surroundings(program, found)
         groups: dict[Any, list[Update]] = {}
         for update in found:
             stays = self._declines(update, surroundings)
@@ -148,7 +148,7 @@ class _Group:
 class _Surroundings:
     """The graph that updates are in."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, updates: Sequence[Update]) -> None:
         self.nodes: list[fx.Node] = list(program.graph.nodes)
         self.order = {node: k for k, node in enumerate(self.nodes)}
         self.output: fx.Node = next(node for node in reversed(self.nodes) if node.op == "output")
@@ -160,18 +160,18 @@ class _Surroundings:
             for tensor in tensor_leaves(node.meta.get("val")):
                 owners.setdefault(_storage(tensor), []).append(node)
         self.owners = owners
+        self.updated = {place for update in updates for place in update.places}
 
     def shared(self, update: Update) -> Reason | None:
         """Why memory that an update writes is not its own."""
-        roots: set[fx.Node] = set()
         for place in update.places:
             holders = self.owners.get(_storage(place.meta["val"]), [])
             if len(holders) > 1:
                 names = tuple(holder.name for holder in holders)
                 return Reason("another input shares its memory", names)
-            roots.add(place)
-        if roots & self.aliases.roots[update.gradient]:
-            return Reason("its gradient is a view of what it writes", (update.gradient.name,))
+        if self.updated & self.aliases.roots[update.gradient]:
+            # Which of two updates comes first would decide what is read.
+            return Reason("its gradient is memory that an update writes", (update.gradient.name,))
         return None
 
     def independent(self, updates: Sequence[Update]) -> _Group:
@@ -197,8 +197,9 @@ class _Surroundings:
             kept = [update for update in kept if reasons[id(update)] is None]
 
     def _anchor(self, updates: Sequence[Update]) -> fx.Node:
-        """The call stands before whatever writes to gradients, else last."""
-        roots = {root for update in updates for root in self.aliases.roots[update.gradient]}
+        """The call stands before whatever writes to gradients and numbers, else last."""
+        read = [node for u in updates for node in (u.gradient, *leaves_of(u.numbers))]
+        roots = {root for node in read for root in self.aliases.roots[node]}
         for node in self.nodes:
             written = {root for ref in written_inputs(node) for root in self.aliases.roots[ref]}
             if written & roots and node.op == "call_function":
@@ -250,10 +251,11 @@ class _Surroundings:
         for node in self.nodes[limit:]:
             reads = {root for source in node.all_input_nodes for root in self.aliases.roots[source]}
             if node in needed and node not in copies and node is not self.output and places & reads:
-                return Reason("its old value is read after its gradient is overwritten", (node.name,))
-        for node in (update.gradient, *leaves_of(update.numbers)):
+                return Reason("its old value is read after what it reads is overwritten", (node.name,))
+        values = [write.value for write in update.writes]
+        for node in (update.gradient, *leaves_of(update.numbers), *values):
             if self.order[node] >= limit:
-                return Reason("it is made after a gradient is overwritten", (node.name,))
+                return Reason("it is made after what it reads is overwritten", (node.name,))
         return None
 
 

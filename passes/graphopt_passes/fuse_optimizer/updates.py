@@ -19,6 +19,7 @@ import torch
 import torch.fx as fx
 
 from graphopt.candidate import Reason
+from graphopt.capture.aliasing import written_inputs
 from graphopt.program import Program
 from graphopt_passes.fuse_optimizer.forms import (
     CONSTANT,
@@ -80,7 +81,10 @@ def writes_in(program: Program) -> list[Write]:
         if spec.role == "mutation" and target is not None:
             found.setdefault(target, []).append(Write(target, nodes[spec.node], output=index))
     order = {node: k for k, node in enumerate(places.values())}
-    once = [writes[0] for writes in found.values() if len(writes) == 1]
+    copies = {write.copy for writes in found.values() for write in writes}
+    # What another call writes as well has no one value before the update.
+    elsewhere = {source for n in program.nodes() if n not in copies for source in written_inputs(n)}
+    once = [w[0] for place, w in found.items() if len(w) == 1 and place not in elsewhere]
     return sorted(once, key=lambda write: order[write.place])
 
 
