@@ -374,7 +374,8 @@ def test_the_kernels_compile_for_sm_90_without_spills(
 ) -> None:
     from graphopt_kernels import cross_entropy_parts_triton as kernels
 
-    launch = part_launch(rows, columns, 4 if dtype == "fp32" else 2)
+    itemsize = 4 if dtype == "fp32" else 2
+    launch, writes = (part_launch(rows, columns, itemsize, writes=writes) for writes in (False, True))
     halves = dict.fromkeys(("logits", "gradients"), f"*{dtype}")
     floats = ("tops", "totals", "plains", "losses", "log_sum_exps", "counts", "loss", "scales", "sum_scales")
     floats = (*floats, "class_weights", "weight_sum")
@@ -399,11 +400,13 @@ def test_the_kernels_compile_for_sm_90_without_spills(
     for name, warps in (
         ("parts_kernel", launch.warps),
         ("finish_kernel", launch.finish_warps),
-        ("gradient_kernel", launch.warps),
+        ("gradient_kernel", writes.warps),
         ("joined_kernel", launch.warps),
         ("total_kernel", 4),
     ):
         given = constants | ({"BLOCK": 1024} if name == "total_kernel" else {}) | {"TOGETHER": 1024}
+        if name == "gradient_kernel":
+            given |= {"PARTS": writes.parts, "BLOCK": writes.block}
         code = compile_function_for_sm90(
             getattr(kernels, name),
             {**pointers, **numbers},
@@ -414,14 +417,13 @@ def test_the_kernels_compile_for_sm_90_without_spills(
         assert not code.spills, (name, code)
         assert code.shared + code.asked <= 8192
         if name in ("parts_kernel", "gradient_kernel"):
-            # Four loads of 16 bytes in flight for each thread, beside those of float32 weights.
-            of_weights = (4 if dtype == "fp32" else 8) * weighted
-            assert code.widths("LDG")[128] == 4 + of_weights
-            elements = launch.block // (32 * warps)
+            # Loads of 16 bytes in flight for each thread, beside those of float32 weights.
+            elements = given["BLOCK"] // (32 * warps)
+            assert code.widths("LDG")[128] == elements * (itemsize + 4 * weighted) // 16
             most = 12 if name == "parts_kernel" else 18
             assert not plain or sum(code.instructions.values()) <= most * elements + 64
         if name == "gradient_kernel":
-            assert code.widths("STG")[128] == 4
+            assert code.widths("STG")[128] == elements * itemsize // 16
 
 
 @pytest.mark.gpu

@@ -354,9 +354,11 @@ def test_gradients_that_it_does_not_take_it_says(change: dict[str, Any], reason:
 
 def test_tiles_leave_few_lanes_idle() -> None:
     llama, few, odd = (launch_for(heads, 128, 128) for heads in ((1, 32, 8, 8), (1, 32, 0, 0), (1, 12, 4, 0)))
-    assert (llama.positions, llama.heads) == (2, 8)
-    assert (few.positions, few.heads) == (1, 16)
-    assert (odd.positions, odd.heads) == (4, 4)
+    assert (llama.positions, llama.heads, llama.whole) == (2, 8, True)
+    assert (few.positions, few.heads, few.whole) == (2, 8, True)
+    assert (odd.positions, odd.heads, odd.whole) == (4, 4, True)
+    assert launch_for((1, 96, 0, 0), 128, 128).whole is False, "code of many tiles is long"
+    assert launch_for((1, 32, 8, 8), 128, 128, sums=True).whole is False
     part = launch_for((32, 1, 1, 1), 96, 24)
     assert (part.half, part.rest) == (16, 128)
 
@@ -428,9 +430,14 @@ MODELS = [
 
 
 @needs_triton
-@pytest.mark.parametrize("whole", [False, True])
-@pytest.mark.parametrize("norm", [False, True])
-@pytest.mark.parametrize(("heads", "size", "width", "interleaved"), MODELS)
+@pytest.mark.parametrize(
+    ("heads", "size", "width", "interleaved", "norm", "whole"),
+    [
+        (*model, norm, whole)
+        for model, norm, whole in itertools.product(MODELS, (False, True), (False, True))
+        if not (whole and norm and model[3])
+    ],
+)
 def test_the_kernels_compile_for_sm_90_without_spills(
     heads: tuple[int, ...], size: int, width: int, interleaved: bool, norm: bool, whole: bool
 ) -> None:
@@ -446,7 +453,7 @@ def test_the_kernels_compile_for_sm_90_without_spills(
     back = rotary_norm_triton.norm_backward_kernel if norm else rotary_triton.turn_kernel
     forward = rotary_triton.turn_kernel
     for kernel, backward, cached in ((forward, False, False), (back, True, False), (forward, False, True)):
-        launch = launch_for(heads, size, width, sums=norm and backward)
+        launch = launch_for(heads, size, width, sums=norm and backward, whole=whole)
         names = kernel.arg_names
         types = {
             name: "i32" if name.endswith(("_batch", "_position", "_head")) else "*bf16"
@@ -459,7 +466,7 @@ def test_the_kernels_compile_for_sm_90_without_spills(
             types | numbers,
             constants
             | {"BACK": backward, "CACHED": cached, "HALF": launch.half, "REST": launch.rest}
-            | {"POSITIONS": launch.positions, "HEADS": launch.heads, "WHOLE": whole},
+            | {"POSITIONS": launch.positions, "HEADS": launch.heads, "WHOLE": launch.whole},
             warps=launch.warps,
             aligned=tuple(types),
         )

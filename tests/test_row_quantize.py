@@ -218,4 +218,4 @@ def test_the_kernel_compiles_for_sm_90_without_spills(width: int) -> None:
         assert code.shared + code.asked <= 4096
         assert code.widths("LDG")[128] and code.widths("STG")[128]
         programs = 65536 // (32 * launch["num_warps"] * -(-code.registers // 8) * 8)
-        assert programs >= (2 if launch["num_warps"] < 16 else 1)
+        assert programs >= (2 if block < 16384 or "maxnreg" in launch else 1)

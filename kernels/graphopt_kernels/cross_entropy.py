@@ -13,7 +13,8 @@ nothing else of its row, where that of ``log_softmax`` needs a sum over it::
 
 That is ``graphopt::cross_entropy_backward``. With ``written_out`` autograd computes it in operators of ATen
 instead: a code generator makes one elementwise kernel of them, which may write over the logits where nobody
-needs them any more.
+needs them any more. What is the same for a whole row is computed before, by ``cross_entropy_row_terms``:
+within that kernel it would be computed for each logit.
 
 Arithmetic is float32 (float64 for float64) and each result is rounded once. All results are the same in every
 run. Rows whose target is ``ignore_index`` count neither in the loss nor in the mean and have a gradient of
@@ -27,6 +28,7 @@ targets' weights. Without smoothing a weight is a number of its row, and the log
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,6 +51,9 @@ __all__ = [
     "cross_entropy_backward_supports",
     "cross_entropy_reference",
     "cross_entropy_supports",
+    "row_terms",
+    "row_terms_reference",
+    "row_terms_supports",
     "written_gradient",
 ]
 
@@ -172,6 +177,77 @@ def _(
 # --- autograd ----------------------------------------------------------------------------------
 
 
+Terms = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+"""Of each row [N]: what its probabilities are multiplied by, what its target has less, what every class has
+less (times its weight; of no elements without smoothing), and its target, -1 where it is ignored."""
+
+
+def row_terms_reference(
+    grad: torch.Tensor,
+    target: torch.Tensor,
+    classes: int,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype,
+    sum_grad: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
+) -> Terms:
+    """What the gradient of logits needs of each row beside its log-sum-exp; three of ``dtype``, the last
+    int32."""
+    ignored = target == ignore_index
+    weights = None if class_weight is None else class_weight.to(dtype)
+    scale = scale_of(grad, target, reduction, ignore_index, dtype, weights).masked_fill(ignored, 0)
+    even = scale * (label_smoothing / classes) if label_smoothing else scale.new_empty(0)
+    share = one = scale
+    if weights is not None:
+        one = scale * weight_of_targets(weights, target, ignore_index)
+        share = one * (1 - label_smoothing)
+        if label_smoothing:
+            share = share + even * weights.sum()
+    if sum_grad is not None:
+        share = share + sum_grad
+    return share, one * (1 - label_smoothing), even, target.masked_fill(ignored, -1).to(torch.int32)
+
+
+@torch.library.custom_op("graphopt::cross_entropy_row_terms", mutates_args=())
+def row_terms(
+    grad: torch.Tensor,
+    target: torch.Tensor,
+    classes: int,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype,
+    sum_grad: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
+) -> Terms:
+    """``row_terms_reference`` as one call, which code generators do not compute again for every element."""
+    share, label, even, place = row_terms_reference(
+        grad, target, classes, reduction, ignore_index, label_smoothing, dtype, sum_grad, class_weight
+    )
+    # No result may be another, or an input.
+    return share.clone(), label.clone(), even, place.clone() if place is target else place
+
+
+@row_terms.register_fake
+def _(
+    grad: torch.Tensor,
+    target: torch.Tensor,
+    classes: int,
+    reduction: str,
+    ignore_index: int,
+    label_smoothing: float,
+    dtype: torch.dtype,
+    sum_grad: torch.Tensor | None = None,
+    class_weight: torch.Tensor | None = None,
+) -> Terms:
+    rows = target.shape[0]
+    share, label = (target.new_empty(rows, dtype=dtype) for _ in range(2))
+    even = target.new_empty(rows if label_smoothing else 0, dtype=dtype)
+    return share, label, even, target.new_empty(rows, dtype=torch.int32)
+
+
 def written_gradient(
     grad: torch.Tensor,
     logits: torch.Tensor,
@@ -184,36 +260,30 @@ def written_gradient(
     softcap: float,
     sum_grad: torch.Tensor | None = None,
     class_weight: torch.Tensor | None = None,
+    *,
+    terms_of_rows: Callable[..., Terms] = row_terms,
 ) -> torch.Tensor:
-    """What ``cross_entropy_backward`` computes, in elementwise operators of ATen."""
+    """What ``cross_entropy_backward`` computes, in operators of ATen but for ``terms_of_rows``."""
     exact = computes_in(logits.dtype)
+    share, label, even, place = terms_of_rows(
+        grad, target, logits.shape[1], reduction, ignore_index, label_smoothing, exact, sum_grad, class_weight
+    )
     z = logits.to(exact) * logit_scale if logit_scale != 1.0 else logits.to(exact)
     capped = torch.tanh(z / softcap) if softcap else None
     z = z if capped is None else capped * softcap
-    ignored = (target == ignore_index)[:, None]
-    weights = None if class_weight is None else class_weight.to(exact)
-    scale = scale_of(grad, target, reduction, ignore_index, exact, weights)[:, None].masked_fill(ignored, 0)
-    columns = torch.arange(logits.shape[1], device=logits.device)
-    even = scale * (label_smoothing / logits.shape[1]) if label_smoothing else None
-    share = one = scale
-    if weights is not None:
-        one = scale * weight_of_targets(weights, target, ignore_index)[:, None]
-        share = one * (1 - label_smoothing)
-        if even is not None:
-            share, even = share + even * weights.sum(), even * weights
-    if sum_grad is not None:
-        share = share + sum_grad[:, None]
-    label = torch.where(columns == target[:, None], one * (1 - label_smoothing), 0.0)
-    gradient = torch.exp(z - log_sum_exp[:, None]) * share - label
-    if even is not None:
-        gradient = gradient - even
+    columns = torch.arange(logits.shape[1], device=logits.device, dtype=torch.int32)
+    gradient = torch.exp(z - log_sum_exp[:, None]) * share[:, None]
+    gradient = gradient - torch.where(columns == place[:, None], label[:, None], 0.0)
+    if label_smoothing:
+        each = even[:, None]
+        gradient = gradient - (each if class_weight is None else each * class_weight.to(exact))
     if capped is not None:
         gradient = gradient * (1 - capped * capped)
     if logit_scale != 1.0:
         gradient = gradient * logit_scale
     if sum_grad is None:
         # Whatever its logits are.
-        gradient = gradient.masked_fill(ignored, 0)
+        gradient = gradient.masked_fill((place < 0)[:, None], 0)
     return gradient.to(logits.dtype)
 
 
@@ -303,6 +373,19 @@ def _weights_refused(logits: torch.Tensor, class_weight: torch.Tensor) -> Reason
     return None
 
 
+def row_terms_supports(
+    grad: torch.Tensor, target: torch.Tensor, classes: int, reduction: str, *settings: Any
+) -> Reason | None:
+    """``None``, or why the operator does not take these arguments."""
+    if target.dim() != 1:
+        return Reason(f"takes targets [N], got {list(target.shape)}")
+    if not 0 < classes < 2**31:
+        return Reason(f"counts classes in 32 bits, got {classes}")
+    if reduction not in REDUCTIONS:
+        return Reason(f"knows the reductions {', '.join(REDUCTIONS)}, got {reduction!r}")
+    return None
+
+
 def cross_entropy_backward_supports(
     grad: torch.Tensor,
     logits: torch.Tensor,
@@ -352,5 +435,5 @@ def cross_entropy_reference(
     return loss.to(dtype), z.logsumexp(1)
 
 
-cross_entropy_backward_reference = written_gradient
+cross_entropy_backward_reference = functools.partial(written_gradient, terms_of_rows=row_terms_reference)
 """What ``cross_entropy_backward`` computes, with ATen operators."""

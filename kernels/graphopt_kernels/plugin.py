@@ -87,6 +87,13 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             summary="gradient of logits, in one reading",
         ),
         KernelSpec(
+            name="cross-entropy-row-terms",
+            op="graphopt::cross_entropy_row_terms",
+            reference=cross_entropy.row_terms_reference,
+            supports=cross_entropy.row_terms_supports,
+            summary="what the gradient of logits needs of each row",
+        ),
+        KernelSpec(
             name="linear-cross-entropy",
             op="graphopt::linear_cross_entropy",
             reference=linear_cross_entropy.linear_cross_entropy_reference,

@@ -21,6 +21,9 @@ _WIDEST = 1024
 
 _COLUMNS = 32
 
+_HEADS, _TILES = 8, 10
+"""Heads of a tile that is turned, and how many tiles one program has after one another, at most."""
+
 
 class Launch(NamedTuple):
     """``half``: pairs of a head and ``rest``: elements that are not turned, both rounded up to powers of two;
@@ -36,20 +39,25 @@ class Launch(NamedTuple):
     whole: bool = False
 
 
-def launch_for(heads: Sequence[int], size: int, width: int, *, sums: bool = False) -> Launch:
+def launch_for(
+    heads: Sequence[int], size: int, width: int, *, sums: bool = False, whole: bool = True
+) -> Launch:
     """Tiles of some positions and of as many heads as leave the fewest lanes idle, the more the better.
 
     ``heads``: groups, and queries, keys and values of each; ``size``: elements of a head; ``sums``: gradients
     of weights are summed up, which takes registers, more of them where a part of a head is not turned.
+    ``whole``: a program may have all heads of its positions, and has where they are few tiles, which are
+    written out one after the other. Measured on an H200 (benchmarks/results/gpu_sweep_rotary.json).
     """
     half = _power(width // 2)
     rest = _power(size - width) if size > width else 1
     most = max(1, _TILE // (_power(size) * (2 if sums and size > width else 1)))
     counts = [heads[0] * count for count in heads[1:] if count]
-    candidates = [1 << k for k in range(most.bit_length()) if 1 << k <= most]
+    candidates = [1 << k for k in range(most.bit_length()) if 1 << k <= most and (sums or 1 << k <= _HEADS)]
     best = min(candidates, key=lambda n: (sum(-(-count // n) * n for count in counts), -n))
+    few = not sums and whole and sum(-(-count // best) for count in counts) <= _TILES
     # As many as registers of sm_90 hold at a time: one more would run alone after the others.
-    return Launch(half, rest, most // best, best, 4, 3 if size > width else 5)
+    return Launch(half, rest, most // best, best, 4, 3 if size > width else 5, few)
 
 
 def _power(number: int) -> int:
@@ -247,7 +255,8 @@ def _turn(
     capacity: int = 0,
 ) -> None:
     batch, length, _, size = whole.shape
-    launch = launch or launch_for(heads, size, width)
+    # Neighbours that are normalized before are held twice, and spill where tiles follow each other.
+    launch = launch or launch_for(heads, size, width, whole=eps is None or not interleaved)
     counts = (*heads[1:3], heads[3] if moves_values else 0)
     blocks = sum(-(-heads[0] * count // launch.heads) for count in counts)
     tables = [_dense(table) for table in tables]

@@ -460,43 +460,45 @@ class BackwardProblem(NamedTuple):
 def forward_launch(problem: ForwardProblem) -> Launch:
     """Measured on an H200: many small programs hide each other's loads best, and need not read ahead."""
     block, rows = tile(problem.width)
-    if block < WIDEST:
-        return Launch(block, rows, 4, 0, ahead=False, held=not problem.centered)
-    return Launch(block, rows, 8, 0, ahead=False, held=not problem.centered)
+    if problem.added and not problem.centered and block == WIDEST:
+        return Launch(block, rows, 4, 0, ahead=False, held=False)
+    return Launch(block, rows, 4 if block < WIDEST else 8, 0, ahead=False, held=not problem.centered)
 
 
 def backward_launch(problem: BackwardProblem) -> Launch:
     """Measured on an H200: reading ahead pays until registers run out. LayerNorm's sums leave it no registers
-    for that, so its rows wait in shared memory, and more warps with fewer elements each compute them
-    (measured for rows of 2,048 and 5,120 elements). The longest rows do best without either."""
-    width, centered = problem.width, problem.centered
-    block, rows = tile(width)
-    if centered:
-        launch = _centered_launch(problem, block, rows)
-        while launch.stages > 1 and staged_bytes(problem, launch) > _STAGED:
-            launch = launch._replace(stages=launch.stages - 1)
-        return launch
+    for that, so its rows wait in shared memory. Beside a third row the longest do best without either
+    (benchmarks/results/gpu_sweep_rows.json; beside a third row: gpu_kernels.json)."""
+    block, rows = tile(problem.width)
+    launch = (_centered_launch if problem.centered else _plain_launch)(problem, block, rows)
+    while launch.stages > 1 and staged_bytes(problem, launch) > _STAGED:
+        launch = launch._replace(stages=launch.stages - 1)
+    return launch
+
+
+def _plain_launch(problem: BackwardProblem, block: int, rows: int) -> Launch:
     if block <= 2048:
         return Launch(block, rows, 4, 4, True, True)
     if block == 4096:
         return Launch(block, rows, 8, 2, True, True)
     if block == 8192:
-        if width <= 6144:
+        if problem.width <= 6144:
             # Lanes beyond the row would idle: fewer of them, each with more elements.
             return Launch(block, rows, 4, 2, True, True)
         return Launch(block, rows, 16, 1, True, True)
-    return Launch(block, rows, 16, 1, False, False)
+    # Faster by reading ahead, but for that the registers run out.
+    warps, stages = (16, 1) if problem.passed else (8, 3)
+    return Launch(block, rows, warps, 1, False, False, stages)
 
 
 def _centered_launch(problem: BackwardProblem, block: int, rows: int) -> Launch:
     if block <= 2048:
         return Launch(block, rows, 8, 3, False, True, 4)
     if block == 4096:
-        # Beside a third row two programs of sixteen warps do not fit.
-        return Launch(block, rows, 8 if problem.passed else 16, 2, False, True, 3)
+        return Launch(block, rows, 8, 2, False, True, 3)
     if block == 8192:
-        return Launch(block, rows, 16, 1, False, True, 3)
-    return Launch(block, rows, 8, 1, False, False)
+        return Launch(block, rows, 16 if problem.passed else 8, 1, False, True, 3)
+    return Launch(block, rows, 8, 1, False, False, 1 if problem.passed else 3)
 
 
 def staged_bytes(problem: BackwardProblem, launch: Launch) -> int:

@@ -179,12 +179,15 @@ def launch_rows(
 
 
 def warps_and_registers(block: int, fits: bool) -> dict[str, Any]:
-    """Of a program for rows of ``block`` elements, as for norms. Left alone, the assembler would give the
-    longest rows so many registers that a multiprocessor holds one program, and nothing hides its loads.
-    What ``fits`` fewer without a spill, an RMSNorm, gets fewer; others are held by more warps."""
-    if block < WIDEST:
+    """Of a program for rows of ``block`` elements, measured on an H200
+    (benchmarks/results/gpu_sweep_rows.json). Left alone, the assembler would give long rows so many registers
+    that a multiprocessor holds one program, and nothing hides its loads: what ``fits`` fewer without a spill,
+    an RMSNorm, gets fewer."""
+    if block < WIDEST // 2:
         return {"num_warps": 4}
-    return {"num_warps": 8, "maxnreg": 128} if fits else {"num_warps": 16}
+    if fits:
+        return {"num_warps": 8, "maxnreg": 96}
+    return {"num_warps": 4 if block < WIDEST else 8}
 
 
 def _kernels_for(input: torch.Tensor) -> Any:

@@ -51,8 +51,6 @@ _round = operator(_aten.round.default)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CODES = (torch.float8_e4m3fn, torch.int8)
 _WIDEST = 16384
-_WIDEST_CENTERED = 8192
-"""Elements of a row of a LayerNorm, beyond which a multiprocessor holds one program (row-norm-quantize)."""
 _NARROWEST = 512
 _NORM = ("input", "weight", "bias", "eps", "centered", "weight_offset", "rounds_first", "dtype")
 
@@ -223,9 +221,6 @@ def _rows(y: fx.Node, match: Match, options: FuseQuantize, ctx: PassContext) -> 
         why = f"rows of {value.shape[-1]} elements do not fit the registers of a program"
         return Reason(why, (source.name,))
     if norm is not None:
-        if argument(norm, "centered") and value.shape[-1] > _WIDEST_CENTERED and not options.everywhere:
-            why = f"generated code is as fast for a LayerNorm of rows of {value.shape[-1]} elements"
-            return Reason(why, (root.name,))
         return _unwritten(norm, match)
     if ctx.emit != "eager" and not options.everywhere and is_generated(y):
         return Reason("code generators make one kernel of it and what is before it", (root.name, y.name))
