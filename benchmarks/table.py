@@ -358,6 +358,33 @@ def tiled_convolutions(record: dict[str, Any]) -> str:
     )
 
 
+def warm_start(record: dict[str, Any]) -> str:
+    summary = record["summary"]
+    cells = [
+        (
+            kind,
+            *(
+                f"{summary[f'{mode}_{kind}_{key}']:.1f}"
+                for key in ("seconds", "cpu_s")
+                for mode in ("graphopt", "compile")
+            ),
+        )
+        for kind in ("cold", "warm")
+    ]
+    repeats = sum((row["mode"], row["start"]) == ("graphopt", "warm") for row in good(record))
+    load = max(row["load_average"] for row in good(record))
+    head = ("start", "graphopt, s", "compile, s", "graphopt, processor s", "compile, processor s")
+    return (
+        "## Seconds to the end of the first training step, on the CPU\n\n"
+        "A narrow transformers Llama of 16 layers, `emit=\"inductor\"`; each start is a process of its own, "
+        "caches empty (cold) or as the cold start left them. Target: a warm start adds "
+        f"{summary['target_s']:g} s to torch.compile's: {verdict(summary['met'])}, "
+        f"{summary['added_seconds']:.2f} s ({summary['added_cpu_s']:.2f} s of the processor). "
+        f"Medians of {repeats} warm starts, the load of {record['cores']} cores up to {load:.1f}.\n\n"
+        + table(head, cells)
+    )
+
+
 def failures(record: dict[str, Any]) -> str:
     rows = [
         f"- {row['model']}: {row['error']}" for row in record["rows"] if isinstance(row.get("error"), str)
@@ -379,6 +406,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu_models": gpu_models,
     "gpu_compile_time": gpu_compile_time,
     "gpu_rotary": gpu_rotary,
+    "warm_start": warm_start,
     "gpu_attention": gpu_attention,
     "gpu_emitted_attention": gpu_emitted_attention,
     "gpu_products": gpu_products,

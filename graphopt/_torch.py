@@ -11,9 +11,12 @@ import inspect
 import itertools
 import logging
 import math
+import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -1100,20 +1103,41 @@ def compile_with_inductor(
     operations_limit: int,
     order: KernelOrder,
     cache_key: str = "",
+    keep: str = "",
 ) -> Callable[..., Any]:
     """``compile_fx`` with the given partition and inner compiler.
 
     A value computed by more than ``operations_limit`` operations is stored, not inlined. ``order``
     puts the kernels in order, instead of Inductor's own reordering for peak memory.
-    AOTAutograd's graph cache is not used: on a hit the partition would not be asked. Inductor's, of the
+    AOTAutograd's graph cache is not read: on a hit the partition would not be asked. Inductor's, of the
     halves, is where ``cache_key`` says what ``order`` and the choices made here are; without, it is not.
+    ``keep``: a name under which the result is put into AOTAutograd's cache, for ``kept_code``; where it
+    cannot be, it is not, and nothing is said.
     """
-    from torch._inductor import config as inductor_config
     from torch._inductor.compile_fx import compile_fx
+
+    keeping = _keeping(keep) if keep else nullcontext()
+    with _our_settings(partition, operations_limit, order, cache_key), keeping, _our_choices():
+        table = inductor_decompositions()
+        compiled: Any = compile_fx(gm, list(inputs), inner_compile=inner, decompositions=table)
+    function: Callable[..., Any] = compiled
+    return function
+
+
+@contextmanager
+def _our_settings(
+    partition: Callable[[fx.GraphModule, int], tuple[fx.GraphModule, fx.GraphModule]] | None,
+    operations_limit: int,
+    order: KernelOrder,
+    cache_key: str,
+) -> Iterator[None]:
+    """Inductor's and AOTAutograd's settings for the code that is compiled here."""
+    from torch._inductor import config as inductor_config
     from torch._inductor.custom_graph_pass import CustomPartitionerFn
 
     class Ours(CustomPartitionerFn):
         def __call__(self, gm: Any, joint_inputs: Any, **kwargs: Any) -> Any:
+            assert partition is not None
             return partition(gm, kwargs["num_fwd_outputs"])
 
         def uuid(self) -> str:
@@ -1131,11 +1155,124 @@ def compile_with_inductor(
     }
     # The backward is compiled now, not at its first run: its memory is part of the plan.
     joint_settings = {"enable_autograd_cache": False, "force_non_lazy_backward_lowering": True}
-    with inductor_config.patch(settings), functorch_config.patch(joint_settings), _our_choices():
-        table = inductor_decompositions()
-        compiled: Any = compile_fx(gm, list(inputs), inner_compile=inner, decompositions=table)
-    function: Callable[..., Any] = compiled
-    return function
+    with inductor_config.patch(settings), functorch_config.patch(joint_settings):
+        yield
+
+
+@contextmanager
+def _keeping(name: str) -> Iterator[None]:
+    """What AOTAutograd compiles goes to its cache under ``name``; nothing is read from there."""
+    from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
+
+    usual_save, usual_lookup = AOTAutogradCache.save, AOTAutogradCache._lookup
+
+    def save(key: str, entry: Any, remote: bool) -> None:
+        usual_save(name, entry, False)
+
+    def lookup(*args: Any) -> None:
+        return None
+
+    cache: Any = AOTAutogradCache
+    cache.save, cache._lookup = staticmethod(save), staticmethod(lookup)
+    try:
+        with functorch_config.patch({"enable_autograd_cache": True, "bundled_autograd_cache": False}):
+            yield
+    finally:
+        cache.save, cache._lookup = staticmethod(usual_save), staticmethod(usual_lookup)
+
+
+def keeps_code() -> bool:
+    """Whether torch's caches of compiled code are switched on."""
+    from torch._inductor import config as inductor_config
+
+    on = inductor_config.fx_graph_cache and functorch_config.enable_autograd_cache
+    return bool(on) and not inductor_config.force_disable_caches
+
+
+def is_kept(name: str) -> bool:
+    """Whether AOTAutograd's cache on this machine has something under ``name``."""
+    from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
+
+    folder = AOTAutogradCache._get_tmp_dir_for_key(name)
+    return os.path.isdir(folder) and bool(os.listdir(folder))
+
+
+def forget_code(prefix: str) -> None:
+    """Take what was kept under names that begin with ``prefix`` out of AOTAutograd's cache."""
+    from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
+
+    for folder in Path(AOTAutogradCache._get_tmp_dir()).glob(f"{prefix}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def kept_code(
+    name: str, around_backward: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+) -> Callable[..., Any] | None:
+    """What ``compile_with_inductor`` kept under ``name``, as it returned it; ``None`` where parts are gone.
+
+    ``around_backward`` makes what autograd calls of the code of the backward.
+    """
+    from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache, FXGraphCacheMiss
+    from torch._inductor.cudagraph_utils import BoxedDeviceIndex
+    from torch._inductor.utils import BoxedBool
+
+    found = AOTAutogradCache._lookup(name, True, False, [], {}, None)
+    if found is None:
+        return None
+    entry: Any = found[0]
+    if around_backward is not None:
+        wrap, usual = around_backward, entry.compiled_bw.post_compile
+
+        def post_compile(result: Any, config: Any) -> Any:
+            why = "generated code is not traced"
+            return torch._dynamo.disable(wrap(usual(result, config)), reason=why)  # type: ignore[no-untyped-call]
+
+        entry.compiled_bw.post_compile = post_compile
+    sizes = torch.fx.experimental.symbolic_shapes.ShapeEnv()
+    context = TracingContext.try_get() or TracingContext(FakeTensorMode(shape_env=sizes))
+    settings = {"cudagraphs": BoxedBool(False), "boxed_forward_device_index": BoxedDeviceIndex(None)}
+    try:
+        with tracing(context):
+            run = entry.wrap_post_compile([], entry.sanitized_aot_config, settings)
+    except FXGraphCacheMiss:
+        return None
+    return lambda *args: run(list(args))
+
+
+def known_to_caches(code: Callable[..., Any], as_code: Any) -> Any:
+    """``code``, which calls the compiled graph ``as_code``, found in torch's caches as that graph is."""
+    for name in ("_fx_graph_cache_key", "_fx_graph_cache_debug_lines", "guards_expr"):
+        if getattr(as_code, name, None) is not None:
+            setattr(code, name, getattr(as_code, name))
+    return code
+
+
+def is_known_to_caches(code: Any) -> bool:
+    return getattr(code, "_fx_graph_cache_key", None) is not None
+
+
+def code_environment(operations_limit: int, order: KernelOrder, cache_key: str) -> str:
+    """Names all that generated code depends on besides its graph: the version of torch and of the compilers,
+    the machine, settings. Source: what Inductor's graph cache goes by, for a graph that is empty."""
+    from torch._inductor.codecache import compiled_fx_graph_hash
+
+    graph = fx.Graph()
+    graph.output(())
+    with _our_settings(None, operations_limit, order, cache_key):
+        key, _ = compiled_fx_graph_hash(fx.GraphModule({}, graph), [], {}, [])
+        joint = sorted((name, _setting(value)) for name, value in functorch_config.get_config_copy().items())
+    return f"{key} {joint}"
+
+
+def _setting(value: Any) -> str:
+    """The value of a setting, the same in every process: functions by their names."""
+    return getattr(value, "__qualname__", None) or repr(sorted(value) if isinstance(value, set) else value)
+
+
+def qualified_name(target: Any) -> str:
+    """The dotted name of what a node calls. Raises what torch raises for functions without one."""
+    name: str = fx.node._get_qualified_name(target)
+    return name
 
 
 def keeps_graph() -> bool:

@@ -50,6 +50,7 @@ def optimize(
     plan: Plan | None = None,
     step: Callable[[torch.nn.Module], object] | None = None,
     cuda_graphs: bool = True,
+    cache: bool = True,
 ) -> Optimized:
     """The fastest version of ``model`` whose step fits ``budget``, with the same call.
 
@@ -78,6 +79,10 @@ def optimize(
     (``zero_grad(set_to_none=False)``); what a graph keeps counts against the budget. The report says whether
     steps are replayed, or why not. ``False`` launches kernel by kernel.
 
+    ``cache``: keep what was planned and compiled for later processes, and take over what earlier ones kept of
+    the same program under the same options. The report says which. ``False``, and ``GRAPHOPT_CACHE=0`` for a
+    whole process, neither reads nor writes.
+
     Gradients that the parameters carry when ``optimize`` is called count as held throughout (as in
     gradient accumulation); without them a step is taken to begin with none.
 
@@ -102,6 +107,7 @@ def optimize(
         on_error=on_error,
         step=step,
         cuda_graphs=cuda_graphs,
+        cache=cache,
     )
 
 
@@ -224,6 +230,7 @@ def make_session(
     plugins: Sequence[object] = (),
     on_error: str = "rollback",
     cuda_graphs: bool = True,
+    cache: bool = True,
     runs_on: torch.device | None = None,
 ) -> Session:
     """A session with everything looked up by name; raises before any work is done."""
@@ -253,6 +260,7 @@ def make_session(
         allow=frozenset(allow),
         on_error=on_error,
         cuda_graphs=cuda_graphs,
+        keeps=cache,
     )
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import torch.fx as fx
 
 from graphopt.candidate import Frontier, FrontierPoint
+from graphopt.capture.shapes import input_shapes
 from graphopt.errors import StalePlanError
 from graphopt.program import InputSpec, Program
+from graphopt.report import ProgramSummary
 from graphopt.schedule import Schedule
 
 __all__ = ["Captured"]
@@ -45,6 +47,24 @@ class Captured:
     look: Callable[[], None] | None = None
     """See the program as it will be compiled, with its forms."""
     forms: Mapping[str, Captured] = field(default_factory=dict)
+    told: ProgramSummary | None = None
+    """What the report says of a program that was taken over from another process and not seen here yet."""
+
+    @property
+    def summary(self) -> ProgramSummary:
+        """The graph in the report."""
+        if self.told is not None:
+            return self.told
+        sizes = [len(half.graph.nodes) for half in self.lowered]
+        return ProgramSummary(
+            self.name,
+            self.mode,
+            len(self.semantic.graph.nodes),
+            len(self.joint.graph.nodes) if self.joint else 0,
+            sizes[0] if sizes else 0,
+            sizes[1] if len(sizes) > 1 else 0,
+            input_shapes(self.semantic),
+        )
 
     @property
     def schedule(self) -> Schedule:

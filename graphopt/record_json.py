@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import types
 from collections.abc import Mapping
@@ -43,7 +44,7 @@ def decode(cls: type[Record], data: Any, *, where: str = "") -> Record:
     here = where or cls.__name__
     if not isinstance(data, Mapping):
         raise RecordFormatError(f"{here}: expected an object, got {_kind(data)}")
-    hints = get_type_hints(cls)
+    hints = _hints(cls)  # type: ignore[arg-type]
     names = [f.name for f in fields(cls) if f.init]  # type: ignore[arg-type]
     missing = [name for name in names if name not in data]
     unknown = [str(name) for name in data if name not in names]
@@ -52,6 +53,11 @@ def decode(cls: type[Record], data: Any, *, where: str = "") -> Record:
     if unknown:
         raise RecordFormatError(f"{here}: unknown field {unknown[0]!r}; fields are {', '.join(names)}")
     return cls(**{name: _value(hints[name], data[name], f"{here}.{name}") for name in names})
+
+
+@functools.cache
+def _hints(cls: Any) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _value(hint: Any, data: Any, where: str) -> Any:

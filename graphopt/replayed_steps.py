@@ -22,13 +22,12 @@ __all__ = ["replayed", "roles_of"]
 
 def replayed(
     session: Session,
-    step: SegmentedStep,
     run: Callable[..., Any],
     inputs: Sequence[Any],
-    specs: Sequence[InputSpec],
+    roles: Callable[[], Roles | Reason],
 ) -> Callable[..., Any]:
-    """``run``, the compiled ``step``, replayed once it has been recorded; as it is where it cannot be or
-    shall not be. The report says which."""
+    """``run``, a compiled step, replayed once it has been recorded; as it is where it cannot be or shall not
+    be. The report says which. ``roles``: see ``roles_of``."""
     devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
     plan = session.plan
     if not session.cuda_graphs or session.dry_run or plan is None:
@@ -37,7 +36,7 @@ def replayed(
         return run
     found: Roles | Reason = Reason("it reads tensors of several devices")
     if len(devices) == 1:
-        found = roles_of(step, specs)
+        found = roles()
     if isinstance(found, Reason):
         session.diagnostics.append(f"steps are launched kernel by kernel: {found}")
         return run

@@ -32,6 +32,7 @@ from graphopt.lowered_points import corrected, exact_point, with_bytes
 from graphopt.partition import partition
 from graphopt.program import InputSpec, Program, tensor_leaves
 from graphopt.schedule import Schedule
+from graphopt.stored_step import StoredCode, stored_code
 
 if TYPE_CHECKING:
     from graphopt.session import Captured, Session
@@ -46,14 +47,25 @@ _POINTS = 32
 
 
 class SegmentedStep:
-    """The segments of one semantic graph; ``captured`` has one entry per call, in order."""
+    """The segments of one semantic graph; ``captured`` has one entry per call, in order.
+
+    ``code_name(segment, alternative, schedule)``: the name under which code is kept for later processes,
+    ``""`` where it is not. ``runner``: what ``compile`` makes.
+    """
 
     def __init__(
-        self, session: Session, name: str, semantic: fx.GraphModule, specs: Sequence[InputSpec]
+        self,
+        session: Session,
+        name: str,
+        semantic: fx.GraphModule,
+        specs: Sequence[InputSpec],
+        code_name: Callable[[int, str, Schedule], str] = lambda number, alternative, schedule: "",
     ) -> None:
         from graphopt.session import Captured
 
         self.session = session
+        self.runner: ChainRunner | None = None
+        self._code_name = code_name
         self.chain: Segmented = split(semantic, find_blocks(semantic.graph))
         roles = dict(zip(self.chain.inputs, specs, strict=True))
         calls = [sum(call.segment == k for call in self.chain.calls) for k in range(len(self.chain.segments))]
@@ -85,6 +97,7 @@ class SegmentedStep:
         self._host: HostMemory | None = None
         self._saved: dict[tuple[int, str, Schedule], list[tuple[str, Layout]]] = {}
         self._code: dict[tuple[int, str, Schedule], tuple[Callable[..., Any], FrontierPoint]] = {}
+        self._kept: dict[tuple[int, str, Schedule], StoredCode] = {}
 
     def _role(self, segment: int, position: int) -> str:
         """Of a value that another call made: an activation is one that no call but its own reads after it."""
@@ -122,7 +135,7 @@ class SegmentedStep:
             self._code[_key(call.segment, captured)][0]
             for call, captured in zip(self.chain.calls, self.captured, strict=True)
         ]
-        driver = ChainRunner(
+        runner = self.runner = ChainRunner(
             self.chain,
             functions,
             session.reruns,
@@ -131,7 +144,15 @@ class SegmentedStep:
             self._moves(),
             self._host,
         )
-        return lambda *args: driver(list(args))
+        return lambda *args: runner(list(args))
+
+    def kept_codes(self) -> list[StoredCode]:
+        """The code of each call as it is kept for later processes; asked for where ``code_name`` names it."""
+        keys = (
+            _key(call.segment, captured)
+            for call, captured in zip(self.chain.calls, self.captured, strict=True)
+        )
+        return [self._kept[key] for key in keys]
 
     def _reserve(self) -> bool:
         """Take the host memory that the plan moves values to; without it, take moving off the curves."""
@@ -362,13 +383,17 @@ class SegmentedStep:
             captured.lowered = (_copy(chosen),)
             return graph if chosen is graph else _copy(chosen)
 
+        name = self._code_name(number, point.alternative, point.schedule)
         run = emitter.compile(
             _copy(captured.semantic.gm),
             segment.example_inputs(),
             realise,
             as_is,
             self.session.gradients_of(kind.specs),
+            keep=name,
         )
+        if name:
+            self._kept[_key(number, captured)] = stored_code(name, emitter.slots)
         self._saved[_key(number, captured)] = _saved_values(captured, emitter.records)
         return run, exact_point(kind, point, list(emitter.records))
 

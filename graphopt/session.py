@@ -86,7 +86,8 @@ class Session:
     compile no code.
     ``chain``: the present programs as calls that hand values to each other, where they are;
     ``reruns``: rows of them that the plan runs again. ``cuda_graphs``: replay steps where they can be
-    recorded; ``recorders`` do that.
+    recorded; ``recorders`` do that. ``keeps``: keep plan and code for later processes, and take over what
+    earlier ones kept.
     """
 
     budget: Budget
@@ -127,13 +128,15 @@ class Session:
     cuda_graphs: bool = True
     recorders: list[Recorder] = field(default_factory=list)
     _written: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
+    keeps: bool = True
+    _fold: Callable[[], None] | None = None
     _seen: tuple[tuple[Captured, ...], ObservedPlan] | None = None
     _counted: tuple[tuple[int | None, ...], tuple[FrontierPoint, ...], Cost] | None = None
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A dynamo backend: compiles one graph under this session's budget."""
         specs = input_specs(gm, inputs, self.names)
-        auxiliary = auxiliary_outputs(gm) if torch.is_grad_enabled() else ()
+        auxiliary: Sequence[int] = auxiliary_outputs(gm) if torch.is_grad_enabled() else ()
         if auxiliary:
             held = _torch.random_state_bytes(torch.device("cpu")) if self.cost.device.kind == "cpu" else 0
             self.replay_bytes = held if self.whole else self.replay_bytes + held
@@ -145,23 +148,10 @@ class Session:
             self.static_bytes = (self.static_bytes or 0) + 2 * max(granularity, torch.float32.itemsize)
         name = f"g{len(self.captured)}"
         original = gm
-        try:
-            semantic = semantic_graph(gm, inputs)
-        except Exception as error:
-            self._fail(
-                f"{name}: the semantic level could not be traced ({_one_line(error)}); "
-                "dynamo's graph is used",
-                error,
-            )
-            semantic, auxiliary = gm, ()
-        if auxiliary:
-            detach_outputs(semantic, auxiliary)
-        program = semantic_program(name, semantic, specs)
-        self._keep_written(program, inputs)
-        self._rewrite(program, inputs)
         # What runs between levels of functorch has no memory that could be followed from call to call.
-        if self.whole and self.emitter.by_segments and not _torch.transforms_functions(semantic):
-            return self._segmented(name, semantic, inputs, specs, original, auxiliary)
+        if self.whole and self.emitter.by_segments and not _torch.transforms_functions(gm):
+            return self._segmented(name, gm, inputs, specs, auxiliary)
+        program, auxiliary = self._semantic(name, gm, inputs, specs, auxiliary)
         captured = Captured(name, program, specs, provisional=not self.whole)
         self._begin(captured)
         context = _torch.capture_context()
@@ -253,6 +243,31 @@ class Session:
             if isinstance(tensor, torch.Tensor) and id(tensor) not in self._written:
                 self._written[id(tensor)] = tensor, tensor.detach().to("cpu", copy=True)
 
+    def _semantic(
+        self,
+        name: str,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        specs: list[InputSpec],
+        auxiliary: Sequence[int],
+    ) -> tuple[Program, Sequence[int]]:
+        """The rewritten program at the semantic level, and which of its outputs are cut off from autograd."""
+        try:
+            semantic = semantic_graph(gm, inputs)
+        except Exception as error:
+            self._fail(
+                f"{name}: the semantic level could not be traced ({_one_line(error)}); "
+                "dynamo's graph is used",
+                error,
+            )
+            semantic, auxiliary = gm, ()
+        if auxiliary:
+            detach_outputs(semantic, auxiliary)
+        program = semantic_program(name, semantic, specs)
+        self._keep_written(program, inputs)
+        self._rewrite(program, inputs)
+        return program, auxiliary
+
     @uncollected()
     def _rewrite(self, program: Program, inputs: Sequence[Any]) -> None:
         """Run the semantic-level passes over a captured program."""
@@ -301,22 +316,38 @@ class Session:
     def _segmented(
         self,
         name: str,
-        semantic: fx.GraphModule,
+        gm: fx.GraphModule,
         inputs: Sequence[Any],
         specs: list[InputSpec],
-        original: fx.GraphModule,
         auxiliary: Sequence[int],
     ) -> Callable[..., Any]:
-        """Repeated blocks planned once and compiled once: the chain of segments is the step."""
-        from graphopt.replayed_steps import replayed
+        """Repeated blocks planned once and compiled once: the chain of segments is the step. What an earlier
+        process made of the same program is taken over."""
+        from graphopt.replayed_steps import replayed, roles_of
         from graphopt.segmented import SegmentedStep
+        from graphopt.warm_start import WarmStart
 
-        step = SegmentedStep(self, name, semantic, specs)
-        self.current = step.captured
-        self.captured.extend(step.captured)
-        run = replayed(self, step, step.compile(), inputs, specs)
+        warm = WarmStart(self, name, gm, inputs, specs)
+        self._fold = None
+        restored = warm.restored()
+        if restored is not None:
+            run = restored
+            self._fold = self._folded(name, gm, inputs, specs, auxiliary)
+        else:
+            program, attached = self._semantic(name, gm, inputs, specs, auxiliary)
+            step = SegmentedStep(self, name, program.gm, specs, warm.code_name)
+            self.current = step.captured
+            self.captured.extend(step.captured)
+            run = step.compile()
+            if not self.dry_run and attached == auxiliary:
+                warm.keep(step)
+            auxiliary = attached
+            run = replayed(self, run, inputs, lambda: roles_of(step, specs))
+        if warm.note:
+            self.diagnostics.append(warm.note)
+        last = self.current[-1]
         if auxiliary:
-            run = reattach(run, original, auxiliary, lambda: self._used(step.captured[-1]))
+            run = reattach(run, gm, auxiliary, lambda: self._used(last))
 
         def call(*args: Any) -> Any:
             if self.capturing:
@@ -324,6 +355,51 @@ class Session:
             return run(*args)
 
         return call
+
+    def unfold(self) -> None:
+        """Make the programs and curves of a step that was taken over from another process, which left them
+        out: whatever shows them asks for them first."""
+        unfold, self._fold = self._fold, None
+        if unfold is not None:
+            unfold()
+
+    def _folded(
+        self,
+        name: str,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        specs: list[InputSpec],
+        auxiliary: Sequence[int],
+    ) -> Callable[[], None]:
+        """Does what was left out when the present step was taken over."""
+        from graphopt.segmented import SegmentedStep
+        from graphopt.warm_start import ambient
+
+        context, around, told = _torch.capture_context(), ambient(), self.current
+        # Dynamo clears what it noted on the nodes of its graph.
+        graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
+        noted_on = [(node, dict(node.meta)) for graph in graphs for node in graph.nodes]
+
+        def unfold() -> None:
+            noted = (self.records, self.declined, self.near_misses, self.diagnostics)
+            before = [list(notes) for notes in noted]
+            groups, misses = list(self.emitter.groups), list(self.emitter.near_misses)
+            decided = self.plan, self.reruns, self.planning_seconds
+            for node, meta in noted_on:
+                node.meta = meta
+            with _torch.within(context), around():
+                program, _ = self._semantic(name, gm, inputs, specs, auxiliary)
+                step = SegmentedStep(self, name, program.gm, specs)
+                step.compile()
+            for notes, known in zip(noted, before, strict=True):
+                notes[:] = known  # type: ignore[index]
+            self.emitter.note(groups, misses)
+            self.plan, self.reruns, self.planning_seconds = decided
+            first = next(k for k, captured in enumerate(self.captured) if captured is told[0])
+            self.captured[first : first + len(told)] = step.captured
+            self.current = step.captured
+
+        return unfold
 
     def finish(self) -> None:
         """Plan every program that still runs its provisional schedule, and compile it for good."""
@@ -727,7 +803,7 @@ class Session:
         if self._observed(group) is None:
             bound += seconds_bound(frontiers, budget, base)
         searched = sum(record.seconds for record in self.records)
-        choices = tuple(_choice(self.cost, c) for c in group)
+        choices = tuple(_choices(self.cost, group))
         self.planning_seconds += time.perf_counter() - start
         self.plan = Plan(
             budget,
@@ -749,17 +825,21 @@ class Session:
             calls = observed.calls if observed else [1] * len(group)
             least = [min(form.reference_seconds for form in (c.forms.values() or (c,))) for c in group]
             return sum(count * seconds for count, seconds in zip(calls, least, strict=True))
+        # Calls of one kind are one program.
+        known: dict[int, float] = {}
         return sum(
-            min(self._library_seconds(form) for form in (c.forms.values() or (c,)))
+            min(self._library_seconds(form.joint, known) for form in (c.forms.values() or (c,)))
             for c in group
             if c.joint is not None
         )
 
-    def _library_seconds(self, captured: Captured) -> float:
-        if captured.joint is None:
+    def _library_seconds(self, joint: Program | None, known: dict[int, float]) -> float:
+        if joint is None:
             return 0.0
-        prices = [self.cost.node(node) for node in captured.joint.nodes()]
-        return sum(price.seconds for price in prices if price.flops)
+        if id(joint) not in known:
+            prices = [self.cost.node(node) for node in joint.nodes()]
+            known[id(joint)] = sum(price.seconds for price in prices if price.flops)
+        return known[id(joint)]
 
     def _infeasible(self, group: Sequence[Captured], budget: int) -> BudgetError:
         if observed := self._observed(self.current):
@@ -831,6 +911,21 @@ def _value_bytes(program: Program, names: Sequence[str], granularity: int) -> in
     nodes = [node for node in program.find(names) if isinstance(node.meta.get("val"), torch.Tensor)]
     sizes = {node.meta["val"].untyped_storage()._cdata: _bytes(node) for node in nodes}
     return sum(-(-size // granularity) * granularity for size in sizes.values())
+
+
+def _choices(cost: CostModel, group: Sequence[Captured]) -> Iterator[Choice]:
+    """What each of ``group`` runs; of calls of one kind at one point that is told once."""
+    told: dict[tuple[Any, ...], Choice] = {}
+    for captured in group:
+        assert captured.point is not None and captured.frontier is not None
+        point = captured.point
+        key = (
+            id(captured.joint), id(captured.schedule), captured.frontier.pass_id,
+            point.label, point.alternative, point.seconds, point.offloaded,
+        )  # fmt: skip
+        if key not in told:
+            told[key] = _choice(cost, captured)
+        yield replace(told[key], program=captured.name)
 
 
 def _choice(cost: CostModel, captured: Captured) -> Choice:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -31,3 +31,11 @@ def golden(request: pytest.FixtureRequest) -> Callable[[str, str], None]:
         assert text == path.read_text(encoding="utf-8"), "pytest --accept takes the new text over"
 
     return compare
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _nothing_kept() -> Iterator[None]:
+    """Tests plan and compile anew, whatever earlier runs kept; those of warm starts switch it on again."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GRAPHOPT_CACHE", "0")
+        yield

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,6 +12,8 @@ import pytest
 import torch
 import torch.fx as fx
 from torch import nn
+from torch._functorch import config as functorch_config
+from torch._functorch import partitioners
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
@@ -448,6 +452,80 @@ def test_generated_code_is_found_again_under_its_key_alone(tmp_path: Path, monke
     assert (first, again, compiled("other")[0], compiled("")[0]) == ("miss", "hit", "miss", "")
     assert len(orders) == 3
     assert known.records == made.records
+
+
+def test_code_is_kept_under_a_name_and_found_again(tmp_path: Path, monkeypatch: Any) -> None:
+    """AOTAutograd's cache holds what was compiled with a partition of one's own, and gives it back."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    order = lambda launches, buffers: list(range(len(launches)))  # noqa: E731
+    asked: list[int] = []
+
+    def partition(joint: fx.GraphModule, outputs: int) -> Any:
+        asked.append(outputs)
+        return partitioners.default_partition(joint, None, num_fwd_outputs=outputs)
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        compiler = _torch.inductor_inner_compile
+        return _torch.compile_with_inductor(gm, inputs, partition, compiler, 64, order, "key", "own")
+
+    x = torch.randn(8, requires_grad=True)
+    calls: list[str] = []
+
+    def around(code: Any) -> Any:
+        def call(arguments: list[Any]) -> Any:
+            calls.append("backward")
+            return code(arguments)
+
+        return _torch.boxed(call)
+
+    assert _torch.keeps_code() and not _torch.is_kept("own") and _torch.kept_code("own") is None
+    torch._dynamo.reset()
+    torch.compile(lambda x: x.sin().exp(), backend=backend)(x)
+    assert asked == [1] and _torch.is_kept("own") and not _torch.is_kept("other")
+    run = _torch.kept_code("own", around)
+    assert run is not None
+    (found,) = run(x)
+    found.sum().backward()
+    assert asked == [1] and calls == ["backward"]
+    torch.testing.assert_close(found, x.sin().exp())
+    torch.testing.assert_close(x.grad, x.detach().cos() * x.detach().sin().exp())
+    _torch.forget_code("ow")
+    assert not _torch.is_kept("own") and _torch.kept_code("own") is None
+
+
+def test_without_the_code_of_a_half_nothing_is_found(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    order = lambda launches, buffers: list(range(len(launches)))  # noqa: E731
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        compiler = _torch.inductor_inner_compile
+        return _torch.compile_with_inductor(gm, inputs, None, compiler, 64, order, "key", "own")  # type: ignore[arg-type]
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(lambda x: x.sin().exp() + 0.25, backend=backend)(torch.randn(8))
+    assert _torch.is_kept("own")
+    shutil.rmtree(tmp_path / "fxgraph")
+    assert _torch.kept_code("own") is None
+
+
+def test_the_environment_of_code_is_the_same_in_the_same_environment() -> None:
+    from torch._inductor import config
+
+    order = lambda launches, buffers: list(range(len(launches)))  # noqa: E731
+    own = _torch.code_environment(64, order, "key")
+    assert own == _torch.code_environment(64, order, "key") != _torch.code_environment(64, order, "other")
+    with config.patch(max_autotune=True):
+        assert own != _torch.code_environment(64, order, "key")
+    with functorch_config.patch(treat_parameters_as_free_to_save=False):
+        assert own != _torch.code_environment(64, order, "key")
+    with config.patch(fx_graph_cache=False):
+        assert not _torch.keeps_code()
+
+
+def test_functions_have_names() -> None:
+    assert _torch.qualified_name(torch.nn.functional.gelu) == "torch._C._nn.gelu"
+    assert _torch.qualified_name(operator.add) == "_operator.add"
 
 
 def test_what_a_graph_no_longer_returns_is_none_of_what_users_see() -> None:

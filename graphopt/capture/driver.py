@@ -14,7 +14,6 @@ import graphopt
 from graphopt import _torch
 from graphopt.capture.inputs import bind_inputs
 from graphopt.capture.observe import Observer
-from graphopt.capture.shapes import input_shapes
 from graphopt.capture.timeline import statistics_of, timeline_of
 from graphopt.cost import Cost, MemoryProfile
 from graphopt.errors import CaptureError, GraphoptError, InputsError, UnknownNameError, brief
@@ -24,9 +23,9 @@ from graphopt.loss import is_differentiable, loss_of
 from graphopt.pareto_front import ParetoPoint
 from graphopt.plans import Plan
 from graphopt.program import Level, Program, Signature, layer_of
-from graphopt.report import Environment, ProgramSummary, Report
+from graphopt.report import Environment, Report
 from graphopt.restored import restored
-from graphopt.session import Captured, NotPlanned, Session
+from graphopt.session import NotPlanned, Session
 
 __all__ = ["Driver"]
 
@@ -354,6 +353,7 @@ class Driver:
     def frontier(self) -> tuple[ParetoPoint, ...]:
         baseline = self.plan().baseline.seconds or 0.0
         session = self.session
+        session.unfold()
         points: list[ParetoPoint] = []
         for peak, seconds, flops, label in session.curve(session.static_bytes or 0):
             point = ParetoPoint(peak, baseline + seconds, flops, label)
@@ -381,8 +381,8 @@ class Driver:
             else None,
             plan=plan,
             plugins=session.host.records(),
-            programs=tuple(map(_summary, current)),
-            earlier=tuple(map(_summary, earlier)),
+            programs=tuple(captured.summary for captured in current),
+            earlier=tuple(captured.summary for captured in earlier),
             steps=tuple(session.records),
             declined=tuple(session.declined),
             near_misses=(*session.near_misses, *dict.fromkeys(session.emitter.near_misses)),
@@ -392,6 +392,7 @@ class Driver:
 
     def memory(self) -> tuple[MemoryProfile, MemoryProfile]:
         self.plan()
+        self.session.unfold()
         current = self.session.current
         before, now = [c.reference for c in current], [c.point for c in current]
         return self.session.memory(before), self.session.memory(now)
@@ -410,6 +411,7 @@ class Driver:
         return MemoryExplanation(before, after, static, plan.predicted.peak_bytes, plan.budget, layers)
 
     def programs(self) -> tuple[Program, ...]:
+        self.session.unfold()
         found: list[Program] = []
         for captured in self.session.current:
             found.append(captured.semantic)
@@ -423,6 +425,7 @@ class Driver:
         from graphopt.dump.text import dump_joint_with_schedule
 
         self.plan()
+        self.session.unfold()
         formats = self.session.host.formats()
         if form not in formats:
             raise UnknownNameError("dump format", form, formats)
@@ -441,19 +444,6 @@ class Driver:
             if program.level is level:
                 formats[form].write(program, out)
         return out.getvalue()
-
-
-def _summary(captured: Captured) -> ProgramSummary:
-    lowered = captured.lowered
-    return ProgramSummary(
-        captured.name,
-        captured.mode,
-        len(captured.semantic.graph.nodes),
-        len(captured.joint.graph.nodes) if captured.joint else 0,
-        len(lowered[0].graph.nodes) if lowered else 0,
-        len(lowered[1].graph.nodes) if len(lowered) > 1 else 0,
-        input_shapes(captured.semantic),
-    )
 
 
 def _lowered_program(joint: Program | None, half: torch.fx.GraphModule, name: str) -> Program:

@@ -14,7 +14,9 @@ import torch.fx as fx
 from torch.utils import _pytree as pytree
 
 from graphopt import _torch
+from graphopt.candidate import NearMiss
 from graphopt.emit.emitter import NONE, Gradients, Inference, Partition
+from graphopt.group_record import GroupRecord
 
 __all__ = ["EagerEmitter", "eager_callable"]
 
@@ -166,9 +168,13 @@ class EagerEmitter:
     records = ()
     groups = ()
     near_misses = ()
+    slots = ()
 
     def __init__(self, around: Around | None = None) -> None:
         self._around = around
+
+    def note(self, groups: Sequence[GroupRecord], near_misses: Sequence[NearMiss]) -> None:
+        pass
 
     def compile(
         self,
@@ -177,7 +183,9 @@ class EagerEmitter:
         partition: Partition,
         inference: Inference,
         gradients: Gradients = NONE,
+        keep: str = "",
     ) -> Callable[..., Any]:
+        # Nothing is generated, so nothing is kept.
         # Gradients stay as autograd has them, so that they are eager's to the bit.
         returned = 0
 

@@ -55,8 +55,17 @@ class Emitter(Protocol):
         ...
 
     @property
+    def slots(self) -> Sequence[Any]:
+        """Gradients that the backward compiled last adds to those held (``Slot``)."""
+        ...
+
+    @property
     def near_misses(self) -> Sequence[NearMiss]:
         """What the code generator leaves as it is of what it usually rewrites, and why."""
+        ...
+
+    def note(self, groups: Sequence[GroupRecord], near_misses: Sequence[NearMiss]) -> None:
+        """Let ``groups`` and ``near_misses`` be those."""
         ...
 
     @property
@@ -71,6 +80,8 @@ class Emitter(Protocol):
         partition: Partition,
         inference: Inference,
         gradients: Gradients = NONE,
+        keep: str = "",
     ) -> Callable[..., Any]:
-        """A callable with the flat calling convention of a dynamo backend's result."""
+        """A callable with the flat calling convention of a dynamo backend's result. ``keep``: the name under
+        which an emitter that can keeps the code for later processes."""
         ...

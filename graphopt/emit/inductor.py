@@ -22,7 +22,7 @@ from graphopt.emit.lowered import LoweredCompiler, LoweredMemory
 from graphopt.emit.replacing import Replacing
 from graphopt.group_record import GroupRecord
 
-__all__ = ["InductorEmitter", "JointSeen"]
+__all__ = ["InductorEmitter", "JointSeen", "environment"]
 
 
 class JointSeen(Exception):
@@ -38,7 +38,8 @@ def _cache_key() -> str:
 
 class InductorEmitter:
     """Inductor for both halves. ``records`` holds the memory of each graph compiled last, ``groups`` what
-    ``replacing`` said of groups of operators of all graphs.
+    ``replacing`` said of groups of operators of all graphs, ``slots`` the gradients that the backward
+    compiled last adds to those held.
 
     Gradients of weights are added to ``.grad`` by the products that make them (``held_products``);
     ``near_misses`` says which are not, and why. ``cost`` predicts what is faster.
@@ -56,7 +57,11 @@ class InductorEmitter:
         self.near_misses: list[NearMiss] = []
         self.records: list[LoweredMemory] = []
         self.groups: list[GroupRecord] = []
+        self.slots: tuple[Slot, ...] = ()
         self._replacing = replacing
+
+    def note(self, groups: Sequence[GroupRecord], near_misses: Sequence[NearMiss]) -> None:
+        self.groups, self.near_misses = list(groups), list(near_misses)
 
     def compile(
         self,
@@ -65,36 +70,48 @@ class InductorEmitter:
         partition: Partition,
         inference: Inference,
         gradients: Gradients = NONE,
+        keep: str = "",
     ) -> Callable[..., Any]:
         examples = [x if k in gradients.parameters else None for k, x in enumerate(inputs)]
         compiler = LoweredCompiler(granularity=self.granularity)
-        seen: list[fx.GraphModule] = []
+        self.slots = ()
 
         def inner(graph: fx.GraphModule, graph_inputs: Sequence[Any], **kwargs: Any) -> Any:
             if kwargs.get("is_inference"):
-                seen.append(graph)
                 graph = inference(graph)
             backward = bool(kwargs.get("is_backward"))
             slots: list[Slot] = []
             if backward:
                 slots, misses = add_to_held(graph, examples, held=gradients.held, cost=self._cost)
                 self.near_misses += misses
+                self.slots = tuple(slots)
             if self._replacing is not None:
                 graph, groups = self._replacing(graph)
                 self.groups += groups
             _torch.read_before_writes(graph.graph)
             if not slots:
-                return compiler(graph, graph_inputs, **kwargs)
+                compiled = compiler(graph, graph_inputs, **kwargs)
+                # Code that Inductor's cache does not have is hidden from AOTAutograd's.
+                return compiled if _torch.is_known_to_caches(compiled) or not keep else _plain(compiled)
             given = len(graph_inputs)
             kept = [*(kwargs.get("static_input_idxs") or ()), *range(given, given + len(slots))]
             graph_inputs = [*graph_inputs, *(slot.like for slot in slots)]
             compiled = compiler(graph, graph_inputs, **kwargs | {"static_input_idxs": kept})
             compiler.records[-1] = settled(compiler.records[-1], slots, held=gradients.held)
-            return holding(compiled, slots)
+            return _torch.known_to_caches(holding(compiled, slots), compiled)
 
         try:
             return _torch.compile_with_inductor(
-                gm, inputs, partition, inner, OPERATIONS_LIMIT, least_memory_order, _cache_key()
+                gm, inputs, partition, inner, OPERATIONS_LIMIT, least_memory_order, _cache_key(), keep
             )
         finally:
             self.records = compiler.records
+
+
+def environment() -> str:
+    """Names all that the code made here depends on besides graphs."""
+    return _torch.code_environment(OPERATIONS_LIMIT, least_memory_order, _cache_key())
+
+
+def _plain(compiled: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
+    return _torch.boxed(lambda arguments: compiled(arguments))

@@ -174,6 +174,13 @@ class PluginHost:
         """Every plugin as it stands now; hooks that were not asked yet may still fail."""
         return tuple(plugin.record() for plugin in self._plugins)
 
+    def sources(self) -> tuple[tuple[PluginRecord, frozenset[str]], ...]:
+        """Every plugin as it stands now, with the modules that its hooks are of."""
+        return tuple(
+            (plugin.record(), frozenset(hook.function.__module__ for hook in plugin.hooks.values()))
+            for plugin in self._plugins
+        )
+
     def check(self) -> tuple[PluginRecord, ...]:
         """Ask every registration hook, then ``records()``."""
         for ask in _FACADE.values():

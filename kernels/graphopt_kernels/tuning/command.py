@@ -95,7 +95,7 @@ def _work_of(
 
         def step() -> None:
             # Compiling asks, too: for groups of operators that a kernel may be written for.
-            optimized = optimize(model, inputs, loss_fn=load_loss(loss), **options)
+            optimized = optimize(model, inputs, loss_fn=load_loss(loss), cache=False, **options)
             optimized.measure(inputs, repeats=1)
 
         return launched_by(step, kernels, target)

@@ -8,7 +8,7 @@ attention to the next, or all layers of a network along the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -164,7 +164,11 @@ def grow(line: Line, seed: fx.Node, dim: int, claimed: Set[fx.Node], through: Th
     """What depends on a value that left the region."""
     stops: list[Reason] = []
     ambient = None
+    # Nodes after the last that reads a value of the region cannot belong to it.
+    reach = _last_read(line, [seed])
     for position in range(line.position.get(seed, -1) + 1, len(line.nodes)):
+        if position > reach:
+            break
         node = line.nodes[position]
         sources = node.all_input_nodes
         if not any(source in cuts or source in left for source in sources):
@@ -183,7 +187,13 @@ def grow(line: Line, seed: fx.Node, dim: int, claimed: Set[fx.Node], through: Th
         ambient = state
         cuts.update(found)
         inside.append(node)
+        reach = max(reach, _last_read(line, found))
     return _trimmed(inside, cuts, shape_of(seed)[dim], tuple(stops))
+
+
+def _last_read(line: Line, nodes: Iterable[fx.Node]) -> int:
+    """Position of the last node that reads one of ``nodes``, -1 without any."""
+    return max((line.position.get(user, -1) for node in nodes for user in node.users), default=-1)
 
 
 def _joins(

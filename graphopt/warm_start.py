@@ -1,0 +1,341 @@
+"""A step that another process planned and compiled is taken over instead of being planned again.
+
+    first process     capture -> key -> nothing kept -> passes, planning, lowering -> kept under the key
+    later process     capture -> key -> calls, plan, report from the file; code from torch's caches
+
+What is taken over is what was decided: nothing is decided differently for being kept. What only the report's
+reader asks for (programs, dumps, curves) is made when it is asked for (``Session.unfold``), by doing then
+what was left out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.fx as fx
+
+from graphopt import _torch
+from graphopt.candidate import Declined, NearMiss, Reason
+from graphopt.capture.structure import attribute
+from graphopt.captured import Captured
+from graphopt.chain_run import ChainRunner, Layout
+from graphopt.emit.held_products import Slot, holding
+from graphopt.emit.weight_gradients import KERNELS
+from graphopt.errors import HostMemoryError, brief
+from graphopt.group_record import GroupRecord
+from graphopt.host_memory import HostMemory
+from graphopt.plans import Plan
+from graphopt.program import InputSpec, Level, Program, Signature
+from graphopt.recording import Roles
+from graphopt.replayed_steps import replayed, roles_of
+from graphopt.report import PassRecord
+from graphopt.step_key import NoKey, step_key
+from graphopt.step_store import code_prefix, find_step, store_step
+from graphopt.stored_step import (
+    StepFormatError,
+    StoredCall,
+    StoredLayout,
+    StoredMove,
+    StoredSlot,
+    StoredStep,
+    results_text,
+)
+
+if TYPE_CHECKING:
+    from graphopt.segmented import SegmentedStep
+    from graphopt.session import Session
+
+__all__ = ["WarmStart", "ambient"]
+
+
+class WarmStart:
+    """The start of one graph of ``session``: ``restored`` takes over what was kept, else ``keep`` keeps what
+    was made. ``note`` says in the end which, and why.
+
+    ``name`` is the graph's, ``gm`` as dynamo made it, ``inputs`` its arguments.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        name: str,
+        gm: fx.GraphModule,
+        inputs: Sequence[Any],
+        specs: Sequence[InputSpec],
+    ) -> None:
+        self.session, self.name, self.inputs, self.specs = session, name, inputs, specs
+        self.key = ""
+        self.note = ""
+        self._before = self._counts()
+        if not session.keeps or session.dry_run or session.replay is not None:
+            return
+        if os.environ.get("GRAPHOPT_CACHE") == "0":
+            return
+        try:
+            if not _torch.keeps_code():
+                raise NoKey("torch's caches of code are switched off")
+            self.key = step_key(session, name, gm, inputs, specs)
+        except NoKey as reason:
+            self.note = f"warm start: nothing can be kept, as {reason}"
+        except Exception as error:  # a graph, or a setting, of a kind that is not known here
+            self.note = f"warm start: nothing can be kept, as telling the step apart raised {brief(error)}"
+
+    def code_name(self, number: int, alternative: str, schedule: object) -> str:
+        """The name in torch's cache of the code of a segment of the step, ``""`` where none is kept."""
+        return code_prefix(self.key) + _short(number, alternative, schedule) if self.key else ""
+
+    # --- taking over -----------------------------------------------------------------------
+
+    def restored(self) -> Callable[..., Any] | None:
+        """What runs the step, the session being as if it had planned and compiled it; ``None`` where nothing
+        that was kept can be used."""
+        if not self.key:
+            return None
+        found = find_step(self.key)
+        if isinstance(found, str):
+            self.note = f"warm start: planned and compiled anew, as {found}"
+            return None
+        step, plan = found
+        try:
+            run = self._code(step)
+        except Exception as error:  # whatever torch's caches raise on files that they cannot use
+            run = brief(error)
+        if isinstance(run, str):
+            self.note = f"warm start: planned and compiled anew, as {run}"
+            return None
+        self._take_over(step, plan)
+        self.note = "warm start: plan and code are those of an earlier process"
+        return replayed(self.session, run, self.inputs, lambda: _roles(step))
+
+    def _code(self, step: StoredStep) -> Callable[..., Any] | str:
+        if step.operators:
+            # Asked for, plugins bring the operators that the code calls.
+            self.session.host.kernels()
+            self.session.host.codecs()
+        for operator in step.operators:
+            if not _provided(operator):
+                return f"the code calls {operator}, which nothing provides"
+        codes = []
+        for code in step.codes:
+            slots = tuple(map(_slot, code.slots))
+            made = _torch.kept_code(code.name, partial(holding, slots=slots) if slots else None)
+            if made is None:
+                return "the code is in torch's caches no more"
+            codes.append(made)
+        moves = {
+            number: {move.number: _layout(move.layout) for move in call.moves}
+            for number, call in enumerate(step.calls)
+            if call.moves
+        }
+        host = None
+        if moves:
+            host = HostMemory(torch.device("cuda", torch.cuda.current_device()))
+            try:
+                host.reserve([layout.bytes for moved in moves.values() for layout in moved.values()])
+            except HostMemoryError as error:
+                return error.message
+        runner = ChainRunner(
+            step.chain(),
+            [codes[call.code] for call in step.calls],
+            step.reruns,
+            [call.written for call in step.calls],
+            [call.random for call in step.calls],
+            moves,
+            host,
+        )
+        return lambda *args: runner(list(args))
+
+    def _take_over(self, step: StoredStep, plan: Plan) -> None:
+        session = self.session
+        session.plan, session.reruns = plan, step.reruns
+        session.planning_seconds += plan.seconds_to_plan
+        session.records.extend(step.steps)
+        session.declined.extend(step.declined)
+        session.near_misses.extend(step.near_misses)
+        session.diagnostics.extend(step.diagnostics)
+        emitter = session.emitter
+        emitter.note([*emitter.groups, *step.groups], [*emitter.near_misses, *step.left])
+        session.current = [
+            Captured(summary.name, _unseen(summary.name), list(self.specs), summary.mode, told=summary)
+            for summary in step.programs
+        ]
+        session.captured.extend(session.current)
+
+    # --- keeping ---------------------------------------------------------------------------
+
+    def keep(self, step: SegmentedStep) -> None:
+        """Keep what was made of the graph for later processes."""
+        if not self.key:
+            return
+        why = self._not_to_keep(step)
+        if not why:
+            assert self.session.plan is not None
+            try:
+                why = store_step(self._stored(step), self.session.plan)
+            except TypeError as error:
+                why = str(error)
+        self.note += f"; nothing is kept, as {why}" if why else "; kept for later ones"
+
+    def _not_to_keep(self, step: SegmentedStep) -> str:
+        bad = [record.id for record in self._new().records if record.status in ("failed", "rolled-back")]
+        if bad:
+            return f"pass {bad[0]} failed"
+        if any(group.kept for group in self._new().groups):
+            return "emitted kernels are part of the code"
+        if step.chain.constants or any(_has_constants(segment.gm) for segment in step.chain.segments):
+            return "the program holds constants"
+        if self.session.written_parameters():
+            return "the program updates parameters"
+        if not all(_torch.is_kept(code.name) for code in step.kept_codes()):
+            return "torch cannot keep the code"
+        return ""
+
+    def _stored(self, step: SegmentedStep) -> StoredStep:
+        session, new = self.session, self._new()
+        numbers = {code: number for number, code in enumerate(dict.fromkeys(step.kept_codes()))}
+        runner = step.runner
+        assert runner is not None
+        calls = [
+            StoredCall(
+                numbers[code],
+                call.args,
+                call.outs,
+                call.drops,
+                tuple(runner.written[k]),
+                runner.random[k],
+                tuple(StoredMove(n, _stored_layout(layout)) for n, layout in runner.moves.get(k, {}).items()),
+            )
+            for k, (call, code) in enumerate(zip(step.chain.calls, step.kept_codes(), strict=True))
+        ]
+        roles = roles_of(step, self.specs)
+        known = roles if isinstance(roles, Roles) else Roles(frozenset())
+        return StoredStep(
+            self.key,
+            step.chain.inputs,
+            tuple(calls),
+            tuple(numbers),
+            results_text(step.chain.results),
+            session.reruns,
+            _operators(step),
+            "" if isinstance(roles, Roles) else str(roles),
+            tuple(sorted(known.lasting)),
+            tuple(sorted(known.written)),
+            known.random,
+            tuple(captured.summary for captured in step.captured),
+            tuple(new.records),
+            tuple(new.declined),
+            tuple(new.near_misses),
+            tuple(new.diagnostics),
+            tuple(new.groups),
+            tuple(new.left),
+        )
+
+    def _counts(self) -> tuple[int, ...]:
+        session = self.session
+        lists = (session.records, session.declined, session.near_misses, session.diagnostics)
+        said = session.emitter.groups, session.emitter.near_misses
+        return (*(len(notes) for notes in lists), *map(len, said))
+
+    def _new(self) -> _News:
+        """What the session noted since this start began."""
+        session, (records, declined, misses, diagnostics, groups, left) = self.session, self._before
+        return _News(
+            session.records[records:],
+            session.declined[declined:],
+            session.near_misses[misses:],
+            session.diagnostics[diagnostics:],
+            list(session.emitter.groups)[groups:],
+            list(session.emitter.near_misses)[left:],
+        )
+
+
+class _News(NamedTuple):
+    records: list[PassRecord]
+    declined: list[Declined]
+    near_misses: list[NearMiss]
+    diagnostics: list[str]
+    groups: list[GroupRecord]
+    left: list[NearMiss]
+
+
+def ambient() -> Callable[[], AbstractContextManager[None]]:
+    """The present state of gradients and autocast, to be gone back to later."""
+    grad = torch.is_grad_enabled()
+    casts = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _KINDS]
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(torch.set_grad_enabled(grad))
+            for kind, on, dtype in casts:
+                if on or torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=on))
+            yield
+
+    return again
+
+
+_KINDS = ("cpu", "cuda")
+_NATIVE = ("aten", "prims", "prim", "_c10d_functional")
+
+
+def _short(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _unseen(name: str) -> Program:
+    """Stands for a program that nobody has asked for yet."""
+    return Program(name, Level.SEMANTIC, fx.GraphModule({}, fx.Graph()), Signature((), ()))
+
+
+def _roles(step: StoredStep) -> Roles | Reason:
+    if step.roles:
+        return Reason(step.roles)
+    return Roles(frozenset(step.lasting), frozenset(step.rewritten), step.random)
+
+
+def _operators(step: SegmentedStep) -> tuple[str, ...]:
+    """Operators that code of the step calls and torch does not have."""
+    targets = {n.target for c in step.captured for half in c.lowered for n in half.graph.nodes}
+    names = {target._name for target in targets if isinstance(target, torch._ops.OpOverload)}
+    if any(code.slots for code in step.kept_codes()):
+        names.update(f"graphopt::{kernel.replace('-', '_')}" for kernel in KERNELS.values())
+    return tuple(sorted(name for name in names if name.partition("::")[0] not in _NATIVE))
+
+
+def _provided(operator: str) -> bool:
+    space, _, name = operator.partition("::")
+    return hasattr(getattr(torch.ops, space), name.partition(".")[0])
+
+
+def _has_constants(gm: fx.GraphModule) -> bool:
+    nodes = gm.graph.find_nodes(op="get_attr")
+    return any(isinstance(attribute(gm.graph, node), torch.Tensor) for node in nodes)
+
+
+def _slot(slot: StoredSlot) -> Slot:
+    like = slot.like
+    with _torch.fake_mode():
+        made = torch.empty_strided(like.shape, like.stride, dtype=_dtype(like.dtype), device=like.device)
+    return Slot(slot.position, slot.name, made)
+
+
+def _stored_layout(layout: Layout) -> StoredLayout:
+    return StoredLayout(layout.shape, layout.stride, str(layout.dtype))
+
+
+def _layout(layout: StoredLayout) -> Layout:
+    return Layout(layout.shape, layout.stride, _dtype(layout.dtype))
+
+
+def _dtype(text: str) -> torch.dtype:
+    found = getattr(torch, text.removeprefix("torch."), None)
+    if not isinstance(found, torch.dtype):
+        raise StepFormatError(f"{text!r} is no dtype")
+    return found
