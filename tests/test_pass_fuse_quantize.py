@@ -204,23 +204,3 @@ def test_alone_it_stays_behind_what_code_generators_make(before: bool, emit: str
         assert found.reason.text == "code generators make one kernel of it and what is before it"
     else:
         assert isinstance(found, Candidate) and found.delta.seconds < 0
-
-
-@pytest.mark.parametrize("width", [8192, 14336])
-def test_long_rows_of_a_layer_norm_stay_with_generated_code(width: int) -> None:
-    host().kernels()
-    with torch._subclasses.FakeTensorMode():
-        x = torch.empty(16, width, device="cuda", dtype=torch.bfloat16)
-        weight = torch.empty(width, device="cuda", dtype=torch.bfloat16)
-        gm = make_fx(_normed, pre_dispatch=True)(x, weight)
-    program = Program("g0", Level.SEMANTIC, gm, Signature((), ()))
-    (found,) = FuseQuantize().propose(program, replace(context("infer"), emit="inductor"))
-    if width > 8192:
-        assert isinstance(found, NearMiss)
-        assert found.reason.text == "generated code is as fast for a LayerNorm of rows of 14336 elements"
-    else:
-        assert isinstance(found, Candidate)
-
-
-def _normed(x: Tensor, weight: Tensor) -> Any:
-    return float8(ops.row_norm(x, weight, None, 1e-6, True, 0.0, False, torch.bfloat16)[0])
