@@ -480,6 +480,7 @@ def main() -> None:
         default=["losses", "rows"],
         help="measure these; the others stay as they are stored",
     )
+    options.add_argument("--cases", default="", help="names of rows, one after a comma; all by default")
     given = options.parse_args()
     if not torch.cuda.is_available():
         print("gpu_kernels needs a CUDA device")
@@ -512,7 +513,9 @@ def main() -> None:
         torch._dynamo.reset()
         gc.collect()
         torch.cuda.empty_cache()
-        note("rows", measured(make(), copy))
+        case = make()
+        if not given.cases or case.name in given.cases.split(","):
+            note("rows", measured(case, copy))
 
 
 def known(name: str) -> str | None:
