@@ -38,6 +38,10 @@ class Graphs(Protocol):
         """Memory that the recorded work keeps."""
         ...
 
+    def release(self) -> None:
+        """Give the device back what recorded work kept that nobody holds any more."""
+        ...
+
     def free_bytes(self) -> int:
         """Memory of the device that nobody holds."""
         ...
@@ -87,6 +91,11 @@ class CudaGraphs:
             return 0
         segments = torch.cuda.memory_snapshot(self._pool)  # type: ignore[no-untyped-call]
         return sum(int(segment["total_size"]) for segment in segments)
+
+    def release(self) -> None:
+        # The pool of a graph that is gone stays with the allocator otherwise, beside what the steps take.
+        torch.cuda.synchronize(self._device)
+        torch.cuda.empty_cache()
 
     def free_bytes(self) -> int:
         free, _ = torch.cuda.mem_get_info(self._device)

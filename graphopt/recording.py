@@ -43,6 +43,9 @@ WARM = 2
 RETURNED = 16 << 20
 """Bytes of results beyond which copying them out of the pool would take as much again."""
 
+BESIDE = 1.1
+"""What graphs are taken to keep, as a share of a step's peak: a pool of theirs has gaps of its own."""
+
 HOST_BOUND = 0.7
 """Share of a forward's time that the host takes to queue it, from which on replaying is worth its memory."""
 
@@ -124,8 +127,10 @@ class Recorder:
                 return made
             if not self._may_record(arguments):
                 return self.run(*arguments)
-            step = self._record(arguments)
+            graphs = self.graphs(self.device)
+            step = self._record(graphs, arguments)
             if step is None:
+                graphs.release()
                 return self.run(*arguments)
         elif not self._is_where_it_was(step, arguments):
             return self.run(*arguments)
@@ -155,8 +160,15 @@ class Recorder:
         # Gradients may be there next time: without them nothing is said, and nothing recorded.
         return all(_is_held(arguments[k]) for k in trained)
 
-    def _record(self, arguments: Sequence[Any]) -> _Step | None:
-        graphs = self.graphs(self.device)
+    def _record(self, graphs: Graphs, arguments: Sequence[Any]) -> _Step | None:
+        expected = int(BESIDE * self.expected_bytes)
+        if self.room is not None and expected > self.room:
+            # Not tried: while it is recorded, it would take the memory.
+            self._refuse(
+                f"a graph would keep about {format_bytes(expected)}, "
+                f"the budget leaves {format_bytes(self.room)}"
+            )
+            return None
         free = graphs.free_bytes()
         if 2 * self.expected_bytes > free:
             self._refuse(
