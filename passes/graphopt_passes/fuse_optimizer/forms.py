@@ -124,6 +124,11 @@ class Expansion:
         if call is None:
             return None
         name, args = call
+        if name == "where":
+            taken = _filled_with(args[0])
+            # What a decomposition of ``lerp`` writes where it knows its weight.
+            chosen = None if taken is None else self._value(args[1 if taken else 2], depth)
+            return chosen if isinstance(chosen, dict) else None
         if name in _CASTS:
             source = args[1] if name == "copy" else args[0]
             return self._expanded(source, depth + 1) if _widens(source, node) and self._fits(source) else None
@@ -148,7 +153,8 @@ class Expansion:
             return self._expanded(arg, depth + 1)
         value = arg.meta.get("val")
         if is_sized(value) and value.numel() == 1 and value.dtype.is_floating_point:
-            return self._numbering.of(arg)
+            number = _filled_with(arg)
+            return self._numbering.of(arg) if number is None else known(number)
         return None
 
 
@@ -158,6 +164,14 @@ def is_sized(value: Any) -> TypeGuard[torch.Tensor]:
 
 
 # --- calls ----------------------------------------------------------------------------------------
+
+
+def _filled_with(node: Any) -> float | None:
+    """The number that is all of a tensor of one element made by ``full``."""
+    made = isinstance(node, fx.Node) and node.target is torch.ops.aten.full.default
+    if not made or not is_sized(node.meta.get("val")) or node.meta["val"].numel() != 1:
+        return None
+    return node.args[1] if isinstance(node.args[1], (bool, int, float)) else None
 
 
 def _call_of(node: fx.Node) -> tuple[str, list[Any]] | None:
