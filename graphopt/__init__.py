@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         PassError,
         PipelineError,
         PluginError,
+        QuantizationError,
         StalePlanError,
         StaleReportError,
         TargetError,
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from graphopt.plans import Plan
     from graphopt.plugins import hookimpl
     from graphopt.program import Level, Program
+    from graphopt.quantize import Scheme
     from graphopt.report import Report
     from graphopt.schedule import Schedule
 
@@ -75,9 +77,11 @@ __all__ = [
     "Plan",
     "PluginError",
     "Program",
+    "QuantizationError",
     "Reason",
     "Report",
     "Schedule",
+    "Scheme",
     "StalePlanError",
     "StaleReportError",
     "TargetError",
@@ -114,6 +118,7 @@ _HOME = {
         "PassError",
         "PipelineError",
         "PluginError",
+        "QuantizationError",
         "StalePlanError",
         "StaleReportError",
         "TargetError",
@@ -128,6 +133,7 @@ _HOME = {
     "graphopt.plans": ("Plan",),
     "graphopt.plugins": ("hookimpl",),
     "graphopt.program": ("Level", "Program"),
+    "graphopt.quantize": ("Scheme",),
     "graphopt.report": ("Report",),
     "graphopt.schedule": ("Schedule",),
 }

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from graphopt.device import DeviceSpec
     from graphopt.passes import Pass, PassContext
     from graphopt.program import Program
+    from graphopt.quantize import Scheme
     from graphopt.report import PassRecord
 
 __all__ = ["API_VERSION", "GROUP", "HookSpecs", "hookimpl"]
@@ -65,6 +66,10 @@ class HookSpecs:
     @_hookspec
     def graphopt_codecs(self) -> Iterable[CodecSpec]:  # type: ignore[empty-body]
         """Codecs for saved values, each with the error that it makes."""
+
+    @_hookspec
+    def graphopt_schemes(self) -> Iterable[type[Scheme] | str]:  # type: ignore[empty-body]
+        """Ways to keep a weight in fewer bytes: classes, or ``"package.module:Class"``."""
 
     @_hookspec
     def graphopt_tunables(self) -> Iterable[TunableSpec]:  # type: ignore[empty-body]

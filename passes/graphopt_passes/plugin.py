@@ -39,6 +39,7 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.order_backward:OrderBackward",
         "graphopt_passes.pack_linears:PackLinears",
         "graphopt_passes.pack_rotary:PackRotary",
+        "graphopt_passes.read_packed:ReadPacked",
         "graphopt_passes.rotary:Rotary",
         "graphopt_passes.sum_products:SumProducts",
         "graphopt_passes.tile_convolutions:TileConvolutions",
