@@ -44,7 +44,10 @@ if TYPE_CHECKING:
     from graphopt.plans import Plan
     from graphopt.plugins import hookimpl
     from graphopt.program import Level, Program
-    from graphopt.quantize import Scheme
+    from graphopt.packing import Scheme
+    from graphopt.packing.api import quantize, weight_frontier
+    from graphopt.packing.calibration import Calibration, calibrate
+    from graphopt.packing.plan import QuantizationPlan
     from graphopt.report import Report
     from graphopt.schedule import Schedule
 
@@ -54,6 +57,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "BudgetSyntaxError",
+    "Calibration",
     "Candidate",
     "CaptureError",
     "CostDelta",
@@ -78,6 +82,7 @@ __all__ = [
     "PluginError",
     "Program",
     "QuantizationError",
+    "QuantizationPlan",
     "Reason",
     "Report",
     "Schedule",
@@ -88,11 +93,14 @@ __all__ = [
     "UnknownNameError",
     "VerificationError",
     "__version__",
+    "calibrate",
     "explain_memory",
     "hookimpl",
     "optimize",
     "pareto",
     "plan",
+    "quantize",
+    "weight_frontier",
 ]
 
 _HOME = {
@@ -133,7 +141,10 @@ _HOME = {
     "graphopt.plans": ("Plan",),
     "graphopt.plugins": ("hookimpl",),
     "graphopt.program": ("Level", "Program"),
-    "graphopt.quantize": ("Scheme",),
+    "graphopt.packing": ("Scheme",),
+    "graphopt.packing.api": ("quantize", "weight_frontier"),
+    "graphopt.packing.calibration": ("Calibration", "calibrate"),
+    "graphopt.packing.plan": ("QuantizationPlan",),
     "graphopt.report": ("Report",),
     "graphopt.schedule": ("Schedule",),
 }

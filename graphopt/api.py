@@ -13,6 +13,7 @@ from graphopt import _torch
 from graphopt.budget import Budget
 from graphopt.capture.driver import Driver
 from graphopt.capture.inputs import bind_inputs
+from graphopt.cost import CostModel
 from graphopt.emit import resolve_emitter
 from graphopt.emit.eager import EagerEmitter
 from graphopt.emit.replacing import proposed
@@ -27,7 +28,7 @@ from graphopt.plans import Plan
 from graphopt.plugins.host import PluginHost, default_host
 from graphopt.session import Session
 
-__all__ = ["explain_memory", "make_session", "optimize", "pareto", "plan"]
+__all__ = ["cost_model_for", "explain_memory", "make_session", "optimize", "pareto", "plan"]
 
 _VERIFY = ("off", "structure", "numeric")
 _ON_ERROR = ("rollback", "raise")
@@ -254,6 +255,14 @@ def make_session(
         on_error=on_error,
         cuda_graphs=cuda_graphs,
     )
+
+
+def cost_model_for(
+    model: torch.nn.Module, device: str | torch.device | None, host: PluginHost
+) -> CostModel:
+    """The cost model of ``device``, by default the one that the model is on."""
+    where = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    return host.cost_model("roofline").build(_device_spec(host, where if device is None else device))
 
 
 def _check_kinds(model: object, loss_fn: object, replay: object) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from graphopt.candidate import Reason
 from graphopt.errors import QuantizationError, UnknownNameError
 from graphopt.plugins import PluginHost, default_host
-from graphopt.quantize import Scheme, pack_weights, packed_weights, scheme_text
+from graphopt.packing import Scheme, pack_weights, packed_weights, scheme_text
 from graphopt_kernels.quantized.int8 import Int8
 
 ROWS = (Int8(), "rows")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.candidate import Candidate, NearMiss
-from graphopt.quantize import pack_weights
+from graphopt.packing import pack_weights
 from graphopt.testing import check_pass
 from graphopt_kernels.quantized.int8 import Int8
 from graphopt_passes.read_packed import ReadPacked

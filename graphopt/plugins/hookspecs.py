@@ -28,6 +28,7 @@ from graphopt.plugins.records import (
     DumpFormat,
     KernelSpec,
     ReplacementSpec,
+    ScorerSpec,
     TunableSpec,
 )
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from graphopt.device import DeviceSpec
     from graphopt.passes import Pass, PassContext
     from graphopt.program import Program
-    from graphopt.quantize import Scheme
+    from graphopt.packing import Scheme
     from graphopt.report import PassRecord
 
 __all__ = ["API_VERSION", "GROUP", "HookSpecs", "hookimpl"]
@@ -70,6 +71,10 @@ class HookSpecs:
     @_hookspec
     def graphopt_schemes(self) -> Iterable[type[Scheme] | str]:  # type: ignore[empty-body]
         """Ways to keep a weight in fewer bytes: classes, or ``"package.module:Class"``."""
+
+    @_hookspec
+    def graphopt_scorers(self) -> Iterable[ScorerSpec]:  # type: ignore[empty-body]
+        """Ways to say how much a packed weight is off."""
 
     @_hookspec
     def graphopt_tunables(self) -> Iterable[TunableSpec]:  # type: ignore[empty-body]

@@ -23,6 +23,7 @@ from graphopt.plugins.records import (
     PluginRecord,
     Registered,
     ReplacementSpec,
+    ScorerSpec,
     TunableSpec,
 )
 from graphopt.plugins.returned import read_passes, read_pipelines, read_records, read_schemes
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from graphopt.device import DeviceSpec
     from graphopt.passes import Pass, PassContext
     from graphopt.program import Program
-    from graphopt.quantize import Scheme
+    from graphopt.packing import Scheme
     from graphopt.report import PassRecord
 
 __all__ = ["PluginHost", "default_host"]
@@ -42,6 +43,7 @@ _FACADE = {
     "graphopt_kernels": "kernels",
     "graphopt_codecs": "codecs",
     "graphopt_schemes": "schemes",
+    "graphopt_scorers": "scorers",
     "graphopt_tunables": "tunables",
     "graphopt_pipelines": "pipelines",
     "graphopt_cost_models": "cost_models",
@@ -96,6 +98,10 @@ class PluginHost:
     def schemes(self) -> Mapping[str, type[Scheme]]:
         """Classes of ways to keep weights, by name."""
         return self._values("graphopt_schemes", read_schemes, "scheme")
+
+    def scorers(self) -> Mapping[str, ScorerSpec]:
+        """Ways to say how much a packed weight is off, by name."""
+        return self._values("graphopt_scorers", read_records(ScorerSpec), "scorer")
 
     def tunables(self) -> Mapping[str, TunableSpec]:
         """Kernels whose launches can be tuned, by name."""
@@ -167,6 +173,13 @@ class PluginHost:
         if name not in self.schemes():
             raise self._unknown("scheme", name, self.schemes())
         return self.schemes()[name].configured(**options)
+
+    def scorer(self, name: str) -> ScorerSpec:
+        """The scorer of that name; raises ``UnknownNameError``."""
+        try:
+            return self.scorers()[name]
+        except KeyError:
+            raise self._unknown("scorer", name, self.scorers()) from None
 
     def tunable(self, name: str) -> TunableSpec:
         """The tunable kernel of that name; raises ``UnknownNameError``."""

@@ -12,7 +12,7 @@ from graphopt.errors import PluginError
 
 if TYPE_CHECKING:
     from graphopt.passes import Pass
-    from graphopt.quantize import Scheme
+    from graphopt.packing import Scheme
 
 __all__ = ["import_named", "read_passes", "read_pipelines", "read_records", "read_schemes"]
 
@@ -56,7 +56,7 @@ def read_passes(returned: object) -> Iterator[tuple[str, type[Pass]]]:
 
 def read_schemes(returned: object) -> Iterator[tuple[str, type[Scheme]]]:
     """Scheme classes, those given as ``"package.module:Class"`` imported."""
-    from graphopt.quantize import Scheme
+    from graphopt.packing import Scheme
 
     for item in _iterate(returned, "Scheme class"):
         cls = import_named(item) if isinstance(item, str) else item

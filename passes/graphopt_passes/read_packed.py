@@ -30,7 +30,7 @@ from graphopt.edit import Edit
 from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.plugins import default_host
 from graphopt.program import Level, Program
-from graphopt.quantize import Scheme
+from graphopt.packing import Scheme
 from graphopt.rules import argument
 from graphopt_passes.memory_place import value_of
 

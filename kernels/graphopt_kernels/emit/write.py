@@ -31,7 +31,7 @@ from graphopt_kernels.emit.groups import peak_ungrouped
 from graphopt_kernels.emit.halves import Half, half_of, owned_inputs
 from graphopt_kernels.emit.product_choice import prices_for
 from graphopt_kernels.emit.program_file import Argument, ProgramText, Result
-from graphopt_kernels.emit.tensors_file import write_tensors
+from graphopt.tensors_file import write_tensors
 
 __all__ = ["Emitted", "write_program"]
 

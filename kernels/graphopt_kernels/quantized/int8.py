@@ -17,7 +17,7 @@ from typing import ClassVar
 import torch
 
 from graphopt.candidate import Reason
-from graphopt.quantize import Scheme
+from graphopt.packing import Scheme
 from graphopt_kernels.quantized.operators import define_operators
 
 __all__ = ["Int8", "linear_int8_reference", "unpack_int8_reference"]

@@ -16,7 +16,8 @@ own name, is packed as it arrives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,13 +26,46 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from graphopt.errors import QuantizationError, UnknownNameError
-from graphopt.quantize.scheme import Scheme, operator_named, reason_of_weight, scheme_text
+from graphopt.packing.scheme import Scheme, operator_named, reason_of_weight, scheme_text
 
-__all__ = ["Orientation", "PackedWeight", "converted", "pack_weights", "packed_weights"]
+__all__ = [
+    "Orientation",
+    "PackedWeight",
+    "converted",
+    "install_packed",
+    "matrix_of",
+    "matrix_shape",
+    "pack_weights",
+    "packed_weights",
+]
 
 Orientation = str
 """How a parameter holds a weight [N, K]: ``"rows"``: as it is, further dimensions flattened into K
-(``linear``, convolutions, embeddings); ``"columns"``: as [K, N] (``mm(x, w)``)."""
+(``linear``, convolutions, embeddings); ``"columns"``: as [K, N] (``mm(x, w)``). Several weights of one shape,
+one after the other in N: ``"stacked rows"``: [E, N/E, K] (``bmm(x, w.mT)``); ``"stacked columns"``:
+[E, K, N/E] (``bmm(x, w)``)."""
+
+
+def matrix_shape(shape: Sequence[int], orientation: Orientation) -> tuple[int, int]:
+    """N and K of the weight that a parameter of ``shape`` holds."""
+    if orientation == "columns":
+        return shape[1], shape[0]
+    if orientation == "stacked rows":
+        return shape[0] * shape[1], shape[2]
+    if orientation == "stacked columns":
+        return shape[0] * shape[2], shape[1]
+    return shape[0], math.prod(shape[1:])
+
+
+def matrix_of(weight: torch.Tensor, orientation: Orientation) -> torch.Tensor:
+    """The weight [N, K] that the tensor of a parameter holds; a view where that can be."""
+    if orientation == "columns":
+        return weight.detach().t()
+    if orientation == "stacked rows":
+        return weight.detach().flatten(0, 1)
+    if orientation == "stacked columns":
+        return weight.detach().transpose(1, 2).flatten(0, 1)
+    return weight.detach().flatten(1)
 
 
 class PackedWeight(nn.Module):
@@ -62,7 +96,12 @@ class PackedWeight(nn.Module):
         packed = [getattr(self, name) for name in self.names]
         unpack = operator_named(self.scheme.unpack_op)
         matrix: torch.Tensor = unpack(*packed, *self.scheme.constants(self.n, self.k), self.dtype)
-        return matrix.t() if self.orientation == "columns" else matrix.view(self.shape)
+        if self.orientation == "columns":
+            return matrix.t()
+        if self.orientation == "stacked columns":
+            experts, k, n = self.shape
+            return matrix.view(experts, n, k).transpose(1, 2)
+        return matrix.view(self.shape)
 
     def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
         """Packs ``weight``, which is assigned; gives the empty tensor that is kept in its place."""
@@ -84,7 +123,7 @@ class PackedWeight(nn.Module):
         return f"{scheme_text(self.scheme)}, shape={self.shape}, dtype={self.dtype}"
 
     def _matrix(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.detach().t() if self.orientation == "columns" else weight.detach().flatten(1)
+        return matrix_of(weight, self.orientation)
 
     def _pack(self, matrix: torch.Tensor) -> None:
         """All of it or nothing: what is there stays where the weight cannot be packed."""
@@ -137,11 +176,25 @@ def pack_weights(
             raise QuantizationError(f"{place.fqn}: {error.message}", hint=error.hint) from None
         place.parameter.requires_grad_(False)
         place.parameter.grad = None
-        for _, owner, name in place.owners:
-            parametrize.register_parametrization(owner, name, packed, unsafe=True)
-            owner.register_state_dict_post_hook(_Saved(name))  # type: ignore[no-untyped-call]
-            owner.register_load_state_dict_pre_hook(_Loaded(name))  # type: ignore[no-untyped-call]
-        packed._installed = True
+        _install(place, packed)
+
+
+def install_packed(model: nn.Module, packed: Mapping[str, PackedWeight]) -> None:
+    """Put weights that are packed already in the place of the parameters that they were packed from, which
+    are freed. Raises as ``pack_weights`` does for names."""
+    for place in _places(model, packed):
+        place.parameter.requires_grad_(False)
+        place.parameter.grad = None
+        _install(place, packed[place.fqn])
+
+
+def _install(place: _Place, packed: PackedWeight) -> None:
+    packed._installed = False
+    for _, owner, name in place.owners:
+        parametrize.register_parametrization(owner, name, packed, unsafe=True)
+        owner.register_state_dict_post_hook(_Saved(name))  # type: ignore[no-untyped-call]
+        owner.register_load_state_dict_pre_hook(_Loaded(name))  # type: ignore[no-untyped-call]
+    packed._installed = True
 
 
 def converted(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, PackedWeight]]:
@@ -194,11 +247,11 @@ def _check(place: _Place, scheme: Scheme, orientation: Orientation) -> None:
         raise QuantizationError(f"{what}: it is no matrix of floating-point numbers")
     if orientation == "columns" and weight.dim() != 2:
         raise QuantizationError(f"{what}: only matrices are read by columns")
+    if orientation.startswith("stacked") and weight.dim() != 3:
+        raise QuantizationError(f"{what}: a stack of matrices has three dimensions")
     if any(parametrize.is_parametrized(owner, name) for _, owner, name in place.owners):
         raise QuantizationError(f"{what}: it is parametrized already")
-    n, k = weight.shape[0], weight[0].numel()
-    if orientation == "columns":
-        n, k = k, n
+    n, k = matrix_shape(tuple(weight.shape), orientation)
     reason = scheme.refuses(n, k, weight.dtype, weight.device) or reason_of_weight(weight.detach())
     if reason is not None:
         raise QuantizationError(f"{what}: {reason}")
