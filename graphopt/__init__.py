@@ -38,16 +38,16 @@ if TYPE_CHECKING:
     from graphopt.explanation import MemoryExplanation
     from graphopt.measure import Measurement
     from graphopt.optimized import Optimized
+    from graphopt.packing import Scheme
+    from graphopt.packing.api import quantize, weight_frontier
+    from graphopt.packing.calibration import Calibration, calibrate
+    from graphopt.packing.plan import QuantizationPlan
     from graphopt.pareto_front import Pareto
     from graphopt.passes import Pass, PassContext
     from graphopt.pipeline import Pipeline
     from graphopt.plans import Plan
     from graphopt.plugins import hookimpl
     from graphopt.program import Level, Program
-    from graphopt.packing import Scheme
-    from graphopt.packing.api import quantize, weight_frontier
-    from graphopt.packing.calibration import Calibration, calibrate
-    from graphopt.packing.plan import QuantizationPlan
     from graphopt.report import Report
     from graphopt.schedule import Schedule
 

@@ -39,6 +39,7 @@ from graphopt.errors import BudgetError, LoweringError
 from graphopt.forms import see, weigh_forms
 from graphopt.observed import ObservedStep, Ports
 from graphopt.observed_plan import ObservedPlan
+from graphopt.packing.plan import QuantizationPlan
 from graphopt.partition import ordered, partition
 from graphopt.passes import Pass, PassContext
 from graphopt.planner import seconds_bound
@@ -48,7 +49,7 @@ from graphopt.program import InputSpec, Program, layer_of
 from graphopt.recording import Recorder
 from graphopt.replay import make_random_states_explicit, plain_call
 from graphopt.report import PassRecord
-from graphopt.rewriting import Rewriting, left_out, run_joint_passes, run_passes
+from graphopt.rewriting import Rewriting, conversion_records, left_out, run_joint_passes, run_passes
 from graphopt.schedule import Schedule
 from graphopt.several import compile_together
 
@@ -82,7 +83,8 @@ class Session:
     compile no code.
     ``chain``: the present programs as calls that hand values to each other, where they are;
     ``reruns``: rows of them that the plan runs again. ``cuda_graphs``: replay steps where they can be
-    recorded; ``recorders`` do that.
+    recorded; ``recorders`` do that. ``quantization``: how the weights of the model were packed for it, and
+    ``dense_baseline`` what a step took before.
     """
 
     budget: Budget
@@ -122,6 +124,8 @@ class Session:
     reruns: tuple[Rerun, ...] = ()
     cuda_graphs: bool = True
     recorders: list[Recorder] = field(default_factory=list)
+    quantization: QuantizationPlan | None = None
+    dense_baseline: Cost | None = None
     _seen: tuple[tuple[Captured, ...], ObservedPlan] | None = None
     _counted: tuple[tuple[int | None, ...], tuple[FrontierPoint, ...], Cost] | None = None
 
@@ -205,6 +209,9 @@ class Session:
         budgeted = self.budget.memory is not None
         if not self.captured:
             self.records.extend(left_out(self.passes, self.host))
+            self.records.extend(
+                conversion_records(self.passes, self.host, self.allow, self.quantization)
+            )
         done = run_passes(
             program,
             self.passes,
@@ -584,6 +591,10 @@ class Session:
             self._counted = key, references, self._cost_of(group, references)
         return self._counted[2]
 
+    def baseline(self) -> Cost:
+        """What the present step takes without rewrites."""
+        return self._baseline(self.current)
+
     def _cost_of(
         self, group: Sequence[Captured], points: Sequence[FrontierPoint], reruns: Sequence[Rerun] = ()
     ) -> Cost:
@@ -671,12 +682,13 @@ class Session:
             budget,
             self.cost.device.name,
             self.emitter.name,
-            baseline,
+            self.dense_baseline or baseline,
             predicted,
             bound,
             self.planning_seconds + searched,
             choices,
             self.reruns,
+            self.quantization,
         )
 
     def _unavoidable(self, group: Sequence[Captured]) -> float:

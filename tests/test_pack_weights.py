@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from graphopt.candidate import Reason
 from graphopt.errors import QuantizationError, UnknownNameError
-from graphopt.plugins import PluginHost, default_host
 from graphopt.packing import Scheme, pack_weights, packed_weights, scheme_text
+from graphopt.plugins import PluginHost, default_host
 from graphopt_kernels.quantized.int8 import Int8
 
 ROWS = (Int8(), "rows")

@@ -11,13 +11,13 @@ from torch import nn
 from graphopt.budget import bound_text, format_bytes
 from graphopt.cost import CostModel
 from graphopt.errors import BudgetError, QuantizationError
-from graphopt.plugins.host import PluginHost
 from graphopt.packing.calibration import Calibration
 from graphopt.packing.convert import Orientation, pack_weights
 from graphopt.packing.discover import Discovery
 from graphopt.packing.plan import QuantizationPlan, RefusedWeight, WeightChoice
 from graphopt.packing.scheme import Scheme, scheme_text
 from graphopt.packing.table import Table, make_table
+from graphopt.plugins.host import PluginHost
 
 __all__ = ["Allocation", "chosen_schemes", "pack_by_plan"]
 
@@ -94,8 +94,8 @@ class Allocation:
         plan = self._plan(picked, bound, bytes, error, seconds)
         if error is not None and plan.error > error:
             raise BudgetError(
-                f"within {format_bytes(bytes or 0)} the least error of weights is {plan.error:.3g}, more than "
-                f"{error:.3g} ({plan.metric})",
+                f"within {format_bytes(bytes or 0)} the least error of weights is {plan.error:.3g}, more "
+                f"than {error:.3g} ({plan.metric})",
                 least_bytes=self.table.least_bytes,
                 budget_bytes=bytes or 0,
             )
@@ -171,9 +171,7 @@ def pack_by_plan(
         choice.weight: (host.scheme(choice.scheme), choice.orientation) for choice in plan.packed
     }
     statistics = {
-        name: {
-            key: value.to(parameters[name].device) for key, value in calibration.for_packing(name).items()
-        }
+        name: {key: value.to(parameters[name].device) for key, value in calibration.for_packing(name).items()}
         for name in (schemes if calibration is not None else ())
         if calibration is not None and name in parameters
     }

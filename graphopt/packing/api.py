@@ -12,15 +12,15 @@ from graphopt import _torch
 from graphopt.api import cost_model_for
 from graphopt.budget import weight_bound
 from graphopt.capture.inputs import bind_inputs
-from graphopt.errors import InputsError, QuantizationError
-from graphopt.plugins.host import PluginHost, default_host
+from graphopt.errors import InputsError
 from graphopt.packing.allocate import Allocation, chosen_schemes, pack_by_plan
 from graphopt.packing.calibration import Calibration
-from graphopt.packing.discover import Discovery, discover
+from graphopt.packing.discover import Discovery, weights_of
 from graphopt.packing.plan import QuantizationPlan
 from graphopt.packing.scheme import Scheme
 from graphopt.packing.table import WeightFrontier
 from graphopt.packing.trace import captured_programs
+from graphopt.plugins.host import PluginHost, default_host
 
 __all__ = ["discovered", "quantize", "weight_frontier"]
 
@@ -44,12 +44,12 @@ def quantize(
 
     ``inputs`` as for ``optimize``: example inputs, by which the weights are found, whatever modules hold
     them. ``weights`` bounds the bytes of all parameters and buffers: an int, ``"8GiB"``, or ``"40%"`` of what
-    they take now; ``error`` the sum of errors; ``seconds`` those predicted for all reads of weights in one step
-    on ``device``. The error is least within ``weights``; with ``error`` alone bytes are; without bounds every
-    weight that a scheme takes gets the one of least error. ``schemes``: those to choose among, as they are
-    spelled (``"int4{group=64}"``), by default all that plugins register. ``score`` names what the error is
-    (``weights``, ``outputs``, ``fisher``, ...: docs/quantization.md); it is ``"outputs"`` with ``calibration``
-    data, ``"weights"`` without. ``plan`` packs as a stored plan says.
+    they take now; ``error`` the sum of errors; ``seconds`` those predicted for all reads of weights in one
+    step on ``device``. The error is least within ``weights``; with ``error`` alone bytes are; without bounds
+    every weight that a scheme takes gets the one of least error. ``schemes``: those to choose among, as they
+    are spelled (``"int4{group=64}"``), by default all that plugins register. ``score`` names what the error
+    is (``weights``, ``outputs``, ``fisher``, ...: docs/quantization.md); it is ``"outputs"`` with
+    ``calibration`` data, ``"weights"`` without. ``plan`` packs as a stored plan says.
     ``dry_run``: change nothing.
 
     In training mode parameters that require gradients are left alone.
@@ -59,23 +59,19 @@ def quantize(
     model and ``QuantizationError`` for a model without weights to pack.
     """
     host = PluginHost(tuple(plugins)) if plugins else default_host()
-    discovery = discovered(model, inputs)
     if plan is not None:
         given = {"weights": weights, "schemes": schemes, "error": error, "score": score, "seconds": seconds}
         for name, value in given.items():
             if value is not None:
                 raise InputsError(f"quantize() got plan= and {name}=: a plan says that already")
-        plan.check(discovery)
+        plan.check(discovered(model, inputs))
     else:
-        chosen = chosen_schemes(schemes, host)
         bound = None
         if weights is not None:
-            bound = weight_bound(weights, _torch.storage_bytes([*model.parameters(), *model.buffers()]))
-        name = score or ("outputs" if calibration is not None else "weights")
-        cost = cost_model_for(model, device, host)
-        plan = Allocation.of(model, discovery, chosen, name, calibration, cost, host).plan(
-            bound, error, seconds
-        )
+            held = _torch.storage_bytes([*model.parameters(), *model.buffers()])
+            bound = weight_bound(weights, held)
+        allocation = _allocation(model, inputs, schemes, calibration, score, device, host)
+        plan = allocation.plan(bound, error, seconds)
     if not dry_run:
         pack_by_plan(model, plan, calibration, host)
     return plan
@@ -96,23 +92,31 @@ def weight_frontier(
     Arguments and errors as for ``quantize``; the model is left as it is.
     """
     host = PluginHost(tuple(plugins)) if plugins else default_host()
-    discovery = discovered(model, inputs)
-    name = score or ("outputs" if calibration is not None else "weights")
-    cost = cost_model_for(model, device, host)
+    return _allocation(model, inputs, schemes, calibration, score, device, host).table.frontier()
+
+
+def _allocation(
+    model: nn.Module,
+    inputs: Any,
+    schemes: Sequence[str | Scheme] | None,
+    calibration: Calibration | None,
+    score: str | None,
+    device: str | torch.device | None,
+    host: PluginHost,
+) -> Allocation:
     chosen = chosen_schemes(schemes, host)
-    return Allocation.of(model, discovery, chosen, name, calibration, cost, host).table.frontier()
+    name = score or ("outputs" if calibration is not None else "weights")
+    host.scorer(name)
+    cost = cost_model_for(model, device, host)
+    return Allocation.of(model, discovered(model, inputs), chosen, name, calibration, cost, host)
 
 
 def discovered(model: nn.Module, inputs: Any) -> Discovery:
-    """The weights of ``model`` that its programs on ``inputs`` read as such, and the parameters that are none.
+    """The weights of ``model`` that its programs on ``inputs`` read as such, and the parameters that are
+    none.
 
     Raises ``InputsError``, ``CaptureError``, and ``QuantizationError`` where there are no weights.
     """
     args, kwargs = bind_inputs(model, inputs)
-    found = discover(captured_programs(model, args, kwargs), model, training=model.training)
-    if not found.weights:
-        why = "; ".join(f"{item.name}: {item.reason}" for item in found.refused[:5])
-        raise QuantizationError(
-            "no weight of the model can be packed" + (f": {why}" if why else ": it has no matrices")
-        )
-    return found
+    training = model.training and torch.is_grad_enabled()
+    return weights_of(model, captured_programs(model, args, kwargs), training=training)

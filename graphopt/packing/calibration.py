@@ -4,7 +4,8 @@
 
     calibration = graphopt.calibrate(model, batches)
     calibration.save("model.calibration")
-    graphopt.quantize(model, inputs, weights="40%", calibration=graphopt.Calibration.load("model.calibration"))
+    calibration = graphopt.Calibration.load("model.calibration")
+    graphopt.quantize(model, inputs, weights="40%", calibration=calibration)
 
 Batches run through the captured programs operator by operator, so that inputs are seen wherever a weight is
 read, whatever module it belongs to. Nothing but sums is kept from one batch to the next.
@@ -155,7 +156,7 @@ def calibrate(
             raise UnknownNameError("parameter", name, known)
     told = sys.stderr.isatty() if progress is None else progress
     run = _Run(model, observers, None if gram is None else frozenset(gram), loss_fn, samples)
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     leaves = [p for p in model.parameters() if p.requires_grad]
     model.eval()
     try:
@@ -166,7 +167,8 @@ def calibrate(
                     sys.stderr.write(f"\rgraphopt: calibrating: batch {index + 1}, {run.tokens} rows")
                     sys.stderr.flush()
     finally:
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode
         if told and run.batches:
             sys.stderr.write("\n")
     return run.result()
@@ -244,7 +246,7 @@ class _Run:
         if not result.requires_grad:
             result = result.detach().requires_grad_()
         for one, span in sums:
-            result.register_hook(one.gradient_hook(read, span))
+            result.register_hook(one.gradient_hook(read, span))  # type: ignore[no-untyped-call]
         return result
 
     def result(self) -> Calibration:

@@ -40,13 +40,20 @@ def hessian_traces(
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             loss = loss_of(model(*args, **kwargs), loss_fn)
             gradients = torch.autograd.grad(loss, chosen, create_graph=True, allow_unused=True)
-            live = [(name, p, g) for name, p, g in zip(names, chosen, gradients, strict=True) if g is not None]
-            live = [(name, p, g) for name, p, g in live if g.requires_grad]
+            live = [
+                (name, p, g)
+                for name, p, g in zip(names, chosen, gradients, strict=True)
+                if g is not None and g.requires_grad
+            ]
             for _ in range(samples if live else 0):
                 signs = [_signs(p, generator) for _, p, _ in live]
                 products = torch.autograd.grad(
-                    [g for _, _, g in live], [p for _, p, _ in live], signs, retain_graph=True, allow_unused=True
-                )  # fmt: skip
+                    [g for _, _, g in live],
+                    [p for _, p, _ in live],
+                    signs,
+                    retain_graph=True,
+                    allow_unused=True,
+                )
                 for (name, p, _), sign, product in zip(live, signs, products, strict=True):
                     if product is not None:
                         found[name] += float((sign * product).double().sum()) / (samples * p.numel())

@@ -28,11 +28,12 @@ from torch import nn
 
 from graphopt import _torch
 from graphopt.candidate import Reason
+from graphopt.errors import QuantizationError
+from graphopt.packing.convert import matrix_shape, packed_weights
 from graphopt.program import Program
-from graphopt.packing.convert import matrix_shape
 from graphopt.rules import argument
 
-__all__ = ["Discovery", "Read", "Refused", "Use", "Weight", "discover", "reads_of"]
+__all__ = ["Discovery", "Read", "Refused", "Use", "Weight", "discover", "reads_of", "weights_of"]
 
 _aten = torch.ops.aten
 _LIKE = (
@@ -44,7 +45,7 @@ _CONVOLUTIONS = (
     _aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.conv1d.padding,
     _aten.conv2d.padding, _aten.conv3d.padding, _aten.convolution.default,
 )  # fmt: skip
-_RIGHT = {
+_RIGHT: dict[Any, int] = {
     _aten.mm.default: 1,
     _aten.matmul.default: 1,
     _aten.bmm.default: 1,
@@ -59,7 +60,8 @@ _Axes = tuple[tuple[int, ...], ...]
 
 @dataclass(frozen=True)
 class _View:
-    """A view of parameters, several where they are put one after the other: their first axes have ``sizes``."""
+    """A view of parameters, several where they are put one after the other: their first axes have
+    ``sizes``."""
 
     members: tuple[str, ...]
     axes: _Axes
@@ -176,12 +178,12 @@ def discover(programs: Iterable[Program], model: nn.Module, *, training: bool) -
         for read in reads:
             for name in read.members:
                 found.setdefault(name, []).append((read, program.name))
-    weights = []
+    weights: list[Weight] = []
     group_of = _united(read.members for reads in found.values() for read, _ in reads)
     for name, parameter in known.items():
-        reason = refused.get(name) or _reason(name, parameter, found.get(name, ()), training, storages)
-        if reason is not None:
-            refused[name] = reason
+        own = _reason(name, parameter, found.get(name, ()), training, storages)
+        if name in refused or own is not None:
+            refused.setdefault(name, own or refused[name])
             continue
         weights.append(_weight(name, parameter, found[name], names[id(parameter)], group_of[name]))
     complete = {weight.name for weight in weights}
@@ -190,9 +192,19 @@ def discover(programs: Iterable[Program], model: nn.Module, *, training: bool) -
         if missing:
             weights.remove(weight)
             refused[weight.name] = Reason(f"it is read as one with {missing[0]}, which cannot be packed")
-    return Discovery(
-        tuple(weights), tuple(Refused(name, refused[name]) for name in known if name in refused)
-    )
+    return Discovery(tuple(weights), tuple(Refused(name, refused[name]) for name in known if name in refused))
+
+
+def weights_of(model: nn.Module, programs: Iterable[Program], *, training: bool) -> Discovery:
+    """``discover``; raises ``QuantizationError`` with the reasons where that finds no weight."""
+    found = discover(programs, model, training=training)
+    if not found.weights:
+        why = "; ".join(f"{item.name}: {item.reason}" for item in found.refused[:5])
+        if not why:
+            done = packed_weights(model)
+            why = f"{len(done)} are packed already" if done else "it has no matrices"
+        raise QuantizationError(f"no weight of the model can be packed: {why}")
+    return found
 
 
 def reads_of(program: Program) -> tuple[list[Read], dict[str, Reason]]:
@@ -228,20 +240,20 @@ def reads_of(program: Program) -> tuple[list[Read], dict[str, Reason]]:
 
 def _view(node: fx.Node, views: Mapping[fx.Node, _View]) -> _View | None:
     """What ``node`` is of parameters if it is another view of one, or several one after the other."""
+    given: Any = node.args[0] if node.args else None
     if node.target is _aten.cat.default:
-        tensors = node.args[0]
-        if argument(node, "dim") != 0 or not all(piece in views for piece in tensors):
+        if argument(node, "dim") != 0 or not all(piece in views for piece in given):
             return None
-        if {views[piece].axes for piece in tensors} != {((0,), (1,))}:
+        if {views[piece].axes for piece in given} != {((0,), (1,))}:
             return None
         return _View(
-            tuple(name for piece in tensors for name in views[piece].members),
+            tuple(name for piece in given for name in views[piece].members),
             ((0,), (1,)),
-            tuple(size for piece in tensors for size in views[piece].sizes),
+            tuple(size for piece in given for size in views[piece].sizes),
         )
-    if node.target not in _LIKE or node.args[0] not in views:
+    if node.target not in _LIKE or given not in views:
         return None
-    view = views[node.args[0]]
+    view = views[given]
     axes, rank = view.axes, len(view.axes)
     if node.target in (_aten.t.default, _aten.numpy_T.default):
         return replace(view, axes=tuple(reversed(axes)))
@@ -252,7 +264,7 @@ def _view(node: fx.Node, views: Mapping[fx.Node, _View]) -> _View | None:
         return replace(view, axes=tuple(axes[place] for place in order))
     if node.target is _aten.permute.default:
         return replace(view, axes=tuple(axes[place % rank] for place in argument(node, "dims")))
-    merged = _merged(node.args[0].meta["val"].shape, axes, node.meta["val"].shape)
+    merged = _merged(given.meta["val"].shape, axes, node.meta["val"].shape)
     return None if merged is None else replace(view, axes=merged)
 
 
@@ -277,9 +289,10 @@ def _read(node: fx.Node, views: Mapping[fx.Node, _View]) -> Read | Reason:
     if node.op == "output":
         return Reason("the program returns it")
     weight, kind = _operand(node)
-    if weight not in views or sum(source in views for source in node.all_input_nodes) > 1:
-        if any(node.args[place] in views for place in (_LEFT.get(node.target, -1),) if place >= 0):
-            return Reason(f"it is the left-hand side of {_named(node)}", (node.name,))
+    if node.target in _LEFT and node.args[_LEFT[node.target]] in views:
+        return Reason(f"it is the left-hand side of {_named(node)}", (node.name,))
+    given = torch.utils._pytree.tree_leaves((node.args, node.kwargs))
+    if weight not in views or sum(isinstance(a, fx.Node) and a in views for a in given) > 1:
         return what
     members, axes = views[weight].members, views[weight].axes
     if kind == "look-up":
@@ -292,9 +305,9 @@ def _read(node: fx.Node, views: Mapping[fx.Node, _View]) -> Read | Reason:
             return Reason("a transposed convolution reads it", (node.name,))
         plain = axes == tuple((axis,) for axis in range(len(axes))) and len(members) == 1
         return Read(members, node, kind, "rows", int(argument(node, "groups"))) if plain else what
-    if node.target in (_aten.addmm.default, _aten.baddbmm.default):
-        if (argument(node, "beta"), argument(node, "alpha")) != (1, 1):
-            return Reason("the product is scaled as it is added", (node.name,))
+    scaled = node.target in (_aten.addmm.default, _aten.baddbmm.default)
+    if scaled and (argument(node, "beta"), argument(node, "alpha")) != (1, 1):
+        return Reason("the product is scaled as it is added", (node.name,))
     by_columns = node.target is not _aten.linear.default
     *batch, first, second = axes
     out, inner = (second, first) if by_columns else (first, second)

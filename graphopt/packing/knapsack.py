@@ -1,4 +1,4 @@
-"""One option for each of many things, least value within bounds: a multiple-choice knapsack with a proven gap.
+"""One option for each of many things, least value within bounds: a multiple-choice knapsack, its gap proven.
 
 1. Lagrange multipliers of the bounds give a lower bound of every solution. With one bound they are found on
    the lower convex hull of each thing's options: going along the hulls in the order of their slopes is the
@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,9 +95,7 @@ def _undominated(choices: Sequence[Option]) -> list[int]:
     return sorted(
         j
         for j in found
-        if not any(
-            k != j and all(a <= b for a, b in zip(choices[k], choices[j], strict=True)) for k in found
-        )
+        if not any(k != j and all(a <= b for a, b in zip(choices[k], choices[j], strict=True)) for k in found)
     )
 
 
@@ -121,7 +120,7 @@ def _upgrades(options: Sequence[Sequence[tuple[float, float]]]) -> list[tuple[fl
     steps = []
     for thing, choices in enumerate(options):
         hull = _hull(choices)
-        for a, b in zip(hull, hull[1:], strict=False):
+        for a, b in itertools.pairwise(hull):
             slope = (choices[b][0] - choices[a][0]) / (choices[b][1] - choices[a][1])
             steps.append((slope, thing, b))
     # A hull's own slopes rise: sorting keeps the order of its steps.
@@ -229,7 +228,9 @@ class _Search:
         things = []
         bound, slack = self.bound, _TOLERANCE * (abs(self.value) if math.isfinite(self.value) else 0.0)
         for number, choices in enumerate(self.options):
-            reduced = [o[0] + sum(m * r for m, r in zip(self.multipliers, o[1:], strict=True)) for o in choices]
+            reduced = [
+                o[0] + sum(m * r for m, r in zip(self.multipliers, o[1:], strict=True)) for o in choices
+            ]
             lowest = min(reduced)
             open_ = [j for j, c in enumerate(reduced) if bound + (c - lowest) < self.value - slack]
             if not open_:

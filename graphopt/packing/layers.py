@@ -61,4 +61,6 @@ class LayerChanges:
 
 def _first(values: Any) -> torch.Tensor | None:
     leaves = torch.utils._pytree.tree_leaves(values)
-    return next((leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()), None)
+    return next(
+        (leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()), None
+    )

@@ -35,8 +35,8 @@ class Sums:
         """Take in one read: ``x`` [..., K], channels and places of a convolution, or indices."""
         self.energy = _plus(self.energy, torch.linalg.vector_norm(result, dtype=torch.float32).double() ** 2)
         if read.kind == "look-up":
-            rows = int(argument(read.node, "weight").meta["val"].shape[0])
-            self.reads = _plus(self.reads, torch.bincount(x.reshape(-1), minlength=rows).double())
+            length = int(argument(read.node, "weight").meta["val"].shape[0])
+            self.reads = _plus(self.reads, torch.bincount(x.reshape(-1), minlength=length).double())
             self.tokens += x.numel()
             return
         if read.kind == "convolution":
@@ -117,8 +117,8 @@ def _squares(rows: torch.Tensor) -> torch.Tensor:
 def _of_convolution(read: Read, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums of squares [G, K] and largest sizes [K] of what each element of a kernel meets, padding included.
 
-    The gradient of a convolution with respect to its kernel, where all results count alike, is the sum of what
-    the kernel meets.
+    The gradient of a convolution with respect to its kernel, where all results count alike, is the sum of
+    what the kernel meets.
     """
     node = read.node
     groups = read.blocks

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from graphopt.atomic import write_atomically
 from graphopt.budget import format_bytes
 from graphopt.errors import StalePlanError
-from graphopt.plans import count_text, gap_text
-from graphopt.packing.discover import Discovery
 from graphopt.record_json import RecordFormatError, decode, encode
+
+if TYPE_CHECKING:
+    from graphopt.packing.discover import Discovery
 
 __all__ = ["QUANTIZATION_VERSION", "QuantizationPlan", "RefusedWeight", "WeightChoice"]
 
@@ -29,8 +30,8 @@ _KEPT = "as it is"
 class WeightChoice:
     """How one weight is kept: ``scheme`` as it is spelled, empty for the dense tensor that it was.
 
-    ``names`` are all that the parameter goes by, ``weight`` first. Bytes are of its tensors. ``error`` is in the
-    plan's metric, ``seconds`` those predicted for its reads in one step.
+    ``names`` are all that the parameter goes by, ``weight`` first. Bytes are of its tensors. ``error`` is in
+    the plan's metric, ``seconds`` those predicted for its reads in one step.
     """
 
     weight: str
@@ -57,9 +58,10 @@ class QuantizationPlan:
     """A scheme for each weight of a model.
 
     ``bytes_before`` and ``bytes_after`` are those of all parameters and buffers. ``error`` is the sum over
-    weights, measured on them by ``score``, in the unit that ``metric`` names; ``lower_bound``: no allocation of
-    the schemes given that is within the bounds has less (fewer bytes, where ``bound_error`` was given alone).
-    ``seconds`` are those predicted for all reads of weights in one step, ``seconds_before`` those without.
+    weights, measured on them by ``score``, in the unit that ``metric`` names; ``lower_bound``: no allocation
+    of the schemes given that is within the bounds has less (fewer bytes, where ``bound_error`` was given
+    alone). ``seconds`` are those predicted for all reads of weights in one step, ``seconds_before`` those
+    without.
     """
 
     choices: tuple[WeightChoice, ...]
@@ -96,6 +98,8 @@ class QuantizationPlan:
     @property
     def report(self) -> str:
         """A table: weight, scheme, bytes before and after, error; then sums, and what is refused and why."""
+        from graphopt.plans import gap_text
+
         rows = [("weight", "kept as", "before", "after", "error")]
         for choice in self.choices:
             tied = f" (= {', '.join(choice.names[1:])})" if choice.names[1:] else ""
@@ -125,6 +129,8 @@ class QuantizationPlan:
     @property
     def summary(self) -> str:
         """``"12 weights packed: 2.30 GiB -> 1.10 GiB, error 0.0031 (relative squared error of outputs)"``."""
+        from graphopt.plans import count_text
+
         share = f" ({100 * self.bytes_after / self.bytes_before:.1f} %)" if self.bytes_before else ""
         return (
             f"{count_text(len(self.packed), 'weight')} packed: {format_bytes(self.bytes_before)} -> "
@@ -153,6 +159,10 @@ class QuantizationPlan:
                     raise StalePlanError(
                         f"{choice.weight} has {what} {found}, the plan was made for {planned}", hint=_REPLAN
                     )
+
+    def without(self, names: Collection[str]) -> QuantizationPlan:
+        """The same plan for the weights that are not among ``names``."""
+        return replace(self, choices=tuple(c for c in self.choices if not {*c.names} & {*names}))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, versioned under ``"schema"``."""

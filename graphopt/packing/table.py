@@ -14,12 +14,12 @@ from graphopt import _torch
 from graphopt.candidate import Reason
 from graphopt.cost import CostModel
 from graphopt.errors import QuantizationError
-from graphopt.plugins.records import ScorerSpec
 from graphopt.packing.calibration import Calibration
 from graphopt.packing.convert import matrix_of
 from graphopt.packing.discover import Discovery, Use, Weight
 from graphopt.packing.knapsack import Solution, hull_walk, least
 from graphopt.packing.scheme import Scheme, operator_named, reason_of_weight, scheme_text
+from graphopt.plugins.records import ScorerSpec
 
 __all__ = ["FrontierRow", "Group", "Kept", "Table", "WeightFrontier", "make_table", "refusal"]
 
@@ -60,8 +60,8 @@ class FrontierRow:
 
 @dataclass(frozen=True)
 class WeightFrontier:
-    """Allocations along the lower convex hulls of all weights, least bytes first: none with as few bytes as one
-    of them has less error. ``metric`` says what errors measure."""
+    """Allocations along the lower convex hulls of all weights, least bytes first: none with as few bytes as
+    one of them has less error. ``metric`` says what errors measure."""
 
     points: tuple[FrontierRow, ...]
     metric: str
@@ -100,7 +100,8 @@ class Table:
         return least(rows, (error, seconds))
 
     def packed(self) -> tuple[int, ...]:
-        """For each group the scheme of least error, fewest bytes among equals; as it is where none takes it."""
+        """For each group the scheme of least error, fewest bytes among equals; as it is where none takes
+        it."""
         return tuple(
             min(range(1, len(g.options)), key=lambda j: (g.options[j].error, g.options[j].bytes))
             if len(g.options) > 1
@@ -134,8 +135,8 @@ def make_table(
 ) -> Table:
     """Pack every weight with every scheme that takes it, one after the other, and see how far it is off.
 
-    Raises ``QuantizationError`` where the scorer needs what calibration did not observe, and for a scheme that
-    does not keep its contract (bytes, finite errors).
+    Raises ``QuantizationError`` where the scorer needs what calibration did not observe, and for a scheme
+    that does not keep its contract (bytes, finite errors).
     """
     _check_calibration(scorer, calibration, discovery)
     prices = _Prices(cost)
@@ -259,9 +260,7 @@ class _Prices:
         w = _meta((weight.n // blocks, weight.k), weight.dtype)
         return self._price(torch.ops.aten.linear.default, (x, w, None))
 
-    def _packed(
-        self, weight: Weight, use: Use, scheme: Scheme, packed: Mapping[str, torch.Tensor]
-    ) -> float:
+    def _packed(self, weight: Weight, use: Use, scheme: Scheme, packed: Mapping[str, torch.Tensor]) -> float:
         if use.kind == "look-up":
             return 0.0
         tensors = [_meta(tuple(tensor.shape), tensor.dtype) for tensor in packed.values()]
@@ -273,8 +272,9 @@ class _Prices:
         return unpacking + self._dense(weight, use)
 
     def _price(self, target: object, arguments: tuple[object, ...]) -> float:
-        key = target, tuple(
-            (tuple(a.shape), a.dtype) if isinstance(a, torch.Tensor) else a for a in arguments
+        key = (
+            target,
+            tuple((tuple(a.shape), a.dtype) if isinstance(a, torch.Tensor) else a for a in arguments),
         )
         if key not in self.known:
             graph = fx.Graph()

@@ -1,4 +1,5 @@
-"""A model's semantic programs, captured as its calls come, and run operator by operator where they are watched."""
+"""A model's semantic programs, captured as its calls come, run operator by operator where they are
+watched."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from torch import nn
 from graphopt import _torch
 from graphopt.capture.semantic import input_specs, semantic_graph, semantic_program
 from graphopt.errors import CaptureError, GraphoptError, InputsError, brief
-from graphopt.program import Program
 from graphopt.packing.discover import Read, reads_of
+from graphopt.program import Program
 from graphopt.restored import restored
 
 __all__ = ["Tracer", "captured_programs"]
@@ -103,7 +104,7 @@ def captured_programs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
     with torch.no_grad():
         try:
             tracer.capture(args, kwargs)
-        except GraphoptError as error:
+        except Exception as error:
             with restored(model, []), torch.random.fork_rng(devices=_cuda_devices(model)):
                 try:
                     model(*args, **kwargs)
@@ -111,7 +112,9 @@ def captured_programs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
                     raise InputsError(
                         f"the model does not run with these inputs: {brief(refused)}"
                     ) from refused
-            raise error
+            if isinstance(error, GraphoptError):
+                raise
+            raise CaptureError(f"the model could not be captured: {brief(error)}") from error
     if not tracer.programs:
         why = "; ".join(tracer.diagnostics) or "dynamo captured no graph of the model"
         raise CaptureError(f"the model could not be captured: {why}")

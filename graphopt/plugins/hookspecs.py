@@ -34,9 +34,9 @@ from graphopt.plugins.records import (
 
 if TYPE_CHECKING:
     from graphopt.device import DeviceSpec
+    from graphopt.packing import Scheme
     from graphopt.passes import Pass, PassContext
     from graphopt.program import Program
-    from graphopt.packing import Scheme
     from graphopt.report import PassRecord
 
 __all__ = ["API_VERSION", "GROUP", "HookSpecs", "hookimpl"]

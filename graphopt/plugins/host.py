@@ -30,9 +30,9 @@ from graphopt.plugins.returned import read_passes, read_pipelines, read_records,
 
 if TYPE_CHECKING:
     from graphopt.device import DeviceSpec
+    from graphopt.packing import Scheme
     from graphopt.passes import Pass, PassContext
     from graphopt.program import Program
-    from graphopt.packing import Scheme
     from graphopt.report import PassRecord
 
 __all__ = ["PluginHost", "default_host"]

@@ -111,9 +111,9 @@ class CodecSpec:
 class ScorerSpec:
     """A way to say how much a packed weight is off, for the allocation of bytes to weights.
 
-    ``score(weight, unpacked, statistics)`` takes the weight float32[N, K], what its packed form stands for and
-    what calibration found of it (``graphopt.Calibration``), all on one device, and gives a number that is 0
-    where nothing changed and is added up over weights. ``needs``: observers that calibration must have had
+    ``score(weight, unpacked, statistics)`` takes the weight float32[N, K], what its packed form stands for
+    and what calibration found of it (``graphopt.Calibration``), all on one device, and gives a number that is
+    0 where nothing changed and is added up over weights. ``needs``: observers that calibration must have had
     (``graphopt.packing.calibration.OBSERVERS``); without any it works with no calibration. ``metric`` says
     what the number measures.
     """

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 from graphopt.errors import PluginError
 
 if TYPE_CHECKING:
-    from graphopt.passes import Pass
     from graphopt.packing import Scheme
+    from graphopt.passes import Pass
 
 __all__ = ["import_named", "read_passes", "read_pipelines", "read_records", "read_schemes"]
 

@@ -13,10 +13,12 @@ It changes the model before it is captured, not a program; ``read-packed`` then 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 from graphopt.conversion import Conversion
+from graphopt.packing.calibration import Calibration
 from graphopt.program import Level
 
 __all__ = ["QuantizeLinear"]
@@ -27,8 +29,8 @@ class QuantizeLinear(Conversion):
     """Packs weights that products, convolutions and look-ups read, as many and as far as the budget asks for,
     with the least error.
 
-    ``schemes``: those to choose among as they are spelled, all that are registered by default. ``score``: what
-    the error is (``graphopt_scorers``), by default ``outputs`` with a ``calibration``, a file that
+    ``schemes``: those to choose among as they are spelled, all that are registered by default. ``score``:
+    what the error is (``graphopt_scorers``), by default ``outputs`` with a ``calibration``, a file that
     ``Calibration.save`` wrote, and ``weights`` without.
     """
 
@@ -41,3 +43,12 @@ class QuantizeLinear(Conversion):
     schemes: tuple[str, ...] = ()
     score: str = ""
     calibration: str = ""
+
+    def wanted_schemes(self) -> Sequence[str] | None:
+        return self.schemes or None
+
+    def wanted_score(self) -> str | None:
+        return self.score or None
+
+    def wanted_calibration(self) -> Calibration | None:
+        return Calibration.load(self.calibration) if self.calibration else None

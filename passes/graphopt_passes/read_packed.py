@@ -27,10 +27,10 @@ from graphopt import _torch
 from graphopt.candidate import Candidate, CostDelta, NearMiss, Reason
 from graphopt.capture.structure import Line, line_of
 from graphopt.edit import Edit
+from graphopt.packing import Scheme
 from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.plugins import default_host
 from graphopt.program import Level, Program
-from graphopt.packing import Scheme
 from graphopt.rules import argument
 from graphopt_passes.memory_place import value_of
 

@@ -1,7 +1,7 @@
 """How much a packed weight is off: numbers that the allocation of bytes to weights adds up.
 
-Each takes the weight float32[N, K], what its packed form stands for, and what calibration found; each is 0 where
-the two are the same.
+Each takes the weight float32[N, K], what its packed form stands for, and what calibration found; each is 0
+where the two are the same.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def of_weights(weight: torch.Tensor, unpacked: torch.Tensor, statistics: Statist
 def of_outputs(weight: torch.Tensor, unpacked: torch.Tensor, statistics: Statistics) -> float:
     """||(W - W') X||^2 / ||W X||^2 on the calibration data.
 
-    With products of pairs of channels (``gram``) it is exact; with their mean squares alone errors of different
-    channels count as independent. Look-ups add the error of the rows that were read. A weight of which
-    calibration saw no input is scored by ``of_weights``. Source: the layer-wise error that OBC and GPTQ minimise
-    (arXiv:2208.11580, arXiv:2210.17323).
+    With products of pairs of channels (``gram``) it is exact; with their mean squares alone errors of
+    different channels count as independent. Look-ups add the error of the rows that were read. A weight of
+    which calibration saw no input is scored by ``of_weights``. Source: the layer-wise error that OBC and GPTQ
+    minimise (arXiv:2208.11580, arXiv:2210.17323).
     """
     energy = float(statistics["energy"]) if "energy" in statistics else 0.0
     if not energy:
@@ -42,8 +42,8 @@ def of_outputs(weight: torch.Tensor, unpacked: torch.Tensor, statistics: Statist
 
 
 def of_gradients(weight: torch.Tensor, unpacked: torch.Tensor, statistics: Statistics) -> float:
-    """Sum over outputs of g^2 E[(w - w') x]^2: what the loss changes by to second order, its Hessian in outputs
-    taken as the mean square of its gradient (Fisher), correlations left out.
+    """Sum over outputs of g^2 E[(w - w') x]^2: what the loss changes by to second order, its Hessian in
+    outputs taken as the mean square of its gradient (Fisher), correlations left out.
 
     Source: the diagonal Fisher approximation of BRECQ (arXiv:2102.05426).
     """
@@ -54,8 +54,8 @@ def of_gradients(weight: torch.Tensor, unpacked: torch.Tensor, statistics: Stati
 
 
 def of_z_scores(weight: torch.Tensor, unpacked: torch.Tensor, statistics: Statistics) -> float:
-    """The relative error of the weight times the share of its elements that are more than one standard deviation
-    above the mean.
+    """The relative error of the weight times the share of its elements that are more than one standard
+    deviation above the mean.
 
     Source: layers ordered by "z-score distribution" (arXiv:2406.17415); that it weighs the error is ours.
     """
@@ -106,7 +106,11 @@ def _output_error(delta: torch.Tensor, statistics: Statistics, weights: torch.Te
 SCORERS = (
     ScorerSpec("weights", of_weights, "relative squared error of weights", (), "weights alone, no data"),
     ScorerSpec(
-        "outputs", of_outputs, "relative squared error of outputs", ("moments",), "outputs on calibration data"
+        "outputs",
+        of_outputs,
+        "relative squared error of outputs",
+        ("moments",),
+        "outputs on calibration data",
     ),
     ScorerSpec(
         "fisher",
