@@ -38,7 +38,7 @@ from graphopt.packing.table import refusal
 from graphopt.packing.trace import captured_programs
 from graphopt.session import Session
 
-__all__ = ["Fitted", "WeightFit"]
+__all__ = ["Fitted", "WeightFit", "sharing"]
 
 _TRIALS = 6
 """Captures of packed copies before giving up: each is off by what the one before was too large."""
@@ -137,7 +137,7 @@ class WeightFit:
             # What schemes take beside weights is not known before: the last trial is the least of weights.
             target = table.least_bytes if trial == _TRIALS - 1 else max(target, table.least_bytes)
             plan = allocation.plan(bytes=target)
-            copied = _sharing(self.model)
+            copied = sharing(self.model)
             pack_by_plan(copied, plan, conversion.wanted_calibration(), self.session.host)
             try:
                 self.attempt(copied, budget, args, kwargs)
@@ -171,7 +171,7 @@ class WeightFit:
         if rest.packed:
             discovery = self._discovery(args, kwargs)
             rest.check(discovery)
-            model = _sharing(self.model) if self.dry_run else self.model
+            model = sharing(self.model) if self.dry_run else self.model
             conversion = conversion_among(self.session.passes)
             calibration = conversion.wanted_calibration() if conversion is not None else None
             pack_by_plan(model, rest, calibration, self.session.host)
@@ -282,7 +282,7 @@ def _advice(name: str, saved: int) -> str:
     )
 
 
-def _sharing(model: nn.Module) -> nn.Module:
+def sharing(model: nn.Module) -> nn.Module:
     """A copy of ``model`` whose parameters and buffers have the same memory."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
