@@ -122,6 +122,12 @@ def test_transposed_convolutions_and_axes_out_of_order_are_refused() -> None:
     assert "its axes are read in an order that packed weights do not have" in str(seen.refused[0].reason)
 
 
+def test_a_stack_that_reads_one_input_is_refused() -> None:
+    seen = found(Reads(lambda x, w: torch.matmul(x, w), (2, 8, 8)).eval(), torch.randn(3, 8))
+    assert not seen.weights
+    assert "the blocks of a stack read one input, or several" in str(seen.refused[0].reason)
+
+
 def test_convolution_as_a_product_is_flattened() -> None:
     model = Reads(lambda x, w: F.linear(x, w.view(w.shape[0], -1)), (4, 2, 2, 2)).eval()
     (weight,) = found(model, torch.randn(3, 8)).weights

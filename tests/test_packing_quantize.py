@@ -115,6 +115,12 @@ def test_seconds_bound_what_reads_take() -> None:
         graphopt.quantize(model, IDS, seconds=least * 1e-3, **options)
 
 
+def test_schemes_may_be_given_that_are_not_registered() -> None:
+    model = Chain().eval()
+    plan = graphopt.quantize(model, IDS, schemes=(Few(least=2),))
+    assert {c.scheme for c in plan.packed} == {"few{least=2}"} and packed_weights(model)
+
+
 def test_what_cannot_be_reached_is_named_with_the_least_bytes() -> None:
     model = Chain().eval()
     before = copy.deepcopy(model.state_dict())

@@ -29,7 +29,7 @@ from graphopt.restored import restored
 from graphopt.session import Captured, NotPlanned, Session
 
 if TYPE_CHECKING:
-    from graphopt.packing.fit import WeightFit
+    from graphopt.packing.fit import Fitted, WeightFit
 
 __all__ = ["Driver"]
 
@@ -108,18 +108,20 @@ class Driver:
         if self.example is None:
             self.example = kwargs if kwargs and not args else args
         if self.fit is not None and (fitted := self.fit.before(args, kwargs)) is not None:
-            self.model, self.session = fitted.model, fitted.session
+            self._take(fitted)
         try:
             self._prepare(args, kwargs)
             return
         except BudgetError as error:
-            # What was packed to fit was tried: it does.
-            if self.fit is None or self.session is not self.fit.session or self.session.replay is not None:
+            if self.fit is None or self.session.replay is not None:
                 raise
             refused = error.with_traceback(None)
-        fitted = self.fit.after(refused, args, kwargs)
-        self.model, self.session = fitted.model, fitted.session
+        self._take(self.fit.after(refused, args, kwargs))
         self._prepare(args, kwargs)
+
+    def _take(self, fitted: Fitted) -> None:
+        """Go on with packed weights, which were tried and fit."""
+        self.model, self.session, self.fit = fitted.model, fitted.session, None
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.session.arguments = (args, kwargs)

@@ -160,19 +160,26 @@ class Allocation:
 
 
 def pack_by_plan(
-    model: nn.Module, plan: QuantizationPlan, calibration: Calibration | None, host: PluginHost
+    model: nn.Module,
+    plan: QuantizationPlan,
+    calibration: Calibration | None,
+    host: PluginHost,
+    schemes: Sequence[Scheme] = (),
 ) -> None:
-    """Pack the weights of ``model`` as ``plan`` says, in place, one after the other.
+    """Pack the weights of ``model`` as ``plan`` says, in place, one after the other. ``schemes``: those that
+    it was made with, which need not be registered.
 
     Raises as ``pack_weights`` and ``PluginHost.scheme`` do, before anything changes.
     """
     parameters = dict(model.named_parameters())
-    schemes: dict[str, tuple[Scheme, Orientation]] = {
-        choice.weight: (host.scheme(choice.scheme), choice.orientation) for choice in plan.packed
+    given = {scheme_text(scheme): scheme for scheme in schemes}
+    chosen: dict[str, tuple[Scheme, Orientation]] = {
+        choice.weight: (given.get(choice.scheme) or host.scheme(choice.scheme), choice.orientation)
+        for choice in plan.packed
     }
     statistics = {
         name: {key: value.to(parameters[name].device) for key, value in calibration.for_packing(name).items()}
-        for name in (schemes if calibration is not None else ())
+        for name in (chosen if calibration is not None else ())
         if calibration is not None and name in parameters
     }
-    pack_weights(model, schemes, statistics)
+    pack_weights(model, chosen, statistics)

@@ -59,6 +59,7 @@ def quantize(
     model and ``QuantizationError`` for a model without weights to pack.
     """
     host = PluginHost(tuple(plugins)) if plugins else default_host()
+    known: tuple[Scheme, ...] = ()
     if plan is not None:
         given = {"weights": weights, "schemes": schemes, "error": error, "score": score, "seconds": seconds}
         for name, value in given.items():
@@ -72,8 +73,9 @@ def quantize(
             bound = weight_bound(weights, held)
         allocation = _allocation(model, inputs, schemes, calibration, score, device, host)
         plan = allocation.plan(bound, error, seconds)
+        known = allocation.schemes
     if not dry_run:
-        pack_by_plan(model, plan, calibration, host)
+        pack_by_plan(model, plan, calibration, host, known)
     return plan
 
 

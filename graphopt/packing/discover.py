@@ -318,6 +318,10 @@ def _read(node: fx.Node, views: Mapping[fx.Node, _View]) -> Read | Reason:
         return Read(members, node, kind, "columns", 1)
     if batch == [(0,)] and {out, inner} == {(1,), (2,)}:
         blocks = int(weight.meta["val"].shape[0])
+        other = node.args[0 if node.target is _aten.linear.default else _LEFT[node.target]]
+        given_shape = _node(other).meta["val"].shape
+        if len(given_shape) != 3 or given_shape[0] != blocks:
+            return Reason("the blocks of a stack read one input, or several", (node.name,))
         return Read(members, node, kind, "stacked rows" if out == (1,) else "stacked columns", blocks)
     return Reason("its axes are read in an order that packed weights do not have", (node.name,))
 

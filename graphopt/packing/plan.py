@@ -31,7 +31,7 @@ class WeightChoice:
     """How one weight is kept: ``scheme`` as it is spelled, empty for the dense tensor that it was.
 
     ``names`` are all that the parameter goes by, ``weight`` first. Bytes are of its tensors. ``error`` is in
-    the plan's metric, ``seconds`` those predicted for its reads in one step.
+    the plan's metric,
     """
 
     weight: str
