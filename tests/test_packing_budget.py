@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt import Budget, BudgetError, InputsError, PipelineError, Plan, Report, _torch
+from graphopt import Budget, BudgetError, BudgetSyntaxError, InputsError, PipelineError, Plan, Report, _torch
 from graphopt.packing import packed_weights
 from tests.packing_cases import FEW, Chain, batches
 
@@ -28,7 +28,7 @@ def fresh() -> None:
 
 def wide() -> Chain:
     """Weights that are more than what reads of them take beside."""
-    return Chain(depth=1, width=128)
+    return Chain(depth=2, width=128)
 
 
 def held(model: nn.Module) -> int:
@@ -63,6 +63,7 @@ def test_weights_are_packed_as_far_as_the_budget_asks() -> None:
             assert not torch.equal(fast(*IDS), exact)
         errors.append(report.quantization.error)
         assert "weights packed:" in str(report)
+        assert '<td class="t">layers.0.up.weight</td>' in report._repr_html_()
         (step,) = (step for step in report.steps if step.id == "quantize-linear")
         assert step.status == "applied" and "(relative squared error of weights)" in step.reason
     assert errors == sorted(errors) and errors[0] < errors[-1]
@@ -113,6 +114,8 @@ def test_a_bound_of_weights_alone() -> None:
     assert both.plan.budget == int(0.8 * both.report.baseline.peak_bytes)
     met = optimized(wide().eval(), budget=Budget(weights="100%"))
     assert met.report.quantization is None
+    with pytest.raises(BudgetSyntaxError, match="cannot read 'half' as bytes"):
+        Budget(weights="half")
     with pytest.raises(BudgetError, match=r"parameters and buffers take (.|\n)*allow=\('quantize-linear',\)"):
         optimized(wide().eval(), budget=Budget(weights="35%"))
     with pytest.raises(

@@ -91,7 +91,7 @@ def test_gradients_and_traces_are_those_of_the_loss() -> None:
     def loss(y: Tensor) -> Tensor:
         return y.square().sum()
 
-    names = ("moments", "gradients", "curvature")
+    names = ("moments", "gradients", "relevance", "curvature")
     found = graphopt.calibrate(model, [(x,)], observers=names, loss_fn=loss, samples=400)
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     hidden = (x @ model[0].weight.T).detach().requires_grad_()  # type: ignore[union-attr]
@@ -101,6 +101,8 @@ def test_gradients_and_traces_are_those_of_the_loss() -> None:
     assert hidden.grad is not None and y.grad is not None
     torch.testing.assert_close(found.of("0.weight")["output-gradient"], hidden.grad.square().mean(0))
     torch.testing.assert_close(found.of("2.weight")["output-gradient"], y.grad.square().mean(0))
+    sizes = (y * y.grad).abs().mean(0).detach()
+    torch.testing.assert_close(found.of("2.weight")["relevance"], sizes)
     # The loss is quadratic in the last weight: each of its rows has the Hessian 2 h^T h.
     exact = 2 * torch.tanh(hidden).square().sum() * 3 / 15
     assert found.of("2.weight")["trace"].item() == pytest.approx(exact.item(), rel=0.15)

@@ -45,6 +45,7 @@ OBSERVERS = MappingProxyType(
         "moments": "largest and mean squared input of each channel, mean squared output",
         "gram": "mean products of pairs of input channels, float32[K,K]",
         "gradients": "mean squared gradient of the loss with respect to each output",
+        "relevance": "mean size of each output times the gradient of the loss with respect to it",
         "change": "cosine distance between input and output of the layer that a weight is in",
         "curvature": "trace of the Hessian of the loss with respect to a weight",
     }
@@ -67,6 +68,7 @@ class Calibration:
     - ``reads`` float32[N]: look-ups of each row (tables)
     - ``gram`` float32[K, K]: mean of x x^T
     - ``output-gradient`` float32[N]: mean squared gradient of each output, of losses as they are
+    - ``relevance`` float32[N]: mean of |y dL/dy| of each output
     - ``change`` float32[]: mean of 1 - cosine of what enters and what leaves the layer
     - ``trace`` float32[]: mean over batches of the trace of the Hessian, by element of the weight
     """
@@ -139,9 +141,9 @@ def calibrate(
     A batch is what ``optimize`` takes as inputs: a tuple of positional or a dict of keyword arguments. The
     model runs in evaluation mode and is put back as it was: mode, buffers, gradients, random state.
     ``observers`` are names of ``OBSERVERS``. ``gram`` names the weights of which ``"gram"`` is kept, all that
-    products read by default. ``"gradients"`` and ``"curvature"`` need a loss: the output's ``loss`` or
-    ``loss_fn(output)``; they take a backward, the second one two for each of ``samples`` random vectors.
-    ``progress`` writes to stderr how far it is, by default where that is a terminal.
+    products read by default. ``"gradients"``, ``"relevance"`` and ``"curvature"`` need a loss: the output's
+    ``loss`` or ``loss_fn(output)``; they take a backward, the second one two for each of ``samples`` random
+    vectors. ``progress`` writes to stderr how far it is, by default where that is a terminal.
 
     Raises ``UnknownNameError`` for an observer or a weight of ``gram``, ``InputsError`` for no batches, one
     without elements or with NaN or infinity in it, and one that the model refuses, and ``QuantizationError``
@@ -192,6 +194,10 @@ class _Run:
         self.changes = LayerChanges(model) if "change" in observers else None
 
     @property
+    def differentiates(self) -> bool:
+        return "gradients" in self.observers or "relevance" in self.observers
+
+    @property
     def tokens(self) -> int:
         return max((sums.tokens for sums in self.sums.values()), default=0)
 
@@ -202,7 +208,7 @@ class _Run:
         except InputsError as error:
             raise InputsError(f"batch {index}: {error.message}", hint=error.hint) from None
         try:
-            if "gradients" in self.observers:
+            if self.differentiates:
                 self._backward(args, kwargs)
             else:
                 with torch.no_grad():
@@ -241,12 +247,13 @@ class _Run:
             sums.append((self.sums.setdefault(name, Sums(gram=wanted)), span))
             own = result.detach() if len(read.members) == 1 else result.detach()[..., slice(*span)]
             sums[-1][0].add(read, x.detach(), own)
-        if "gradients" not in self.observers or not result.is_floating_point():
+        if not self.differentiates or not result.is_floating_point():
             return result
         if not result.requires_grad:
             result = result.detach().requires_grad_()
         for one, span in sums:
-            result.register_hook(one.gradient_hook(read, span))  # type: ignore[no-untyped-call]
+            hook = one.gradient_hook(read, span, result.detach() if "relevance" in self.observers else None)
+            result.register_hook(hook)  # type: ignore[no-untyped-call]
         return result
 
     def result(self) -> Calibration:

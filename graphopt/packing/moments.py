@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from graphopt import _torch
 from graphopt.packing.discover import Read
 from graphopt.rules import argument
 
@@ -29,6 +30,7 @@ class Sums:
         self.energy: torch.Tensor | None = None
         self.reads: torch.Tensor | None = None
         self.gradients: torch.Tensor | None = None
+        self.relevance: torch.Tensor | None = None
         self.gradient_rows = 0
 
     def add(self, read: Read, x: torch.Tensor, result: torch.Tensor) -> None:
@@ -58,23 +60,31 @@ class Sums:
         self.squares = _plus(self.squares, squares)
         self.amax = amax if self.amax is None else torch.maximum(self.amax, amax)
 
-    def gradient_hook(self, read: Read, span: tuple[int, int] | None) -> Callable[[torch.Tensor], None]:
-        """Called with the gradient of a result, adds its squares, by output; ``span``: outputs that count."""
+    def gradient_hook(
+        self, read: Read, span: tuple[int, int] | None, result: torch.Tensor | None = None
+    ) -> Callable[[torch.Tensor], None]:
+        """Called with the gradient of a result, adds its squares, by output; ``span``: outputs that count.
+        With the ``result`` itself, the sizes of products of both as well."""
+
+        def by_output(values: torch.Tensor) -> list[torch.Tensor]:
+            """Rows of each block of outputs."""
+            if read.kind == "convolution":
+                values = values.movedim(1 - argument(read.node, "weight").meta["val"].dim(), -1)
+            if read.blocks > 1 and read.kind == "product":
+                return list(values)
+            flat = values.reshape(-1, values.shape[-1])
+            return [flat if span is None else flat[:, slice(*span)]]
 
         def hook(gradient: torch.Tensor) -> None:
             if read.kind == "look-up":
                 return
-            rows = gradient.detach()
-            if read.kind == "convolution":
-                rows = rows.movedim(1 - argument(read.node, "weight").meta["val"].dim(), -1)
-            if read.blocks > 1 and read.kind == "product":
-                squares = torch.cat([_squares(block) for block in rows])
-                self.gradient_rows += rows.shape[-2]
-            else:
-                flat = rows.reshape(-1, rows.shape[-1])
-                squares = _squares(flat if span is None else flat[:, slice(*span)])
-                self.gradient_rows += flat.shape[0]
-            self.gradients = _plus(self.gradients, squares)
+            blocks = by_output(gradient.detach())
+            self.gradients = _plus(self.gradients, torch.cat([_squares(block) for block in blocks]))
+            self.gradient_rows += blocks[0].shape[0]
+            if result is not None:
+                pairs = zip(by_output(result), blocks, strict=True)
+                sizes = torch.cat([(y.float() * g.float()).abs().sum(0).double() for y, g in pairs])
+                self.relevance = _plus(self.relevance, sizes)
 
         return hook
 
@@ -93,6 +103,8 @@ class Sums:
             found["energy"] = (self.energy / count).float().cpu()
         if self.gradients is not None:
             found["output-gradient"] = (self.gradients / max(1, self.gradient_rows)).float().cpu()
+        if self.relevance is not None:
+            found["relevance"] = (self.relevance / max(1, self.gradient_rows)).float().cpu()
         return found
 
 
@@ -138,7 +150,7 @@ def _of_convolution(read: Read, x: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 def _again(read: Read, x: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
     """The convolution of ``read`` with another input and kernel, without a bias."""
-    names = [parameter.name for parameter in read.node.target._schema.arguments]  # type: ignore[union-attr]
+    names = [parameter.name for parameter in _torch.schema_of(read.node.target).arguments]
     given = {name: argument(read.node, name) for name in names}
     given |= {"input": x, "weight": kernel, "bias": None}
     result: torch.Tensor = read.node.target(**given)  # type: ignore[operator]

@@ -12,7 +12,16 @@ import torch
 
 from graphopt.plugins import ScorerSpec
 
-__all__ = ["SCORERS", "of_change", "of_gradients", "of_hessian", "of_outputs", "of_weights", "of_z_scores"]
+__all__ = [
+    "SCORERS",
+    "of_change",
+    "of_gradients",
+    "of_hessian",
+    "of_outputs",
+    "of_relevance",
+    "of_weights",
+    "of_z_scores",
+]
 
 Statistics = Mapping[str, torch.Tensor]
 
@@ -51,6 +60,21 @@ def of_gradients(weight: torch.Tensor, unpacked: torch.Tensor, statistics: Stati
     if gradient is None:
         return 0.0
     return _output_error(weight - unpacked, statistics, gradient)
+
+
+def of_relevance(weight: torch.Tensor, unpacked: torch.Tensor, statistics: Statistics) -> float:
+    """Relative errors of the rows of the weight, each counted by the share of the relevance that its output
+    has.
+
+    Relevance is that of layer-wise relevance propagation with the epsilon rule for small epsilon, which is
+    the output times the gradient of the loss, where activations are piecewise linear (arXiv:1711.06104).
+    """
+    relevance = statistics.get("relevance")
+    if relevance is None or not float(relevance.sum()):
+        return of_weights(weight, unpacked, statistics)
+    sizes = weight.float().square().sum(1)
+    off = (weight - unpacked).float().square().sum(1) / torch.where(sizes > 0, sizes, 1.0)
+    return float((off * relevance).double().sum() / relevance.double().sum())
 
 
 def of_z_scores(weight: torch.Tensor, unpacked: torch.Tensor, statistics: Statistics) -> float:
@@ -118,6 +142,13 @@ SCORERS = (
         "squared error of outputs times squared gradient",
         ("moments", "gradients"),
         "outputs, by what the loss makes of them",
+    ),
+    ScorerSpec(
+        "relevance",
+        of_relevance,
+        "relative squared error of rows of weights by relevance of outputs",
+        ("relevance",),
+        "weights, rows by the relevance of their outputs",
     ),
     ScorerSpec(
         "z-score",
