@@ -592,8 +592,8 @@ class Session:
         return self._counted[2]
 
     def baseline(self) -> Cost:
-        """What the present step takes without rewrites."""
-        return self._baseline(self.current)
+        """What the step that was planned last, in vain or not, takes without rewrites."""
+        return self._counted[2] if self._counted is not None else self._baseline(self.current)
 
     def _cost_of(
         self, group: Sequence[Captured], points: Sequence[FrontierPoint], reruns: Sequence[Rerun] = ()

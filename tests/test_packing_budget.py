@@ -203,6 +203,19 @@ def test_where_it_cannot_be_done_that_is_said() -> None:
         graphopt.optimize(wide(), budget=Budget(weights="50%"), step=lambda m: m(*IDS).sum().backward())
 
 
+def test_a_model_that_cannot_be_copied_is_left_alone() -> None:
+    class Stubborn(Chain):
+        def __deepcopy__(self, memo: object) -> Any:
+            raise RuntimeError("there is one of me")
+
+    model = Stubborn(depth=1).eval()
+    with pytest.raises(
+        BudgetError, match=r"is allowed, but the model cannot be copied .* there is one of me"
+    ):
+        optimized(model, budget="60%", allow=ALLOW)
+    assert not packed_weights(model)
+
+
 def test_a_model_of_several_graphs() -> None:
     class Broken(nn.Module):
         def __init__(self) -> None:

@@ -28,7 +28,7 @@ from graphopt import _torch
 from graphopt.budget import Budget, format_bytes, weight_bound
 from graphopt.conversion import Conversion, conversion_among
 from graphopt.cost import Cost
-from graphopt.errors import BudgetError, CaptureError, QuantizationError, StalePlanError
+from graphopt.errors import BudgetError, CaptureError, QuantizationError, StalePlanError, brief
 from graphopt.packing.allocate import Allocation, chosen_schemes, pack_by_plan
 from graphopt.packing.convert import converted, install_packed, packed_weights
 from graphopt.packing.discover import Discovery, weights_of
@@ -283,10 +283,13 @@ def _advice(name: str, saved: int) -> str:
 
 
 def sharing(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` whose parameters and buffers have the same memory."""
+    """A copy of ``model`` whose parameters and buffers have the same memory. Raises ``QuantizationError``."""
     memo: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     for parameter in model.parameters():
         twin = nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
         twin.grad = parameter.grad
         memo[id(parameter)] = twin
-    return copy.deepcopy(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:
+        raise QuantizationError(f"the model cannot be copied to be tried: {brief(error)}") from error
