@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         PassError,
         PipelineError,
         PluginError,
+        QuantizationError,
         StalePlanError,
         StaleReportError,
         TargetError,
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from graphopt.explanation import MemoryExplanation
     from graphopt.measure import Measurement
     from graphopt.optimized import Optimized
+    from graphopt.packing import Scheme
+    from graphopt.packing.api import quantize, weight_frontier
+    from graphopt.packing.calibration import Calibration, calibrate
+    from graphopt.packing.plan import QuantizationPlan
     from graphopt.pareto_front import Pareto
     from graphopt.passes import Pass, PassContext
     from graphopt.pipeline import Pipeline
@@ -52,6 +57,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "BudgetSyntaxError",
+    "Calibration",
     "Candidate",
     "CaptureError",
     "CostDelta",
@@ -75,20 +81,26 @@ __all__ = [
     "Plan",
     "PluginError",
     "Program",
+    "QuantizationError",
+    "QuantizationPlan",
     "Reason",
     "Report",
     "Schedule",
+    "Scheme",
     "StalePlanError",
     "StaleReportError",
     "TargetError",
     "UnknownNameError",
     "VerificationError",
     "__version__",
+    "calibrate",
     "explain_memory",
     "hookimpl",
     "optimize",
     "pareto",
     "plan",
+    "quantize",
+    "weight_frontier",
 ]
 
 _HOME = {
@@ -114,6 +126,7 @@ _HOME = {
         "PassError",
         "PipelineError",
         "PluginError",
+        "QuantizationError",
         "StalePlanError",
         "StaleReportError",
         "TargetError",
@@ -128,6 +141,10 @@ _HOME = {
     "graphopt.plans": ("Plan",),
     "graphopt.plugins": ("hookimpl",),
     "graphopt.program": ("Level", "Program"),
+    "graphopt.packing": ("Scheme",),
+    "graphopt.packing.api": ("quantize", "weight_frontier"),
+    "graphopt.packing.calibration": ("Calibration", "calibrate"),
+    "graphopt.packing.plan": ("QuantizationPlan",),
     "graphopt.report": ("Report",),
     "graphopt.schedule": ("Schedule",),
 }

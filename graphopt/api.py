@@ -13,21 +13,23 @@ from graphopt import _torch
 from graphopt.budget import Budget
 from graphopt.capture.driver import Driver
 from graphopt.capture.inputs import bind_inputs
+from graphopt.cost import CostModel
 from graphopt.emit import resolve_emitter
 from graphopt.emit.eager import EagerEmitter
 from graphopt.emit.replacing import proposed
-from graphopt.errors import InputsError, UnknownNameError
+from graphopt.errors import InputsError, PipelineError, UnknownNameError
 from graphopt.explanation import MemoryExplanation
 from graphopt.hand_over import is_watched
 from graphopt.optimized import Optimized
+from graphopt.packing.fit import WeightFit
 from graphopt.pareto_front import Pareto
 from graphopt.passes import Pass
-from graphopt.pipeline import Pipeline
+from graphopt.pipeline import Pipeline, parse_items
 from graphopt.plans import Plan
 from graphopt.plugins.host import PluginHost, default_host
 from graphopt.session import Session
 
-__all__ = ["explain_memory", "make_session", "optimize", "pareto", "plan"]
+__all__ = ["cost_model_for", "explain_memory", "make_session", "optimize", "pareto", "plan"]
 
 _VERIFY = ("off", "structure", "numeric")
 _ON_ERROR = ("rollback", "raise")
@@ -57,13 +59,14 @@ def optimize(
     ``inputs``: a tuple of positional or a dict of keyword arguments; without it capture happens
     on the first call. ``budget``: bytes of the whole step's peak (an int, ``"8GiB"``, ``"60%"`` of
     the baseline peak, or a ``Budget``); ``None`` minimises time. ``allow`` names passes that
-    change results. ``pipeline``: a preset, a YAML file, text or passes. ``emit``: ``"eager"``
-    runs op by op, ``"inductor"`` compiles, ``"auto"`` compiles where a compiler is found.
-    ``verify``: ``"off"``, ``"structure"`` or ``"numeric"`` (outputs and gradients against the
-    model, needs ``inputs``). ``device`` names the device to plan for, by default the model's.
-    ``loss_fn(output)`` gives the scalar to differentiate where the model returns no loss.
-    ``dynamic_shapes``: a call of other input shapes is captured and planned again, under the same
-    budget; ``None`` keeps the sizes that changed symbolic from then on, ``True`` keeps all symbolic from
+    change results, with options where wanted: ``"quantize-linear{schemes=[int8]}"`` packs weights of the
+    model in place where no plan fits without, as few and as little as does (docs/quantization.md).
+    ``pipeline``: a preset, a YAML file, text or passes. ``emit``: ``"eager"`` runs op by op, ``"inductor"``
+    compiles, ``"auto"`` compiles where a compiler is found. ``verify``: ``"off"``, ``"structure"`` or
+    ``"numeric"`` (outputs and gradients against the model, needs ``inputs``). ``device`` names the device to
+    plan for, by default the model's. ``loss_fn(output)`` gives the scalar to differentiate where the model
+    returns no loss. ``dynamic_shapes``: a call of other input shapes is captured and planned again, under the
+    same budget; ``None`` keeps the sizes that changed symbolic from then on, ``True`` keeps all symbolic from
     the start, ``False`` makes a program for each shape (as ``torch.compile``'s ``dynamic``). A plan with
     symbolic sizes is made for those it was captured with: larger ones may take more.
     ``on_error``: ``"rollback"`` records what failed and goes on, ``"raise"`` raises. ``plan`` replays a
@@ -197,17 +200,26 @@ def _uncaptured(
     if isinstance(choices["pipeline"], Iterator):
         choices["pipeline"] = tuple(choices["pipeline"])
     where = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    session = make_session(device if device is not None else where, runs_on=where, **choices)
-    session.replay, session.dry_run = replay, dry_run
-    session.names = {
-        **{id(b): ("buffer", name) for name, b in model.named_buffers()},
-        **{id(p): ("parameter", name) for name, p in model.named_parameters()},
-    }
-    session.weight_bytes = _torch.storage_bytes([*model.parameters(), *model.buffers()])
-    session.held_gradient_bytes = _torch.storage_bytes([p.grad for p in model.parameters()])
-    session.all_gradients_held = all(p.grad is not None or not p.requires_grad for p in model.parameters())
-    session.watched_gradients = any(map(is_watched, model.parameters()))
-    driver = Driver(model, session, inputs=example, dynamic=dynamic_shapes, loss_fn=loss_fn)
+    budget = choices["budget"]
+    rest = {name: value for name, value in choices.items() if name != "budget"}
+
+    def fresh(of: torch.nn.Module, within: Any) -> Session:
+        session = make_session(
+            device if device is not None else where, runs_on=where, budget=within, **rest
+        )
+        session.replay, session.dry_run = replay, dry_run
+        _see_model(session, of)
+        return session
+
+    def attempt(of: torch.nn.Module, within: Budget, args: Any, kwargs: Any) -> Session:
+        trial = fresh(of, within)
+        trial.dry_run = True
+        Driver(of, trial, dynamic=dynamic_shapes, loss_fn=loss_fn).prepare(args, kwargs)
+        return trial
+
+    session = fresh(model, budget)
+    fit = WeightFit(model, session, fresh, attempt, dry_run)
+    driver = Driver(model, session, inputs=example, dynamic=dynamic_shapes, loss_fn=loss_fn, fit=fit)
     again = partial(
         _uncaptured,
         device=device,
@@ -218,6 +230,18 @@ def _uncaptured(
         **choices,
     )
     return Optimized(model, driver, loss_fn, again)
+
+
+def _see_model(session: Session, model: torch.nn.Module) -> None:
+    """What is to be known of a model before it is captured: names and bytes."""
+    session.names = {
+        **{id(b): ("buffer", name) for name, b in model.named_buffers()},
+        **{id(p): ("parameter", name) for name, p in model.named_parameters()},
+    }
+    session.weight_bytes = _torch.storage_bytes([*model.parameters(), *model.buffers()])
+    session.held_gradient_bytes = _torch.storage_bytes([p.grad for p in model.parameters()])
+    session.all_gradients_held = all(p.grad is not None or not p.requires_grad for p in model.parameters())
+    session.watched_gradients = any(map(is_watched, model.parameters()))
 
 
 def make_session(
@@ -238,15 +262,7 @@ def make_session(
         raise UnknownNameError("value of on_error", on_error, _ON_ERROR)
     host = PluginHost(tuple(plugins)) if plugins else default_host()
     chosen = Pipeline.of("default" if pipeline is None else pipeline, host)
-    # A pass given as an object need not be registered.
-    known = {*host.passes(), *(step.name for step in chosen.steps)}
-    if isinstance(allow, str):
-        raise InputsError(
-            f"allow is the text {allow!r}: expected names of passes", hint=f"write ({allow!r},)"
-        )
-    for name in allow:
-        if name not in known:
-            raise UnknownNameError("pass", name, known)
+    names, steps = _allowed(allow, chosen, host)
     spec = _device_spec(host, device)
     runs_on = runs_on or (device if isinstance(device, torch.device) else torch.device("cpu"))
     cost = host.cost_model("roofline").build(spec)
@@ -256,12 +272,20 @@ def make_session(
         emitter=resolve_emitter(emit, runs_on, lambda gm: proposed(gm, host, cost), cost),
         provisional_emitter=EagerEmitter(),
         host=host,
-        passes=chosen.steps,
-        allow=frozenset(allow),
+        passes=steps,
+        allow=names,
         on_error=on_error,
         cuda_graphs=cuda_graphs,
         keeps=cache,
     )
+
+
+def cost_model_for(
+    model: torch.nn.Module, device: str | torch.device | None, host: PluginHost
+) -> CostModel:
+    """The cost model of ``device``, by default the one that the model is on."""
+    where = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    return host.cost_model("roofline").build(_device_spec(host, where if device is None else device))
 
 
 def _check_kinds(model: object, loss_fn: object, replay: object) -> None:
@@ -276,6 +300,31 @@ def _check_kinds(model: object, loss_fn: object, replay: object) -> None:
             f"plan is a {type(replay).__name__}: expected a graphopt.Plan",
             hint="read a stored one with graphopt.Plan.load(path)",
         )
+
+
+def _allowed(
+    allow: Sequence[str], pipeline: Pipeline, host: PluginHost
+) -> tuple[frozenset[str], tuple[Pass, ...]]:
+    """The passes that ``allow`` names, and those of the pipeline with the options that it gives them."""
+    if isinstance(allow, str):
+        raise InputsError(
+            f"allow is the text {allow!r}: expected names of passes", hint=f"write ({allow!r},)"
+        )
+    steps = pipeline.steps
+    # A pass given as an object need not be registered.
+    known = {*host.passes(), *(step.name for step in steps)}
+    names = set()
+    for text in allow:
+        items = parse_items(text, "allowed pass", "pass") if "{" in str(text) else [(text, {})]
+        for name, options in items:
+            if name not in known:
+                raise UnknownNameError("pass", name, known)
+            if options and all(step.name != name for step in steps):
+                raise PipelineError(f"allow gives options to {name!r}, which is not in the pipeline")
+            names.add(name)
+            if options:
+                steps = tuple(type(s).configured(**options) if s.name == name else s for s in steps)
+    return frozenset(names), steps
 
 
 def _device_spec(host: PluginHost, device: str | torch.device) -> Any:

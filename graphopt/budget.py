@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from graphopt.duration import format_seconds
 from graphopt.errors import BudgetSyntaxError
 
-__all__ = ["Budget", "format_bytes", "parse_bytes"]
+__all__ = ["Budget", "bound_text", "format_bytes", "parse_bytes", "weight_bound"]
 
 _UNITS = {
     "b": 1,
@@ -57,6 +58,22 @@ def format_bytes(count: int | float) -> str:
     raise AssertionError("unreachable")
 
 
+def weight_bound(value: int | str, weight_bytes: int) -> int:
+    """``"8GiB"``, an int, or ``"40%"`` of ``weight_bytes`` in bytes. Raises ``BudgetSyntaxError``."""
+    match = _PERCENT.fullmatch(value) if isinstance(value, str) else None
+    if match is None:
+        return parse_bytes(value)
+    if float(match[1]) == 0:
+        raise BudgetSyntaxError(f"a bound of weights must be positive, got {value!r}")
+    return int(float(match[1]) / 100 * weight_bytes)
+
+
+def bound_text(count: int | None, seconds: float | None) -> str:
+    """``"1.00 GiB and 2.00 ms"``: the bounds that are there."""
+    parts = [] if count is None else [format_bytes(count)]
+    return " and ".join(parts if seconds is None else [*parts, format_seconds(seconds)])
+
+
 @dataclass(frozen=True)
 class Budget:
     """An upper bound on the peak of a whole step, in bytes.
@@ -68,10 +85,14 @@ class Budget:
     (the peak of the same program without rewrites). ``reserve`` is held back for what graphopt
     does not plan, such as optimizer states or library workspaces: the plan must fit
     ``memory - reserve``.
+
+    ``weights`` bounds parameters and buffers alone, in the same forms, ``"40%"`` of what they take. It is met
+    by passes that keep weights in fewer bytes (docs/quantization.md).
     """
 
     memory: int | str | None = None
     reserve: int | str = 0
+    weights: int | str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.memory, str) and _PERCENT.fullmatch(self.memory):
@@ -79,6 +100,8 @@ class Budget:
                 raise BudgetSyntaxError(f"a budget must be positive, got {self.memory!r}")
         elif self.memory is not None:
             parse_bytes(self.memory)
+        if self.weights is not None:
+            weight_bound(self.weights, 100)
         if self.reserve != 0:
             try:
                 parse_bytes(self.reserve)

@@ -17,6 +17,7 @@ __all__ = [
     "PassError",
     "PipelineError",
     "PluginError",
+    "QuantizationError",
     "StalePlanError",
     "StaleReportError",
     "TargetError",
@@ -114,6 +115,12 @@ class PluginError(GraphoptError):
     """A plugin that could not be loaded or returned what the hook does not allow."""
 
     code = "plugin"
+
+
+class QuantizationError(GraphoptError, ValueError):
+    """A weight that a scheme cannot keep, or a scheme with options that it cannot hold."""
+
+    code = "quantization"
 
 
 class RuleError(PassError):

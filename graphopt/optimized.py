@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -71,16 +72,24 @@ class Optimized(torch.nn.Module):
             return getattr(self.__dict__["_model"], name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimized:
-        made = self._again(copy.deepcopy(self._model, memo), self._driver.example)
+        made = self._remaking()(copy.deepcopy(self._model, memo), self._driver.example)
         memo[id(self)] = made
         vars(made).update(copy.deepcopy(self._own_state(), memo))
         return made
 
     def __copy__(self) -> Optimized:
-        return _remade(self._again, self._model, self._own_state())
+        return _remade(self._remaking(), self._model, self._own_state())
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _remade, (self._again, self._model, self._own_state())
+        return _remade, (self._remaking(), self._model, self._own_state())
+
+    def _remaking(self) -> Callable[..., Optimized]:
+        """What makes the same of another model. A share of what this one took before its weights were packed
+        is none of what a copy takes."""
+        session = self._driver.session
+        if session.quantization is None:
+            return self._again
+        return partial(self._again, budget=session.budget)
 
     def _own_state(self) -> dict[str, Any]:
         """What is neither the model's nor made from it: hooks, attributes that were set here."""

@@ -26,7 +26,7 @@ from graphopt.program import Level
 if TYPE_CHECKING:
     from graphopt.plugins import PluginHost
 
-__all__ = ["Pipeline"]
+__all__ = ["Pipeline", "parse_items"]
 
 _LEVELS = list(Level)
 _TOKEN = re.compile(r'(?P<punct>[{}\[\],=])|(?P<string>"(?:[^"\\]|\\.)*")|(?P<word>[^\s{}\[\],="]+)')
@@ -162,18 +162,24 @@ def _constrain(graph: nx.DiGraph, first: int, second: int, fact: str, reason: st
         graph.add_edge(first, second, why=f"{fact} ({reason})" if reason else fact)
 
 
+def parse_items(text: str, whole: str, item: str) -> list[tuple[str, dict[str, Any]]]:
+    """Names and options of ``a,b{x=1,y=[2,3]}``. ``whole`` and ``item`` name in errors what the text and each
+    of its items are (``"pipeline"``, ``"pass"``); raises ``PipelineError``."""
+    return _Reader(text, whole, item).items()
+
+
 class _Reader:
     """Reads ``a,b{x=1,y=[2,3]}``; errors point at the place in the text."""
 
-    def __init__(self, text: str) -> None:
-        self.text, self.at = text, 0
+    def __init__(self, text: str, whole: str = "pipeline", item: str = "pass") -> None:
+        self.text, self.whole, self.item, self.at = text, whole, item, 0
 
     def items(self) -> list[tuple[str, dict[str, Any]]]:
         found: list[tuple[str, dict[str, Any]]] = []
         if not self.text.strip():
             return found
         while True:
-            name = self.word("the name of a pass")
+            name = self.word(f"the name of a {self.item}")
             found.append((name, self.options(name) if self.taken("{") else {}))
             if self.peek() is None:
                 return found
@@ -186,7 +192,7 @@ class _Reader:
                 self.expect(",", "',' or '}'")
             name = self.word(f"the name of an option of {owner}")
             if name in options:
-                raise self.error(f"option {name!r} of pass {owner!r} is given twice")
+                raise self.error(f"option {name!r} of {self.item} {owner!r} is given twice")
             self.expect("=", f"'=' after option {name!r}")
             options[name] = self.value(name)
         return options
@@ -239,6 +245,6 @@ class _Reader:
 
     def error(self, problem: str) -> PipelineError:
         return PipelineError(
-            f"cannot read pipeline {self.text!r} at character {self.at + 1}: {problem}",
-            hint="a pipeline is written as pass,pass{option=value,option=[1,2]}",
+            f"cannot read {self.whole} {self.text!r} at character {self.at + 1}: {problem}",
+            hint=f"a {self.whole} is written as {self.item}{{option=value,option=[1,2]}},{self.item}",
         )

@@ -16,6 +16,7 @@ from graphopt.chain_plan import Rerun
 from graphopt.cost import Cost
 from graphopt.duration import format_seconds
 from graphopt.errors import StalePlanError, nearest
+from graphopt.packing.plan import QuantizationPlan
 from graphopt.record_json import RecordFormatError, decode, encode
 from graphopt.schedule import Schedule
 
@@ -90,7 +91,8 @@ class Plan:
     ``budget_bytes`` bounds the peak of the whole step (``None``: no bound). ``lower_bound`` is a
     proven lower bound, in seconds, on the predicted time of any plan within the budget;
     ``seconds_to_plan`` is how long choosing took. ``reruns`` are rows of the programs, counted as in
-    ``choices``, that keep nothing of their forward but what enters them and run again.
+    ``choices``, that keep nothing of their forward but what enters them and run again. ``quantization`` says
+    which weights of the model were packed for it.
     """
 
     budget_bytes: int | None
@@ -102,6 +104,7 @@ class Plan:
     seconds_to_plan: float
     choices: tuple[Choice, ...] = ()
     reruns: tuple[Rerun, ...] = ()
+    quantization: QuantizationPlan | None = None
 
     @property
     def budget(self) -> int | None:
@@ -174,6 +177,8 @@ class Plan:
         lines.append(f"  {bound} ({gap_text(self.gap)})")
         lines += [f"  {choice}" for choice in self.choices]
         lines += [f"  {row}" for row in self.reruns]
+        if self.quantization is not None:
+            lines.append(f"  {self.quantization.summary}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -191,6 +196,8 @@ class Plan:
                 f"the plan has schema {data['schema']!r}, this graphopt reads {PLAN_VERSION!r}", hint=_REPLAN
             )
         body = {key: value for key, value in data.items() if key not in ("schema", "gap")}
+        # Plans stored before weights could be packed do not say so.
+        body.setdefault("quantization", None)
         try:
             return decode(cls, body, where="plan")
         except RecordFormatError as error:

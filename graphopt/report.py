@@ -11,6 +11,7 @@ from graphopt.candidate import Declined, NearMiss
 from graphopt.cost import Cost
 from graphopt.errors import StaleReportError
 from graphopt.group_record import GroupRecord
+from graphopt.packing.plan import QuantizationPlan
 from graphopt.plans import Plan
 from graphopt.plugins.records import PluginRecord
 from graphopt.record_json import RecordFormatError, decode, encode
@@ -75,8 +76,8 @@ class Report:
     those captured for other inputs or another mode, each with a plan of its own.
     ``declined`` are rewrites that were offered and not chosen, ``near_misses`` places where a rule
     matched and its guard said no; ``str()`` shows a few of each. ``groups`` are groups of operators that a
-    kernel was predicted for, kept or not.
-    ``print(report)`` shows a table; ``to_json`` and ``from_json`` keep all of it.
+    kernel was predicted for, kept or not. ``quantization`` says which weights are packed, and how far off
+    they are. ``print(report)`` shows a table; ``to_json`` and ``from_json`` keep all of it.
     """
 
     environment: Environment
@@ -93,6 +94,7 @@ class Report:
     near_misses: tuple[NearMiss, ...] = ()
     earlier: tuple[ProgramSummary, ...] = ()
     groups: tuple[GroupRecord, ...] = ()
+    quantization: QuantizationPlan | None = None
     schema_version: str = field(default=REPORT_VERSION, init=False)
 
     def with_measured(self, measured: Cost) -> Report:
@@ -140,6 +142,8 @@ class Report:
             )
         plan = Plan.from_json(data["plan"]) if data.get("plan") is not None else None
         body = {key: value for key, value in data.items() if key != "schema"}
+        # Reports stored before weights could be packed do not say so.
+        body.setdefault("quantization", None)
         try:
             return replace(decode(cls, {**body, "plan": None}, where="report"), plan=plan)
         except RecordFormatError as error:

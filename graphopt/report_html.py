@@ -53,6 +53,20 @@ def report_html(report: Report) -> str:
         ]
         heads = ("pass", "plugin", "options", "status", "reason", "time")
         parts.append(_folded("passes", _table(heads, steps, left=5)))
+    if report.quantization is not None:
+        kept = [
+            (
+                choice.weight,
+                choice.scheme or "as it is",
+                format_bytes(choice.bytes_before),
+                format_bytes(choice.bytes_after),
+                f"{choice.error:.3g}",
+            )
+            for choice in report.quantization.choices
+        ]
+        summary = f"<div>{escape(report.quantization.summary)}</div>"
+        columns = ("weight", "kept as", "before", "after", "error")
+        parts.append(_folded("weights", summary + _table(columns, kept, left=2)))
     programs = program_lines(report)
     if programs:
         items = "".join(f"<li>{escape(line)}</li>" for line in programs)

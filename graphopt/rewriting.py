@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 from graphopt.candidate import Declined, Frontier, NearMiss
+from graphopt.conversion import Conversion
 from graphopt.duration import format_seconds
 from graphopt.edit import Edit
 from graphopt.errors import GraphoptError, PassError, VerificationError, brief
+from graphopt.packing.plan import QuantizationPlan
 from graphopt.passes import Pass, PassContext, pass_text
 from graphopt.plans import count_text
 from graphopt.plugins.host import PluginHost
@@ -19,7 +21,7 @@ from graphopt.report import PassRecord, PassStatus
 from graphopt.selection import choose, worth
 from graphopt.verify import verify_values
 
-__all__ = ["Rewriting", "left_out", "run_joint_passes", "run_pass", "run_passes"]
+__all__ = ["Rewriting", "conversion_records", "left_out", "run_joint_passes", "run_pass", "run_passes"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ def run_passes(
     """Run the passes of ``program``'s level, in the order given. See ``run_pass``."""
     total = Rewriting()
     for step in passes:
-        if step.level is program.level:
+        if step.level is program.level and not isinstance(step, Conversion):
             total += run_pass(program, step, ctx, host, on_error=on_error, budgeted=budgeted)
     return total
 
@@ -113,6 +115,25 @@ def left_out(passes: Sequence[Pass], host: PluginHost) -> tuple[PassRecord, ...]
     """Records of the passes of a level at which no program is rewritten."""
     why = "lowered programs are not rewritten: passes run at the semantic and the joint level"
     return tuple(_record(step, host, "skipped", why) for step in passes if step.level is Level.LOWERED)
+
+
+def conversion_records(
+    passes: Sequence[Pass], host: PluginHost, allow: Set[str], done: QuantizationPlan | None
+) -> tuple[PassRecord, ...]:
+    """Records of the passes that change the model rather than a program. ``done``: what was packed."""
+    records = []
+    for step in passes:
+        if not isinstance(step, Conversion):
+            continue
+        if done is not None:
+            records.append(_record(step, host, "applied", done.summary))
+        elif step.name not in allow:
+            records.append(
+                _record(step, host, "skipped", f"changes results: runs with allow=({step.name!r},)")
+            )
+        else:
+            records.append(_record(step, host, "no-op", "the budget is met by weights as they are"))
+    return tuple(records)
 
 
 def _passed_over(done: Rewriting, sources: Sequence[Pass]) -> list[Declined]:

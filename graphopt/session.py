@@ -43,6 +43,7 @@ from graphopt.errors import BudgetError, LoweringError
 from graphopt.forms import see, weigh_forms
 from graphopt.observed import ObservedStep, Ports
 from graphopt.observed_plan import ObservedPlan
+from graphopt.packing.plan import QuantizationPlan
 from graphopt.partition import ordered, partition
 from graphopt.passes import Pass, PassContext
 from graphopt.planner import seconds_bound
@@ -52,7 +53,7 @@ from graphopt.program import InputSpec, Program, layer_of
 from graphopt.recording import Recorder
 from graphopt.replay import make_random_states_explicit, plain_call
 from graphopt.report import PassRecord
-from graphopt.rewriting import Rewriting, left_out, run_joint_passes, run_passes
+from graphopt.rewriting import Rewriting, conversion_records, left_out, run_joint_passes, run_passes
 from graphopt.schedule import Schedule
 from graphopt.several import compile_together
 
@@ -87,7 +88,8 @@ class Session:
     ``chain``: the present programs as calls that hand values to each other, where they are;
     ``reruns``: rows of them that the plan runs again. ``cuda_graphs``: replay steps where they can be
     recorded; ``recorders`` do that. ``keeps``: keep plan and code for later processes, and take over what
-    earlier ones kept.
+    earlier ones kept. ``quantization``: how the weights of the model were packed for it, and
+    ``dense_baseline`` what a step took before.
     """
 
     budget: Budget
@@ -130,6 +132,8 @@ class Session:
     _written: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
     keeps: bool = True
     _fold: Callable[[], None] | None = None
+    quantization: QuantizationPlan | None = None
+    dense_baseline: Cost | None = None
     _seen: tuple[tuple[Captured, ...], ObservedPlan] | None = None
     _counted: tuple[tuple[int | None, ...], tuple[FrontierPoint, ...], Cost] | None = None
 
@@ -276,6 +280,9 @@ class Session:
         budgeted = self.budget.memory is not None
         if not self.captured:
             self.records.extend(left_out(self.passes, self.host))
+            self.records.extend(
+                conversion_records(self.passes, self.host, self.allow, self.quantization)
+            )
         done = run_passes(
             program,
             self.passes,
@@ -722,6 +729,10 @@ class Session:
             self._counted = key, references, self._cost_of(group, references)
         return self._counted[2]
 
+    def baseline(self) -> Cost:
+        """What the step that was planned last, in vain or not, takes without rewrites."""
+        return self._counted[2] if self._counted is not None else self._baseline(self.current)
+
     def _cost_of(
         self, group: Sequence[Captured], points: Sequence[FrontierPoint], reruns: Sequence[Rerun] = ()
     ) -> Cost:
@@ -809,12 +820,13 @@ class Session:
             budget,
             self.cost.device.name,
             self.emitter.name,
-            baseline,
+            self.dense_baseline or baseline,
             predicted,
             bound,
             self.planning_seconds + searched,
             choices,
             self.reruns,
+            self.quantization,
         )
 
     def _unavoidable(self, group: Sequence[Captured]) -> float:

@@ -19,7 +19,7 @@ from torch import nn
 import graphopt
 from graphopt.cli.main import cli
 from graphopt.errors import EmitError
-from graphopt_kernels.emit.tensors_file import write_tensors
+from graphopt.tensors_file import write_tensors
 from graphopt_kernels.emit.write import write_program
 from graphopt_passes.window_attention import WindowAttention
 from tests.programs import host

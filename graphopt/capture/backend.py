@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.fx as fx
 
-from graphopt.errors import UnknownNameError
+from graphopt.conversion import conversion_among
+from graphopt.errors import InputsError, UnknownNameError
 
 __all__ = ["graphopt_backend"]
 
@@ -41,6 +42,14 @@ def graphopt_backend(
     if session is None:
         device = next((x.device for x in inputs if isinstance(x, torch.Tensor)), torch.device("cpu"))
         session = make_session(device, **chosen)
+        conversion = conversion_among(session.passes)
+        if conversion is not None and conversion.name in session.allow:
+            raise InputsError(
+                f"pass {conversion.name!r} changes the model, which torch.compile does not hand over: "
+                "use graphopt.optimize, or graphopt.quantize before"
+            )
+        if session.budget.weights is not None:
+            raise InputsError("Budget(weights=...) needs graphopt.optimize: it changes the model")
         # Without a budget no graph depends on another: each is planned when it comes.
         session.whole = session.budget.memory is None
         session.staged = not session.whole

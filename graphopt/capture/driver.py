@@ -6,7 +6,7 @@ import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import StringIO
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,7 +16,7 @@ from graphopt.capture.inputs import bind_inputs
 from graphopt.capture.observe import Observer
 from graphopt.capture.timeline import statistics_of, timeline_of
 from graphopt.cost import Cost, MemoryProfile
-from graphopt.errors import CaptureError, GraphoptError, InputsError, UnknownNameError, brief
+from graphopt.errors import BudgetError, CaptureError, GraphoptError, InputsError, UnknownNameError, brief
 from graphopt.explanation import MemoryExplanation
 from graphopt.first_step import FirstStep
 from graphopt.loss import is_differentiable, loss_of
@@ -27,7 +27,13 @@ from graphopt.report import Environment, Report
 from graphopt.restored import restored
 from graphopt.session import NotPlanned, Session
 
+if TYPE_CHECKING:
+    from graphopt.packing.fit import Fitted, WeightFit
+
 __all__ = ["Driver"]
+
+
+_PACK_FIRST = "weights are not packed for a step of several calls: call graphopt.quantize(model, ...) before"
 
 
 class Driver:
@@ -35,7 +41,7 @@ class Driver:
 
     The whole model is captured in one graph if dynamo can; if not, in several with plain Python
     between them; if that fails too the model runs as it did and ``diagnostics`` say why
-    (``on_error="raise"`` raises instead).
+    (``on_error="raise"`` raises instead). ``fit`` packs weights where nothing fits without.
     """
 
     def __init__(
@@ -46,7 +52,9 @@ class Driver:
         inputs: Any = None,
         dynamic: bool | None = None,
         loss_fn: Callable[[Any], torch.Tensor] | None = None,
+        fit: WeightFit | None = None,
     ) -> None:
+        self.fit = fit
         self.model, self.session, self.dynamic = model, session, dynamic
         self.example = inputs
         self.loss_fn = loss_fn
@@ -98,6 +106,23 @@ class Driver:
             return
         if self.example is None:
             self.example = kwargs if kwargs and not args else args
+        if self.fit is not None and (fitted := self.fit.before(args, kwargs)) is not None:
+            self._take(fitted)
+        try:
+            self._prepare(args, kwargs)
+            return
+        except BudgetError as error:
+            if self.fit is None or self.session.replay is not None:
+                raise
+            refused = error.with_traceback(None)
+        self._take(self.fit.after(refused, args, kwargs))
+        self._prepare(args, kwargs)
+
+    def _take(self, fitted: Fitted) -> None:
+        """Go on with packed weights, which were tried and fit."""
+        self.model, self.session, self.fit = fitted.model, fitted.session, None
+
+    def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.session.arguments = (args, kwargs)
         try:
             self._capture(args, kwargs)
@@ -181,6 +206,8 @@ class Driver:
         """
         session = self.session
         self.step = step
+        if self.fit is not None and session.budget.weights is not None:
+            raise InputsError("a bound of weights is met for single calls, not for step=", hint=_PACK_FIRST)
         session.whole, session.current, session.captured = False, [], []
         session.observer = _observer((self.model.parameters(), self.model.buffers()))
         call = _torch.compile_apart(self.model, session.backend, dynamic=self.dynamic)
@@ -221,6 +248,13 @@ class Driver:
                 session.finish()
         except Exception as error:
             inner = _torch.inner_error(error)
+            if isinstance(inner, BudgetError) and self.fit is not None and self.fit.conversion is not None:
+                raise BudgetError(
+                    inner.message,
+                    least_bytes=inner.least_bytes,
+                    budget_bytes=inner.budget_bytes,
+                    hint=f"{inner.hint}; {_PACK_FIRST}",
+                ) from None
             if isinstance(inner, GraphoptError):
                 raise inner from None
             raise InputsError(f"step raised {brief(inner)}") from inner
@@ -388,6 +422,7 @@ class Driver:
             near_misses=(*session.near_misses, *dict.fromkeys(session.emitter.near_misses)),
             diagnostics=tuple(session.diagnostics),
             groups=tuple(dict.fromkeys(session.emitter.groups)),
+            quantization=session.quantization,
         )
 
     def memory(self) -> tuple[MemoryProfile, MemoryProfile]:

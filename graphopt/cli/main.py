@@ -37,6 +37,7 @@ _CORE = {
         _core("explain", "Explain what holds the peak of TARGET."),
         _core("passes", "List passes, or show one with its options."),
         _core("plugins", "List plugins and what is wrong with them."),
+        _core("quality", "Compare predictions of TARGET before and after its weights are packed."),
         _core("pareto", "Show peak bytes against time of TARGET."),
     )
 }

@@ -13,6 +13,7 @@ __all__ = [
     "NEW_FILE",
     "OLD_FILE",
     "PICTURE_FILE",
+    "inference_options",
     "json_option",
     "optimize_options",
     "output_option",
@@ -70,10 +71,8 @@ _STEP = (
         help="The step is a forward without gradients, whatever mode the model is in.",
     ),
 )
-_SHARED = (
-    click.option("--device", metavar="NAME", help="Predict for this device (default: the model's own)."),
-    *_STEP,
-)
+_DEVICE = click.option("--device", metavar="NAME", help="Predict for this device (default: the model's own).")
+_SHARED = (_DEVICE, *_STEP)
 _EMIT = click.option(
     "--emit",
     type=click.Choice(["auto", "eager", "inductor"]),
@@ -113,6 +112,14 @@ def step_options(command: F) -> F:
     """As ``optimize_options``, without ``--device``: for verbs that run on a device rather than predict."""
     command = _EMIT(command)
     for option in reversed((*_CHOOSING, *_STEP)):
+        command = option(command)
+    return command
+
+
+def inference_options(command: F) -> F:
+    """As ``optimize_options``, without ``--loss`` and ``--infer``: for verbs that run forwards alone."""
+    command = _EMIT(command)
+    for option in reversed((*_CHOOSING, _DEVICE)):
         command = option(command)
     return command
 

@@ -13,6 +13,7 @@ from graphopt.plugins.records import (
     PluginRecord,
     Registered,
     ReplacementSpec,
+    ScorerSpec,
     TunableSpec,
 )
 
@@ -28,6 +29,7 @@ __all__ = [
     "PluginRecord",
     "Registered",
     "ReplacementSpec",
+    "ScorerSpec",
     "TunableSpec",
     "default_host",
     "hookimpl",

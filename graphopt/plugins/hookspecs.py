@@ -28,11 +28,13 @@ from graphopt.plugins.records import (
     DumpFormat,
     KernelSpec,
     ReplacementSpec,
+    ScorerSpec,
     TunableSpec,
 )
 
 if TYPE_CHECKING:
     from graphopt.device import DeviceSpec
+    from graphopt.packing import Scheme
     from graphopt.passes import Pass, PassContext
     from graphopt.program import Program
     from graphopt.report import PassRecord
@@ -65,6 +67,14 @@ class HookSpecs:
     @_hookspec
     def graphopt_codecs(self) -> Iterable[CodecSpec]:  # type: ignore[empty-body]
         """Codecs for saved values, each with the error that it makes."""
+
+    @_hookspec
+    def graphopt_schemes(self) -> Iterable[type[Scheme] | str]:  # type: ignore[empty-body]
+        """Ways to keep a weight in fewer bytes: classes, or ``"package.module:Class"``."""
+
+    @_hookspec
+    def graphopt_scorers(self) -> Iterable[ScorerSpec]:  # type: ignore[empty-body]
+        """Ways to say how much a packed weight is off."""
 
     @_hookspec
     def graphopt_tunables(self) -> Iterable[TunableSpec]:  # type: ignore[empty-body]

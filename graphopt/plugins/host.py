@@ -11,7 +11,7 @@ from importlib.resources.abc import Traversable
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
-from graphopt.errors import PluginError, UnknownNameError
+from graphopt.errors import PipelineError, PluginError, UnknownNameError
 from graphopt.plugins.hookspecs import GROUP
 from graphopt.plugins.loading import GUARDED, LoadedPlugin, describe_error, load_plugins
 from graphopt.plugins.records import (
@@ -23,12 +23,14 @@ from graphopt.plugins.records import (
     PluginRecord,
     Registered,
     ReplacementSpec,
+    ScorerSpec,
     TunableSpec,
 )
-from graphopt.plugins.returned import read_passes, read_pipelines, read_records
+from graphopt.plugins.returned import read_passes, read_pipelines, read_records, read_schemes
 
 if TYPE_CHECKING:
     from graphopt.device import DeviceSpec
+    from graphopt.packing import Scheme
     from graphopt.passes import Pass, PassContext
     from graphopt.program import Program
     from graphopt.report import PassRecord
@@ -40,6 +42,8 @@ _FACADE = {
     "graphopt_passes": "passes",
     "graphopt_kernels": "kernels",
     "graphopt_codecs": "codecs",
+    "graphopt_schemes": "schemes",
+    "graphopt_scorers": "scorers",
     "graphopt_tunables": "tunables",
     "graphopt_pipelines": "pipelines",
     "graphopt_cost_models": "cost_models",
@@ -90,6 +94,14 @@ class PluginHost:
     def codecs(self) -> Mapping[str, CodecSpec]:
         """Codecs for saved values by name."""
         return self._values("graphopt_codecs", read_records(CodecSpec), "codec")
+
+    def schemes(self) -> Mapping[str, type[Scheme]]:
+        """Classes of ways to keep weights, by name."""
+        return self._values("graphopt_schemes", read_schemes, "scheme")
+
+    def scorers(self) -> Mapping[str, ScorerSpec]:
+        """Ways to say how much a packed weight is off, by name."""
+        return self._values("graphopt_scorers", read_records(ScorerSpec), "scorer")
 
     def tunables(self) -> Mapping[str, TunableSpec]:
         """Kernels whose launches can be tuned, by name."""
@@ -145,6 +157,29 @@ class PluginHost:
             return self.codecs()[name]
         except KeyError:
             raise self._unknown("codec", name, self.codecs()) from None
+
+    def scheme(self, text: str) -> Scheme:
+        """The scheme that ``"int4{group=64}"`` spells.
+
+        Raises ``UnknownNameError`` (scheme, option), ``PipelineError`` for text that cannot be read and
+        ``QuantizationError`` for options that the scheme cannot hold.
+        """
+        from graphopt.pipeline import parse_items
+
+        items = parse_items(text, "scheme", "scheme")
+        if len(items) != 1:
+            raise PipelineError(f"expected one scheme, got {text!r}")
+        ((name, options),) = items
+        if name not in self.schemes():
+            raise self._unknown("scheme", name, self.schemes())
+        return self.schemes()[name].configured(**options)
+
+    def scorer(self, name: str) -> ScorerSpec:
+        """The scorer of that name; raises ``UnknownNameError``."""
+        try:
+            return self.scorers()[name]
+        except KeyError:
+            raise self._unknown("scorer", name, self.scorers()) from None
 
     def tunable(self, name: str) -> TunableSpec:
         """The tunable kernel of that name; raises ``UnknownNameError``."""

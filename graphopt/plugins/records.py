@@ -5,7 +5,7 @@ Nothing here imports torch: a plugin that only adds a command stays cheap to loa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
@@ -29,6 +29,7 @@ __all__ = [
     "PluginRecord",
     "Registered",
     "ReplacementSpec",
+    "ScorerSpec",
     "Status",
     "TunableSpec",
 ]
@@ -103,6 +104,24 @@ class CodecSpec:
     metric: str
     unbiased: bool
     constants: tuple[Any, ...] = ()
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class ScorerSpec:
+    """A way to say how much a packed weight is off, for the allocation of bytes to weights.
+
+    ``score(weight, unpacked, statistics)`` takes the weight float32[N, K], what its packed form stands for
+    and what calibration found of it (``graphopt.Calibration``), all on one device, and gives a number that is
+    0 where nothing changed and is added up over weights. ``needs``: observers that calibration must have had
+    (``graphopt.packing.calibration.OBSERVERS``); without any it works with no calibration. ``metric`` says
+    what the number measures.
+    """
+
+    name: str
+    score: Callable[[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]], float]
+    metric: str
+    needs: tuple[str, ...] = ()
     summary: str = ""
 
 

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, TypeVar
 from graphopt.errors import PluginError
 
 if TYPE_CHECKING:
+    from graphopt.packing import Scheme
     from graphopt.passes import Pass
 
-__all__ = ["import_named", "read_passes", "read_pipelines", "read_records"]
+__all__ = ["import_named", "read_passes", "read_pipelines", "read_records", "read_schemes"]
 
 T = TypeVar("T")
 
@@ -51,6 +52,24 @@ def read_passes(returned: object) -> Iterator[tuple[str, type[Pass]]]:
         if not isinstance(level, Level):
             raise PluginError(f"pass {name!r} needs a class variable `level` (a Level), got {level!r}")
         yield name, cls
+
+
+def read_schemes(returned: object) -> Iterator[tuple[str, type[Scheme]]]:
+    """Scheme classes, those given as ``"package.module:Class"`` imported."""
+    from graphopt.packing import Scheme
+
+    for item in _iterate(returned, "Scheme class"):
+        cls = import_named(item) if isinstance(item, str) else item
+        if not isinstance(cls, type) or not issubclass(cls, Scheme):
+            raise PluginError(f"expected subclasses of graphopt.Scheme, got {item!r}")
+        if "__dataclass_fields__" not in vars(cls):
+            raise PluginError(f"scheme {cls.__name__} must be a frozen dataclass: its fields are its options")
+        for attribute in ("name", "unpack_op", "linear_op"):
+            value = getattr(cls, attribute, None)
+            if not isinstance(value, str) or not value:
+                what = f"scheme {cls.__name__} needs a class variable `{attribute}`"
+                raise PluginError(f"{what}, got {value!r}")
+        yield cls.name, cls
 
 
 def read_pipelines(returned: object) -> Iterator[tuple[str, Traversable]]:

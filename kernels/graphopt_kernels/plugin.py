@@ -23,6 +23,7 @@ __all__ = [
     "graphopt_formats",
     "graphopt_kernels",
     "graphopt_replacements",
+    "graphopt_schemes",
     "graphopt_tunables",
 ]
 
@@ -332,6 +333,12 @@ def graphopt_codecs() -> Iterable[CodecSpec]:
         )
         for bits in groups.BITS
     )
+
+
+@hookimpl
+def graphopt_schemes() -> Iterable[str]:
+    """Ways to keep weights in fewer bytes."""
+    return ("graphopt_kernels.quantized.int8:Int8",)
 
 
 @hookimpl

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
-from graphopt.plugins import hookimpl
+from graphopt.plugins import ScorerSpec, hookimpl
 
-__all__ = ["graphopt_api", "graphopt_passes", "graphopt_pipelines"]
+__all__ = ["graphopt_api", "graphopt_passes", "graphopt_pipelines", "graphopt_scorers"]
 
 graphopt_api = 1
 
@@ -41,11 +41,21 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.order_backward:OrderBackward",
         "graphopt_passes.pack_linears:PackLinears",
         "graphopt_passes.pack_rotary:PackRotary",
+        "graphopt_passes.quantize_linear:QuantizeLinear",
+        "graphopt_passes.read_packed:ReadPacked",
         "graphopt_passes.rotary:Rotary",
         "graphopt_passes.sum_products:SumProducts",
         "graphopt_passes.tile_convolutions:TileConvolutions",
         "graphopt_passes.window_attention:WindowAttention",
     ]
+
+
+@hookimpl
+def graphopt_scorers() -> Iterable[ScorerSpec]:
+    # Imported when asked: it needs torch, and `graphopt --help` loads this module.
+    from graphopt_passes.scorers import SCORERS
+
+    return SCORERS
 
 
 @hookimpl

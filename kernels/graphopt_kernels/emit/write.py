@@ -24,6 +24,7 @@ from graphopt.optimized import Optimized
 from graphopt.plugins import default_host
 from graphopt.recorded import ProgramCall, record_call
 from graphopt.restored import restored
+from graphopt.tensors_file import write_tensors
 from graphopt_kernels.emit.aten_code import identifier
 from graphopt_kernels.emit.build import NotFusible
 from graphopt_kernels.emit.carried_ops import CARRIED, carried_ops
@@ -31,7 +32,6 @@ from graphopt_kernels.emit.groups import peak_ungrouped
 from graphopt_kernels.emit.halves import Half, half_of, owned_inputs
 from graphopt_kernels.emit.product_choice import prices_for
 from graphopt_kernels.emit.program_file import Argument, ProgramText, Result
-from graphopt_kernels.emit.tensors_file import write_tensors
 
 __all__ = ["Emitted", "write_program"]
 

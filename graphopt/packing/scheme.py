@@ -1,0 +1,112 @@
+"""What a way to keep a weight in fewer bytes has to say about itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from typing import Any, ClassVar, get_type_hints
+
+import torch
+
+from graphopt.candidate import Reason
+from graphopt.errors import QuantizationError, UnknownNameError
+from graphopt.options import OptionError, format_value, typed_value
+
+__all__ = ["Scheme", "reason_of_weight", "scheme_text"]
+
+
+class Scheme:
+    """Base of all schemes: subclass as a frozen dataclass whose fields are the options.
+
+    A weight is a matrix [N, K]: N results, each from K inputs. ``unpack_op`` and ``linear_op`` are the
+    qualified names of ``torch.library`` operators::
+
+        unpack_op(*packed, *constants(n, k), dtype)      the weight [N, K] of ``dtype``
+        linear_op(x, *packed, bias, *constants(n, k))    x [..., K] times it, bias [N] or None added: [..., N]
+
+    with the packed tensors in the order of ``pack``. ``lossless``: unpacking gives the weight back bit for
+    bit. ``by_rows``: row i of the weight is what row i of every packed tensor stands for, so that some rows
+    can be unpacked alone, as embeddings need. Instances are values: they are hashable, and print as
+    ``scheme_text`` spells them.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    lossless: ClassVar[bool] = False
+    by_rows: ClassVar[bool] = False
+    unpack_op: ClassVar[str]
+    linear_op: ClassVar[str]
+
+    def refuses(self, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Reason | None:
+        """``None``, or why no weight [``n``, ``k``] of this kind can be packed, whatever is in it."""
+        return None
+
+    def pack(self, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Packed tensors by name, on the device of ``weight`` [N, K], which holds finite numbers.
+
+        ``statistics`` is what calibration found of the inputs of this weight, by name; it may be empty.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define pack()")
+
+    def constants(self, n: int, k: int) -> tuple[Any, ...]:
+        """What the operators take besides tensors: numbers, texts."""
+        return ()
+
+    def stored_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
+        """Bytes of the packed tensors of a weight [``n``, ``k``] of ``dtype``."""
+        raise NotImplementedError(f"{type(self).__name__} does not define stored_bytes()")
+
+    def unpack(self, packed: Mapping[str, torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [N, K] that ``packed`` stands for."""
+        unpack = operator_named(self.unpack_op)
+        weight: torch.Tensor = unpack(*packed.values(), *self.constants(n, k), dtype)
+        return weight
+
+    @classmethod
+    def configured(cls, **options: Any) -> Scheme:
+        """The scheme with the given options, each checked against its field's annotation.
+
+        Raises ``UnknownNameError`` for an unknown option and ``QuantizationError`` for a value that it
+        cannot hold or for one that is missing.
+        """
+        known = {f.name: f.default for f in fields(cls)}  # type: ignore[arg-type]
+        for option in options:
+            if option not in known:
+                raise UnknownNameError(f"option of scheme {cls.name}", option, known)
+        for option, default in known.items():
+            if default is MISSING and option not in options:
+                raise QuantizationError(f"scheme {cls.name!r} needs option {option!r}")
+        hints = get_type_hints(cls)
+        values = {}
+        for option, value in options.items():
+            try:
+                values[option] = typed_value(value, hints[option])
+            except OptionError as error:
+                raise QuantizationError(f"option {option!r} of scheme {cls.name!r} {error}") from error
+        return cls(**values)
+
+    def __str__(self) -> str:
+        return scheme_text(self)
+
+
+def scheme_text(scheme: Scheme) -> str:
+    """``int4{group=64}``: the one spelling of a configured scheme."""
+    values = [(f.name, getattr(scheme, f.name), f.default) for f in fields(scheme)]  # type: ignore[arg-type]
+    options = [f"{name}={format_value(value)}" for name, value, default in values if value != default]
+    return scheme.name + (f"{{{','.join(options)}}}" if options else "")
+
+
+def operator_named(name: str) -> Any:
+    """The operator ``"namespace::name"``."""
+    namespace, _, bare = name.partition("::")
+    return getattr(getattr(torch.ops, namespace), bare).default
+
+
+def reason_of_weight(weight: torch.Tensor) -> Reason | None:
+    """``None``, or why the numbers of ``weight`` cannot be packed."""
+    if weight.device.type == "meta":
+        return Reason("it is on the device meta and holds no numbers")
+    if not bool(torch.isfinite(weight).all()):
+        kind = "NaN" if bool(torch.isnan(weight).any()) else "infinity"
+        return Reason(f"it holds {kind}")
+    return None

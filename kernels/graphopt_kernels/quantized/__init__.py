@@ -1,0 +1,1 @@
+"""Schemes for weights in fewer bytes: packing, operators, kernels."""

@@ -1,0 +1,80 @@
+"""int8: weights of a row share a scale, inputs stay as they are.
+
+    codes  int8[N, K]       round(w / scale), half to even, at most 127 in size
+    scales float32[N]       largest weight of a row over 127
+    linear_int8             (x @ codes.T) * scales + bias, products added in float32, rounded once
+
+A row of zeros has scale 1. Source: symmetric weight-only quantization per channel, as in LLM.int8()
+(https://arxiv.org/abs/2208.07339) without its outliers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from graphopt.candidate import Reason
+from graphopt.packing import Scheme
+from graphopt_kernels.quantized.operators import define_operators
+
+__all__ = ["Int8", "linear_int8_reference", "unpack_int8_reference"]
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_LARGEST = 127.0
+
+
+def unpack_int8_reference(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [N, K] of ``dtype`` that ``codes`` int8[N, K] and ``scales`` float32[N] stand for."""
+    return (codes.float() * scales[:, None]).to(dtype)
+
+
+def linear_int8_reference(
+    x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """``x`` [..., K] times the weight, scaled after the sum; ``bias`` [N] added: [..., N] of the dtype of
+    ``x``."""
+    product = torch.nn.functional.linear(x.float(), codes.float()) * scales
+    return (product if bias is None else product + bias.float()).to(x.dtype)
+
+
+def _shape(codes: torch.Tensor, scales: torch.Tensor) -> tuple[int, int]:
+    return codes.shape[0], codes.shape[1]
+
+
+define_operators(
+    "int8",
+    ("codes", "scales"),
+    (),
+    unpack=unpack_int8_reference,
+    linear=linear_int8_reference,
+    shape=_shape,
+)
+
+
+@dataclass(frozen=True)
+class Int8(Scheme):
+    """Eight bits a weight, a scale for each row. No options."""
+
+    name: ClassVar[str] = "int8"
+    summary: ClassVar[str] = "8 bits a weight, one scale for each output"
+    unpack_op: ClassVar[str] = "graphopt::unpack_int8"
+    linear_op: ClassVar[str] = "graphopt::linear_int8"
+    by_rows: ClassVar[bool] = True
+
+    def refuses(self, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Reason | None:
+        if dtype not in _DTYPES:
+            return Reason(f"takes weights of float32, float16 and bfloat16, got {dtype}")
+        return None
+
+    def pack(self, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        exact = weight.float()
+        largest = exact.abs().amax(1)
+        scales = torch.where(largest > 0, largest / _LARGEST, 1.0)
+        codes = (exact / scales[:, None]).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
+        return {"codes": codes, "scales": scales}
+
+    def stored_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
+        return n * k + 4 * n
