@@ -294,7 +294,12 @@ def graphopt_codecs() -> Iterable[CodecSpec]:
 @hookimpl
 def graphopt_schemes() -> Iterable[str]:
     """Ways to keep weights in fewer bytes."""
-    return ("graphopt_kernels.quantized.int8:Int8",)
+    return (
+        "graphopt_kernels.quantized.int8:Int8",
+        "graphopt_kernels.quantized.fp8:Fp8",
+        "graphopt_kernels.quantized.dynamic:Int8Dynamic",
+        "graphopt_kernels.quantized.dynamic:Fp8Dynamic",
+    )
 
 
 @hookimpl
