@@ -1251,7 +1251,7 @@ def scaled_product(
     return torch._scaled_mm(x, weight, x_scales, scales, bias, out_dtype=dtype)
 
 
-def packed_int8_product(x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """``x`` [M, K] times int8 ``codes`` [N, K] times ``scales`` [N] of the dtype of x, on the CPU: [M, N]."""
-    product: torch.Tensor = torch.ops.aten._weight_int8pack_mm.default(x, codes, scales)
-    return product
+def multiplies_integers() -> bool:
+    """Whether the CPU has instructions for products of eight-bit integers that the library uses."""
+    known = getattr(torch.cpu, "_is_vnni_supported", None)
+    return known is not None and bool(known())

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from graphopt._torch import multiplies_integers
 from graphopt.errors import QuantizationError
 from graphopt.quantize import Scheme, pack_weights
+from graphopt_kernels.quantized.byte_digits import can_multiply, product_of_digits
 from graphopt_kernels.quantized.byte_launch import (
     LIBRARY,
     Launch,
@@ -25,7 +27,8 @@ from graphopt_kernels.quantized.byte_launch import (
 )
 from graphopt_kernels.quantized.dynamic import Fp8Dynamic, Int8Dynamic, linear_dynamic_reference
 from graphopt_kernels.quantized.fp8 import Fp8
-from graphopt_kernels.quantized.int8 import Int8
+from graphopt_kernels.quantized.int8 import Int8, rounded_to_int8
+from graphopt_kernels.row_quantize import quantize_reference
 from tests.interpreted import interpreted
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -248,6 +251,56 @@ def test_the_other_kernels_compile() -> None:
         )
         assert not code.spills and code.widths("LDG")[128], code.instructions
         assert code.widths("STG")[128] or code.widths("STG")[64], code.instructions
+
+
+# --- on a CPU -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+def test_digits_are_as_near_as_float32(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    codes, scales = rounded_to_int8(torch.randn(96, 1000) / 30)
+    bias = torch.randn(96).to(dtype)
+    for rows in (1, 2, 9):
+        x = torch.randn(rows, 1000).to(dtype)
+        x[0, 3] = 200
+        exact = x.double() @ codes.double().t() * scales + bias.double()
+        found = product_of_digits(x, codes, scales, bias)
+        assert found is not None and found.dtype is dtype
+        error = (found.double() - exact).norm() / exact.norm()
+        # An outlier costs the others of its row: sqrt(1000) times 2**-24 at most.
+        assert error < (2e-6 if dtype is FP32 else torch.finfo(dtype).eps)
+
+
+def test_digits_of_extremes_are_right_and_rows_that_are_not_finite_are_left_alone() -> None:
+    codes, scales = rounded_to_int8(torch.randn(8, 64))
+    for x in (torch.zeros(2, 64), torch.full((1, 64), 1e-30), torch.full((1, 64), -1e36), torch.eye(64)):
+        found = product_of_digits(x, codes, scales, None)
+        exact = x.double() @ codes.double().t() * scales
+        assert found is not None
+        assert (found.double() - exact).norm() <= 1e-6 * exact.norm()
+    for bad in (float("nan"), float("inf")):
+        assert product_of_digits(torch.tensor([[1.0] * 63 + [bad]]), codes, scales, None) is None
+
+
+@pytest.mark.skipif(not multiplies_integers(), reason="the CPU has no products of integers")
+def test_large_weights_are_multiplied_as_integers_where_the_cpu_can() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(256, 260) / 16
+    x = torch.randn(3, 2, 260)
+    for scheme in (Int8(), Int8Dynamic()):
+        tensors = list(scheme.pack(weight, {}).values())
+        assert can_multiply(tensors[0]) and not can_multiply(tensors[0][:8])
+        found = operator(scheme)(x, *tensors, None)
+        given = x.double()
+        if scheme.name != "int8":
+            codes, by_row = quantize_reference(x, INT8, 127.0, 1e-12)
+            given = codes.double() * by_row
+        exact = given @ tensors[0].double().t() * tensors[1]
+        assert (found.double() - exact).norm() < 1e-6 * exact.norm()
+    x[1, 1, 7] = float("inf")
+    found = operator(Int8())(x, *Int8().pack(weight, {}).values(), None)
+    assert found[0].isfinite().all() and not found[1, 1].isfinite().any()
 
 
 # --- launches -----------------------------------------------------------------------------------

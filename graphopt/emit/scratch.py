@@ -32,6 +32,13 @@ _ROW_ALIGNMENT = 64
 """Elements to which rows of a chunk of logits are padded (``graphopt::linear_cross_entropy``)."""
 
 
+_PACKED = ("linear_int8", "linear_fp8")
+_BLOCK = 64 * 2**20
+_FEW = 128
+"""An unpacked weight, or sums in 32 bits, are there in blocks of so many bytes, for more rows than that; sums
+in parts, for fewer, are as many (``graphopt_kernels.quantized.byte_products``)."""
+
+
 def scratch_bytes(op: Any, args: Sequence[Any]) -> int:
     """Bytes that ``op`` needs beyond its outputs: on a GPU, and of collectives. By positional arguments."""
     name = str(getattr(op, "_schema", op)).split("(")[0].split("::")[-1].split(".")[0]
@@ -56,9 +63,26 @@ def scratch_bytes(op: Any, args: Sequence[Any]) -> int:
         return staged_bytes(op, size, size * int(args[1]) if gathered else size)
     if name in _CONVOLUTIONS and args[0].device.type == "cuda":
         return watched_bytes(op, args)
+    if name.startswith(_PACKED) and hasattr(op, "_schema") and args[0].device.type == "cuda":
+        return _beside_packed(name, args[0], args[1])
     if name == "embedding_dense_backward":
         return _gradient_of_embedding(args[0], args[1], int(args[2]))
     return 0
+
+
+def _beside_packed(name: str, x: torch.Tensor, codes: torch.Tensor) -> int:
+    """Of a product with a weight of a byte: x in eight bits where it is rounded, what is unpacked or summed
+    up at a time."""
+    n, k = (_torch.hint(size) for size in codes.shape)
+    elements = _torch.hint(x.numel())
+    rows = elements // max(1, k)
+    rounded = elements + _FLOAT * rows if name.endswith("dynamic") else 0
+    if rows <= _FEW:
+        return rounded
+    if name == "linear_fp8_dynamic":
+        return rounded
+    block = rows * n * _FLOAT if rounded else n * k * x.element_size()
+    return rounded + min(block, _BLOCK)
 
 
 _watched_before: dict[tuple[Any, ...], int] = {}

@@ -13,6 +13,11 @@ from typing import Any
 import torch
 
 from graphopt import _torch
+from graphopt_kernels.quantized.byte_digits import (
+    can_multiply,
+    product_of_digits,
+    product_of_integers,
+)
 from graphopt_kernels.quantized.byte_launch import (
     LIBRARY_ROWS,
     Launch,
@@ -42,10 +47,21 @@ def product(
     With ``x_scales`` [..., 1] x is of the dtype of ``codes`` and stands for ``x * x_scales``.
     """
     dtype = dtype or x.dtype
-    kernels = _kernels_for(codes)
-    if kernels is None or not (codes.numel() and x.numel()) or dtype not in _FLOATS:
+    if not (codes.numel() and x.numel()) or dtype not in _FLOATS:
         return product_reference(x, codes, scales, bias, x_scales, dtype)
     rows = x.numel() // codes.shape[1]
+    if can_multiply(codes):
+        flat, result = x.reshape(rows, -1), None
+        if x_scales is None:
+            result = product_of_digits(flat, codes, scales, bias)
+        else:
+            by_row = x_scales.reshape(rows, 1)
+            result = product_of_integers(flat, by_row, codes, scales, bias, dtype)
+        if result is not None:
+            return result.view(*x.shape[:-1], codes.shape[0])
+    kernels = _kernels_for(codes)
+    if kernels is None:
+        return product_reference(x, codes, scales, bias, x_scales, dtype)
     problem = Problem(rows, codes.shape[0], codes.shape[1], dtype, codes.dtype, x_scales is not None)
     launch = _chosen(problem, codes.device)
     return launch_product(kernels, problem, launch, x, codes, scales, bias, x_scales)

@@ -1,9 +1,10 @@
 """Products that read weights of a byte: on vector units, on tensor cores in slices, in tiles.
 
 All of them stream the codes once, 16 bytes a thread at a time, and turn them into the dtype of x in
-registers. On tensor cores the weight is the left-hand operand: it is then taken from registers, and what is padded are
-rows of x, to 8 at least. In the kernel of slices every warp adds up a part of each sum, so that few results
-keep many warps busy. Sums may also be cut into parts by programs, which ``sum_kernel`` adds up in order.
+registers. On tensor cores the weight is the left-hand operand: it is then taken from registers, and what is
+padded are rows of x, to 8 at least. In the kernel of slices every warp adds up a part of each sum, so that
+few results keep many warps busy. Sums may also be cut into parts by programs, which ``sum_kernel`` adds up in
+order.
 
 Where x has been rounded as well (``ROUNDED``), int8 is multiplied by int8 and added up in int32; float8 is
 multiplied as it is in tiles and as float16, which holds it exactly, in slices.
@@ -104,9 +105,9 @@ def _store(  # type: ignore[no-untyped-def]
     places = rows.to(tl.int64)[None, :] * N + columns[:, None]
     if PARTS == 1:
         result = total.to(tl.float32)
+        result *= tl.load(scales_ptr + columns, mask=columns < N, other=0.0)[:, None]
         if ROUNDED:
             result *= tl.load(x_scales_ptr + rows, mask=rows < M, other=0.0)[None, :]
-        result *= tl.load(scales_ptr + columns, mask=columns < N, other=0.0)[:, None]
         if BIASED:
             result += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[:, None]
         tl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=inside)
@@ -226,9 +227,9 @@ def sum_kernel(  # type: ignore[no-untyped-def]
         total += tl.load(partial_ptr + part * count + places, mask=inside, other=0)
     result = total.to(tl.float32)
     columns = places % N
+    result *= tl.load(scales_ptr + columns, mask=inside, other=0.0)
     if ROUNDED:
         result *= tl.load(x_scales_ptr + places // N, mask=inside, other=0.0)
-    result *= tl.load(scales_ptr + columns, mask=inside, other=0.0)
     if BIASED:
         result += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=inside)
@@ -244,8 +245,8 @@ def scale_kernel(  # type: ignore[no-untyped-def]
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = columns < N
     result = tl.load(sums_ptr + row * N + columns, mask=inside, other=0).to(tl.float32)
-    result *= tl.load(x_scales_ptr + row)
     result *= tl.load(scales_ptr + columns, mask=inside, other=0.0)
+    result *= tl.load(x_scales_ptr + row)
     if BIASED:
         result += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * N + columns, result.to(out_ptr.dtype.element_ty), mask=inside)

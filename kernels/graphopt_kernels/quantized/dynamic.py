@@ -12,7 +12,7 @@ a sum of float8 tiles and of the library's product).
 
 ``smooth`` (SmoothQuant, https://arxiv.org/abs/2211.10438): channels with large inputs are divided by
 ``largest_x ** smooth / largest_w ** (1 - smooth)``, and their weights multiplied by it, where calibration
-found ``largest``, the largest \\|x\\| of each channel. The factor is kept within 1e-5 and 1e5. Without
+found ``largest``, the largest |x| of each channel. The factor is kept within 1e-5 and 1e5. Without
 statistics, or with ``smooth=0``, nothing is smoothed.
 
 A row of x with a NaN is NaN; one with an infinity is NaN too, as infinity over infinity is.
