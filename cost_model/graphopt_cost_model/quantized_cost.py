@@ -4,7 +4,8 @@ A few rows are one kernel, bound by the packed bytes or by the instructions that
 ``Phase.elements`` are those, since they run at the rate of the vector units. For more rows the weight is
 unpacked and a dense product reads it, or, where x is rounded as well, eight-bit numbers are multiplied as
 they are. Instructions were counted in disassemblies of ``graphopt_kernels.quantized.bytes_triton`` for sm_90.
-On a CPU int8 is read as it is stored too (``byte_digits``); float8 is converted first there, which is not counted.
+On a CPU int8 is read as it is stored too (``byte_digits``); float8 is converted first there, which is not
+counted.
 """
 
 from __future__ import annotations

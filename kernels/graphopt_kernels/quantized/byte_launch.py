@@ -19,7 +19,7 @@ import torch
 
 __all__ = [
     "HALVES", "LIBRARY", "LIBRARY_ROWS", "Launch", "Problem", "check_launch", "dense_seconds", "launch_for",
-    "predicted_seconds", "steps_of",
+    "launches", "predicted_seconds", "steps_of",
 ]  # fmt: skip
 
 _READ = 4.28e12
@@ -93,12 +93,18 @@ LIBRARY = Launch("library", 1, 1, 1, 1, 1, 1, 1)
 def launch_for(problem: Problem, processors: int, library: bool = True) -> Launch:
     """The launch that is predicted to be fastest; without ``library`` the library's product of eight-bit
     numbers is none to choose from."""
+    found = launches(problem, processors, library)
+    return min(found, key=lambda launch: predicted_seconds(problem, launch, processors))
+
+
+def launches(problem: Problem, processors: int, library: bool = True) -> list[Launch]:
+    """All that are weighed."""
     found = [
         launch
         for whole in _launches(problem, library)
         for launch in (whole, _in_parts(problem, whole, processors))
     ]
-    return min(found, key=lambda launch: predicted_seconds(problem, launch, processors))
+    return list(dict.fromkeys(found))
 
 
 def check_launch(problem: Problem, launch: Launch) -> str | None:

@@ -26,7 +26,7 @@ from graphopt_kernels.quantized.byte_launch import (
     steps_of,
 )
 
-__all__ = ["launch_product", "product", "product_reference", "unpacked", "unpacked_reference"]
+__all__ = ["kernels", "launch_product", "product", "product_reference", "unpacked", "unpacked_reference"]
 
 _BLOCK = 64 * 2**20
 """Bytes of an unpacked weight, or of sums in 32 bits, that are there at a time."""
@@ -59,12 +59,12 @@ def product(
             result = product_of_integers(flat, by_row, codes, scales, bias, dtype)
         if result is not None:
             return result.view(*x.shape[:-1], codes.shape[0])
-    kernels = _kernels_for(codes)
-    if kernels is None:
+    found = _kernels_for(codes)
+    if found is None:
         return product_reference(x, codes, scales, bias, x_scales, dtype)
     problem = Problem(rows, codes.shape[0], codes.shape[1], dtype, codes.dtype, x_scales is not None)
     launch = _chosen(problem, codes.device)
-    return launch_product(kernels, problem, launch, x, codes, scales, bias, x_scales)
+    return launch_product(found, problem, launch, x, codes, scales, bias, x_scales)
 
 
 def product_reference(
@@ -86,13 +86,13 @@ def product_reference(
 
 def unpacked(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The weight [N, K] of ``dtype``."""
-    kernels = _kernels_for(codes)
-    if kernels is None or not codes.numel() or dtype not in _FLOATS:
+    found = _kernels_for(codes)
+    if found is None or not codes.numel() or dtype not in _FLOATS:
         return unpacked_reference(codes, scales, dtype)
     n, k = codes.shape
     weight = torch.empty((n, k), dtype=dtype, device=codes.device)
     with _on(codes):
-        kernels.unpack_kernel[(-(-n // 8), -(-k // 1024))](
+        found.unpack_kernel[(-(-n // 8), -(-k // 1024))](
             codes, scales, weight, n, k, FAST=_is_fast(codes), BLOCK_N=8, BLOCK_K=1024, num_warps=8
         )
     return weight
@@ -245,7 +245,7 @@ def _kernels_for(codes: torch.Tensor) -> Any:
         return None
     if torch.cuda.get_device_capability(codes.device) < ((8, 0) if codes.dtype is torch.int8 else (8, 9)):
         return None
-    return _kernels()
+    return kernels()
 
 
 def _is_fast(codes: torch.Tensor) -> bool:
@@ -258,7 +258,7 @@ def _on(codes: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 @functools.cache
-def _kernels() -> Any:
+def kernels() -> Any:
     """The module of the jitted kernels, or ``None`` without triton."""
     try:
         from graphopt_kernels.quantized import bytes_triton
