@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import graphopt
 from graphopt._torch import multiplies_integers
 from graphopt.errors import QuantizationError
 from graphopt.quantize import Scheme, pack_weights
@@ -465,7 +466,43 @@ def test_smoothing_helps_where_a_channel_is_large() -> None:
         tensors = scheme.pack(weight, {"largest": x.abs().amax(0)})
         errors.append((operator(scheme)(x, *tensors.values(), None) - exact).norm())
     assert errors[1] < 0.4 * errors[0]
-    assert Int8Dynamic(smooth=0.5).pack(weight, {})["factors"].numel() == 0, "nothing is known of x"
+    unknown = Int8Dynamic(smooth=0.5).pack(weight, {})
+    assert torch.equal(unknown["factors"], torch.ones(64)), "nothing is known of x"
+    assert torch.equal(unknown["codes"], Int8Dynamic().pack(weight, {})["codes"])
+
+
+def test_models_of_all_schemes_read_packed_weights_and_load_each_others_state() -> None:
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = torch.nn.Embedding(50, 32)
+            self.up, self.down, self.head = (torch.nn.Linear(32, n) for n in (32, 32, 50))
+
+        def forward(self, tokens: Tensor) -> Tensor:
+            x: Tensor = self.down(torch.relu(self.up(self.embed(tokens))))
+            return self.head(x)  # type: ignore[no-any-return]
+
+    schemes = {
+        "embed.weight": (Fp8(), "rows"), "up.weight": (Int8Dynamic(smooth=0.5), "rows"),
+        "down.weight": (Fp8Dynamic(), "rows"), "head.weight": (Int8(), "rows"),
+    }  # fmt: skip
+    tokens = torch.arange(12).view(3, 4)
+    model, other = Net(), Net()
+    pack_weights(model, schemes, {"up.weight": {"largest": torch.rand(32) * 9}})
+    fast = graphopt.optimize(model, (tokens,), emit="eager", on_error="raise")
+    targets = [str(node.target) for node in fast.programs[0].nodes()]
+    assert [name.split(".")[1] for name in targets if "graphopt" in name] == [
+        "unpack_fp8", "linear_int8_dynamic", "linear_fp8_dynamic", "linear_int8",
+    ]  # fmt: skip
+    expected = torch.nn.functional.linear(model.embed(tokens), model.up.weight, model.up.bias)
+    found = operator(Int8Dynamic())(
+        model.embed(tokens), *model.up.parametrizations.weight[0].packed().values(), model.up.bias  # type: ignore[index,union-attr,operator]
+    )
+    assert (found - expected).norm() < 0.02 * expected.norm()
+    pack_weights(other, schemes)
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other(tokens), model(tokens))
 
 
 def test_a_row_has_the_same_result_in_any_batch() -> None:

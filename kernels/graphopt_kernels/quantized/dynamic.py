@@ -2,7 +2,7 @@
 
     codes   int8 or float8_e4m3fn[N, K]   of w * smoothing, rounded as in int8 and fp8
     scales  float32[N]
-    factors float32[K], or [0]            1 / smoothing, what x is multiplied by before it is rounded
+    factors float32[K], [0] if smooth=0   1 / smoothing, what x is multiplied by before it is rounded
     linear  rounded, scale = quantize_rows(x * factors)
             (rounded @ codes.T) * scale * scales + bias, rounded once
 
@@ -13,7 +13,7 @@ a sum of float8 tiles and of the library's product).
 ``smooth`` (SmoothQuant, https://arxiv.org/abs/2211.10438): channels with large inputs are divided by
 ``largest_x ** smooth / largest_w ** (1 - smooth)``, and their weights multiplied by it, where calibration
 found ``largest``, the largest |x| of each channel. The factor is kept within 1e-5 and 1e5. Without
-statistics, or with ``smooth=0``, nothing is smoothed.
+statistics factors are 1.
 
 A row of x with a NaN is NaN; one with an infinity is NaN too, as infinity over infinity is.
 """
@@ -108,7 +108,7 @@ class _Dynamic(Scheme):
         rounded: Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
     ) -> dict[str, torch.Tensor]:
         exact = weight.float()
-        factors = exact.new_empty(0)
+        factors = exact.new_ones(exact.shape[1] if self.smooth else 0)
         largest = statistics.get("largest")
         if self.smooth and largest is not None and exact.numel():
             largest = largest.to(exact).clamp(min=1e-5)
@@ -119,7 +119,6 @@ class _Dynamic(Scheme):
         return {"codes": codes, "scales": scales, "factors": factors}
 
     def stored_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
-        """At most: factors are there only where there are statistics."""
         return n * k + 4 * n + (4 * k if self.smooth else 0)
 
 
