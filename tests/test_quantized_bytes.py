@@ -15,6 +15,7 @@ from torch import Tensor
 import graphopt
 from graphopt._torch import multiplies_integers
 from graphopt.errors import QuantizationError
+from graphopt.plugins import default_host
 from graphopt.quantize import Scheme, pack_weights
 from graphopt_kernels.quantized.byte_digits import can_multiply, product_of_digits
 from graphopt_kernels.quantized.byte_launch import (
@@ -156,13 +157,8 @@ def compiled(problem: Problem, launch: Launch, aligned: bool = True) -> Any:
         "row": kernels.row_kernel, "slices": kernels.slices_kernel, "tiles": kernels.tile_kernel,
     }[launch.kind]  # fmt: skip
     types = _pointers(problem, launch)
-    whole = problem.rounded and problem.codes is INT8
-    multiplied = problem.codes if problem.rounded else problem.dtype
-    if problem.rounded and problem.codes is FP8 and launch.kind == "slices":
-        multiplied = FP16
     constants = {
         "BIASED": True, "ROUNDED": problem.rounded, "PARTS": launch.parts, "EVEN": aligned, "FAST": True,
-        "DTYPE": kernels.TYPES[multiplied], "SUM": kernels.TYPES[torch.int32 if whole else FP32],
         "BLOCK_M": launch.rows, "BLOCK_N": launch.columns, "BLOCK_K": launch.inner,
         "SLICES": launch.slices, "STAGES": launch.stages,
     }  # fmt: skip
@@ -367,14 +363,39 @@ def test_launches_that_compute_something_else_are_told(changes: dict[str, Any], 
     problem = Problem(8, 64, 1024, BF16, INT8)
     good = Launch("slices", 8, 16, 64, 4, 4, 4, 3)
     assert check_launch(problem, good) is None
-    assert check_launch(problem, good._replace(**changes)) == reason
+    assert str(check_launch(problem, good._replace(**changes))) == reason
 
 
 def test_tensor_cores_do_not_take_float32() -> None:
-    assert (
-        check_launch(Problem(8, 64, 512, FP32, INT8), Launch("tiles", 16, 64, 64, 1, 1, 4, 3))
-        == "tensor cores do not multiply torch.float32"
-    )
+    launch = Launch("tiles", 16, 64, 64, 1, 1, 4, 3)
+    reason = "tensor cores do not multiply torch.float32"
+    assert str(check_launch(Problem(8, 64, 512, FP32, INT8), launch)) == reason
+    reason = "the library does not multiply eight-bit numbers of these sizes"
+    assert str(check_launch(Problem(8, 64, 512, BF16, INT8, True), LIBRARY)) == reason
+
+
+def test_tuning_tries_launches_that_compile_and_run_as_the_kernels_do() -> None:
+    pytest.importorskip("triton")
+    from graphopt_kernels.tuning.compiling import calls_of, usage_of
+    from graphopt_kernels.tuning.model import Gpu, Usage
+
+    spec, gpu = default_host().tunable("packed-bytes"), Gpu.of("H200", (9, 0), H200)
+    shipped = list(spec.shipped())
+    assert {problem.codes for problem in shipped} == {INT8, FP8}
+    for problem in (shipped[0], shipped[0]._replace(rows=16, rounded=True)):
+        tried = list(spec.configurations(problem))
+        assert spec.default(problem) in tried and len(set(tried)) == len(tried) > 20
+        best = min(tried, key=lambda c: spec.predict(problem, c, spec.estimate(problem, c), gpu))
+        usage = usage_of(calls_of(spec, problem, best, H200), gpu)
+        assert isinstance(usage, Usage) and not usage.spilled
+        small = problem._replace(columns=32, inner=128)
+        operands = spec.operands(small, torch.device("cpu"))
+        for one, other in zip(
+            spec.run(None, H200, small, operands, LIBRARY) if not small.rounded else [],
+            spec.reference(small, operands),
+            strict=False,
+        ):
+            torch.testing.assert_close(one.float(), other.float(), rtol=0.02, atol=0.5)
 
 
 # --- operators ----------------------------------------------------------------------------------

@@ -17,9 +17,11 @@ from typing import NamedTuple
 
 import torch
 
+from graphopt.candidate import Reason
+
 __all__ = [
-    "HALVES", "LIBRARY", "LIBRARY_ROWS", "Launch", "Problem", "check_launch", "dense_seconds", "launch_for",
-    "launches", "predicted_seconds", "steps_of",
+    "HALVES", "LIBRARY", "LIBRARY_ROWS", "PROCESSORS", "Launch", "Problem", "check_launch", "dense_seconds",
+    "launch_for", "launches", "predicted_seconds", "steps_of", "usual_launch",
 ]  # fmt: skip
 
 _READ = 4.28e12
@@ -39,6 +41,9 @@ _LAUNCH = 2e-6
 
 _SOLO = 4
 """Programs' worth of warps, four each, that a multiprocessor needs to keep its memory busy."""
+
+PROCESSORS = 132
+"""Of an H100 or H200. Fixed, so that kernels do not depend on the device."""
 
 _PARTS = 16
 
@@ -97,6 +102,11 @@ def launch_for(problem: Problem, processors: int, library: bool = True) -> Launc
     return min(found, key=lambda launch: predicted_seconds(problem, launch, processors))
 
 
+def usual_launch(problem: Problem) -> Launch:
+    """``launch_for`` an H100 or H200."""
+    return launch_for(problem, PROCESSORS)
+
+
 def launches(problem: Problem, processors: int, library: bool = True) -> list[Launch]:
     """All that are weighed."""
     found = [
@@ -107,10 +117,16 @@ def launches(problem: Problem, processors: int, library: bool = True) -> list[La
     return list(dict.fromkeys(found))
 
 
-def check_launch(problem: Problem, launch: Launch) -> str | None:
+def check_launch(problem: Problem, launch: Launch) -> Reason | None:
     """``None``, or why ``launch`` would not compute ``problem``."""
+    text = _wrong_with(problem, launch)
+    return None if text is None else Reason(text)
+
+
+def _wrong_with(problem: Problem, launch: Launch) -> str | None:
     if launch.kind == "library":
-        return None
+        takes = not problem.rounded or _library_takes(problem)
+        return None if takes else "the library does not multiply eight-bit numbers of these sizes"
     if launch.kind not in ("row", "slices", "tiles"):
         return f"there is no kernel {launch.kind!r}"
     if launch.kind == "row" and (problem.rows != 1 or problem.rounded):

@@ -19,17 +19,31 @@ from graphopt_kernels.quantized.byte_digits import (
     product_of_integers,
 )
 from graphopt_kernels.quantized.byte_launch import (
+    LIBRARY,
     LIBRARY_ROWS,
+    PROCESSORS,
     Launch,
     Problem,
+    check_launch,
     launch_for,
     steps_of,
+    usual_launch,
 )
+from graphopt_kernels.tuning.lookup import Choice, rows_class
 
-__all__ = ["kernels", "launch_product", "product", "product_reference", "unpacked", "unpacked_reference"]
+__all__ = [
+    "PRODUCTS", "kernels", "launch_product", "product", "product_reference", "unpacked", "unpacked_reference",
+]  # fmt: skip
 
 _BLOCK = 64 * 2**20
 """Bytes of an unpacked weight, or of sums in 32 bits, that are there at a time."""
+
+_MANY = 4096
+"""Rows from which on more are alike for a launch."""
+
+PRODUCTS = Choice(
+    "packed-bytes", ("graphopt_kernels.quantized.bytes_triton",), usual_launch, check_launch
+)
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -62,8 +76,12 @@ def product(
     found = _kernels_for(codes)
     if found is None:
         return product_reference(x, codes, scales, bias, x_scales, dtype)
-    problem = Problem(rows, codes.shape[0], codes.shape[1], dtype, codes.dtype, x_scales is not None)
-    launch = _chosen(problem, codes.device)
+    like = Problem(
+        rows_class(rows, _MANY), codes.shape[0], codes.shape[1], dtype, codes.dtype, x_scales is not None
+    )
+    launch, problem = PRODUCTS(like, codes.device), like._replace(rows=rows)
+    if launch is LIBRARY and x_scales is not None and not _scales_rows(codes):
+        launch = launch_for(like, PROCESSORS, library=False)
     return launch_product(found, problem, launch, x, codes, scales, bias, x_scales)
 
 
@@ -160,16 +178,12 @@ def _launched(
             x, codes, scales, given_bias, into, n, k, steps, STAGES=launch.stages, **constants
         )
     else:
-        # In slices float8 is multiplied as the float16 numbers that it is among.
-        multiplied = torch.float16 if launch.kind == "slices" and x_scales is not None else x.dtype
-        types = kernels.TYPES[torch.int8 if whole else multiplied], kernels.TYPES[summed]
         if launch.kind == "slices":
             constants["SLICES"] = launch.slices
         kernel = kernels.slices_kernel if launch.kind == "slices" else kernels.tile_kernel
         kernel[(across * -(-rows // launch.rows), launch.parts)](
             x, row_scales, codes, scales, given_bias, into, rows, n, k, steps,
-            ROUNDED=x_scales is not None, DTYPE=types[0], SUM=types[1], BLOCK_M=launch.rows,
-            num_stages=launch.stages, **constants,
+            ROUNDED=x_scales is not None, BLOCK_M=launch.rows, num_stages=launch.stages, **constants,
         )  # fmt: skip
     if launch.parts > 1:
         kernels.sum_kernel[(-(-rows * n // 512),)](
@@ -231,12 +245,9 @@ def _library(
     return result
 
 
-@functools.lru_cache(4096)
-def _chosen(problem: Problem, device: torch.device) -> Launch:
-    """The library scales float8 by row from sm_90 on."""
-    about = torch.cuda.get_device_properties(device)
-    library = problem.codes is torch.int8 or about.major >= 9
-    return launch_for(problem, about.multi_processor_count, library)
+def _scales_rows(codes: torch.Tensor) -> bool:
+    """Whether the library multiplies eight-bit numbers here: float8 is scaled by row from sm_90 on."""
+    return codes.dtype is torch.int8 or torch.cuda.get_device_capability(codes.device) >= (9, 0)
 
 
 def _kernels_for(codes: torch.Tensor) -> Any:
@@ -249,8 +260,9 @@ def _kernels_for(codes: torch.Tensor) -> Any:
 
 
 def _is_fast(codes: torch.Tensor) -> bool:
-    """Whether the instructions are there that numbers are made with."""
-    return codes.is_cuda and torch.cuda.get_device_capability(codes.device) >= (9, 0)
+    """Whether the instructions are there that numbers are made with: tensors without memory are taken to be
+    on a device that has them."""
+    return codes.is_meta or (codes.is_cuda and torch.cuda.get_device_capability(codes.device) >= (9, 0))
 
 
 def _on(codes: torch.Tensor) -> contextlib.AbstractContextManager[Any]:

@@ -22,23 +22,13 @@ that these take.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 
 __all__ = [
-    "TYPES", "numbers", "row_kernel", "scale_kernel", "slices_kernel", "sum_kernel", "tile_kernel",
+    "numbers", "row_kernel", "scale_kernel", "slices_kernel", "sum_kernel", "tile_kernel",
     "unpack_kernel",
 ]  # fmt: skip
-
-TYPES = {
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float32: tl.float32,
-    torch.int8: tl.int8,
-    torch.int32: tl.int32,
-    torch.float8_e4m3fn: tl.float8e4nv,
-}
 
 _TO_FLOAT32: tl.constexpr = tl.constexpr(
     """{ .reg .b32 u, a;
@@ -151,11 +141,14 @@ def row_kernel(  # type: ignore[no-untyped-def]
 def slices_kernel(  # type: ignore[no-untyped-def]
     x_ptr, x_scales_ptr, codes_ptr, scales_ptr, bias_ptr, out_ptr, M, N, K, STEPS,
     BIASED: tl.constexpr, ROUNDED: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
-    FAST: tl.constexpr, DTYPE: tl.constexpr, SUM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
+    FAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
 ):  # fmt: skip
     """x [M, K] times the weight, a few rows: a warp for each of the ``SLICES`` of every ``BLOCK_K`` x
     ``SLICES`` products of a sum."""
+    TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = tl.float16 if tl.float8e4nv == TYPE else TYPE
+    SUM: tl.constexpr = tl.int32 if tl.int8 == TYPE else tl.float32
     across = tl.cdiv(M, BLOCK_M)
     part = tl.program_id(1)
     rows = (tl.program_id(0) % across) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -187,11 +180,12 @@ def slices_kernel(  # type: ignore[no-untyped-def]
 def tile_kernel(  # type: ignore[no-untyped-def]
     x_ptr, x_scales_ptr, codes_ptr, scales_ptr, bias_ptr, out_ptr, M, N, K, STEPS,
     BIASED: tl.constexpr, ROUNDED: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
-    FAST: tl.constexpr, DTYPE: tl.constexpr, SUM: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    FAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x [M, K] times the weight: a tile of ``BLOCK_N`` results of ``BLOCK_M`` rows a program. Programs that
     read the same weights follow each other."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    SUM: tl.constexpr = tl.int32 if tl.int8 == DTYPE else tl.float32
     across = tl.cdiv(M, BLOCK_M)
     part = tl.program_id(1)
     rows = (tl.program_id(0) % across) * BLOCK_M + tl.arange(0, BLOCK_M)
