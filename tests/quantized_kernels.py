@@ -9,11 +9,12 @@ import json
 
 import torch
 
+from graphopt_kernels import row_quantize_triton
 from graphopt_kernels.quantized import byte_products, bytes_triton
-from graphopt_kernels.quantized.byte_launch import Launch, Problem, check_launch
+from graphopt_kernels.quantized.byte_launch import LIBRARY, Launch, Problem, check_launch
 from graphopt_kernels.quantized.fp8 import rounded_to_fp8
 from graphopt_kernels.quantized.int8 import rounded_to_int8
-from graphopt_kernels.row_quantize import quantize_reference
+from graphopt_kernels.row_quantize import launch_rows, quantize_reference
 
 FP16, FP32, INT8, FP8 = torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn
 LIMITS = {INT8: 127.0, FP8: 448.0}
@@ -84,9 +85,31 @@ def main() -> None:
         poisoned[name] = [
             torch.equal(result.isnan(), dense.isnan()), torch.equal(result.isinf(), dense.isinf()),
         ]  # fmt: skip
+    # The library's product of integers, a few rows at a time.
+    x, codes, scales, bias = inputs(40, 24, 64, FP16, INT8)
+    given, x_scales = quantize_reference(x, INT8, 127.0, 1e-12)
+    byte_products._BLOCK = 17 * 24 * 4
+    found = byte_products.launch_product(
+        bytes_triton, Problem(40, 24, 64, FP16, INT8, True), LIBRARY, given, codes, scales, bias, x_scales
+    )
+    exact = torch.nn.functional.linear(given.double(), codes.double()) * scales * x_scales + bias.double()
+    errors["library"] = float((found.double() - exact).norm() / exact.norm())
+    factors = torch.rand(64) * 3
+    # The interpreter carries wrongly as it rounds to float8: of that, scales are compared.
+    smoothed = [
+        launch_rows(row_quantize_triton, x, None, kind, LIMITS[kind], 1e-12, factors=factors)
+        for kind in (INT8, FP8)
+    ]
+    expected_rows = [
+        quantize_reference(x.float() * factors, kind, LIMITS[kind], 1e-12) for kind in (INT8, FP8)
+    ]
+    same_rows = torch.equal(smoothed[0][0], expected_rows[0][0]) and all(
+        torch.equal(one[1], other[1]) for one, other in zip(smoothed, expected_rows, strict=True)
+    )
     print(
         json.dumps(
             {
+                "smoothed": same_rows,
                 "errors": errors,
                 "unpacked": same,
                 "scaled": float((scaled - expected).abs().max() / expected.abs().max()),

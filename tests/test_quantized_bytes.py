@@ -17,6 +17,7 @@ from graphopt._torch import multiplies_integers
 from graphopt.errors import QuantizationError
 from graphopt.plugins import default_host
 from graphopt.quantize import Scheme, pack_weights
+from graphopt_kernels.quantized import byte_products
 from graphopt_kernels.quantized.byte_digits import can_multiply, product_of_digits
 from graphopt_kernels.quantized.byte_launch import (
     LIBRARY,
@@ -48,6 +49,7 @@ def test_kernels_compute_in_the_interpreter() -> None:
     found = interpreted("quantized_kernels.py")
     assert all(error < (3e-7 if name == "0: row" else 4e-4) for name, error in found["errors"].items()), found
     assert found["unpacked"] and found["scaled"] < 3e-7
+    assert found["smoothed"]
     assert all(all(kinds) for kinds in found["poisoned"].values()), found["poisoned"]
 
 
@@ -524,6 +526,23 @@ def test_models_of_all_schemes_read_packed_weights_and_load_each_others_state() 
     other.load_state_dict(model.state_dict())
     with torch.no_grad():
         assert torch.equal(other(tokens), model(tokens))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_unpacked_weights_are_multiplied_some_at_a_time(
+    biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    codes, scales = rounded_to_int8(torch.randn(300, 64))
+    x, bias = torch.randn(7, 64), torch.randn(300) if biased else None
+    problem = Problem(7, 300, 64, FP32, INT8)
+    results = []
+    for block in (byte_products._BLOCK, 4 * 64 * 130):
+        monkeypatch.setattr(byte_products, "_BLOCK", block)
+        results.append(byte_products.launch_product(None, problem, LIBRARY, x, codes, scales, bias, None))
+    torch.testing.assert_close(*results)
+    expected = byte_products.product_reference(x, codes, scales, bias, None, FP32)
+    torch.testing.assert_close(results[0], expected)
 
 
 def test_a_row_has_the_same_result_in_any_batch() -> None:

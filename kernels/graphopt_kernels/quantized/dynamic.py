@@ -32,7 +32,7 @@ from graphopt_kernels.quantized.byte_products import product, unpacked
 from graphopt_kernels.quantized.fp8 import rounded_to_fp8
 from graphopt_kernels.quantized.int8 import rounded_to_int8
 from graphopt_kernels.quantized.operators import define_operators
-from graphopt_kernels.row_quantize import quantize_reference, quantize_rows
+from graphopt_kernels.row_quantize import quantize_reference, quantize_rows, quantize_scaled_rows
 
 __all__ = ["Fp8Dynamic", "Int8Dynamic", "linear_dynamic", "linear_dynamic_reference"]
 
@@ -51,8 +51,11 @@ def linear_dynamic(
 ) -> torch.Tensor:
     """``x`` [..., K], smoothed and rounded to the dtype of ``codes``, times the weight, ``bias`` [N] added:
     [..., N] of the dtype of ``x``."""
-    smoothed = x.float() * factors if factors.numel() else x
-    rounded, by_row = quantize_rows(smoothed, codes.dtype, _LIMITS[codes.dtype], _LEAST)
+    settings = codes.dtype, _LIMITS[codes.dtype], _LEAST
+    if factors.numel():
+        rounded, by_row = quantize_scaled_rows(x, factors, *settings)
+    else:
+        rounded, by_row = quantize_rows(x, *settings)
     return product(rounded, codes, scales, bias, by_row, x.dtype)
 
 
