@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from functools import cache
@@ -564,3 +565,59 @@ def test_options_that_make_no_sense_are_refused() -> None:
     for scheme in (Fp8(), Fp8Dynamic()):
         with pytest.raises(QuantizationError, match="takes weights of float32, float16 and bfloat16, got"):
             pack_weights(wide, {"weight": (scheme, "rows")})
+
+
+# --- on a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_products_on_a_gpu_are_near_float64_and_the_same_in_every_run(
+    scheme: Scheme, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    for n, k in ((1000, 1024), (4096, 4096), (77, 250), (129, 1003)):
+        weight = (torch.randn(n, k, device="cuda") / k**0.5).to(dtype)
+        tensors = list(scheme.pack(weight, {"largest": torch.rand(k, device="cuda") * 5}).values())
+        bias = torch.randn(n, device="cuda").to(dtype)
+        for rows in (0, 1, 3, 8, 16, 17, 40, 64, 100, 300):
+            x = torch.randn(rows, 2 * k, device="cuda")[:, ::2].to(dtype)
+            found = operator(scheme)(x, *tensors, bias)
+            assert found.shape == (rows, n) and found.dtype is dtype
+            if "dynamic" in scheme.name:
+                expected = linear_dynamic_reference(x.cpu(), *(t.cpu() for t in tensors), bias.cpu())  # type: ignore[arg-type]
+                # Tensor cores keep fewer bits of sums of float8; a value may round to the next float8.
+                slack = 3e-3 if "fp8" in scheme.name else 1e-5
+            else:
+                expected = x.double() @ (tensors[0].double() * tensors[1][:, None]).t() + bias.double()
+                # Weights are rounded to the dtype where they are unpacked.
+                slack = 3e-3 if dtype is not FP32 else 1e-5
+            error = (found.double().cpu() - expected.double().cpu()).norm()
+            limit = slack + torch.finfo(dtype).eps
+            assert error <= limit * expected.double().norm() + 1e-30, (n, k, rows, error)
+            assert torch.equal(found, operator(scheme)(x, *tensors, bias)), (n, k, rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("codes", [INT8, FP8], ids=str)
+@pytest.mark.parametrize("rounded", [False, True])
+def test_every_launch_computes_the_same_on_a_gpu(codes: torch.dtype, rounded: bool) -> None:
+    spec = default_host().tunable("packed-bytes")
+    for rows in (1, 5, 16, 50, 200):
+        problem = Problem(rows, 1000, 2048, BF16, codes, rounded)
+        operands = spec.operands(problem, torch.device("cuda"))
+        (expected,) = spec.reference(problem, operands)
+        for launch in (*spec.configurations(problem), spec.default(problem)):
+            (found,) = spec.run(spec.kernels(), H200, problem, operands, launch)
+            error = (found.float() - expected.float()).norm() / expected.float().norm()
+            assert error < 0.01, (launch, error)
+
+
+@pytest.mark.gpu
+def test_unpacked_weights_on_a_gpu_are_those_of_the_reference() -> None:
+    for scheme, (n, k) in itertools.product((Int8(), Fp8()), ((1000, 1024), (77, 250))):
+        for dtype in (BF16, FP16, FP32):
+            tensors = list(scheme.pack(torch.randn(n, k, device="cuda"), {}).values())
+            found = operator(scheme, "unpack_op")(*tensors, dtype)
+            assert torch.equal(found, byte_products.unpacked_reference(*tensors, dtype))
