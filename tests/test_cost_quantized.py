@@ -86,6 +86,7 @@ def test_unpacking_reads_codes_and_writes_numbers() -> None:
     ("kind", "rows", "expected"),
     [
         ("int8", 16, 0),
+        ("int8", 128, 2 * 128 * N * 4),
         ("int8", 512, 64 * 2**20),
         ("fp8", 512, 64 * 2**20),
         ("int8_dynamic", 16, 16 * K + 64),

@@ -35,8 +35,8 @@ _ROW_ALIGNMENT = 64
 _PACKED = ("linear_int8", "linear_fp8")
 _BLOCK = 64 * 2**20
 _FEW = 128
-"""An unpacked weight, or sums in 32 bits, are there in blocks of so many bytes, for more rows than that; sums
-in parts, for fewer, are as many (``graphopt_kernels.quantized.byte_products``)."""
+"""An unpacked weight, or sums in 32 bits, are there in blocks of so many bytes, for more rows than that; for
+fewer, sums may be in parts (``graphopt_kernels.quantized.byte_products``, ``byte_launch``)."""
 
 
 def scratch_bytes(op: Any, args: Sequence[Any]) -> int:
@@ -71,14 +71,16 @@ def scratch_bytes(op: Any, args: Sequence[Any]) -> int:
 
 
 def _beside_packed(name: str, x: torch.Tensor, codes: torch.Tensor) -> int:
-    """Of a product with a weight of a byte: x in eight bits where it is rounded, what is unpacked or summed
-    up at a time."""
+    """At most, of a product with a weight of a byte: x in eight bits where it is rounded, what is unpacked or
+    summed up at a time."""
     n, k = (_torch.hint(size) for size in codes.shape)
     elements = _torch.hint(x.numel())
     rows = elements // max(1, k)
     rounded = elements + _FLOAT * rows if name.endswith("dynamic") else 0
     if rows <= _FEW:
-        return rounded
+        programs = -(-n // 16) if rows <= 64 else -(-rows // 64) * -(-n // 128)
+        parts = min(16, -(-2 * _MULTIPROCESSORS // max(1, programs)))
+        return rounded + (parts * rows * n * _FLOAT if parts > 1 else 0)
     if name == "linear_fp8_dynamic":
         return rounded
     block = rows * n * _FLOAT if rounded else n * k * x.element_size()
