@@ -332,6 +332,18 @@ def test_what_is_chosen_is_predicted_to_be_no_slower_than_anything_else() -> Non
                 assert chosen < dense_seconds(problem)
 
 
+def test_what_is_said_of_rows_holds() -> None:
+    """docs/quantization.md: dynamic schemes at every number of rows, weight-only ones up to 64."""
+    for n, k in LLAMA:
+        for codes in (INT8, FP8):
+            for rows in (1, 2, 3, 9, 16, 17, 33, 64, 65, 128, 200, 256, 500, 1024, 2048, 4096):
+                for rounded in (False, True):
+                    if rows <= 64 or rounded:
+                        problem = Problem(rows, n, k, BF16, codes, rounded)
+                        launch = launch_for(problem, H200)
+                        assert predicted_seconds(problem, launch, H200) < dense_seconds(problem), problem
+
+
 def test_unpacking_costs_least_where_there_are_many_rows() -> None:
     """Weight-only arithmetic multiplies as dense products do: for many rows it costs the unpacking more."""
     for n, k in LLAMA:
