@@ -23,6 +23,7 @@ from table_gpu import (
     gpu_optimizer,
     gpu_pack_linears,
     gpu_products,
+    gpu_quantized,
     gpu_resnet1000,
     gpu_rotary,
     gpu_step,
@@ -385,6 +386,26 @@ def warm_start(record: dict[str, Any]) -> str:
     )
 
 
+def quantized_cpu(record: dict[str, Any]) -> str:
+    kinds = ("float32", "bfloat16", "int8", "int8-dynamic")
+    cells = [
+        (
+            f"{row['columns']} x {row['inner']}",
+            row["rows"],
+            *(row[kind] for kind in kinds),
+            f"{row['float32'] / row['int8']:.2f}",
+            f"{row['int8_error']:.1e}",
+        )
+        for row in record["rows"]
+    ]
+    return (
+        "## Linear layers with packed weights on a CPU\n\n"
+        f"ms a call, {record['threads']} thread, x in float32, weights from memory; `gain`: float32 over "
+        "int8; `error`: of int8, relative to float64 with unpacked weights.\n\n"
+        + table(("weight", "rows", *kinds, "gain", "error"), cells)
+    )
+
+
 def failures(record: dict[str, Any]) -> str:
     rows = [
         f"- {row['model']}: {row['error']}" for row in record["rows"] if isinstance(row.get("error"), str)
@@ -410,6 +431,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu_attention": gpu_attention,
     "gpu_emitted_attention": gpu_emitted_attention,
     "gpu_products": gpu_products,
+    "gpu_quantized": gpu_quantized,
     "gpu_pack_linears": gpu_pack_linears,
     "gpu_convolutions": gpu_convolutions,
     "gpu_optimizer": gpu_optimizer,
@@ -421,6 +443,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "backward_order": backward_order,
     "tiled_convolutions": tiled_convolutions,
     "folded_norms": folded_norms,
+    "quantized_cpu": quantized_cpu,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from table_cells import good, number, table, verdict
+from table_cells import good, number, percent, table, verdict
 
 
 def gpu_train(record: dict[str, Any]) -> str:
@@ -298,6 +298,32 @@ def gpu_products(record: dict[str, Any]) -> str:
         "us; `share`: the emitted product alone, as a part of the rate of the library's. A device's "
         "`emitted_matmul_share` comes from it, and decides which products are emitted.\n\n"
         + table(("case", "shape", "emitted", "compile", "eager", "library's product", "share"), cells)
+    )
+
+
+def gpu_quantized(record: dict[str, Any]) -> str:
+    cells = [
+        (
+            f"{row['columns']} x {row['inner']}",
+            row["rows"],
+            row["scheme"],
+            *(row[kind] for kind in ("us", "dense_us", "ratio")),
+            percent(row["read"]),
+            f"{row['error']:.2g}",
+            f"{row['dense_error']:.2g}",
+            row.get("launch", "").partition(" ")[0],
+        )
+        for row in record["rows"]
+    ]
+    return (
+        "## Products that read packed weights\n\n"
+        "us a call in a CUDA graph, weights from memory; `read`: packed bytes a second, as a part of the "
+        f"read bandwidth of the same run, {record['read_gb_per_second']:,.0f} GB/s; errors relative to "
+        "float64 with unpacked weights.\n\n"
+        + table(
+            ("weight", "rows", "scheme", "us", "dense bf16", "ratio", "read", "error", "of dense", "kernel"),
+            cells,
+        )
     )
 
 

@@ -571,3 +571,22 @@ def test_what_reads_memory_is_computed_before_a_custom_operator_writes_it() -> N
         assert [value.tolist() for value in values] == [[0.0] * 3, [0.0] * 4, [2.0] * 3, [2.0] * 4]
         torch._inductor.lowering.lowerings.pop(op)
         _torch._ordered.discard(op)
+
+
+def test_products_of_eight_bit_integers_are_exact_and_have_32_bits() -> None:
+    x, w = (torch.randint(-127, 128, shape, dtype=torch.int8) for shape in ((3, 40), (24, 40)))
+    found = _torch.integer_product(x, w.t())
+    assert found.dtype is torch.int32 and torch.equal(found.long(), x.long() @ w.long().t())
+    assert isinstance(_torch.multiplies_integers(), bool)
+
+
+def test_products_of_float8_are_scaled_by_row() -> None:
+    x, w = (torch.randn(shape).to(torch.float8_e4m3fn) for shape in ((32, 64), (48, 64)))
+    by_row, by_column = torch.rand(32, 1), torch.rand(1, 48)
+    try:
+        found = _torch.scaled_product(x, w.t(), by_row, by_column, None, torch.bfloat16)
+    except RuntimeError as error:
+        # The CPU's has scales for whole tensors alone, in some versions.
+        pytest.skip(str(error).splitlines()[0])
+    expected = (x.float() @ w.float().t()) * by_row * by_column
+    torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)

@@ -16,6 +16,13 @@ from graphopt_cost_model.attention_cost import attention_backward_phases, attent
 from graphopt_cost_model.call import Call, TensorSpec
 from graphopt_cost_model.class_blocks import PREFIX, block_phases
 from graphopt_cost_model.phase import Phase
+from graphopt_cost_model.quantized_cost import (
+    DYNAMIC,
+    WEIGHT_ONLY,
+    dynamic_phases,
+    unpack_phases,
+    weight_only_phases,
+)
 from graphopt_cost_model.rotary_cost import (
     cached_rotary_phases,
     rotary_backward_phases,
@@ -169,4 +176,7 @@ _FORMULAS: dict[str, Callable[[Call], tuple[Phase, ...]]] = {
     "graphopt.dequantize_groups": _converted(4),
     "graphopt.pack_levels": _converted(8),
     "graphopt.unpack_levels": _converted(4),
+    **{f"graphopt.linear_{scheme}": weight_only_phases for scheme in WEIGHT_ONLY},
+    **{f"graphopt.linear_{scheme}": dynamic_phases for scheme in DYNAMIC},
+    **{f"graphopt.unpack_{scheme}": unpack_phases for scheme in (*WEIGHT_ONLY, *DYNAMIC)},
 }

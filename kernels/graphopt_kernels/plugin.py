@@ -338,18 +338,30 @@ def graphopt_codecs() -> Iterable[CodecSpec]:
 @hookimpl
 def graphopt_schemes() -> Iterable[str]:
     """Ways to keep weights in fewer bytes."""
-    return ("graphopt_kernels.quantized.int8:Int8",)
+    return (
+        "graphopt_kernels.quantized.int8:Int8",
+        "graphopt_kernels.quantized.fp8:Fp8",
+        "graphopt_kernels.quantized.dynamic:Int8Dynamic",
+        "graphopt_kernels.quantized.dynamic:Fp8Dynamic",
+    )
 
 
 @hookimpl
 def graphopt_tunables() -> Iterable[TunableSpec]:
-    """Norms of rows, cross entropy of rows, attention, groups of operators."""
+    """Norms of rows, cross entropy of rows, attention, groups of operators, products with packed weights."""
     from graphopt_kernels.tuning.attention import attention_tunables
     from graphopt_kernels.tuning.cross_entropy import cross_entropy_tunable
     from graphopt_kernels.tuning.groups import group_tunable
+    from graphopt_kernels.tuning.packed_bytes import packed_bytes_tunable
     from graphopt_kernels.tuning.row_norms import row_norm_tunables
 
-    return *row_norm_tunables(), cross_entropy_tunable(), *attention_tunables(), group_tunable()
+    return (
+        *row_norm_tunables(),
+        cross_entropy_tunable(),
+        *attention_tunables(),
+        group_tunable(),
+        packed_bytes_tunable(),
+    )
 
 
 @hookimpl

@@ -30,6 +30,7 @@ __all__ = [
     "launch_rows",
     "quantize_reference",
     "quantize_rows",
+    "quantize_scaled_rows",
     "quantize_supports",
     "row_norm_quantize",
     "row_norm_quantize_reference",
@@ -123,17 +124,21 @@ def launch_rows(
     limit: float,
     least: float,
     *,
+    factors: torch.Tensor | None = None,
     block: int | None = None,
     rows: int | None = None,
     started: dict[str, Any] | None = None,
 ) -> Rows:
     """Both operators by ``kernels``, the module of the jitted function; ``norm`` are the arguments of
-    ``row_norm`` behind the input. ``rows`` of ``block`` elements a program, which is ``started`` as
+    ``row_norm`` behind the input. ``factors`` float32[D]: what columns are multiplied by first, in float32,
+    where there is no norm. ``rows`` of ``block`` elements a program, which is ``started`` as
     ``warps_and_registers`` says, chosen where they are not given."""
     result = torch.empty(input.shape, dtype=codes, device=input.device)
     scale = torch.empty((*input.shape[:-1], 1), dtype=torch.float32, device=input.device)
     if not input.numel():
         return quantize_reference(input, codes, limit, least)
+    if factors is not None and norm is not None:
+        raise ValueError("columns of a norm have weights: factors are for rows without one")
     weight, bias, eps, centered, offset, rounds_first, dtype = norm or (
         None,
         None,
@@ -143,6 +148,7 @@ def launch_rows(
         False,
         None,
     )
+    weight = weight if factors is None else factors
     width = input.shape[-1]
     count = input.numel() // width
     chosen = tile(width)
@@ -249,6 +255,16 @@ def row_norm_quantize_supports(
 
 
 # --- references --------------------------------------------------------------------------------
+
+
+def quantize_scaled_rows(
+    input: torch.Tensor, factors: torch.Tensor, codes: torch.dtype, limit: float, least: float
+) -> Rows:
+    """``quantize_rows`` of ``input`` [..., D] times ``factors`` float32[D], a product in float32 that is
+    never stored where there is a kernel. No operator: for use within those of others."""
+    if (kernels := _kernels_for(input)) is not None:
+        return launch_rows(kernels, input, None, codes, limit, least, factors=factors)
+    return quantize_reference(input.float() * factors, codes, limit, least)
 
 
 def quantize_reference(input: torch.Tensor, codes: torch.dtype, limit: float, least: float) -> Rows:

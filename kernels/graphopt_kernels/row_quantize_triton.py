@@ -60,7 +60,8 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
 ):
     """``ROWS`` rows for each program, in registers from their norm to their codes.
 
-    ``NORMALIZED``: what is quantized is the norm of the rows, rounded to ``DTYPE``. ``WHOLE``: codes are
+    ``NORMALIZED``: what is quantized is the norm of the rows, rounded to ``DTYPE``; without it ``weight`` is
+    what the columns are multiplied by in float32, if ``WEIGHTED``. ``WHOLE``: codes are
     integers. ``CLAMPED``: the limit is not what conversions keep to or whole numbers are rounded to.
     ``TINY`` as in ``_over``.
     """
@@ -76,6 +77,8 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
         y = y.to(DTYPE)
     y = y.to(tl.float32)
+    if WEIGHTED and not NORMALIZED:
+        y *= tl.load(weight + at, mask=at < WIDTH, other=0.0)
     # As integers, so that a NaN is the largest of all.
     bits = y.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     largest = tl.max(bits, axis=1, keep_dims=True).to(tl.float32, bitcast=True)

@@ -18,26 +18,21 @@ import torch
 
 from graphopt.candidate import Reason
 from graphopt.packing import Scheme
+from graphopt_kernels.quantized.byte_products import product, unpacked
 from graphopt_kernels.quantized.operators import define_operators
 
-__all__ = ["Int8", "linear_int8_reference", "unpack_int8_reference"]
+__all__ = ["Int8", "linear_int8", "rounded_to_int8"]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LARGEST = 127.0
 
 
-def unpack_int8_reference(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """The weight [N, K] of ``dtype`` that ``codes`` int8[N, K] and ``scales`` float32[N] stand for."""
-    return (codes.float() * scales[:, None]).to(dtype)
-
-
-def linear_int8_reference(
+def linear_int8(
     x: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """``x`` [..., K] times the weight, scaled after the sum; ``bias`` [N] added: [..., N] of the dtype of
     ``x``."""
-    product = torch.nn.functional.linear(x.float(), codes.float()) * scales
-    return (product if bias is None else product + bias.float()).to(x.dtype)
+    return product(x, codes, scales, bias)
 
 
 def _shape(codes: torch.Tensor, scales: torch.Tensor) -> tuple[int, int]:
@@ -48,10 +43,18 @@ define_operators(
     "int8",
     ("codes", "scales"),
     (),
-    unpack=unpack_int8_reference,
-    linear=linear_int8_reference,
+    unpack=unpacked,
+    linear=linear_int8,
     shape=_shape,
 )
+
+
+def rounded_to_int8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int8[N, K] and scales float32[N] of a ``weight`` float32[N, K]."""
+    largest = weight.abs().amax(1) if weight.shape[1] else weight.new_zeros(weight.shape[0])
+    scales = torch.where(largest > 0, largest / _LARGEST, 1.0)
+    codes = (weight / scales[:, None]).round().clamp(-_LARGEST, _LARGEST)
+    return codes.to(torch.int8), scales
 
 
 @dataclass(frozen=True)
@@ -70,10 +73,7 @@ class Int8(Scheme):
         return None
 
     def pack(self, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        exact = weight.float()
-        largest = exact.abs().amax(1)
-        scales = torch.where(largest > 0, largest / _LARGEST, 1.0)
-        codes = (exact / scales[:, None]).round().clamp(-_LARGEST, _LARGEST).to(torch.int8)
+        codes, scales = rounded_to_int8(weight.float())
         return {"codes": codes, "scales": scales}
 
     def stored_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:

@@ -1,0 +1,84 @@
+"""What products with packed weights cost: the weight is read as it is stored.
+
+A few rows are one kernel, bound by the packed bytes or by the instructions that make numbers of them:
+``Phase.elements`` are those, since they run at the rate of the vector units. For more rows the weight is
+unpacked and a dense product reads it, or, where x is rounded as well, eight-bit numbers are multiplied as
+they are. Instructions were counted in disassemblies of ``graphopt_kernels.quantized.bytes_triton`` for sm_90.
+On a CPU int8 is read as it is stored too (``byte_digits``); float8 is converted first there, which is not
+counted.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from graphopt_cost_model.call import Call, TensorSpec
+from graphopt_cost_model.phase import Phase
+
+__all__ = ["DYNAMIC", "WEIGHT_ONLY", "dynamic_phases", "unpack_phases", "weight_only_phases"]
+
+WEIGHT_ONLY = ("int8", "fp8")
+DYNAMIC = ("int8_dynamic", "fp8_dynamic")
+
+_FEW = 128
+"""Rows up to which one kernel unpacks the weight as it multiplies."""
+
+_SLOTS = 3.5
+_SLOTS_A_ROW = 0.06
+"""Instructions of a lane for a weight, and more for each row that it is multiplied with."""
+
+
+def weight_only_phases(call: Call) -> tuple[Phase, ...]:
+    """Products of x as it is."""
+    x, codes, rows, columns, inner = _sizes(call)
+    dtype, flops = _name(x.dtype), 2 * rows * columns * inner
+    read, written = _read(call), call.outputs[0].stored_bytes
+    elements = max(x.elements, call.outputs[0].elements)
+    if rows <= _FEW:
+        slots = round(codes.elements * (_SLOTS + _SLOTS_A_ROW * rows))
+        return (Phase(flops, max(slots, elements), read, written, dtype),)
+    wide = codes.elements * x.dtype.itemsize
+    unpacked = Phase(0, codes.elements, codes.stored_bytes, wide, "float32")
+    product = Phase(
+        flops, max(elements, codes.elements), read - codes.stored_bytes + wide, written, dtype
+    )
+    return unpacked, product
+
+
+def dynamic_phases(call: Call) -> tuple[Phase, ...]:
+    """x is rounded by one kernel, and multiplied as what it then is."""
+    x, codes, rows, columns, inner = _sizes(call)
+    flops = 2 * rows * columns * inner
+    small, by_row = x.elements, 4 * rows
+    rounding = Phase(0, x.elements, x.stored_bytes, small + by_row, "float32")
+    read = _read(call) - x.stored_bytes + small + by_row
+    written, elements = call.outputs[0].stored_bytes, max(x.elements, call.outputs[0].elements)
+    product = Phase(flops, max(elements, codes.elements), read, written, _name(codes.dtype))
+    if codes.dtype is not torch.int8 or rows <= _FEW:
+        return rounding, product
+    # The library's sums have 32 bits; scaling them is a kernel of its own.
+    sums = 4 * call.outputs[0].elements
+    scaling = Phase(0, elements, sums, written, "float32")
+    return rounding, Phase(flops, elements, read, sums, _name(codes.dtype)), scaling
+
+
+def unpack_phases(call: Call) -> tuple[Phase, ...]:
+    """One kernel."""
+    result = call.outputs[0]
+    read = sum(spec.stored_bytes for spec in call.inputs)
+    return (Phase(0, result.elements, read, result.stored_bytes, "float32"),)
+
+
+def _sizes(call: Call) -> tuple[TensorSpec, TensorSpec, int, int, int]:
+    """x, codes, rows, columns, products of a sum."""
+    x, codes = call.argument("x"), call.argument("codes")
+    inner = x.shape[-1]
+    return x, codes, x.elements // max(1, inner), call.outputs[0].shape[-1], inner
+
+
+def _read(call: Call) -> int:
+    return sum({spec.place: spec.stored_bytes for spec in call.inputs}.values())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

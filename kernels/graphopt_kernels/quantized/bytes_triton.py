@@ -1,0 +1,262 @@
+"""Products that read weights of a byte: on vector units, on tensor cores in slices, in tiles.
+
+All of them stream the codes once, 16 bytes a thread at a time, and turn them into the dtype of x in
+registers. On tensor cores the weight is the left-hand operand: it is then taken from registers, and what is
+padded are rows of x, to 8 at least. In the kernel of slices every warp adds up a part of each sum, so that
+few results keep many warps busy. Sums may also be cut into parts by programs, which ``sum_kernel`` adds up in
+order.
+
+Where x has been rounded as well (``ROUNDED``), int8 is multiplied by int8 and added up in int32; float8 is
+multiplied as it is in tiles and as float16, which holds it exactly, in slices.
+
+Ways to turn four codes into numbers (``FAST``), exact all of them:
+
+    int8 to float32      the byte + 128 below the exponent of 2**23, less 2**23 + 128
+    int8 to float16      the byte + 128 below the exponent of 2**10, less 2**10 + 128
+    int8 to bfloat16     seven bits below the exponent of 128, less 128, or 256 where the eighth is set
+    float8 to bfloat16   the exponent moved to its place, times 2**120, the quotient of the two biases
+
+Conversions between integers, or halves, and other floats run at a quarter of the rate of the instructions
+that these take.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+__all__ = [
+    "numbers", "row_kernel", "scale_kernel", "slices_kernel", "sum_kernel", "tile_kernel",
+    "unpack_kernel",
+]  # fmt: skip
+
+_TO_FLOAT32: tl.constexpr = tl.constexpr(
+    """{ .reg .b32 u, a;
+    xor.b32 u, $4, 0x80808080;
+    prmt.b32 a, u, 0x4B000000, 0x7440; mov.b32 $0, a; sub.rn.f32 $0, $0, 0f4B000080;
+    prmt.b32 a, u, 0x4B000000, 0x7441; mov.b32 $1, a; sub.rn.f32 $1, $1, 0f4B000080;
+    prmt.b32 a, u, 0x4B000000, 0x7442; mov.b32 $2, a; sub.rn.f32 $2, $2, 0f4B000080;
+    prmt.b32 a, u, 0x4B000000, 0x7443; mov.b32 $3, a; sub.rn.f32 $3, $3, 0f4B000080; }"""
+)
+_TO_FLOAT16: tl.constexpr = tl.constexpr(
+    """{ .reg .b32 u, a, b;
+    xor.b32 u, $2, 0x80808080; mov.b32 b, 0x64806480;
+    prmt.b32 a, u, 0x64646464, 0x4140; sub.rn.f16x2 $0, a, b;
+    prmt.b32 a, u, 0x64646464, 0x4342; sub.rn.f16x2 $1, a, b; }"""
+)
+_TO_BFLOAT16: tl.constexpr = tl.constexpr(
+    """{ .reg .b32 t, a, b;
+    prmt.b32 t, $2, 0, 0x4140;
+    lop3.b32 a, t, 0x007F007F, 0x43004300, 0xEA; lop3.b32 b, t, 0x00800080, 0x43004300, 0xEA;
+    sub.rn.bf16x2 $0, a, b;
+    prmt.b32 t, $2, 0, 0x4342;
+    lop3.b32 a, t, 0x007F007F, 0x43004300, 0xEA; lop3.b32 b, t, 0x00800080, 0x43004300, 0xEA;
+    sub.rn.bf16x2 $1, a, b; }"""
+)
+_FLOAT8_TO_BFLOAT16: tl.constexpr = tl.constexpr(
+    """{ .reg .b32 t, a, c; mov.b32 c, 0x7B807B80;
+    prmt.b32 t, $2, 0, 0x1404; shr.b32 a, t, 4; and.b32 a, a, 0x07F007F0;
+    lop3.b32 a, t, 0x80008000, a, 0xEA; mul.rn.bf16x2 $0, a, c;
+    prmt.b32 t, $2, 0, 0x3424; shr.b32 a, t, 4; and.b32 a, a, 0x07F007F0;
+    lop3.b32 a, t, 0x80008000, a, 0xEA; mul.rn.bf16x2 $1, a, c; }"""
+)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def numbers(codes, DTYPE: tl.constexpr, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """``codes``, of int8 or float8_e4m3fn, as ``DTYPE``."""
+    if FAST and codes.dtype == tl.int8 and tl.float32 == DTYPE:
+        return tl.inline_asm_elementwise(
+            _TO_FLOAT32, "=f,=f,=f,=f,r", [codes], dtype=tl.float32, is_pure=True, pack=4
+        )
+    elif FAST and codes.dtype == tl.int8 and tl.float16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            _TO_FLOAT16, "=r,=r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
+        )
+    elif FAST and codes.dtype == tl.int8 and tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            _TO_BFLOAT16, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    elif FAST and codes.dtype == tl.float8e4nv and tl.bfloat16 == DTYPE:
+        return tl.inline_asm_elementwise(
+            _FLOAT8_TO_BFLOAT16, "=r,=r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
+        )
+    else:
+        return codes.to(DTYPE)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store(  # type: ignore[no-untyped-def]
+    total, x_scales_ptr, scales_ptr, bias_ptr, out_ptr, rows, columns, part, M, N,
+    BIASED: tl.constexpr, ROUNDED: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """``total``: sums by column and row."""
+    inside = (columns < N)[:, None] & (rows < M)[None, :]
+    places = rows.to(tl.int64)[None, :] * N + columns[:, None]
+    if PARTS == 1:
+        result = total.to(tl.float32)
+        result *= tl.load(scales_ptr + columns, mask=columns < N, other=0.0)[:, None]
+        if ROUNDED:
+            result *= tl.load(x_scales_ptr + rows, mask=rows < M, other=0.0)[None, :]
+        if BIASED:
+            result += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[:, None]
+        tl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        tl.store(out_ptr + part.to(tl.int64) * M * N + places, total, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def row_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, codes_ptr, scales_ptr, bias_ptr, out_ptr, N, K, STEPS,
+    BIASED: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """x [K] times the weight: ``BLOCK_N`` results a program, ``STEPS`` blocks of each sum."""
+    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    part = tl.program_id(1)
+    # Results beyond the last are computed from its weights, and not stored.
+    inside = columns < N
+    starts = codes_ptr + tl.minimum(columns, N - 1).to(tl.int64)[:, None] * K
+    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
+    for step in tl.range(part * STEPS, (part + 1) * STEPS, num_stages=STAGES):
+        ks = step * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+        if EVEN:
+            codes = tl.load(starts + ks, eviction_policy="evict_first")
+            x = tl.load(x_ptr + ks)
+        else:
+            codes = tl.load(starts + ks, mask=ks < K, other=0.0, eviction_policy="evict_first")
+            x = tl.load(x_ptr + ks, mask=ks < K, other=0.0)
+        total += numbers(codes, tl.float32, FAST) * x.to(tl.float32)
+    sums = tl.sum(total, 1)
+    if PARTS == 1:
+        sums *= tl.load(scales_ptr + columns, mask=inside, other=0.0)
+        if BIASED:
+            sums += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(out_ptr + columns, sums.to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        tl.store(out_ptr + part * N + columns, sums, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def slices_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, x_scales_ptr, codes_ptr, scales_ptr, bias_ptr, out_ptr, M, N, K, STEPS,
+    BIASED: tl.constexpr, ROUNDED: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
+    FAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
+):  # fmt: skip
+    """x [M, K] times the weight, a few rows: a warp for each of the ``SLICES`` of every ``BLOCK_K`` x
+    ``SLICES`` products of a sum."""
+    TYPE: tl.constexpr = x_ptr.dtype.element_ty
+    DTYPE: tl.constexpr = tl.float16 if tl.float8e4nv == TYPE else TYPE
+    SUM: tl.constexpr = tl.int32 if tl.int8 == TYPE else tl.float32
+    across = tl.cdiv(M, BLOCK_M)
+    part = tl.program_id(1)
+    rows = (tl.program_id(0) % across) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = (tl.program_id(0) // across) * BLOCK_N + tl.arange(0, BLOCK_N)
+    starts = codes_ptr + tl.minimum(columns, N - 1).to(tl.int64)[None, :, None] * K
+    inputs = x_ptr + rows.to(tl.int64)[None, None, :] * K
+    here = (rows < M)[None, None, :]
+    within = tl.arange(0, SLICES)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    total = tl.zeros((SLICES, BLOCK_N, BLOCK_M), SUM)
+    for step in range(part * STEPS, (part + 1) * STEPS):
+        ks = step * (SLICES * BLOCK_K) + within
+        if EVEN:
+            codes = tl.load(starts + ks[:, None, :], eviction_policy="evict_first")
+            x = tl.load(inputs + ks[:, :, None], mask=here, other=0.0)
+        else:
+            reached = ks < K
+            codes = tl.load(
+                starts + ks[:, None, :], mask=reached[:, None, :], other=0.0, eviction_policy="evict_first"
+            )
+            x = tl.load(inputs + ks[:, :, None], mask=here & reached[:, :, None], other=0.0)
+        total = tl.dot(numbers(codes, DTYPE, FAST), numbers(x, DTYPE, FAST), total, out_dtype=SUM)
+    _store(
+        tl.sum(total, 0), x_scales_ptr, scales_ptr, bias_ptr, out_ptr, rows, columns, part, M, N,
+        BIASED, ROUNDED, PARTS,
+    )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def tile_kernel(  # type: ignore[no-untyped-def]
+    x_ptr, x_scales_ptr, codes_ptr, scales_ptr, bias_ptr, out_ptr, M, N, K, STEPS,
+    BIASED: tl.constexpr, ROUNDED: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
+    FAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """x [M, K] times the weight: a tile of ``BLOCK_N`` results of ``BLOCK_M`` rows a program. Programs that
+    read the same weights follow each other."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    SUM: tl.constexpr = tl.int32 if tl.int8 == DTYPE else tl.float32
+    across = tl.cdiv(M, BLOCK_M)
+    part = tl.program_id(1)
+    rows = (tl.program_id(0) % across) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = (tl.program_id(0) // across) * BLOCK_N + tl.arange(0, BLOCK_N)
+    starts = codes_ptr + tl.minimum(columns, N - 1).to(tl.int64)[:, None] * K
+    inputs = x_ptr + tl.minimum(rows, M - 1).to(tl.int64)[None, :] * K
+    total = tl.zeros((BLOCK_N, BLOCK_M), SUM)
+    for step in range(part * STEPS, (part + 1) * STEPS):
+        ks = step * BLOCK_K + tl.arange(0, BLOCK_K)
+        if EVEN:
+            codes = tl.load(starts + ks[None, :])
+            x = tl.load(inputs + ks[:, None])
+        else:
+            codes = tl.load(starts + ks[None, :], mask=ks[None, :] < K, other=0.0)
+            x = tl.load(inputs + ks[:, None], mask=ks[:, None] < K, other=0.0)
+        total = tl.dot(numbers(codes, DTYPE, FAST), numbers(x, DTYPE, FAST), total, out_dtype=SUM)
+    _store(
+        total, x_scales_ptr, scales_ptr, bias_ptr, out_ptr, rows, columns, part, M, N,
+        BIASED, ROUNDED, PARTS,
+    )  # fmt: skip
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def sum_kernel(  # type: ignore[no-untyped-def]
+    partial_ptr, x_scales_ptr, scales_ptr, bias_ptr, out_ptr, count, N,
+    BIASED: tl.constexpr, ROUNDED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Adds up the parts of ``count`` results, rows of ``N``, one after the other."""
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < count
+    total = tl.load(partial_ptr + places, mask=inside, other=0)
+    for part in tl.static_range(1, PARTS):
+        total += tl.load(partial_ptr + part * count + places, mask=inside, other=0)
+    result = total.to(tl.float32)
+    columns = places % N
+    result *= tl.load(scales_ptr + columns, mask=inside, other=0.0)
+    if ROUNDED:
+        result *= tl.load(x_scales_ptr + places // N, mask=inside, other=0.0)
+    if BIASED:
+        result += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def scale_kernel(  # type: ignore[no-untyped-def]
+    sums_ptr, x_scales_ptr, scales_ptr, bias_ptr, out_ptr, N,
+    BIASED: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A row of int32 sums, scaled both ways, and the bias."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < N
+    result = tl.load(sums_ptr + row * N + columns, mask=inside, other=0).to(tl.float32)
+    result *= tl.load(scales_ptr + columns, mask=inside, other=0.0)
+    result *= tl.load(x_scales_ptr + row)
+    if BIASED:
+        result += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + row * N + columns, result.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def unpack_kernel(  # type: ignore[no-untyped-def]
+    codes_ptr, scales_ptr, out_ptr, N, K,
+    FAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The weight [N, K]."""
+    rows = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    ks = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    inside = (rows < N)[:, None] & (ks < K)
+    places = rows[:, None] * K + ks
+    codes = tl.load(codes_ptr + places, mask=inside, other=0.0)
+    scales = tl.load(scales_ptr + rows, mask=rows < N, other=0.0)[:, None]
+    weight = numbers(codes, tl.float32, FAST) * scales
+    tl.store(out_ptr + places, weight.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,99 @@
+"""What products with packed weights cost: packed bytes, FLOPs, instructions, memory beside the outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.fx as fx
+
+import graphopt_kernels.quantized.dynamic as module
+from graphopt.emit.scratch import scratch_bytes
+from graphopt.plugins import default_host
+from graphopt_cost_model.flops import flops
+from graphopt_cost_model.roofline import RooflineCostModel
+from graphopt_cost_model.traffic import traffic
+from tests.cost_graphs import call_node
+
+assert module.__all__, "importing it registers the operators"
+ops = torch.ops.graphopt
+N, K = 14336, 4096
+BF16, INT8, FP8 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
+
+
+class Gpu:
+    """A tensor that says that it is on a GPU: where there is none, metadata has to do."""
+
+    def __init__(self, like: torch.Tensor) -> None:
+        self.shape, self.device = like.shape, torch.device("cuda")
+        self.numel, self.element_size = like.numel, like.element_size
+
+
+def arguments(rows: int, kind: str) -> tuple[Any, ...]:
+    def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    codes = tensor(N, K, dtype=INT8 if "int8" in kind else FP8)
+    factors = (tensor(0),) if "dynamic" in kind else ()
+    return tensor(rows, K, dtype=BF16), codes, tensor(N), *factors, None
+
+
+def product(rows: int, kind: str) -> fx.Node:
+    op = getattr(ops, f"linear_{kind}").default
+    return call_node(op, arguments(rows, kind), torch.empty(rows, N, dtype=BF16, device="meta"))
+
+
+def dense(rows: int) -> fx.Node:
+    x, w = (torch.empty(shape, dtype=BF16, device="meta") for shape in ((rows, K), (N, K)))
+    return call_node(
+        torch.ops.aten.linear.default, (x, w, None), torch.empty(rows, N, dtype=BF16, device="meta")
+    )
+
+
+def seconds(node: fx.Node, device: str = "h200") -> float:
+    return RooflineCostModel(default_host().device(device), workspaces=False).node(node).seconds
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8", "int8_dynamic", "fp8_dynamic"])
+def test_few_rows_are_faster_than_dense_by_the_bytes(kind: str) -> None:
+    launch = default_host().device("h200").launch_seconds
+    for rows in (1, 8, 16):
+        node = product(rows, kind)
+        assert flops(node) == 2 * rows * N * K
+        moved = traffic(node)
+        assert N * K < moved.read < 1.02 * N * K and moved.written < 1.02 * (rows * N * 2 + rows * (K + 4))
+        launches = 2 if "dynamic" in kind else 1
+        ratio = (seconds(dense(rows)) - launch) / (seconds(node) - launches * launch)
+        assert 1.9 < ratio < 2.01, (kind, rows)
+
+
+def test_many_rows_cost_the_unpacking_more_where_x_is_not_rounded() -> None:
+    rows = 4096
+    assert seconds(dense(rows)) < seconds(product(rows, "int8")) < 1.1 * seconds(dense(rows))
+    assert seconds(product(rows, "fp8_dynamic")) < 0.6 * seconds(dense(rows))
+    assert seconds(product(rows, "int8_dynamic")) < 0.75 * seconds(dense(rows))
+
+
+def test_unpacking_reads_codes_and_writes_numbers() -> None:
+    _, codes, scales, _ = arguments(1, "int8")
+    out = torch.empty(N, K, dtype=BF16, device="meta")
+    moved = traffic(call_node(ops.unpack_int8.default, (codes, scales, BF16), out))
+    assert (moved.read, moved.written) == (N * K + 4 * N, 2 * N * K)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "expected"),
+    [
+        ("int8", 16, 0),
+        ("int8", 128, 2 * 128 * N * 4),
+        ("int8", 512, 64 * 2**20),
+        ("fp8", 512, 64 * 2**20),
+        ("int8_dynamic", 16, 16 * K + 64),
+        ("int8_dynamic", 512, 512 * K + 2048 + 4 * 512 * N),
+        ("fp8_dynamic", 512, 512 * K + 2048),
+    ],
+)
+def test_memory_beside_the_output_on_a_gpu(kind: str, rows: int, expected: int) -> None:
+    x, *rest = arguments(rows, kind)
+    assert scratch_bytes(getattr(ops, f"linear_{kind}").default, (Gpu(x), *rest)) == expected
