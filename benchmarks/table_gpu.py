@@ -49,35 +49,48 @@ def gpu_step(record: dict[str, Any]) -> str:
             else f"graphopt, {row['budget_bytes'] / 2**20:.0f} MiB",
             f"{row['act_mib']:.0f}",
             f"{row['ms']:.1f}",
+            row["at"],
         )
         for row in sorted(record["rows"], key=lambda row: row["ms"])
     ]
+    runs = "; ".join(f"at {at} {what}" for at, what in record["pipelines"].items())
+    notes = "".join(
+        f" {row['act_mib']:.0f} MiB: {row['note']}." for row in record["rows"] if "note" in row
+    )
     ours = [row for row in record["rows"] if row["mode"].startswith("graphopt") and row["act_mib"] <= 8000]
     best = min((row["ms"] for row in ours), default=math.inf)
     return (
         "## One training step with fused norms and packed layers\n\n"
-        f"The step of the section before, {shape['steps']} times, with norms fused, layers packed and "
+        f"The step of the section before, up to {shape['steps']} times, with norms fused, layers packed and "
         "gradients of weights added within their products. "
-        f"Target: 108 ms in 8,000 MiB: {verdict(best <= 108)}. Measured at {record['at']}, with "
-        f"{record['pipeline']}. Not ready in time: {', '.join(record['missing']) or 'none'}.\n\n"
-        + table(("mode", "activations, MiB", "ms"), cells)
+        f"Target: 108 ms in 8,000 MiB: {verdict(best <= 108)}. Rows of one `at` are of one run, machines "
+        f"differ by some percent. Pipelines: {runs}. Not ready in time: "
+        f"{', '.join(record['missing']) or 'none'}.{notes}\n\n"
+        + table(("mode", "activations, MiB", "ms", "at"), cells)
     )
 
 
 def gpu_step_kernels(record: dict[str, Any]) -> str:
+    alone = record["floor_ms"]
     cells = [
-        (name, f"{ms:.1f}", f"{record['floor_ms'][name]:.1f}" if name in record["floor_ms"] else "")
+        (name, f"{ms:.1f}", f"{alone[name]:.1f}" if name in alone else "")
         for name, ms in sorted(record["kernels"].items(), key=lambda item: -item[1])
     ]
-    floor = sum(record["floor_ms"].values())
-    rest = record["kernels"]["fills"] + record["kernels"]["others"]
+    text = (
+        f"Kernels of the step without a budget, launched one by one: {record['step_ms']:.1f} ms a step, "
+        f"{record['busy_ms']:.1f} of them with a kernel running (while a profiler looked on)."
+    )
+    if alone:
+        floor, rest = sum(alone.values()), record["kernels"]["fills"] + record["kernels"]["others"]
+        text += (
+            f" The same products and attention timed alone, back to back, take {floor:.1f} ms: with everything "
+            "else for nothing, the step would take no less; with what that takes now "
+            f"({rest:.1f} ms), {floor + rest:.1f} ms."
+        )
     return (
         "## Where the time of that step goes\n\n"
-        f"Kernels of the step without a budget, launched one by one: {record['step_ms']:.1f} ms a step, "
-        f"{record['busy_ms']:.1f} of them with a kernel running (while a profiler looked on). The same "
-        f"products and attention timed alone, back to back, take {floor:.1f} ms: with everything else for "
-        f"nothing, the step would take no less; with what that takes now ({rest:.1f} ms), "
-        f"{floor + rest:.1f} ms.\n\n"
+        + text
+        + "\n\n"
         + table(("kernels", "ms a step", "alone, ms"), cells)
     )
 
