@@ -83,8 +83,8 @@ def gpu_step_kernels(record: dict[str, Any]) -> str:
     if alone:
         floor, rest = sum(alone.values()), record["kernels"]["fills"] + record["kernels"]["others"]
         text += (
-            f" The same products and attention timed alone, back to back, take {floor:.1f} ms: with everything "
-            "else for nothing, the step would take no less; with what that takes now "
+            f" The same products and attention timed alone, back to back, take {floor:.1f} ms: with "
+            "everything else for nothing, the step would take no less; with what that takes now "
             f"({rest:.1f} ms), {floor + rest:.1f} ms."
         )
     return (
