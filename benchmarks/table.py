@@ -408,7 +408,9 @@ def quantized_cpu(record: dict[str, Any]) -> str:
 
 def failures(record: dict[str, Any]) -> str:
     rows = [
-        f"- {row['model']}: {row['error']}" for row in record.get("rows", ()) if isinstance(row.get("error"), str)
+        f"- {row['model']}: {row['error']}"
+        for row in record.get("rows", ())
+        if isinstance(row.get("error"), str)
     ]
     return "\n\nWithout a result:\n\n" + "\n".join(rows) if rows else ""
 
