@@ -6,14 +6,18 @@ The model and step of gpu_train.py. ``cold`` starts with empty caches of generat
 process with those that the cold start left. Seconds count from the model on the GPU to the end of the first
 forward and backward; importing and building the model are left out. Both modes start at the same time, each
 on cores of its own where the machine has enough of them. ``tune_s`` is ``graphopt tune`` for one block of
-the same model with all that it calls, ``tuned_again_s`` the same with its results there.
+the same model with all that it calls, ``tuned_again_s`` the same with its results there. ``--profiles FOLDER``
+keeps, for each start, which functions of Python took longest: what a start adds is seen there.
 """
 
 from __future__ import annotations
 
 import argparse
+import cProfile
+import io
 import json
 import os
+import pstats
 import subprocess
 import sys
 import tempfile
@@ -97,6 +101,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_compile_time.json"))
     made.add_argument("--one", choices=MODES)
     made.add_argument("--limit", type=float, default=150.0, help="seconds for each start")
+    made.add_argument("--profiles", type=Path, help="keep profiles of the starts in this folder")
     made.add_argument("--no-tune", action="store_true", help="leave out graphopt tune")
     made.add_argument("--hidden", type=int, default=2048)
     made.add_argument("--layers", type=int, default=16)
@@ -112,10 +117,19 @@ def main() -> None:
         print("gpu_compile_time needs a CUDA device")
         return
     if shape.one:
-        print("RESULT " + json.dumps(one(shape.one, shape)), flush=True)
+        profile = cProfile.Profile()
+        found = profile.runcall(one, shape.one, shape) if shape.profiles else one(shape.one, shape)
+        if shape.profiles:
+            text = io.StringIO()
+            pstats.Stats(profile, stream=text).sort_stats("cumulative").print_stats(120)
+            shape.profiles.mkdir(parents=True, exist_ok=True)
+            write_atomically(shape.profiles / f"{shape.one}-{time.time():.0f}.txt", text.getvalue())
+        print("RESULT " + json.dumps(found), flush=True)
         return
     rows: list[dict[str, Any]] = []
     command = [sys.executable, str(Path(__file__).resolve())]
+    if shape.profiles:
+        command += ["--profiles", str(shape.profiles.resolve())]
     for name in ("hidden", "layers", "batch", "seq", "vocab"):
         command += [f"--{name}", str(getattr(shape, name))]
     with tempfile.TemporaryDirectory() as folder:
