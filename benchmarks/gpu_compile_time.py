@@ -6,8 +6,8 @@ The model and step of gpu_train.py. ``cold`` starts with empty caches of generat
 process with those that the cold start left. Seconds count from the model on the GPU to the end of the first
 forward and backward; importing and building the model are left out. Both modes start at the same time, each
 on cores of its own where the machine has enough of them. ``tune_s`` is ``graphopt tune`` for one block of
-the same model with all that it calls, ``tuned_again_s`` the same with its results there. ``--profiles FOLDER``
-keeps, for each start, which functions of Python took longest: what a start adds is seen there.
+the same model with all that it calls, ``tuned_again_s`` the same with its results there. ``--profiles
+FOLDER`` keeps, for each start, which functions of Python took longest: what a start adds is seen there.
 """
 
 from __future__ import annotations
