@@ -127,7 +127,7 @@ class PackedWeight(nn.Module):
 
     def _pack(self, matrix: torch.Tensor) -> None:
         """All of it or nothing: what is there stays where the weight cannot be packed."""
-        reason = reason_of_weight(matrix)
+        reason = reason_of_weight(matrix) or self.scheme.refuses_numbers(matrix, self.statistics)
         if reason is not None:
             raise QuantizationError(f"cannot pack a weight as {scheme_text(self.scheme)}: {reason}")
         with torch.no_grad():
@@ -166,7 +166,7 @@ def pack_weights(
     places = _places(model, schemes)
     for place in places:
         scheme, orientation = schemes[place.fqn]
-        _check(place, scheme, orientation)
+        _check(place, scheme, orientation, (statistics or {}).get(place.fqn, {}))
     for place in places:
         scheme, orientation = schemes[place.fqn]
         found = (statistics or {}).get(place.fqn, {})
@@ -240,7 +240,9 @@ def _places(model: nn.Module, names: Mapping[str, Any]) -> list[_Place]:
     return list(found.values())
 
 
-def _check(place: _Place, scheme: Scheme, orientation: Orientation) -> None:
+def _check(
+    place: _Place, scheme: Scheme, orientation: Orientation, statistics: Mapping[str, torch.Tensor]
+) -> None:
     weight = place.parameter
     what = f"{place.fqn} {tuple(weight.shape)} cannot be packed as {scheme_text(scheme)}"
     if not weight.is_floating_point() or weight.dim() < 2:
@@ -253,6 +255,7 @@ def _check(place: _Place, scheme: Scheme, orientation: Orientation) -> None:
         raise QuantizationError(f"{what}: it is parametrized already")
     n, k = matrix_shape(tuple(weight.shape), orientation)
     reason = scheme.refuses(n, k, weight.dtype, weight.device) or reason_of_weight(weight.detach())
+    reason = reason or scheme.refuses_numbers(matrix_of(weight, orientation), statistics)
     if reason is not None:
         raise QuantizationError(f"{what}: {reason}")
 
@@ -307,5 +310,8 @@ class _Loaded:
             missing.extend(f"{prefix}{self.name}{key}" for key in ([""] if whole else absent))
         # What did not come stays; torch copies tensors onto themselves.
         for key, there in packed.packed().items():
+            if not packed.scheme.exact_bytes and given[key] is not None:
+                # Of another size perhaps: torch copies into what is there.
+                there.resize_(given[key].shape)
             state[f"{inner}0.{key}"] = there if given[key] is None else given[key]
         state[f"{inner}original"] = chain.original

@@ -26,19 +26,28 @@ class Scheme:
 
     with the packed tensors in the order of ``pack``. ``lossless``: unpacking gives the weight back bit for
     bit. ``by_rows``: row i of the weight is what row i of every packed tensor stands for, so that some rows
-    can be unpacked alone, as embeddings need. Instances are values: they are hashable, and print as
-    ``scheme_text`` spells them.
+    can be unpacked alone, as embeddings need. ``exact_bytes``: sizes of packed tensors are known without
+    what is packed; else ``stored_bytes`` is an upper bound. Instances are values: they are hashable, and
+    print as ``scheme_text`` spells them.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     lossless: ClassVar[bool] = False
     by_rows: ClassVar[bool] = False
+    exact_bytes: ClassVar[bool] = True
     unpack_op: ClassVar[str]
     linear_op: ClassVar[str]
 
     def refuses(self, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Reason | None:
         """``None``, or why no weight [``n``, ``k``] of this kind can be packed, whatever is in it."""
+        return None
+
+    def refuses_numbers(self, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> Reason | None:
+        """``None``, or why this ``weight`` [N, K] cannot be packed, or not with what ``statistics`` say.
+
+        Asked after ``refuses`` and before anything changes; ``weight`` holds finite numbers.
+        """
         return None
 
     def pack(self, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -53,7 +62,8 @@ class Scheme:
         return ()
 
     def stored_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
-        """Bytes of the packed tensors of a weight [``n``, ``k``] of ``dtype``."""
+        """Bytes of the packed tensors of a weight [``n``, ``k``] of ``dtype``: exactly, or at most where not
+        ``exact_bytes``."""
         raise NotImplementedError(f"{type(self).__name__} does not define stored_bytes()")
 
     def unpack(self, packed: Mapping[str, torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:

@@ -343,6 +343,8 @@ def graphopt_schemes() -> Iterable[str]:
         "graphopt_kernels.quantized.fp8:Fp8",
         "graphopt_kernels.quantized.dynamic:Int8Dynamic",
         "graphopt_kernels.quantized.dynamic:Fp8Dynamic",
+
+        "graphopt_kernels.quantized.exponents:Lossless12",
     )
 
 

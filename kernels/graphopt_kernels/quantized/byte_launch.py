@@ -21,7 +21,7 @@ from graphopt.candidate import Reason
 
 __all__ = [
     "HALVES", "LIBRARY", "LIBRARY_ROWS", "PROCESSORS", "Launch", "Problem", "check_launch", "dense_seconds",
-    "launch_for", "launches", "predicted_seconds", "steps_of", "usual_launch",
+    "in_parts", "kernel_seconds", "launch_for", "launches", "predicted_seconds", "steps_of", "usual_launch",
 ]  # fmt: skip
 
 _READ = 4.28e12
@@ -112,7 +112,7 @@ def launches(problem: Problem, processors: int, library: bool = True) -> list[La
     found = [
         launch
         for whole in _launches(problem, library)
-        for launch in (whole, _in_parts(problem, whole, processors))
+        for launch in (whole, in_parts(problem, whole, processors))
     ]
     return list(dict.fromkeys(found))
 
@@ -193,7 +193,7 @@ def _programs(problem: Problem, launch: Launch) -> int:
     return -(-problem.rows // launch.rows) * -(-problem.columns // launch.columns)
 
 
-def _in_parts(problem: Problem, launch: Launch, processors: int) -> Launch:
+def in_parts(problem: Problem, launch: Launch, processors: int) -> Launch:
     """``launch`` with its sums in parts, so that its programs fill a GPU twice."""
     if launch.kind == "library":
         return launch
@@ -222,16 +222,23 @@ def predicted_seconds(problem: Problem, launch: Launch, processors: int) -> floa
         unpacked = columns * inner * (1 + dtype.itemsize) / _COPY + _unaligned(problem) / _SLOTS
         return unpacked + dense_seconds(problem) + _LAUNCH
     across = -(-rows // launch.rows)
+    slots = across * (columns * inner * _slots(problem, launch) + _unaligned(problem))
+    padded = 0.0 if launch.kind == "row" else 2 * across * launch.rows * columns * inner / rate
+    return kernel_seconds(problem, launch, moved, slots, padded, processors)
+
+
+def kernel_seconds(
+    problem: Problem, launch: Launch, moved: int, slots: float, multiplying: float, processors: int
+) -> float:
+    """Seconds of kernels that move ``moved`` bytes and issue ``slots`` instructions of lanes, and would
+    take tensor cores ``multiplying`` seconds at their full rate."""
     programs = _programs(problem, launch) * launch.parts
-    weights = columns * inner * across
-    slots = weights * _slots(problem, launch) + across * _unaligned(problem)
     share = _WARP_GROUPS if launch.kind == "tiles" and launch.warps >= 4 else _WARPS
-    padded = 2 * across * launch.rows * columns * inner
-    multiplied = 0.0 if launch.kind == "row" else padded / (rate * share)
+    multiplied = multiplying / share
     busy = min(1.0, programs / processors)
     deep = min(1.0, programs * launch.warps / (4 * _SOLO * processors))
     if launch.parts > 1:
-        moved += 8 * launch.parts * rows * columns
+        moved += 8 * launch.parts * problem.rows * problem.columns
     computed = max(slots / _SLOTS, multiplied) / busy
     waited = moved / (_READ * max(deep, 0.5 * busy))
     launches = _LAUNCH * (1 + (launch.parts > 1))
