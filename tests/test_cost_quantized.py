@@ -8,17 +8,18 @@ import pytest
 import torch
 import torch.fx as fx
 
-import graphopt_kernels.quantized.dynamic as module
 from graphopt.emit.scratch import scratch_bytes
 from graphopt.plugins import default_host
 from graphopt_cost_model.flops import flops
 from graphopt_cost_model.roofline import RooflineCostModel
 from graphopt_cost_model.traffic import traffic
+from graphopt_kernels.quantized import exponents, outliers
 from tests.cost_graphs import call_node
 
-assert module.__all__, "importing it registers the operators"
+assert exponents.__all__ and outliers.__all__, "importing it registers the operators"
 ops = torch.ops.graphopt
 N, K = 14336, 4096
+ROOM, OUTLIERS = 12, 40
 BF16, INT8, FP8 = torch.bfloat16, torch.int8, torch.float8_e4m3fn
 
 
@@ -34,6 +35,13 @@ def arguments(rows: int, kind: str) -> tuple[Any, ...]:
     def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
+    if kind == "lossless12":
+        bytes_ = [tensor(*shape, dtype=torch.uint8) for shape in ((N, K), (N, K // 2), (N,))]
+        return tensor(rows, K, dtype=BF16), *bytes_, tensor(N, ROOM, dtype=torch.int32), None
+    if kind == "llm_int8":
+        kept, columns = tensor(K, dtype=torch.uint8), tensor(OUTLIERS, dtype=torch.int32)
+        beside = kept, columns, tensor(OUTLIERS, N, dtype=BF16)
+        return tensor(rows, K, dtype=BF16), tensor(N, K, dtype=INT8), tensor(N), *beside, None
     codes = tensor(N, K, dtype=INT8 if "int8" in kind else FP8)
     factors = (tensor(0),) if "dynamic" in kind else ()
     return tensor(rows, K, dtype=BF16), codes, tensor(N), *factors, None
@@ -68,6 +76,27 @@ def test_few_rows_are_faster_than_dense_by_the_bytes(kind: str) -> None:
         assert 1.9 < ratio < 2.01, (kind, rows)
 
 
+def test_weights_in_twelve_bits_are_faster_than_dense_by_the_bytes() -> None:
+    launch = default_host().device("h200").launch_seconds
+    for rows in (1, 8, 16):
+        node = product(rows, "lossless12")
+        assert flops(node) == 2 * rows * N * K
+        assert traffic(node).read == N * (K + K // 2 + 1 + 4 * ROOM) + rows * K * 2
+        ratio = (seconds(dense(rows)) - launch) / (seconds(node) - launch)
+        assert 1.3 < ratio < 1.33, rows
+    assert seconds(dense(4096)) < seconds(product(4096, "lossless12")) < 1.1 * seconds(dense(4096))
+
+
+def test_outliers_cost_their_columns() -> None:
+    """Those of a few rows in the same kernel, those of many by a product that adds to the result."""
+    for rows in (1, 16):
+        assert flops(product(rows, "llm_int8")) == 2 * rows * N * (K + OUTLIERS)
+        ratio = seconds(product(rows, "llm_int8")) / seconds(product(rows, "int8_dynamic"))
+        assert 1 + OUTLIERS / K < ratio < 1 + 3 * OUTLIERS / K
+    dynamic, found = (seconds(product(4096, kind)) for kind in ("int8_dynamic", "llm_int8"))
+    assert dynamic < found < seconds(dense(4096))
+
+
 def test_many_rows_cost_the_unpacking_more_where_x_is_not_rounded() -> None:
     rows = 4096
     assert seconds(dense(rows)) < seconds(product(rows, "int8")) < 1.1 * seconds(dense(rows))
@@ -92,6 +121,10 @@ def test_unpacking_reads_codes_and_writes_numbers() -> None:
         ("int8_dynamic", 16, 16 * K + 64),
         ("int8_dynamic", 512, 512 * K + 2048 + 4 * 512 * N),
         ("fp8_dynamic", 512, 512 * K + 2048),
+        ("lossless12", 16, 0),
+        ("lossless12", 512, 64 * 2**20),
+        ("llm_int8", 16, 16 * (K + 4 + 2 * OUTLIERS)),
+        ("llm_int8", 512, 512 * (K + 4 + 2 * OUTLIERS) + 4 * 512 * N),
     ],
 )
 def test_memory_beside_the_output_on_a_gpu(kind: str, rows: int, expected: int) -> None:

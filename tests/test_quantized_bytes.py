@@ -143,6 +143,10 @@ def _pointers(problem: Problem, launch: Launch) -> dict[str, str]:
         "codes_ptr": names[problem.codes],
         "scales_ptr": "*fp32",
         "bias_ptr": names[problem.dtype],
+        "beside_ptr": names[problem.dtype],
+        "exact_ptr": names[problem.dtype],
+        "tail_ptr": "*fp32",
+        "WIDTH": "i32",
         "out_ptr": names[problem.dtype] if launch.parts == 1 else summed,
         "N": "i32",
         "K": "i32",
@@ -152,7 +156,7 @@ def _pointers(problem: Problem, launch: Launch) -> dict[str, str]:
 
 
 @cache
-def compiled(problem: Problem, launch: Launch, aligned: bool = True) -> Any:
+def compiled(problem: Problem, launch: Launch, aligned: bool = True, tail: bool = False) -> Any:
     from graphopt_kernels.emit.machine_code import compile_function_for_sm90
     from graphopt_kernels.quantized import bytes_triton as kernels
 
@@ -161,7 +165,8 @@ def compiled(problem: Problem, launch: Launch, aligned: bool = True) -> Any:
     }[launch.kind]  # fmt: skip
     types = _pointers(problem, launch)
     constants = {
-        "BIASED": True, "ROUNDED": problem.rounded, "PARTS": launch.parts, "EVEN": aligned, "FAST": True,
+        "BIASED": True, "ROUNDED": problem.rounded, "TAIL": tail, "PARTS": launch.parts, "EVEN": aligned,
+        "FAST": True,
         "BLOCK_M": launch.rows, "BLOCK_N": launch.columns, "BLOCK_K": launch.inner,
         "SLICES": launch.slices, "STAGES": launch.stages,
     }  # fmt: skip
@@ -237,7 +242,7 @@ def test_the_other_kernels_compile() -> None:
 
     types = {
         "codes_ptr": "*i8", "scales_ptr": "*fp32", "out_ptr": "*bf16", "N": "i32", "K": "i32",
-        "x_scales_ptr": "*fp32", "bias_ptr": "*bf16", "count": "i32",
+        "x_scales_ptr": "*fp32", "bias_ptr": "*bf16", "count": "i32", "tail_ptr": "*fp32",
     }  # fmt: skip
     given = (
         (kernels.unpack_kernel, {}, {"FAST": True, "BLOCK_N": 8, "BLOCK_K": 1024}, 8),
@@ -246,8 +251,9 @@ def test_the_other_kernels_compile() -> None:
     )
     for kernel, more, constants, warps in given:
         all_types = types | more
+        all_constants = {"BIASED": True, "ROUNDED": True, "TAIL": True, **constants}
         code = compile_function_for_sm90(
-            kernel, all_types, {"BIASED": True, "ROUNDED": True, **constants}, warps=warps, aligned=all_types
+            kernel, all_types, all_constants, warps=warps, aligned=all_types
         )
         assert not code.spills and code.widths("LDG")[128], code.instructions
         assert code.widths("STG")[128] or code.widths("STG")[64], code.instructions

@@ -18,8 +18,10 @@ from graphopt_cost_model.class_blocks import PREFIX, block_phases
 from graphopt_cost_model.phase import Phase
 from graphopt_cost_model.quantized_cost import (
     DYNAMIC,
+    OUTLIERS,
     WEIGHT_ONLY,
     dynamic_phases,
+    outlier_phases,
     unpack_phases,
     weight_only_phases,
 )
@@ -178,5 +180,6 @@ _FORMULAS: dict[str, Callable[[Call], tuple[Phase, ...]]] = {
     "graphopt.unpack_levels": _converted(4),
     **{f"graphopt.linear_{scheme}": weight_only_phases for scheme in WEIGHT_ONLY},
     **{f"graphopt.linear_{scheme}": dynamic_phases for scheme in DYNAMIC},
-    **{f"graphopt.unpack_{scheme}": unpack_phases for scheme in (*WEIGHT_ONLY, *DYNAMIC)},
+    **{f"graphopt.linear_{scheme}": outlier_phases for scheme in OUTLIERS},
+    **{f"graphopt.unpack_{scheme}": unpack_phases for scheme in (*WEIGHT_ONLY, *DYNAMIC, *OUTLIERS)},
 }

@@ -10,15 +10,21 @@ counted.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from graphopt_cost_model.call import Call, TensorSpec
 from graphopt_cost_model.phase import Phase
 
-__all__ = ["DYNAMIC", "WEIGHT_ONLY", "dynamic_phases", "unpack_phases", "weight_only_phases"]
+__all__ = [
+    "DYNAMIC", "OUTLIERS", "WEIGHT_ONLY", "dynamic_phases", "outlier_phases", "unpack_phases",
+    "weight_only_phases",
+]  # fmt: skip
 
-WEIGHT_ONLY = ("int8", "fp8")
+WEIGHT_ONLY = ("int8", "fp8", "lossless12")
 DYNAMIC = ("int8_dynamic", "fp8_dynamic")
+OUTLIERS = ("llm_int8",)
 
 _FEW = 128
 """Rows up to which one kernel unpacks the weight as it multiplies."""
@@ -38,10 +44,10 @@ def weight_only_phases(call: Call) -> tuple[Phase, ...]:
         slots = round(codes.elements * (_SLOTS + _SLOTS_A_ROW * rows))
         return (Phase(flops, max(slots, elements), read, written, dtype),)
     wide = codes.elements * x.dtype.itemsize
-    unpacked = Phase(0, codes.elements, codes.stored_bytes, wide, "float32")
-    product = Phase(
-        flops, max(elements, codes.elements), read - codes.stored_bytes + wide, written, dtype
-    )
+    # All that is read beside x and the bias is of the weight.
+    packed = read - x.stored_bytes - (bias.stored_bytes if (bias := call.argument("bias")) else 0)
+    unpacked = Phase(0, codes.elements, packed, wide, "float32")
+    product = Phase(flops, max(elements, codes.elements), read - packed + wide, written, dtype)
     return unpacked, product
 
 
@@ -60,6 +66,24 @@ def dynamic_phases(call: Call) -> tuple[Phase, ...]:
     sums = 4 * call.outputs[0].elements
     scaling = Phase(0, elements, sums, written, "float32")
     return rounding, Phase(flops, elements, read, sums, _name(codes.dtype)), scaling
+
+
+def outlier_phases(call: Call) -> tuple[Phase, ...]:
+    """As those of rounded inputs; columns that are outliers are multiplied as they are, in the same kernel,
+    or, for more rows, by a product that adds to the result."""
+    x, outliers, written = call.argument("x"), call.argument("outliers"), call.outputs[0].stored_bytes
+    rows = x.elements // max(1, x.shape[-1])
+    flops = 2 * rows * outliers.elements
+    beside = rows * outliers.shape[0] * x.dtype.itemsize
+    rounding, product, *scaling = dynamic_phases(call)
+    if not outliers.elements:
+        return rounding, product, *scaling
+    rounding = replace(rounding, written=rounding.written + beside)
+    if not scaling:
+        return rounding, replace(product, flops=product.flops + flops, read=product.read + beside)
+    product = replace(product, read=product.read - outliers.stored_bytes)
+    added = Phase(flops, x.elements, outliers.stored_bytes + beside + written, written, _name(x.dtype))
+    return rounding, product, *scaling, added
 
 
 def unpack_phases(call: Call) -> tuple[Phase, ...]:

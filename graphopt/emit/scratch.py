@@ -37,11 +37,11 @@ _ROW_ALIGNMENT = 64
 """Elements to which rows of a chunk of logits are padded (``graphopt::linear_cross_entropy``)."""
 
 
-_PACKED = ("linear_int8", "linear_fp8")
+_PACKED = ("linear_int8", "linear_fp8", "linear_lossless12", "linear_llm_int8")
 _BLOCK = 64 * 2**20
 _FEW = 128
 """An unpacked weight, or sums in 32 bits, are there in blocks of so many bytes, for more rows than that; for
-fewer, sums may be in parts (``graphopt_kernels.quantized.byte_products``, ``byte_launch``)."""
+fewer, sums may be in parts (``graphopt_kernels.quantized.byte_products``, ``byte_launch``, ``exponents``)."""
 
 
 def scratch_bytes(op: Any, args: Sequence[Any]) -> int:
@@ -71,7 +71,8 @@ def scratch_bytes(op: Any, args: Sequence[Any]) -> int:
     if name in _CONVOLUTIONS and args[0].device.type == "cuda":
         return watched_bytes(op, args)
     if name.startswith(_PACKED) and hasattr(op, "_schema") and args[0].device.type == "cuda":
-        return _beside_packed(name, args[0], args[1])
+        beside = args[4].numel() * args[0].element_size() if name == "linear_llm_int8" else 0
+        return _beside_packed(name, args[0], args[1], beside)
     if name == "embedding_dense_backward":
         return _gradient_of_embedding(args[0], args[1], int(args[2]))
     return 0
@@ -84,17 +85,19 @@ def _table_of_tensors(params: Sequence[torch.Tensor]) -> int:
     return 6 * 8 * len(params) + 4 * chunks
 
 
-def _beside_packed(name: str, x: torch.Tensor, codes: torch.Tensor) -> int:
-    """At most, of a product with a weight of a byte: x in eight bits where it is rounded, what is unpacked or
-    summed up at a time."""
+def _beside_packed(name: str, x: torch.Tensor, codes: torch.Tensor, beside: int) -> int:
+    """At most, of a product with a weight of a byte: x in eight bits where it is rounded, ``beside`` bytes of
+    each row where it is not, what is unpacked or summed up at a time."""
     n, k = (_torch.hint(size) for size in codes.shape)
     elements = _torch.hint(x.numel())
     rows = elements // max(1, k)
-    rounded = elements + _FLOAT * rows if name.endswith("dynamic") else 0
+    is_rounded = name.endswith(("dynamic", "llm_int8"))
+    rounded = elements + (_FLOAT + beside) * rows if is_rounded else 0
     if rows <= _FEW:
         programs = -(-n // 16) if rows <= 64 else -(-rows // 64) * -(-n // 128)
         parts = min(16, -(-2 * _MULTIPROCESSORS // max(1, programs)))
-        return rounded + (parts * rows * n * _FLOAT if parts > 1 else 0)
+        parts = parts + (beside > 0) if parts > 1 else 0
+        return rounded + parts * rows * n * _FLOAT
     if name == "linear_fp8_dynamic":
         return rounded
     block = rows * n * _FLOAT if rounded else n * k * x.element_size()

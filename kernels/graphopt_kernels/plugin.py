@@ -344,6 +344,7 @@ def graphopt_schemes() -> Iterable[str]:
         "graphopt_kernels.quantized.dynamic:Int8Dynamic",
         "graphopt_kernels.quantized.dynamic:Fp8Dynamic",
 
+        "graphopt_kernels.quantized.outliers:LlmInt8",
         "graphopt_kernels.quantized.exponents:Lossless12",
     )
 

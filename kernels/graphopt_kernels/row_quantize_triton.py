@@ -12,13 +12,13 @@ import triton.language as tl
 
 from graphopt_kernels.row_norm_triton import normalized
 
-__all__ = ["DTYPES", "quantize_kernel"]
+__all__ = ["DTYPES", "over", "quantize_kernel"]
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _over(y, scale, TINY: tl.constexpr):  # type: ignore[no-untyped-def]
+def over(y, scale, TINY: tl.constexpr):  # type: ignore[no-untyped-def]
     """``y / scale``, rounded as a division is, for a product and two fused ones an element. ``TINY``: scales
     may be so small that their inverse overflows."""
     if TINY:
@@ -63,7 +63,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     ``NORMALIZED``: what is quantized is the norm of the rows, rounded to ``DTYPE``; without it ``weight`` is
     what the columns are multiplied by in float32, if ``WEIGHTED``. ``WHOLE``: codes are
     integers. ``CLAMPED``: the limit is not what conversions keep to or whole numbers are rounded to.
-    ``TINY`` as in ``_over``.
+    ``TINY`` as in ``over``.
     """
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     at = tl.arange(0, BLOCK)[None, :]
@@ -85,7 +85,7 @@ def quantize_kernel(  # type: ignore[no-untyped-def]
     scale = tl.div_rn(largest, tl.full(largest.shape, 1.0, tl.float32) * limit)
     scale = tl.where(scale < least, least, scale)
     tl.store(scales + row, scale, mask=row < rows)
-    y = _over(y, scale, TINY)
+    y = over(y, scale, TINY)
     if WHOLE:
         # Adding and taking away 1.5 * 2^23 rounds halves to even.
         y = (y + 12582912.0) - 12582912.0

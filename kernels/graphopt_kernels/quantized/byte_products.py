@@ -45,6 +45,9 @@ PRODUCTS = Choice(
     "packed-bytes", ("graphopt_kernels.quantized.bytes_triton",), usual_launch, check_launch
 )
 
+Tail = tuple[torch.Tensor, torch.Tensor]
+"""Inputs that are not rounded, and their weights."""
+
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -55,13 +58,19 @@ def product(
     bias: torch.Tensor | None,
     x_scales: torch.Tensor | None = None,
     dtype: torch.dtype | None = None,
+    tail: Tail | None = None,
 ) -> torch.Tensor:
     """``x`` [..., K] times the weight, ``bias`` [N] added: [..., N] of ``dtype``, or that of x.
 
-    With ``x_scales`` [..., 1] x is of the dtype of ``codes`` and stands for ``x * x_scales``.
+    With ``x_scales`` [..., 1] x is of the dtype of ``codes`` and stands for ``x * x_scales``. ``tail``
+    [..., O] and [O, N], both of ``dtype``: their product is added.
     """
     dtype = dtype or x.dtype
-    if not (codes.numel() and x.numel()) or dtype not in _FLOATS:
+    plain = dtype not in _FLOATS or not (codes.numel() and x.numel())
+    if tail is not None and (plain or _kernels_for(codes) is None):
+        body = product(x, codes, scales, bias, x_scales, torch.float32)
+        return (body + tail[0].float() @ tail[1].float()).to(dtype)
+    if plain:
         return product_reference(x, codes, scales, bias, x_scales, dtype)
     rows = x.numel() // codes.shape[1]
     if can_multiply(codes):
@@ -82,7 +91,7 @@ def product(
     launch, problem = PRODUCTS(like, codes.device), like._replace(rows=rows)
     if launch is LIBRARY and x_scales is not None and not _scales_rows(codes):
         launch = launch_for(like, PROCESSORS, library=False)
-    return launch_product(found, problem, launch, x, codes, scales, bias, x_scales)
+    return launch_product(found, problem, launch, x, codes, scales, bias, x_scales, tail)
 
 
 def product_reference(
@@ -130,6 +139,7 @@ def launch_product(
     scales: torch.Tensor,
     bias: torch.Tensor | None,
     x_scales: torch.Tensor | None,
+    tail: Tail | None = None,
 ) -> torch.Tensor:
     """``product`` as ``launch`` says, by ``kernels``, the module of the jitted functions."""
     rows, n, k, dtype = problem[:4]
@@ -137,11 +147,14 @@ def launch_product(
     x = x.reshape(rows, k).contiguous()
     with _on(codes):
         if launch.kind != "library":
-            return _launched(kernels, problem, launch, x, codes, scales, bias, x_scales).view(shape)
+            return _launched(kernels, problem, launch, x, codes, scales, bias, x_scales, tail).view(shape)
         if x_scales is None:
             return _dense(x, codes, scales, bias).view(shape)
         by_row = x_scales.reshape(rows, 1)
-        return _library(kernels, x, by_row, codes, scales, bias, dtype).view(shape)
+        result = _library(kernels, x, by_row, codes, scales, bias, dtype)
+        if tail is not None:
+            result.addmm_(tail[0].reshape(rows, -1), tail[1])
+        return result.view(shape)
 
 
 def _launched(
@@ -153,6 +166,7 @@ def _launched(
     scales: torch.Tensor,
     bias: torch.Tensor | None,
     x_scales: torch.Tensor | None,
+    tail: Tail | None,
 ) -> torch.Tensor:
     rows, n, k, dtype = problem[:4]
     result = torch.empty((rows, n), dtype=dtype, device=x.device)
@@ -161,6 +175,11 @@ def _launched(
     into = result
     if launch.parts > 1:
         into = torch.empty((launch.parts, rows, n), dtype=summed, device=x.device)
+    beside, exact = tail or (result, result)
+    width = 0 if tail is None else exact.shape[0]
+    added = result
+    if tail is not None and launch.parts > 1:
+        added = torch.empty((rows, n), dtype=torch.float32, device=x.device)
     given_bias, row_scales = scales if bias is None else bias, scales if x_scales is None else x_scales
     steps = steps_of(problem, launch)
     constants: dict[str, Any] = {
@@ -182,13 +201,15 @@ def _launched(
             constants["SLICES"] = launch.slices
         kernel = kernels.slices_kernel if launch.kind == "slices" else kernels.tile_kernel
         kernel[(across * -(-rows // launch.rows), launch.parts)](
-            x, row_scales, codes, scales, given_bias, into, rows, n, k, steps,
-            ROUNDED=x_scales is not None, BLOCK_M=launch.rows, num_stages=launch.stages, **constants,
+            x, row_scales, codes, scales, given_bias, beside, exact, added, into, rows, n, k, width, steps,
+            ROUNDED=x_scales is not None, TAIL=tail is not None, BLOCK_M=launch.rows,
+            num_stages=launch.stages, **constants,
         )  # fmt: skip
     if launch.parts > 1:
         kernels.sum_kernel[(-(-rows * n // 512),)](
-            into, row_scales, scales, given_bias, result, rows * n, n,
-            BIASED=bias is not None, ROUNDED=x_scales is not None, PARTS=launch.parts, BLOCK=512,
+            into, row_scales, scales, given_bias, added, result, rows * n, n,
+            BIASED=bias is not None, ROUNDED=x_scales is not None, TAIL=tail is not None,
+            PARTS=launch.parts, BLOCK=512,
         )  # fmt: skip
     return result
 

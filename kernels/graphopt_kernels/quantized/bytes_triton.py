@@ -7,7 +7,9 @@ few results keep many warps busy. Sums may also be cut into parts by programs, w
 order.
 
 Where x has been rounded as well (``ROUNDED``), int8 is multiplied by int8 and added up in int32; float8 is
-multiplied as it is in tiles and as float16, which holds it exactly, in slices.
+multiplied as it is in tiles and as float16, which holds it exactly, in slices. ``TAIL``: columns of x
+that are not rounded are multiplied by weights that are not either, in the end, and added before the result is
+rounded.
 
 Ways to turn four codes into numbers (``FAST``), exact all of them:
 
@@ -86,11 +88,32 @@ def numbers(codes, DTYPE: tl.constexpr, FAST: tl.constexpr):  # type: ignore[no-
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _store(  # type: ignore[no-untyped-def]
-    total, x_scales_ptr, scales_ptr, bias_ptr, out_ptr, rows, columns, part, M, N,
-    BIASED: tl.constexpr, ROUNDED: tl.constexpr, PARTS: tl.constexpr,
+def _beside(  # type: ignore[no-untyped-def]
+    beside_ptr, exact_ptr, rows, columns, M, N, WIDTH, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """``total``: sums by column and row."""
+    """Inputs [M, WIDTH] times weights [WIDTH, N] that stay as they are, by column and row."""
+    total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for start in tl.range(0, WIDTH, 32, num_stages=1):
+        ks = start + tl.arange(0, 32)
+        weights = tl.load(
+            exact_ptr + ks.to(tl.int64)[None, :] * N + columns[:, None],
+            mask=(columns < N)[:, None] & (ks < WIDTH)[None, :], other=0.0,
+        )  # fmt: skip
+        x = tl.load(
+            beside_ptr + rows.to(tl.int64)[None, :] * WIDTH + ks[:, None],
+            mask=(rows < M)[None, :] & (ks < WIDTH)[:, None], other=0.0,
+        )  # fmt: skip
+        total = tl.dot(weights, x, total, input_precision="ieee")
+    return total
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _store(  # type: ignore[no-untyped-def]
+    total, x_scales_ptr, scales_ptr, bias_ptr, beside_ptr, exact_ptr, tail_ptr, out_ptr,
+    rows, columns, part, M, N, WIDTH, BIASED: tl.constexpr, ROUNDED: tl.constexpr, TAIL: tl.constexpr,
+    PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """``total``: sums by column and row. ``TAIL``: products of what is not rounded are added."""
     inside = (columns < N)[:, None] & (rows < M)[None, :]
     places = rows.to(tl.int64)[None, :] * N + columns[:, None]
     if PARTS == 1:
@@ -98,11 +121,18 @@ def _store(  # type: ignore[no-untyped-def]
         result *= tl.load(scales_ptr + columns, mask=columns < N, other=0.0)[:, None]
         if ROUNDED:
             result *= tl.load(x_scales_ptr + rows, mask=rows < M, other=0.0)[None, :]
+        if TAIL:
+            result += _beside(beside_ptr, exact_ptr, rows, columns, M, N, WIDTH, BLOCK_M, BLOCK_N)
         if BIASED:
             result += tl.load(bias_ptr + columns, mask=columns < N, other=0.0).to(tl.float32)[:, None]
         tl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=inside)
     else:
         tl.store(out_ptr + part.to(tl.int64) * M * N + places, total, mask=inside)
+    if TAIL and PARTS > 1:
+        into = tail_ptr + places
+        if part == 0:
+            tail = _beside(beside_ptr, exact_ptr, rows, columns, M, N, WIDTH, BLOCK_M, BLOCK_N)
+            tl.store(into, tail, mask=inside)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -139,10 +169,11 @@ def row_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def slices_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, x_scales_ptr, codes_ptr, scales_ptr, bias_ptr, out_ptr, M, N, K, STEPS,
-    BIASED: tl.constexpr, ROUNDED: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
-    FAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr,
+    x_ptr, x_scales_ptr, codes_ptr, scales_ptr, bias_ptr, beside_ptr, exact_ptr, tail_ptr, out_ptr,
+    M, N, K, WIDTH, STEPS,
+    BIASED: tl.constexpr, ROUNDED: tl.constexpr, TAIL: tl.constexpr, PARTS: tl.constexpr,
+    EVEN: tl.constexpr, FAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, SLICES: tl.constexpr,
 ):  # fmt: skip
     """x [M, K] times the weight, a few rows: a warp for each of the ``SLICES`` of every ``BLOCK_K`` x
     ``SLICES`` products of a sum."""
@@ -171,16 +202,18 @@ def slices_kernel(  # type: ignore[no-untyped-def]
             x = tl.load(inputs + ks[:, :, None], mask=here & reached[:, :, None], other=0.0)
         total = tl.dot(numbers(codes, DTYPE, FAST), numbers(x, DTYPE, FAST), total, out_dtype=SUM)
     _store(
-        tl.sum(total, 0), x_scales_ptr, scales_ptr, bias_ptr, out_ptr, rows, columns, part, M, N,
-        BIASED, ROUNDED, PARTS,
+        tl.sum(total, 0), x_scales_ptr, scales_ptr, bias_ptr, beside_ptr, exact_ptr, tail_ptr, out_ptr,
+        rows, columns, part, M, N, WIDTH, BIASED, ROUNDED, TAIL, PARTS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def tile_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, x_scales_ptr, codes_ptr, scales_ptr, bias_ptr, out_ptr, M, N, K, STEPS,
-    BIASED: tl.constexpr, ROUNDED: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr,
-    FAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    x_ptr, x_scales_ptr, codes_ptr, scales_ptr, bias_ptr, beside_ptr, exact_ptr, tail_ptr, out_ptr,
+    M, N, K, WIDTH, STEPS,
+    BIASED: tl.constexpr, ROUNDED: tl.constexpr, TAIL: tl.constexpr, PARTS: tl.constexpr,
+    EVEN: tl.constexpr, FAST: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """x [M, K] times the weight: a tile of ``BLOCK_N`` results of ``BLOCK_M`` rows a program. Programs that
     read the same weights follow each other."""
@@ -203,15 +236,15 @@ def tile_kernel(  # type: ignore[no-untyped-def]
             x = tl.load(inputs + ks[:, None], mask=ks[:, None] < K, other=0.0)
         total = tl.dot(numbers(codes, DTYPE, FAST), numbers(x, DTYPE, FAST), total, out_dtype=SUM)
     _store(
-        total, x_scales_ptr, scales_ptr, bias_ptr, out_ptr, rows, columns, part, M, N,
-        BIASED, ROUNDED, PARTS,
+        total, x_scales_ptr, scales_ptr, bias_ptr, beside_ptr, exact_ptr, tail_ptr, out_ptr,
+        rows, columns, part, M, N, WIDTH, BIASED, ROUNDED, TAIL, PARTS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def sum_kernel(  # type: ignore[no-untyped-def]
-    partial_ptr, x_scales_ptr, scales_ptr, bias_ptr, out_ptr, count, N,
-    BIASED: tl.constexpr, ROUNDED: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    partial_ptr, x_scales_ptr, scales_ptr, bias_ptr, tail_ptr, out_ptr, count, N,
+    BIASED: tl.constexpr, ROUNDED: tl.constexpr, TAIL: tl.constexpr, PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Adds up the parts of ``count`` results, rows of ``N``, one after the other."""
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -224,6 +257,8 @@ def sum_kernel(  # type: ignore[no-untyped-def]
     result *= tl.load(scales_ptr + columns, mask=inside, other=0.0)
     if ROUNDED:
         result *= tl.load(x_scales_ptr + places // N, mask=inside, other=0.0)
+    if TAIL:
+        result += tl.load(tail_ptr + places, mask=inside, other=0.0)
     if BIASED:
         result += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + places, result.to(out_ptr.dtype.element_ty), mask=inside)

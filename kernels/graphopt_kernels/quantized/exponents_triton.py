@@ -55,7 +55,7 @@ def weights(  # type: ignore[no-untyped-def]
         return (word << 16).to(tl.float32, bitcast=True).to(DTYPE)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _bases(bases_ptr, columns, N):  # type: ignore[no-untyped-def]
     return tl.load(bases_ptr + columns, mask=columns < N, other=0).to(tl.int32) * 0x00800080
 
