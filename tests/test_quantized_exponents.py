@@ -16,8 +16,15 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.errors import QuantizationError
 from graphopt.packing import pack_weights
+from graphopt.plugins import default_host
 from graphopt_kernels.quantized.byte_launch import LIBRARY, Launch, dense_seconds
-from graphopt_kernels.quantized.exponent_launch import Exponents, launch_for, launches, predicted_seconds
+from graphopt_kernels.quantized.exponent_launch import (
+    Exponents,
+    check_launch,
+    launch_for,
+    launches,
+    predicted_seconds,
+)
 from graphopt_kernels.quantized.exponents import Lossless12
 from tests.interpreted import interpreted
 
@@ -344,6 +351,34 @@ def test_few_rows_are_predicted_to_be_faster_than_dense_by_the_bytes() -> None:
             launch = launch_for(problem, H200)
             dense = dense_seconds(problem.steps._replace(inner=k))
             assert dense / predicted_seconds(problem, launch, H200) > (1.15 if n * k > 2**25 else 1.1)
+
+
+def test_launches_that_compute_something_else_are_told() -> None:
+    problem = problem_of(8, 64, 1024)
+    good = Launch("slices", 8, 16, 64, 4, 2, 4, 3)
+    assert check_launch(problem, good) is None and check_launch(problem, LIBRARY) is None
+    for changes, reason in (
+        ({"kind": "row"}, "there is no kernel 'row'"), ({"slices": 2}, "every warp has a slice"),
+        ({"parts": 3}, "a part has nothing to add up"),
+    ):  # fmt: skip
+        assert str(check_launch(problem, good._replace(**changes))) == reason
+
+
+def test_tuning_tries_launches_that_compile_and_run_as_the_kernels_do() -> None:
+    pytest.importorskip("triton")
+    from graphopt_kernels.tuning.compiling import calls_of, usage_of
+    from graphopt_kernels.tuning.model import Gpu, Usage
+
+    spec, gpu = default_host().tunable("packed-exponents"), Gpu.of("H200", (9, 0), H200)
+    for problem in list(spec.shipped())[:2]:
+        tried = list(spec.configurations(problem))
+        assert spec.default(problem) in tried and len(set(tried)) == len(tried) > 10
+        best = min(tried, key=lambda c: spec.predict(problem, c, spec.estimate(problem, c), gpu))
+        usage = usage_of(calls_of(spec, problem, best, H200), gpu)
+        assert isinstance(usage, Usage) and not usage.spilled
+    small = problem_of(2, 32, 128)
+    (found,) = spec.reference(small, spec.operands(small, torch.device("cpu")))
+    assert found.shape == (2, 32) and found.dtype is BF16
 
 
 def test_what_is_chosen_is_predicted_to_be_no_slower_than_anything_else() -> None:

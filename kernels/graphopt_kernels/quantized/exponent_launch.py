@@ -7,12 +7,12 @@ bytes of exponents, two products each.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
+from graphopt.candidate import Reason
 from graphopt_kernels.quantized.byte_launch import (
     LIBRARY,
     PROCESSORS,
@@ -22,8 +22,11 @@ from graphopt_kernels.quantized.byte_launch import (
     in_parts,
     kernel_seconds,
 )
+from graphopt_kernels.quantized.byte_launch import (
+    check_launch as check_of_bytes,
+)
 
-__all__ = ["Exponents", "launch_for", "launches", "predicted_seconds", "usual_launch"]
+__all__ = ["Exponents", "check_launch", "launch_for", "launches", "predicted_seconds", "usual_launch"]
 
 _COPY = 4.28e12
 _TENSOR = 790e12
@@ -55,10 +58,16 @@ def launch_for(problem: Exponents, processors: int) -> Launch:
     )
 
 
-@functools.lru_cache(4096)
 def usual_launch(problem: Exponents) -> Launch:
     """``launch_for`` an H100 or H200."""
     return launch_for(problem, PROCESSORS)
+
+
+def check_launch(problem: Exponents, launch: Launch) -> Reason | None:
+    """``None``, or why ``launch`` would not compute ``problem``."""
+    if launch.kind == "row":
+        return Reason("there is no kernel 'row'")
+    return check_of_bytes(problem.steps, launch)
 
 
 def launches(problem: Exponents, processors: int) -> list[Launch]:

@@ -34,12 +34,13 @@ from graphopt.candidate import Reason
 from graphopt.errors import QuantizationError
 from graphopt.packing import Scheme, scheme_text
 from graphopt_kernels.quantized.byte_launch import Launch, steps_of
-from graphopt_kernels.quantized.exponent_launch import Exponents, usual_launch
+from graphopt_kernels.quantized.exponent_launch import Exponents, check_launch, usual_launch
 from graphopt_kernels.quantized.operators import define_operators
+from graphopt_kernels.tuning.lookup import Choice, rows_class
 
 __all__ = [
-    "Lossless12", "half_of", "launch_linear", "launch_unpack", "linear_lossless12", "unpack_lossless12",
-    "unpack_reference",
+    "PRODUCTS", "Lossless12", "half_of", "launch_linear", "launch_unpack", "linear_lossless12",
+    "unpack_lossless12", "unpack_reference",
 ]  # fmt: skip
 
 _WINDOW = 16
@@ -48,6 +49,13 @@ _WIDEST = 2**16
 
 _BLOCK = 64 * 2**20
 """Bytes of an unpacked weight that are there at a time."""
+
+_MANY = 4096
+"""Rows from which on more are alike for a launch."""
+
+PRODUCTS = Choice(
+    "packed-exponents", ("graphopt_kernels.quantized.exponents_triton",), usual_launch, check_launch
+)
 
 _SORTED = 2**24
 """Weights that are packed at a time."""
@@ -85,8 +93,8 @@ def linear_lossless12(
     if found is None or not (codes.numel() and x.numel()):
         return torch.nn.functional.linear(x, unpack_lossless12(*packed, x.dtype), bias)
     (n, k), rows = codes.shape, x.numel() // codes.shape[1]
-    problem = Exponents(rows, n, k, pairs.shape[1])
-    launch = usual_launch(problem)
+    like = Exponents(rows_class(rows, _MANY), n, k, pairs.shape[1])
+    launch, problem = PRODUCTS(like, codes.device), like._replace(rows=rows)
     if launch.kind == "library" or x.dtype is not torch.bfloat16:
         return _dense(x.reshape(rows, k), packed, bias).view(*x.shape[:-1], n)
     return launch_linear(found, problem, launch, x, packed, bias)
