@@ -387,3 +387,59 @@ def test_what_is_chosen_is_predicted_to_be_no_slower_than_anything_else() -> Non
         found = {launch: predicted_seconds(problem, launch, H200) for launch in launches(problem, H200)}
         assert found[launch_for(problem, H200)] == min(found.values())
     assert launch_for(problem_of(4096, 14336, 4096), H200) == LIBRARY
+
+
+# --- on a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_weights_on_a_gpu_come_back_bit_for_bit() -> None:
+    for n, k in ((1000, 1024), (77, 250), (129, 1003), (4096, 14336)):
+        weight = (torch.randn(n, k, device="cuda") / k**0.5).to(BF16)
+        weight[3, 7], weight[5], weight[6, k - 1] = 1e20, 0, -0.0
+        tensors = packed_of(weight)
+        assert bool((tensors[3] != -1).any())
+        assert same_bits(ops.unpack_lossless12(*tensors, BF16), weight)
+
+
+@pytest.mark.gpu
+def test_products_on_a_gpu_are_near_float64_and_the_same_in_every_run() -> None:
+    torch.manual_seed(0)
+    for n, k in ((1000, 1024), (4096, 4096), (77, 250), (129, 1003)):
+        weight = (torch.randn(n, k, device="cuda") / k**0.5).to(BF16)
+        weight[3, 7], weight[5], weight[6, k - 1] = 100.0, 0, -0.0
+        tensors, bias = packed_of(weight), torch.randn(n, device="cuda").to(BF16)
+        for rows in (0, 1, 3, 8, 16, 17, 40, 64, 100, 300):
+            x = torch.randn(rows, 2 * k, device="cuda")[:, ::2].to(BF16)
+            found = ops.linear_lossless12(x, *tensors, bias)
+            exact = x.double() @ weight.double().t() + bias.double()
+            assert found.shape == (rows, n) and found.dtype is BF16
+            assert (found - exact).norm() <= 0.003 * exact.norm(), (n, k, rows)
+            assert torch.equal(found, ops.linear_lossless12(x, *tensors, bias)), (n, k, rows)
+
+
+@pytest.mark.gpu
+def test_infinities_on_a_gpu_are_those_of_the_dense_product() -> None:
+    weight = (torch.randn(64, 256, device="cuda") / 16).to(BF16)
+    weight[1, 3], weight[2, 3], weight[4, 3] = 1e20, -1e-30, 0
+    tensors = packed_of(weight)
+    assert (tensors[3] != -1).sum() >= 3
+    for rows in (1, 20, 100):
+        x = torch.randn(rows, 256, device="cuda").to(BF16)
+        x[0, 3] = math.inf
+        found, dense = ops.linear_lossless12(x, *tensors, None)[0], F.linear(x, weight)[0]
+        assert torch.equal(found.isnan(), dense.isnan())
+        assert torch.equal(found[dense.isinf()], dense[dense.isinf()])
+
+
+@pytest.mark.gpu
+def test_every_launch_computes_the_same_on_a_gpu() -> None:
+    spec = default_host().tunable("packed-exponents")
+    for rows in (1, 5, 16, 50, 200):
+        problem = problem_of(rows, 1000, 2048)
+        operands = spec.operands(problem, torch.device("cuda"))
+        (expected,) = spec.reference(problem, operands)
+        for launch in spec.configurations(problem):
+            (found,) = spec.run(spec.kernels(), H200, problem, operands, launch)
+            error = (found.float() - expected.float()).norm() / expected.float().norm()
+            assert error < 0.01, (launch, error)

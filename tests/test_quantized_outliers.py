@@ -239,3 +239,34 @@ def test_rounding_rows_beside_outliers_becomes_machine_code_without_spills() -> 
             aligned=[name for name, kind in types.items() if kind[0] == "*"],
         )  # fmt: skip
         assert not code.spills and code.widths("LDG")[128]
+
+
+# --- on a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+def test_products_on_a_gpu_are_those_of_a_cpu(dtype: torch.dtype) -> None:
+    for n, k in ((1000, 1024), (4096, 4096), (77, 250), (129, 1003)):
+        weight, x = case(n, k, dtype, rows=300)
+        tensors, bias = packed_of(weight, x, most=0.02), torch.randn(n).to(dtype)
+        given = [tensor.cuda() for tensor in (*tensors, bias)]
+        for rows in (0, 1, 3, 8, 16, 17, 40, 64, 100, 300):
+            found = ops.linear_llm_int8(x[:rows].cuda(), *given)
+            expected = ops.linear_llm_int8(x[:rows], *tensors, bias)
+            limit = 1e-5 + 2 * torch.finfo(dtype).eps
+            assert (found.cpu().double() - expected.double()).norm() <= limit * expected.double().norm()
+            assert torch.equal(found, ops.linear_llm_int8(x[:rows].cuda(), *given)), (n, k, rows)
+
+
+@pytest.mark.gpu
+def test_a_graph_of_calls_is_captured_without_waiting_for_the_device() -> None:
+    weight, x = (tensor.cuda() for tensor in case(256, 512, BF16, rows=16))
+    tensors = packed_of(weight, x)
+    for rows in (1, 16):
+        expected = ops.linear_llm_int8(x[:rows], *tensors, None)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = ops.linear_llm_int8(x[:rows], *tensors, None)
+        graph.replay()
+        assert torch.equal(found, expected)
