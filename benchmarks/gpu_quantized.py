@@ -7,10 +7,10 @@ Every scheme that is registered is measured as its options stand. A CUDA graph h
 many weights as make 256 MiB together, more than caches hold, and is replayed; ``us`` is the median time of a
 replay over the calls, launches included. x is bf16, the same for all calls, and rounding it is part of
 dynamic schemes; one channel in 512 is an outlier of ``llm-int8``. ``ratio`` is the time of the dense product
-over that. ``read`` is the rate at which packed bytes are read, as a share of the read bandwidth that the same run measures by summing a vector of 1 GiB
-(``graphopt::probe_read``). ``error`` is the distance of the first 16 rows and 256 columns from float64 with
-unpacked weights, relative; that of dense products in bf16 is what rounding the result makes. What would take
-the run beyond ``--seconds`` is left out and named.
+over that. ``read`` is the rate at which packed bytes are read, as a share of the read bandwidth that the same
+run measures by summing a vector of 1 GiB (``graphopt::probe_read``). ``error`` is the distance of the first
+16 rows and 256 columns from float64 with unpacked weights, relative; that of dense products in bf16 is what
+rounding the result makes. What would take the run beyond ``--seconds`` is left out and named.
 
 ``--sweep`` times other launches too: ``launches`` are microseconds by launch, fastest first.
 """

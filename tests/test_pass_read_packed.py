@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphopt
 from graphopt.candidate import Candidate, NearMiss
@@ -107,12 +109,75 @@ def test_what_reads_it_otherwise_reads_it_unpacked(read: Function, reason: str |
     assert [reason in item.reason.text for item in proposals] == ([True] if reason else [])
 
 
-def test_a_convolution_of_the_weight_itself_is_told() -> None:
-    def function(codes: Tensor, scales: Tensor, x: Tensor) -> Tensor:
-        weight = torch.ops.graphopt.unpack_int8(codes, scales, torch.float32)
-        return F.conv1d(x, weight.view(12, 16, 1))
+class Pointwise(nn.Module):
+    """Convolutions of one place: of few places, of one place, with channels last."""
 
-    assert not found(function, CODES, SCALES, torch.rand(2, 16, 4))
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Conv1d(16, 32, 1), nn.Conv1d(32, 16, 1, bias=False)
+        self.one, self.last = nn.Conv2d(16, 24, 1), nn.Conv2d(24, 16, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(torch.relu(self.first(x)))
+        z = torch.relu(self.one(y.mean(-1)[:, :, None, None])).expand(-1, -1, 8, 64)
+        return self.last(z.contiguous(memory_format=torch.channels_last)).contiguous() + y[..., None, :1]
+
+
+def test_convolutions_of_one_place_and_few_places_are_products() -> None:
+    x, model = torch.randn(1, 16, 5), Pointwise()
+    names = ("first", "second", "one", "last")
+    pack_weights(model, {f"{name}.weight": (Int8(), "rows") for name in names})
+    checked = check_pass(ReadPacked(), model, (x,))
+    assert not checked.near_misses
+    fast = graphopt.optimize(model, (x,), emit="eager", on_error="raise")
+    program = fast.programs[0]
+    assert len(list(program.nodes(torch.ops.graphopt.linear_int8.default))) == 4
+    assert not list(program.nodes(torch.ops.graphopt.unpack_int8.default))
+    assert not any("conv" in str(node.target) for node in program.nodes())
+    torch.testing.assert_close(fast(x), model(x))
+    assert fast(x).stride() == model(x).stride()
+
+
+@pytest.mark.parametrize(
+    ("read", "reason"),
+    [
+        (lambda u, x: F.conv1d(x, u, stride=2), "steps, pads or has groups"),
+        (lambda u, x: F.conv1d(x, u, padding=1), "steps, pads or has groups"),
+        (lambda u, x: F.conv1d(x.repeat(1, 3, 1), u, groups=3), "steps, pads or has groups"),
+        (lambda u, x: F.conv1d(x[0], u), "its input is no batch in the dtype of the weight, float32"),
+        (
+            lambda u, x: F.conv1d(x.repeat(1, 1, 9), u),
+            "moving its channels would take longer than unpacking its weight",
+        ),
+        (lambda u, x: F.conv1d(x, u, padding="same"), None),
+    ],
+    ids=["stride", "padding", "groups", "unbatched", "many", "same"],
+)  # fmt: skip
+def test_other_convolutions_read_it_unpacked(read: Function, reason: str | None) -> None:
+    def function(codes: Tensor, scales: Tensor, x: Tensor) -> Tensor:
+        return read(unpacked(codes, scales).view(12, 16, 1), x)
+
+    (proposal,) = found(function, CODES, SCALES, torch.rand(1, 16, 4))
+    assert isinstance(proposal, Candidate) if reason is None else reason in proposal.reason.text
+
+
+def test_a_larger_convolution_holds_its_weight_until_it_has_run_and_no_longer() -> None:
+    model = nn.Conv1d(16, 8, 3)
+    pack_weights(model, {"weight": (Int8(), "rows")})
+    unpacked_weights = []
+    scheme_op = torch.ops.graphopt.unpack_int8
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if function is scheme_op.default:
+                unpacked_weights.append(weakref.ref(result.untyped_storage()))
+            return result
+
+    with Watch(), torch.no_grad():
+        model(torch.randn(2, 16, 10))
+    assert [weight() for weight in unpacked_weights] == [None]
 
 
 def test_under_autocast_the_product_is_in_another_dtype() -> None:

@@ -9,6 +9,10 @@ After::
 
     %y = graphopt.linear_int8(%x, %codes, %scales, %bias) : bf16[8,4096]
 
+Convolutions of one place (1 x 1) with few places are products of their channels, which are put last and back
+unless they are there already. Others, and those of many places, where moving channels would take longer than
+unpacking the weight, read it unpacked: it is there until they have run, or their gradient has.
+
 Look-ups (``embedding``) unpack the rows that they read alone, where rows of packed tensors are rows of the
 weight. Schemes are those that plugins register; what each unpacks to, and which operator reads it packed, is
 their own word.
@@ -54,12 +58,14 @@ _CONVOLUTIONS = (
 
 @dataclass(frozen=True)
 class _Read:
-    """``node`` reads the weight of ``unpack``: as the right-hand side of a product, or row by row."""
+    """``node`` reads the weight of ``unpack``: as the right-hand side of a product, or row by row.
+    ``moved``: bytes that are read and written to put channels last and back; ``None``: no convolution."""
 
     node: fx.Node
     unpack: fx.Node
     scheme: type[Scheme]
     looked_up: bool
+    moved: int | None = None
 
 
 @dataclass(frozen=True)
@@ -113,8 +119,14 @@ def _weights(unpack: fx.Node) -> Iterator[tuple[fx.Node, bool]]:
             shape = getattr(user.meta.get("val"), "shape", None)
             if user.target in _TURNED and len(user.meta["val"].shape) == 2 and _swaps(user):
                 stack.append((user, not turned))
-            elif user.target in _KEPT and shape == node.meta["val"].shape:
+            elif user.target in _KEPT and (shape == node.meta["val"].shape or _is_pointwise(user, node)):
                 stack.append((user, turned))
+
+
+def _is_pointwise(view: fx.Node, weight: fx.Node) -> bool:
+    """Whether ``view`` [N, K, 1, ...] is the ``weight`` [N, K] of a convolution of one place."""
+    shape, matrix = view.meta["val"].shape, weight.meta["val"].shape
+    return len(shape) > len(matrix) == 2 and shape[:2] == matrix and all(size == 1 for size in shape[2:])
 
 
 def _swaps(node: fx.Node) -> bool:
@@ -142,7 +154,7 @@ def _read(
             return Reason("gradients of what is looked up are scaled or sparse", here)
         return _Read(user, unpack, scheme, looked_up=True)
     if user.target in _CONVOLUTIONS:
-        return Reason("a convolution reads its weight unpacked", here)
+        return _convolution(user, weight, unpack, scheme)
     if user.target is _aten.linear.default:
         if argument(user, "weight") is not weight:
             return None
@@ -171,9 +183,50 @@ def _read(
     return _Read(user, unpack, scheme, looked_up=False)
 
 
+def _convolution(
+    node: fx.Node, weight: fx.Node, unpack: fx.Node, scheme: type[Scheme]
+) -> _Read | Reason | None:
+    here = (unpack.name, node.name)
+    if argument(node, "weight") is not weight:
+        return None
+    if len(weight.meta["val"].shape) == 2:
+        return Reason("a convolution reads its weight unpacked", here)
+    steps = [argument(node, "stride"), argument(node, "groups")]
+    if _numbers(steps) != {1} or _numbers([argument(node, "padding")]) != {0}:
+        return Reason("the convolution steps, pads or has groups: it is no product", here)
+    if node.target is _aten.convolution.default and argument(node, "transposed"):
+        return Reason("the convolution is transposed: rows of its weight are not its outputs", here)
+    x, result, dtype = (value_of(argument(node, "input")), value_of(node), unpack.meta["val"].dtype)
+    places = len(weight.meta["val"].shape) - 2
+    if x is None or result is None or x.dim() != places + 2 or not x.dtype == result.dtype == dtype:
+        return Reason(f"its input is no batch in the dtype of the weight, {_short(dtype)}", here)
+    bias = value_of(argument(node, "bias"))
+    if bias is not None and bias.dtype is not dtype:
+        return Reason(f"its bias is not in the dtype of the weight, {_short(dtype)}", here)
+    moved = 0
+    if any(size != 1 for size in x.shape[2:]):
+        for value in (x, result):
+            last = value.permute(0, *range(2, places + 2), 1)
+            if not last.is_contiguous():
+                if value is result and not value.is_contiguous():
+                    return Reason("its result lies in an order of its own", here)
+                moved += 2 * _torch.hint(value.numel()) * dtype.itemsize
+    unpacked = 2 * _torch.hint(unpack.meta["val"].numel()) * dtype.itemsize
+    if moved >= unpacked:
+        return Reason("moving its channels would take longer than unpacking its weight", here)
+    return _Read(node, unpack, scheme, looked_up=False, moved=moved)
+
+
+def _numbers(given: Any) -> set[Any]:
+    """All that are in ``given``, a number or lists of some; no padding is ``0``."""
+    if isinstance(given, list | tuple):
+        return set().union(*map(_numbers, given))
+    return {0} if given in ("valid", "same") else {given}
+
+
 def _operands(product: fx.Node) -> tuple[Any, Any]:
     """Input and bias of a product with a weight; no bias is ``None``."""
-    if product.target is _aten.linear.default:
+    if product.target is _aten.linear.default or product.target in _CONVOLUTIONS:
         return argument(product, "input"), argument(product, "bias")
     if product.target is _aten.addmm.default:
         return product.args[1], product.args[0]
@@ -202,11 +255,12 @@ def _gain(read: _Read, ctx: PassContext) -> CostDelta:
     """The weight is neither written nor read again."""
     value = read.unpack.meta["val"]
     size = _torch.hint(value.numel()) * value.element_size()
-    return CostDelta(seconds=-2 * size / ctx.cost.device.copy_bytes_per_second)
+    return CostDelta(seconds=((read.moved or 0) - 2 * size) / ctx.cost.device.copy_bytes_per_second)
 
 
 def _reading(read: _Read) -> Callable[[Edit], None]:
     unpack, node, scheme, looked_up = read.unpack.name, read.node.name, read.scheme, read.looked_up
+    channels_last = read.moved is not None
 
     def apply(edit: Edit) -> None:
         old, packed = edit.node(node), edit.node(unpack)
@@ -216,12 +270,29 @@ def _reading(read: _Read) -> Callable[[Edit], None]:
             edit.replace(old, _rows(edit, old, packed, tensors, constants))
             return
         x, bias = _operands(old)
+        if channels_last:
+            order = [0, *range(2, len(old.meta["val"].shape)), 1]
+            x = edit.call_before(old, _aten.permute.default, (x, order), replaces=(old,))
         namespace, _, name = scheme.linear_op.partition("::")
         target = getattr(getattr(torch.ops, namespace), name).default
         given = (x, *tensors, bias, *constants)
-        edit.replace(old, edit.call_before(old, target, given, replaces=(old,)))
+        result = edit.call_before(old, target, given, replaces=(old,))
+        edit.replace(old, _back(edit, old, result) if channels_last else result)
 
     return apply
+
+
+def _back(edit: Edit, old: fx.Node, result: fx.Node) -> fx.Node:
+    """``result`` [B, ..., N] with channels second, laid out as ``old`` is."""
+    value = old.meta["val"]
+    if all(size == 1 for size in value.shape[2:]):
+        return edit.call_before(old, _aten.reshape.default, (result, [*value.shape]), replaces=(old,))
+    order = [0, value.dim() - 1, *range(1, value.dim() - 1)]
+    turned = edit.call_before(old, _aten.permute.default, (result, order), replaces=(old,))
+    if value.permute(0, *range(2, value.dim()), 1).is_contiguous():
+        return turned
+    layout = {"memory_format": torch.contiguous_format}
+    return edit.call_before(old, _aten.clone.default, (turned,), layout, replaces=(old,))
 
 
 def _rows(edit: Edit, old: fx.Node, packed: fx.Node, tensors: list[fx.Node], constants: list[Any]) -> fx.Node:
