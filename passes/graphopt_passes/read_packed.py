@@ -204,7 +204,7 @@ def _convolution(
     if bias is not None and bias.dtype is not dtype:
         return Reason(f"its bias is not in the dtype of the weight, {_short(dtype)}", here)
     moved = 0
-    if any(size != 1 for size in x.shape[2:]):
+    if not _is_one_place(x):
         for value in (x, result):
             last = value.permute(0, *range(2, places + 2), 1)
             if not last.is_contiguous():
@@ -215,6 +215,11 @@ def _convolution(
     if moved >= unpacked:
         return Reason("moving its channels would take longer than unpacking its weight", here)
     return _Read(node, unpack, scheme, looked_up=False, moved=moved)
+
+
+def _is_one_place(value: torch.Tensor) -> bool:
+    """Whether channels of ``value`` [B, C, ...] are one number each; sizes that are not known are others."""
+    return all(isinstance(size, int) and size == 1 for size in value.shape[2:])
 
 
 def _numbers(given: Any) -> set[Any]:
@@ -285,7 +290,7 @@ def _reading(read: _Read) -> Callable[[Edit], None]:
 def _back(edit: Edit, old: fx.Node, result: fx.Node) -> fx.Node:
     """``result`` [B, ..., N] with channels second, laid out as ``old`` is."""
     value = old.meta["val"]
-    if all(size == 1 for size in value.shape[2:]):
+    if _is_one_place(value):
         return edit.call_before(old, _aten.reshape.default, (result, [*value.shape]), replaces=(old,))
     order = [0, value.dim() - 1, *range(1, value.dim() - 1)]
     turned = edit.call_before(old, _aten.permute.default, (result, order), replaces=(old,))
