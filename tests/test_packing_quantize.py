@@ -245,6 +245,19 @@ def test_a_scheme_that_miscounts_its_bytes_is_named() -> None:
         graphopt.quantize(Chain().eval(), IDS, schemes=("liar",), plugins=[Plugin(liar)])
 
 
+def test_a_scheme_that_needs_calibration_says_so_and_takes_what_it_found() -> None:
+    model = Chain().eval()
+    with pytest.raises(QuantizationError, match=r"no weight can be packed: .* as llm-int8: it needs calibra"):
+        graphopt.quantize(model, IDS, schemes=("llm-int8",))
+    plan = graphopt.quantize(Chain().eval(), IDS, schemes=("llm-int8", "int8"), dry_run=True)
+    assert {choice.scheme for choice in plan.choices} <= {"", "int8"}
+    data = graphopt.calibrate(model, batches(1))
+    scheme = "llm-int8{threshold=0.0,most=0.1}"
+    graphopt.quantize(model, IDS, schemes=(scheme,), calibration=data)
+    found = {name: len(packed.packed()["columns"]) for name, packed in packed_weights(model).items()}
+    assert found and all(found.values()), "a tenth of the channels of each"
+
+
 # --- plans -------------------------------------------------------------------------------------------
 
 

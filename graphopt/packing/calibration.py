@@ -82,8 +82,11 @@ class Calibration:
         return self.statistics.get(name, {})
 
     def for_packing(self, name: str) -> dict[str, torch.Tensor]:
-        """The same as schemes get them (``Scheme.pack``): one ``second-moment`` [K] for all rows."""
+        """The same as schemes get them (``Scheme.pack``): one ``second-moment`` [K] for all rows, ``amax`` as
+        ``largest``."""
         found = dict(self.of(name))
+        if "amax" in found:
+            found["largest"] = found.pop("amax")
         if "second-moment" in found:
             found["second-moment"] = found["second-moment"].mean(0)
         return found

@@ -135,19 +135,22 @@ def make_table(
 ) -> Table:
     """Pack every weight with every scheme that takes it, one after the other, and see how far it is off.
 
-    Raises ``QuantizationError`` where the scorer needs what calibration did not observe, and for a scheme
-    that does not keep its contract (bytes, finite errors).
+    Raises ``QuantizationError`` where the scorer needs what calibration did not observe, where no weight can
+    be packed for what is in it or was not calibrated, and for a scheme that does not keep its contract
+    (bytes, finite errors).
     """
     _check_calibration(scorer, calibration, discovery)
     prices = _Prices(cost)
     parameters = dict(model.named_parameters())
     groups = []
+    refused: list[str] = []
     for weights in discovery.groups():
         seconds = math.fsum(prices.dense(weight) for weight in weights)
         kept = [Kept(None, sum(w.dense_bytes for w in weights), seconds, (0.0,) * len(weights))]
         found: dict[str, list[tuple[int, float, float]]] = {}
         for weight in weights:
-            for name, row in _rows(weight, parameters[weight.name], schemes, scorer, calibration, prices):
+            parameter = parameters[weight.name]
+            for name, row in _rows(weight, parameter, schemes, scorer, calibration, prices, refused):
                 found.setdefault(name, []).append(row)
         for scheme in schemes:
             rows = found.get(scheme_text(scheme), [])
@@ -155,6 +158,8 @@ def make_table(
                 sizes, times, errors = zip(*rows, strict=True)
                 kept.append(Kept(scheme, sum(sizes), math.fsum(times), errors))
         groups.append(Group(weights, tuple(kept)))
+    if refused and all(len(group.options) == 1 for group in groups):
+        raise QuantizationError(f"no weight can be packed: {refused[0]}")
     total = _torch.storage_bytes([*model.parameters(), *model.buffers()])
     mine = sum(group.options[0].bytes for group in groups)
     return Table(tuple(groups), total - mine, scorer.metric)
@@ -174,8 +179,10 @@ def _rows(
     scorer: ScorerSpec,
     calibration: Calibration | None,
     prices: _Prices,
+    refused: list[str],
 ) -> list[tuple[str, tuple[int, float, float]]]:
-    """Bytes, seconds and error of ``weight`` by each scheme that takes it."""
+    """Bytes, seconds and error of ``weight`` by each scheme that takes it; ``refused`` gets why others do not
+    take what is in it."""
     matrix = matrix_of(parameter, weight.orientation)
     if reason_of_weight(matrix) is not None:
         return []
@@ -190,13 +197,18 @@ def _rows(
             given = calibration.of(weight.name) if calibration is not None else {}
             statistics = {name: value.to(exact.device) for name, value in given.items()}
         for_packing = calibration.for_packing(weight.name) if calibration is not None else {}
+        for_packing = {name: value.to(exact.device) for name, value in for_packing.items()}
+        reason = scheme.refuses_numbers(matrix, for_packing)
+        if reason is not None:
+            refused.append(f"{weight.name} as {scheme_text(scheme)}: {reason}")
+            continue
         with torch.no_grad():
-            packed = scheme.pack(matrix, {k: v.to(exact.device) for k, v in for_packing.items()})
+            packed = scheme.pack(matrix, for_packing)
             unpacked = scheme.unpack(packed, weight.n, weight.k, weight.dtype)
             error = float(scorer.score(exact, unpacked.float(), statistics))
         size = sum(tensor.numel() * tensor.element_size() for tensor in packed.values())
         promised = scheme.stored_bytes(weight.n, weight.k, weight.dtype)
-        if size != promised:
+        if size > promised or (size != promised and scheme.exact_bytes):
             raise QuantizationError(
                 f"scheme {scheme_text(scheme)} packs {weight.name} [{weight.n}, {weight.k}] in {size} bytes, "
                 f"its stored_bytes() says {promised}"
