@@ -150,9 +150,13 @@ def test_convolutions_of_one_place_and_few_places_are_products() -> None:
             lambda u, x: F.conv1d(x.repeat(1, 1, 9), u),
             "moving its channels would take longer than unpacking its weight",
         ),
+        (
+            lambda u, x: torch.convolution(x[:, :12], u, None, [1], [0], [1], True, [0], 1),
+            "the convolution is transposed: rows of its weight are not its outputs",
+        ),
         (lambda u, x: F.conv1d(x, u, padding="same"), None),
     ],
-    ids=["stride", "padding", "groups", "unbatched", "many", "same"],
+    ids=["stride", "padding", "groups", "unbatched", "many", "transposed", "same"],
 )  # fmt: skip
 def test_other_convolutions_read_it_unpacked(read: Function, reason: str | None) -> None:
     def function(codes: Tensor, scales: Tensor, x: Tensor) -> Tensor:

@@ -200,9 +200,6 @@ def _convolution(
     places = len(weight.meta["val"].shape) - 2
     if x is None or result is None or x.dim() != places + 2 or not x.dtype == result.dtype == dtype:
         return Reason(f"its input is no batch in the dtype of the weight, {_short(dtype)}", here)
-    bias = value_of(argument(node, "bias"))
-    if bias is not None and bias.dtype is not dtype:
-        return Reason(f"its bias is not in the dtype of the weight, {_short(dtype)}", here)
     moved = 0
     if not _is_one_place(x):
         for value in (x, result):
