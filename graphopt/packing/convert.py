@@ -166,7 +166,7 @@ def pack_weights(
     places = _places(model, schemes)
     for place in places:
         scheme, orientation = schemes[place.fqn]
-        _check(place, scheme, orientation)
+        _check(place, scheme, orientation, (statistics or {}).get(place.fqn, {}))
     for place in places:
         scheme, orientation = schemes[place.fqn]
         found = (statistics or {}).get(place.fqn, {})
@@ -240,7 +240,9 @@ def _places(model: nn.Module, names: Mapping[str, Any]) -> list[_Place]:
     return list(found.values())
 
 
-def _check(place: _Place, scheme: Scheme, orientation: Orientation) -> None:
+def _check(
+    place: _Place, scheme: Scheme, orientation: Orientation, statistics: Mapping[str, torch.Tensor]
+) -> None:
     weight = place.parameter
     what = f"{place.fqn} {tuple(weight.shape)} cannot be packed as {scheme_text(scheme)}"
     if not weight.is_floating_point() or weight.dim() < 2:
@@ -252,7 +254,8 @@ def _check(place: _Place, scheme: Scheme, orientation: Orientation) -> None:
     if any(parametrize.is_parametrized(owner, name) for _, owner, name in place.owners):
         raise QuantizationError(f"{what}: it is parametrized already")
     n, k = matrix_shape(tuple(weight.shape), orientation)
-    reason = scheme.refuses(n, k, weight.dtype, weight.device) or reason_of_weight(weight.detach())
+    reason = scheme.refuses(n, k, weight.dtype, weight.device) or scheme.lacks(k, statistics)
+    reason = reason or reason_of_weight(weight.detach())
     if reason is not None:
         raise QuantizationError(f"{what}: {reason}")
 

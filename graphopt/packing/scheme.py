@@ -41,6 +41,10 @@ class Scheme:
         """``None``, or why no weight [``n``, ``k``] of this kind can be packed, whatever is in it."""
         return None
 
+    def lacks(self, k: int, statistics: Mapping[str, torch.Tensor]) -> Reason | None:
+        """``None``, or why ``statistics`` of ``k`` inputs are not enough to pack a weight with."""
+        return None
+
     def pack(self, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Packed tensors by name, on the device of ``weight`` [N, K], which holds finite numbers.
 

@@ -343,6 +343,9 @@ def graphopt_schemes() -> Iterable[str]:
         "graphopt_kernels.quantized.fp8:Fp8",
         "graphopt_kernels.quantized.dynamic:Int8Dynamic",
         "graphopt_kernels.quantized.dynamic:Fp8Dynamic",
+        "graphopt_kernels.quantized.int4:Int4",
+        "graphopt_kernels.quantized.int4:Int4Awq",
+        "graphopt_kernels.quantized.nf4:Nf4",
     )
 
 
