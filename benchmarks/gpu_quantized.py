@@ -212,7 +212,7 @@ def main() -> None:
         inputs = [torch.randn(int(rows), k, device="cuda").to(BF16) for rows in given.rows.split(",")]
         dense = [dense_row(x, weight) for x in inputs]
         for scheme in schemes:
-            reason = scheme.refuses(n, k, BF16, weight.device)
+            reason = scheme.refuses(n, k, BF16, weight.device) or scheme.lacks(k, {})
             if reason is None and time.perf_counter() - started > given.seconds:
                 reason = "no time is left"
             if reason is not None:

@@ -356,6 +356,7 @@ def graphopt_tunables() -> Iterable[TunableSpec]:
     from graphopt_kernels.tuning.cross_entropy import cross_entropy_tunable
     from graphopt_kernels.tuning.groups import group_tunable
     from graphopt_kernels.tuning.packed_bytes import packed_bytes_tunable
+    from graphopt_kernels.tuning.packed_groups import packed_groups_tunable
     from graphopt_kernels.tuning.row_norms import row_norm_tunables
 
     return (
@@ -364,6 +365,7 @@ def graphopt_tunables() -> Iterable[TunableSpec]:
         *attention_tunables(),
         group_tunable(),
         packed_bytes_tunable(),
+        packed_groups_tunable(),
     )
 
 

@@ -141,7 +141,8 @@ def _launches(problem: GroupProblem) -> Iterator[GroupLaunch]:
     if problem.dtype not in HALVES:
         return
     high = max(8, 1 << (problem.rows - 1).bit_length())
-    if high <= 32:
+    if problem.rows <= 64:
+        high = min(high, 32)
         stages = 3 if problem.half == 64 else 4
         for wide, slices in ((16, 8), (32, 4), (32, 8), (64, 4)):
             if high * wide <= 1024:
@@ -193,6 +194,9 @@ def predicted_seconds(problem: GroupProblem, launch: GroupLaunch, processors: in
 def _slots(problem: GroupProblem, launch: GroupLaunch) -> float:
     """Instructions for a weight in each row of tiles."""
     converted = 3.9 if problem.levels else 2.0
+    if problem.group == problem.half:
+        # Halves of a byte have words of their own.
+        converted += 0.25
     unaligned = 0.0 if problem.inner % 8 == 0 else _UNALIGNED * launch.rows / launch.columns
     scaled = launch.rows / 8 * (8 / min(problem.group, 2 * problem.half)) * 0.5
     if launch.kind == "tiles":

@@ -57,7 +57,7 @@ NF4_LEVELS = (
 class GroupWeight:
     """A weight [N, ``inner``] in four bits.
 
-    ``codes`` uint8[N, blocks * ``half``] as ``nibbles`` says, shuffled unless ``levels``. ``words`` are by
+    ``codes`` uint8[N, blocks * ``half``] as ``nibbles`` says. ``words`` are by
     row and group of ``group`` neighbours: int32, a bfloat16 scale in the upper half and the zero, in eighths
     of a code and below 128, in the lower one; the bits of a float32 scale for ``levels``; or, where there
     are ``ranges`` float32[N, one for 256 groups], codes uint8 of scales, which are their products.
@@ -116,7 +116,7 @@ def unpacked(weight: GroupWeight, factors: torch.Tensor | None, dtype: torch.dty
 
 def unpacked_reference(weight: GroupWeight, factors: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """What ``unpacked`` computes, with ATen operators."""
-    codes = unpack_nibbles(weight.codes, weight.half, not weight.levels, weight.inner)
+    codes = unpack_nibbles(weight.codes, weight.half, weight.inner)
     n, groups = weight.words.shape
     grouped = (n, groups, weight.group)
     if weight.levels:

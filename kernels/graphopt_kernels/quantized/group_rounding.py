@@ -174,8 +174,10 @@ def _inverse_factor(moment: torch.Tensor) -> torch.Tensor:
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += _DAMPING * diagonal.mean()
-    try:
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        return torch.linalg.cholesky(inverse, upper=True)
-    except torch.linalg.LinAlgError as error:
-        raise QuantizationError("the second moment of inputs is not positive definite") from error
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    upper: torch.Tensor = factor
+    if not bool(failed):
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
+    if bool(failed):
+        raise QuantizationError("the second moment of inputs is not positive definite")
+    return upper

@@ -12,8 +12,6 @@ Ways to turn four bytes into eight numbers (``FAST``), exact all of them:
            instructions. As float16 64 + code and 64 + zero.
     nf4    a byte permutation looks a byte up among eight for each of four codes, twice for sixteen, once for
            each byte of a number: 21 instructions
-
-These read shuffled bytes as they lie; otherwise the bytes of int4 are read in the order of their codes.
 """
 
 from __future__ import annotations
@@ -24,31 +22,39 @@ import triton.language as tl
 __all__ = ["numbers", "slices_kernel", "sum_kernel", "tile_kernel", "unpack_kernel"]
 
 _INT4_TO_BFLOAT16: tl.constexpr = tl.constexpr(
-    """{ .reg .b32 z, t;
-    lop3.b32 z, $5, 0x007F007F, 0x41804180, 0xEA;
-    shl.b32 t, $4, 3; lop3.b32 t, t, 0x00780078, 0x41804180, 0xEA; sub.rn.bf16x2 $0, t, z;
-    shr.b32 t, $4, 5; lop3.b32 t, t, 0x00780078, 0x41804180, 0xEA; sub.rn.bf16x2 $1, t, z;
-    shr.b32 t, $4, 1; lop3.b32 t, t, 0x00780078, 0x41804180, 0xEA; sub.rn.bf16x2 $2, t, z;
-    shr.b32 t, $4, 9; lop3.b32 t, t, 0x00780078, 0x41804180, 0xEA; sub.rn.bf16x2 $3, t, z; }"""
+    """{ .reg .b32 u, t;
+    prmt.b32 u, $4, 0, 0x3120;
+    shl.b32 t, u, 3; lop3.b32 t, t, 0x00780078, 0x41804180, 0xEA; sub.rn.bf16x2 $0, t, $5;
+    shr.b32 t, u, 5; lop3.b32 t, t, 0x00780078, 0x41804180, 0xEA; sub.rn.bf16x2 $1, t, $6;
+    shr.b32 t, u, 1; lop3.b32 t, t, 0x00780078, 0x41804180, 0xEA; sub.rn.bf16x2 $2, t, $5;
+    shr.b32 t, u, 9; lop3.b32 t, t, 0x00780078, 0x41804180, 0xEA; sub.rn.bf16x2 $3, t, $6; }"""
 )
 _INT4_TO_FLOAT16: tl.constexpr = tl.constexpr(
-    """{ .reg .b32 z, t;
-    shl.b32 z, $5, 1; lop3.b32 z, z, 0x00FE00FE, 0x54005400, 0xEA;
-    shl.b32 t, $4, 4; lop3.b32 t, t, 0x00F000F0, 0x54005400, 0xEA; sub.rn.f16x2 $0, t, z;
-    shr.b32 t, $4, 4; lop3.b32 t, t, 0x00F000F0, 0x54005400, 0xEA; sub.rn.f16x2 $1, t, z;
-    lop3.b32 t, $4, 0x00F000F0, 0x54005400, 0xEA; sub.rn.f16x2 $2, t, z;
-    shr.b32 t, $4, 8; lop3.b32 t, t, 0x00F000F0, 0x54005400, 0xEA; sub.rn.f16x2 $3, t, z; }"""
+    """{ .reg .b32 u, t;
+    prmt.b32 u, $4, 0, 0x3120;
+    shl.b32 t, u, 4; lop3.b32 t, t, 0x00F000F0, 0x54005400, 0xEA; sub.rn.f16x2 $0, t, $5;
+    shr.b32 t, u, 4; lop3.b32 t, t, 0x00F000F0, 0x54005400, 0xEA; sub.rn.f16x2 $1, t, $6;
+    lop3.b32 t, u, 0x00F000F0, 0x54005400, 0xEA; sub.rn.f16x2 $2, t, $5;
+    shr.b32 t, u, 8; lop3.b32 t, t, 0x00F000F0, 0x54005400, 0xEA; sub.rn.f16x2 $3, t, $6; }"""
 )
 _INT4_TO_FLOAT32: tl.constexpr = tl.constexpr(
     """{ .reg .b32 t;
-    lop3.b32 t, $8, 0x0000000F, 0x4B000000, 0xEA; mov.b32 $0, t; sub.rn.f32 $0, $0, 0f4B000000;
-    shr.b32 t, $8, 4; lop3.b32 t, t, 0x0000000F, 0x4B000000, 0xEA; mov.b32 $4, t; sub.rn.f32 $4, $4, 0f4B000000;
-    shr.b32 t, $8, 16; lop3.b32 t, t, 0x0000000F, 0x4B000000, 0xEA; mov.b32 $1, t; sub.rn.f32 $1, $1, 0f4B000000;
-    shr.b32 t, $8, 20; lop3.b32 t, t, 0x0000000F, 0x4B000000, 0xEA; mov.b32 $5, t; sub.rn.f32 $5, $5, 0f4B000000;
-    shr.b32 t, $8, 8; lop3.b32 t, t, 0x0000000F, 0x4B000000, 0xEA; mov.b32 $2, t; sub.rn.f32 $2, $2, 0f4B000000;
-    shr.b32 t, $8, 12; lop3.b32 t, t, 0x0000000F, 0x4B000000, 0xEA; mov.b32 $6, t; sub.rn.f32 $6, $6, 0f4B000000;
-    shr.b32 t, $8, 24; lop3.b32 t, t, 0x0000000F, 0x4B000000, 0xEA; mov.b32 $3, t; sub.rn.f32 $3, $3, 0f4B000000;
-    shr.b32 t, $8, 28; lop3.b32 t, t, 0x0000000F, 0x4B000000, 0xEA; mov.b32 $7, t; sub.rn.f32 $7, $7, 0f4B000000; }"""
+    lop3.b32 t, $8, 0x0000000F, 0x4B000000, 0xEA;
+        mov.b32 $0, t; sub.rn.f32 $0, $0, 0f4B000000;
+    shr.b32 t, $8, 4; lop3.b32 t, t, 0x0000000F, 0x4B000000, 0xEA;
+        mov.b32 $4, t; sub.rn.f32 $4, $4, 0f4B000000;
+    shr.b32 t, $8, 8; lop3.b32 t, t, 0x0000000F, 0x4B000000, 0xEA;
+        mov.b32 $1, t; sub.rn.f32 $1, $1, 0f4B000000;
+    shr.b32 t, $8, 12; lop3.b32 t, t, 0x0000000F, 0x4B000000, 0xEA;
+        mov.b32 $5, t; sub.rn.f32 $5, $5, 0f4B000000;
+    shr.b32 t, $8, 16; lop3.b32 t, t, 0x0000000F, 0x4B000000, 0xEA;
+        mov.b32 $2, t; sub.rn.f32 $2, $2, 0f4B000000;
+    shr.b32 t, $8, 20; lop3.b32 t, t, 0x0000000F, 0x4B000000, 0xEA;
+        mov.b32 $6, t; sub.rn.f32 $6, $6, 0f4B000000;
+    shr.b32 t, $8, 24; lop3.b32 t, t, 0x0000000F, 0x4B000000, 0xEA;
+        mov.b32 $3, t; sub.rn.f32 $3, $3, 0f4B000000;
+    shr.b32 t, $8, 28; lop3.b32 t, t, 0x0000000F, 0x4B000000, 0xEA;
+        mov.b32 $7, t; sub.rn.f32 $7, $7, 0f4B000000; }"""
 )
 _NF4_TO_BFLOAT16: tl.constexpr = tl.constexpr(
     """{ .reg .b32 s, c, p, q, l, h;
@@ -99,11 +105,9 @@ _LEVELS: tl.constexpr = tl.constexpr(
         0.7229568362236023, 1.0,
     )
 )  # fmt: skip
-_HALVES: tl.constexpr = tl.constexpr("=r,=r,=r,=r,r,r")
-_FLOATS: tl.constexpr = tl.constexpr("=f,=f,=f,=f,=f,=f,=f,=f,r,r")
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _levels(codes):  # type: ignore[no-untyped-def]
     found = tl.full(codes.shape, _LEVELS[0], tl.float32)
     for code in tl.static_range(1, 16):
@@ -114,26 +118,43 @@ def _levels(codes):  # type: ignore[no-untyped-def]
 @triton.jit  # type: ignore[untyped-decorator]
 def numbers(codes, zeros, DTYPE: tl.constexpr, LEVELS: tl.constexpr, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
     """What the low and the high halves of ``codes`` stand for, as ``DTYPE``: the level, or the code less
-    ``zeros`` / 8, a number below 128 of the shape of ``codes``."""
-    if FAST and tl.bfloat16 == DTYPE:
+    ``zeros`` / 8, below 128 and of one column."""
+    if FAST and LEVELS:
+        near = tl.broadcast_to(zeros, codes.shape)
+        if tl.bfloat16 == DTYPE:
+            low, high = tl.inline_asm_elementwise(
+                _NF4_TO_BFLOAT16, "=r,=r,=r,=r,r,r", [codes, near],
+                dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+            )  # fmt: skip
+        elif tl.float16 == DTYPE:
+            low, high = tl.inline_asm_elementwise(
+                _NF4_TO_FLOAT16, "=r,=r,=r,=r,r,r", [codes, near],
+                dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
+            )  # fmt: skip
+        else:
+            low, high = tl.inline_asm_elementwise(
+                _NF4_TO_FLOAT32, "=f,=f,=f,=f,=f,=f,=f,=f,r,r", [codes, near],
+                dtype=(tl.float32, tl.float32), is_pure=True, pack=4,
+            )  # fmt: skip
+    elif FAST and tl.bfloat16 == DTYPE:
+        near = (zeros.to(tl.int16) | 0x4180).to(tl.bfloat16, bitcast=True)
         low, high = tl.inline_asm_elementwise(
-            _NF4_TO_BFLOAT16 if LEVELS else _INT4_TO_BFLOAT16, _HALVES, [codes, zeros],
+            _INT4_TO_BFLOAT16, "=r,=r,=r,=r,r,r,r", [codes, tl.broadcast_to(near, codes.shape)],
             dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
         )  # fmt: skip
     elif FAST and tl.float16 == DTYPE:
+        near = ((zeros.to(tl.int16) << 1) | 0x5400).to(tl.float16, bitcast=True)
         low, high = tl.inline_asm_elementwise(
-            _NF4_TO_FLOAT16 if LEVELS else _INT4_TO_FLOAT16, _HALVES, [codes, zeros],
+            _INT4_TO_FLOAT16, "=r,=r,=r,=r,r,r,r", [codes, tl.broadcast_to(near, codes.shape)],
             dtype=(tl.float16, tl.float16), is_pure=True, pack=4,
         )  # fmt: skip
-    elif FAST and tl.float32 == DTYPE:
+    elif FAST:
         low, high = tl.inline_asm_elementwise(
-            _NF4_TO_FLOAT32 if LEVELS else _INT4_TO_FLOAT32, _FLOATS, [codes, zeros],
+            _INT4_TO_FLOAT32, "=f,=f,=f,=f,=f,=f,=f,=f,r", [codes],
             dtype=(tl.float32, tl.float32), is_pure=True, pack=4,
         )  # fmt: skip
-        if not LEVELS:
-            shift = zeros.to(tl.float32) * 0.125
-            low -= shift
-            high -= shift
+        low -= zeros.to(tl.float32) * 0.125
+        high -= zeros.to(tl.float32) * 0.125
     elif LEVELS:
         low, high = _levels(codes & 15).to(DTYPE), _levels(codes >> 4).to(DTYPE)
     else:
@@ -141,15 +162,6 @@ def numbers(codes, zeros, DTYPE: tl.constexpr, LEVELS: tl.constexpr, FAST: tl.co
         low = ((codes & 15).to(tl.float32) - shift).to(DTYPE)
         high = ((codes >> 4).to(tl.float32) - shift).to(DTYPE)
     return low, high
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _within(SIZE: tl.constexpr, LEVELS: tl.constexpr, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Places of the bytes of a block in the order of their codes, or as they lie."""
-    places = tl.arange(0, SIZE)
-    if not (LEVELS or FAST):
-        places = places ^ (3 * ((places ^ (places >> 1)) & 1))
-    return places
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -206,7 +218,7 @@ def slices_kernel(  # type: ignore[no-untyped-def]
     starts = codes_ptr + real[:, :, None] * (blocks * HALF)
     inputs = x_ptr + rows.to(tl.int64)[None, None, :] * K
     here = (rows < M)[None, None, :]
-    order = _within(HALF, LEVELS, FAST)[None, None, :]
+    order = tl.arange(0, HALF)[None, None, :]
     within = tl.arange(0, HALF)[None, :, None]
     total = tl.zeros((SLICES, BLOCK_N, BLOCK_M), tl.float32)
     for step in range(part * STEPS, (part + 1) * STEPS):
@@ -228,8 +240,7 @@ def slices_kernel(  # type: ignore[no-untyped-def]
         zeros, scales = _words(
             words_ptr, ranges_ptr, real, first, first < GROUPS, GROUPS, RANGES, LEVELS, DOUBLE, EVEN
         )
-        wide = tl.broadcast_to(zeros[:, :, None], (SLICES, BLOCK_N, HALF))
-        low, high = numbers(codes, wide, DTYPE, LEVELS, FAST)
+        low, high = numbers(codes, zeros[:, :, None], DTYPE, LEVELS, FAST)
         sums = tl.dot(low, x)
         if GROUP == HALF:
             # The halves are groups of their own.
@@ -238,8 +249,7 @@ def slices_kernel(  # type: ignore[no-untyped-def]
                 words_ptr, ranges_ptr, real, first + 1, first + 1 < GROUPS,
                 GROUPS, RANGES, LEVELS, DOUBLE, EVEN,
             )  # fmt: skip
-            wide = tl.broadcast_to(zeros[:, :, None], (SLICES, BLOCK_N, HALF))
-            low, high = numbers(codes, wide, DTYPE, LEVELS, FAST)
+            low, high = numbers(codes, zeros[:, :, None], DTYPE, LEVELS, FAST)
             sums = tl.dot(high, y)
         else:
             sums = tl.dot(high, y, sums)
@@ -265,7 +275,7 @@ def tile_kernel(  # type: ignore[no-untyped-def]
     blocks = tl.cdiv(K, 2 * HALF)
     starts = codes_ptr + real[:, None] * (blocks * HALF)
     inputs = x_ptr + tl.minimum(rows, M - 1).to(tl.int64)[None, :] * K
-    order = _within(HALF, LEVELS, FAST)[None, :]
+    order = tl.arange(0, HALF)[None, :]
     within = tl.arange(0, HALF)[:, None]
     total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for step in range(part * STEPS, (part + 1) * STEPS):
@@ -282,8 +292,7 @@ def tile_kernel(  # type: ignore[no-untyped-def]
         zeros, scales = _words(
             words_ptr, ranges_ptr, real, first, first < GROUPS, GROUPS, RANGES, LEVELS, DOUBLE, EVEN
         )
-        wide = tl.broadcast_to(zeros[:, None], (BLOCK_N, HALF))
-        low, high = numbers(codes, wide, DTYPE, LEVELS, FAST)
+        low, high = numbers(codes, zeros[:, None], DTYPE, LEVELS, FAST)
         sums = tl.dot(low, x)
         if GROUP == HALF:
             total += sums * scales[:, None]
@@ -291,8 +300,7 @@ def tile_kernel(  # type: ignore[no-untyped-def]
                 words_ptr, ranges_ptr, real, first + 1, first + 1 < GROUPS,
                 GROUPS, RANGES, LEVELS, DOUBLE, EVEN,
             )  # fmt: skip
-            wide = tl.broadcast_to(zeros[:, None], (BLOCK_N, HALF))
-            low, high = numbers(codes, wide, DTYPE, LEVELS, FAST)
+            low, high = numbers(codes, zeros[:, None], DTYPE, LEVELS, FAST)
             sums = tl.dot(high, y)
         else:
             sums = tl.dot(high, y, sums)
@@ -328,7 +336,7 @@ def unpack_kernel(  # type: ignore[no-untyped-def]
     blocks = tl.cdiv(K, 2 * HALF)
     here = (rows < N)[:, None]
     inside = here & (block < blocks)[None, :]
-    order = _within(HALF, LEVELS, FAST)[None, None, :]
+    order = tl.arange(0, HALF)[None, None, :]
     codes = tl.load(
         codes_ptr + (rows[:, None] * blocks + block[None, :])[:, :, None] * HALF + order,
         mask=inside[:, :, None], other=0,
@@ -342,8 +350,7 @@ def unpack_kernel(  # type: ignore[no-untyped-def]
             words_ptr, ranges_ptr, rows[:, None], groups, here & (groups < GROUPS),
             GROUPS, RANGES, LEVELS, DOUBLE, False,
         )  # fmt: skip
-        wide = tl.broadcast_to(zeros[:, :, None], (BLOCK_N, WIDE, HALF))
-        low, high = numbers(codes, wide, tl.float32, LEVELS, FAST)
+        low, high = numbers(codes, zeros[:, :, None], tl.float32, LEVELS, FAST)
         weight = (high if side else low) * scales[:, :, None]
         reached = ks + side * HALF < K
         if FACTORED:

@@ -1,6 +1,6 @@
 """int4 and int4-awq: weights in four bits, groups of neighbours share a scale and a zero.
 
-    codes   uint8[N, K / 2]      two in a byte, in blocks of 2 * min(group, 64) (``nibbles``, shuffled), rows
+    codes   uint8[N, K / 2]      two in a byte, in blocks of 2 * min(group, 64) (``nibbles``), rows
                                  filled up to whole blocks
     words   int32[N, K / group]  the scale, a bfloat16, in the upper half; in the lower one eight times the
                                  zero, below 128
@@ -10,7 +10,7 @@
             as they are added to those before, the whole rounded once. Where the weight is unpacked for a
             library's product it is rounded to the dtype of x, as in eager mode.
 
-``symmetric`` keeps zeros at 8: the same bytes, for weights that other tools have rounded so. Ways to round are
+``symmetric`` keeps zeros at 8: the same bytes, for weights that others have rounded so. Ways to round are
 described in ``group_rounding``. ``gptq`` and ``int4-awq`` need ``second_moment`` among the statistics, the
 mean of products of inputs, float32[K, K].
 """
@@ -129,7 +129,7 @@ class _Grouped(Scheme):
 
     def packed(self, rounded: Codes) -> dict[str, torch.Tensor]:
         """Codes and words of a rounded weight."""
-        codes = pack_nibbles(rounded.codes, half_of(self.group), shuffled=True)
+        codes = pack_nibbles(rounded.codes, half_of(self.group))
         return {"codes": codes, "words": words_of(rounded)}
 
     def moment(self, k: int, statistics: Mapping[str, torch.Tensor]) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """nf4: weights in four bits that number quantiles of a normal distribution, blocks of 64 share a scale.
 
-    codes  uint8[N, K / 2]   two in a byte, in blocks of 64 (``nibbles``, not shuffled)
+    codes  uint8[N, K / 2]   two in a byte, in blocks of 64 (``nibbles``)
     words  int32[N, K / 64]  the bits of the scale, a float32: the largest weight of the block in size
            uint8[N, K / 64]  ``double``: the scale over the range of its 256 blocks, rounded to a whole number
-    ranges float32[N, 0]     ``double``: [N, K / 64 / 256] rounded up, the largest scale of 256 blocks over 255
+    ranges float32[N, 0]     ``double``: [N, K / 64 / 256] up, the largest scale of 256 blocks over 255
     weight level * scale
     linear levels are rounded to the dtype of x, products are added in float32, those of a block scaled as
            they are added to those before, the whole rounded once
@@ -95,7 +95,7 @@ class Nf4(Scheme):
         between = (levels[1:] + levels[:-1]) / 2
         share = wide / torch.where(scales > 0, scales, 1.0)[..., None]
         codes = torch.bucketize(share, between).to(torch.uint8).view(n, k)
-        return {"codes": pack_nibbles(codes, _BLOCK // 2, shuffled=False), "words": words, "ranges": ranges}
+        return {"codes": pack_nibbles(codes, _BLOCK // 2), "words": words, "ranges": ranges}
 
     def stored_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
         blocks = k // _BLOCK
