@@ -209,9 +209,23 @@ def test_launches_become_the_machine_code_that_they_are_predicted_to_be(kind: st
         # Warp groups take operands of eight bytes from shared memory.
         assert code.widths("LDGSTS")[64 if launch.kind == "tiles" else 128], launch
         assert problem.double or code.widths("LDGSTS")[32], "words are fetched ahead"
+        if launch.kind == "slices":
+            made = launch.columns * launch.slices * 2 * problem.half // (32 * launch.warps)
+            two, looked = _count(code, "HADD2.BF16_V2"), _count(code, "PRMT")
+            assert two == (0 if problem.levels else made / 2), "one subtraction makes two numbers, once"
+            assert looked < (2.2 * made + 40 if problem.levels else 0.25 * made + 40), looked
         slow = [op for op in code.instructions if op.startswith(("I2F.", "F2F.")) and not op.endswith(".RP")]
         assert problem.double or not slow, slow
         assert problem.double or not _count(code, "LDG.E.U8"), code.instructions
+
+
+def test_tiles_of_sums_in_parts_do_not_spill() -> None:
+    pytest.importorskip("triton")
+    for kind in ("int4 of 64", "int4 of 32"):
+        problem = problem_of(kind, 128)
+        tiles = {launch._replace(parts=2) for launch in launches(problem, H200) if launch.kind == "tiles"}
+        assert len(tiles) == 3
+        assert not any(compiled(problem, launch).spills for launch in tiles)
 
 
 def test_odd_sizes_compile_without_spills() -> None:

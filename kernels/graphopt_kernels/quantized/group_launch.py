@@ -148,7 +148,9 @@ def _launches(problem: GroupProblem) -> Iterator[GroupLaunch]:
             if high * wide <= 1024:
                 yield GroupLaunch("slices", high, wide, slices, 1, slices, stages)
     if problem.rows > 16 and problem.inner % 8 == 0:
-        yield GroupLaunch("tiles", 64, 128, 1, 1, 4, 3)
+        # Sums are held twice: four warps have not the registers for 64 rows of 128.
+        yield GroupLaunch("tiles", 64, 64, 1, 1, 4, 3)
+        yield GroupLaunch("tiles", 64, 128, 1, 1, 8, 3)
         yield GroupLaunch("tiles", 128, 128, 1, 1, 8, 3)
 
 

@@ -94,7 +94,7 @@ class Nf4(Scheme):
         levels = torch.tensor(NF4_LEVELS, device=weight.device)
         between = (levels[1:] + levels[:-1]) / 2
         share = wide / torch.where(scales > 0, scales, 1.0)[..., None]
-        codes = torch.bucketize(share, between).to(torch.uint8).view(n, k)
+        codes = torch.bucketize(share, between, out_int32=True).to(torch.uint8).view(n, k)
         return {"codes": pack_nibbles(codes, _BLOCK // 2), "words": words, "ranges": ranges}
 
     def stored_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
