@@ -496,6 +496,21 @@ def test_statistics_that_are_none_are_refused() -> None:
         scheme.pack(torch.randn(8, 128), {})
 
 
+def test_moments_are_not_kept_so_that_dense_weights_are_refused_later() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(128, 8))
+    dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pack_weights(
+        model, {"0.weight": (Int4(method="gptq"), "rows")}, {"0.weight": {"second_moment": torch.eye(128)}}
+    )
+    kept = model[0].parametrizations.weight[0]  # type: ignore[union-attr,index]
+    assert not kept.statistics  # type: ignore[union-attr]
+    before = model[0].weight.clone()
+    with pytest.raises(RuntimeError, match="it needs second_moment among the statistics of inputs"):
+        model.load_state_dict(dense)
+    model.load_state_dict(model.state_dict())
+    assert torch.equal(model[0].weight, before)
+
+
 def test_schemes_are_spelled() -> None:
     host = default_host()
     for text in ("int4{group=64,method=gptq}", "nf4{double=true}", "int4-awq{group=32,symmetric=true}"):

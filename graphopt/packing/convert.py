@@ -90,6 +90,8 @@ class PackedWeight(nn.Module):
         matrix = self._matrix(weight)
         self.n, self.k = matrix.shape
         self._pack(matrix)
+        # Those of pairs of inputs are as large as the weight: one that is assigned later does without.
+        self.statistics = {name: value for name, value in self.statistics.items() if value.dim() < 2}
 
     def forward(self, placeholder: torch.Tensor) -> torch.Tensor:
         """The weight; ``placeholder`` is an empty tensor that torch keeps for it."""

@@ -79,7 +79,7 @@ def _staged(problem: GroupProblem, launch: GroupLaunch) -> int:
 
 
 def _operands(problem: GroupProblem, device: torch.device) -> tuple[Any, ...]:
-    """x, and the packed weight: random codes, scales near one."""
+    """x and the packed tensors: random codes, scales near one."""
     rows, columns, inner, dtype, group, half, levels, double = problem
     x = torch.randn(rows, inner, device=device, dtype=dtype)
     blocks, groups = -(-inner // (2 * half)), inner // group
@@ -93,19 +93,24 @@ def _operands(problem: GroupProblem, device: torch.device) -> tuple[Any, ...]:
     else:
         zeros = torch.randint(0, 128, (columns, groups), dtype=torch.int32, device=device)
         words = scales.to(torch.bfloat16).float().view(torch.int32) | zeros
-    return x, GroupWeight(codes, words, ranges if double else words, inner, group, half, levels)
+    return x, codes, words, ranges
+
+
+def _weight(problem: GroupProblem, codes: Any, words: Any, ranges: Any) -> GroupWeight:
+    return GroupWeight(codes, words, ranges, problem.inner, problem.group, problem.half, problem.levels)
 
 
 def _run(
     kernels: Any, processors: int, problem: GroupProblem, operands: tuple[Any, ...], launch: GroupLaunch
 ) -> Sequence[torch.Tensor]:
-    x, weight = operands
+    x, *packed = operands
+    weight = _weight(problem, *packed)
     return (group_products.launch_product(kernels, launch, x, weight, None),)
 
 
 def _reference(problem: GroupProblem, operands: tuple[Any, ...]) -> Sequence[torch.Tensor]:
-    x, weight = operands
-    return (group_products.product_reference(x, weight, None),)
+    x, *packed = operands
+    return (group_products.product_reference(x, _weight(problem, *packed), None),)
 
 
 def _estimated(problem: GroupProblem, launch: GroupLaunch) -> Usage:
