@@ -31,6 +31,8 @@ CASES = [
     (2, 16, 192, Nf4(double=True), SLICES, False),
     (20, 33, 256, Int4(symmetric=True), TILES._replace(parts=2), True),
     (5, 32, 192, Int4(group=64), TILES, False),
+    (5, 32, 256, Int4(group=64), TILES, False),
+    (2, 16, 384, Int4(group=64), SLICES, False),
     (17, 32, 96, Int4(group=32), TILES, True),
     (9, 32, 128, Nf4(double=True), TILES, True),
 ]

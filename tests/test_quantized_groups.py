@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable
 from functools import cache
@@ -14,8 +15,8 @@ from torch import Tensor
 
 import graphopt
 from graphopt.errors import QuantizationError
-from graphopt.plugins import default_host
 from graphopt.packing import Scheme, pack_weights
+from graphopt.plugins import default_host
 from graphopt_kernels.quantized.byte_launch import Problem, dense_seconds
 from graphopt_kernels.quantized.group_launch import (
     LIBRARY,
@@ -276,7 +277,7 @@ def test_a_byte_holds_the_codes_that_are_documented() -> None:
 
 
 def correlated(k: int = 256) -> tuple[Tensor, Tensor, Tensor]:
-    """Weight [48, k], inputs that are correlated, and their second moment."""
+    """Weight [48, k], inputs that are correlated, and the mean of x x^T."""
     torch.manual_seed(0)
     weight = torch.randn(48, k) / k**0.5
     x = torch.randn(1000, k) @ (torch.randn(k, k) / k**0.5 + 0.3 * torch.eye(k))
@@ -285,7 +286,7 @@ def correlated(k: int = 256) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def error_of(scheme: Scheme, weight: Tensor, moment: Tensor, x: Tensor | None = None) -> float:
-    packed = scheme.pack(weight, {"second_moment": moment})
+    packed = scheme.pack(weight, {"gram": moment})
     unpacked = scheme.unpack(packed, *weight.shape, FP32)
     exact, found = (weight, unpacked) if x is None else (x @ weight.t(), x @ unpacked.t())
     return float((found - exact).norm() / exact.norm())
@@ -328,13 +329,13 @@ def test_feedback_and_factors_help_where_inputs_are_correlated(group: Any, symme
 def test_feedback_without_correlation_is_rounding_to_the_nearest() -> None:
     weight, *_ = correlated()
     one, other = (
-        Int4(method=method).pack(weight, {"second_moment": torch.eye(256)})  # type: ignore[arg-type]
+        Int4(method=method).pack(weight, {"gram": torch.eye(256)})  # type: ignore[arg-type]
         for method in ("rtn", "gptq")
     )
     assert all(torch.equal(one[name], other[name]) for name in one)
     dead = torch.eye(256)
     dead[5] = 0
-    assert torch.equal(Int4(method="gptq").pack(weight, {"second_moment": dead})["codes"], one["codes"])
+    assert torch.equal(Int4(method="gptq").pack(weight, {"gram": dead})["codes"], one["codes"])
 
 
 @pytest.mark.parametrize("scheme", DATA_FREE, ids=str)
@@ -364,7 +365,7 @@ def packed(scheme: Scheme, n: int = 13, k: int = 128, dtype: torch.dtype = FP32)
     torch.manual_seed(0)
     weight = (torch.randn(n, k) / k**0.5).to(dtype)
     x = torch.randn(200, k) * (1 + 5 * torch.rand(k))
-    statistics = {"second_moment": x.t() @ x / 200}
+    statistics = {"gram": x.t() @ x / 200}
     return list(scheme.pack(weight, statistics).values()), scheme.constants(n, k)
 
 
@@ -443,7 +444,7 @@ def test_models_read_packed_weights_and_look_rows_up() -> None:
         "up.weight": (Int4(method="gptq"), "rows"), "down.weight": (Int4Awq(), "rows"),
         "head.weight": (Nf4(), "rows"),
     }  # fmt: skip
-    moment = {"second_moment": torch.eye(128) + 0.1}
+    moment = {"gram": torch.eye(128) + 0.1}
     tokens = torch.arange(12).view(3, 4)
     model, other = Net(), Net()
     pack_weights(model, schemes, {"up.weight": moment, "down.weight": moment})
@@ -470,8 +471,8 @@ def test_models_read_packed_weights_and_look_rows_up() -> None:
         (Int4(), 128, torch.float64, "takes weights of float32, float16 and bfloat16, got torch.float64"),
         (Nf4(), 128, torch.float64, "takes weights of float32, float16 and bfloat16, got torch.float64"),
         (Int4(symmetric=True, method="hqq"), 128, FP32, "method=hqq moves zeros, which symmetric=true keeps"),
-        (Int4(method="gptq"), 128, FP32, "it needs second_moment among the statistics of inputs"),
-        (Int4Awq(), 128, FP32, "it needs second_moment among the statistics of inputs"),
+        (Int4(method="gptq"), 128, FP32, "it needs gram among the statistics of inputs"),
+        (Int4Awq(), 128, FP32, "it needs gram among the statistics of inputs"),
     ],
     ids=str,
 )
@@ -485,27 +486,40 @@ def test_what_cannot_be_packed_is_refused(scheme: Scheme, k: int, dtype: torch.d
 def test_statistics_that_are_none_are_refused() -> None:
     scheme, model = Int4(method="gptq"), torch.nn.Linear(128, 8)
     for moment, reason in (
-        (torch.eye(64), "second_moment has shape (64, 64): expected (128, 128)"),
-        (torch.full((128, 128), float("nan")), "second_moment is not finite"),
-        (-torch.eye(128), "the second moment of inputs is not positive definite"),
+        (torch.eye(64), "gram has shape (64, 64): expected (128, 128)"),
+        (torch.full((128, 128), float("nan")), "gram is not finite"),
+        (-torch.eye(128), "the mean of x x^T is not positive definite"),
     ):
         with pytest.raises(QuantizationError, match=re.escape(reason)):
-            pack_weights(model, {"weight": (scheme, "rows")}, {"weight": {"second_moment": moment}})
+            pack_weights(model, {"weight": (scheme, "rows")}, {"weight": {"gram": moment}})
         assert isinstance(model.weight, torch.nn.Parameter)
-    with pytest.raises(QuantizationError, match="it needs second_moment among the statistics"):
+    with pytest.raises(QuantizationError, match="it needs gram among the statistics"):
         scheme.pack(torch.randn(8, 128), {})
+
+
+def test_allocation_leaves_out_what_it_knows_too_little_for() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(128, 64), torch.nn.ReLU(), torch.nn.Linear(64, 128)).eval()
+    x = torch.randn(200, 128) @ (torch.randn(128, 128) / 12)
+    other, exact, names = copy.deepcopy(model), model(x), ("int4{group=64,method=gptq}", "int8")
+    plan = graphopt.quantize(other, (x,), weights="30%", schemes=names)
+    assert {choice.scheme for choice in plan.packed} == {"int8"}
+    known = graphopt.calibrate(model, [(x,)], observers=("moments", "gram"))
+    plan = graphopt.quantize(model, (x,), weights="20%", schemes=names, calibration=known)
+    assert names[0] in {choice.scheme for choice in plan.packed}
+    assert (model(x) - exact).norm() < 0.1 * exact.norm()
 
 
 def test_moments_are_not_kept_so_that_dense_weights_are_refused_later() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(128, 8))
     dense = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     pack_weights(
-        model, {"0.weight": (Int4(method="gptq"), "rows")}, {"0.weight": {"second_moment": torch.eye(128)}}
+        model, {"0.weight": (Int4(method="gptq"), "rows")}, {"0.weight": {"gram": torch.eye(128)}}
     )
     kept = model[0].parametrizations.weight[0]  # type: ignore[union-attr,index]
     assert not kept.statistics  # type: ignore[union-attr]
     before = model[0].weight.clone()
-    with pytest.raises(RuntimeError, match="it needs second_moment among the statistics of inputs"):
+    with pytest.raises(RuntimeError, match="it needs gram among the statistics of inputs"):
         model.load_state_dict(dense)
     model.load_state_dict(model.state_dict())
     assert torch.equal(model[0].weight, before)

@@ -9,7 +9,7 @@ take a weight float32[N, K] whose K is a multiple of ``group`` and give ``Codes`
   for a few, by a proximal step for their norm of power 0.7 and a mean, in turns. The scale stays. Of each
   group the best of all turns by squared error is kept, the first being ``nearest``.
 - ``error_feedback`` (GPTQ, https://arxiv.org/abs/2210.17323): columns are rounded in order, and what each is
-  off is made good by those that follow, as the second moment of inputs says. Ranges of a group are taken when
+  off is made good by those that follow, as the mean of x x^T says. Ranges of a group are taken when
   its first column is reached. Blocks of 128 columns, no reordering, 1 % of the mean added to the diagonal.
 - ``channel_factors`` (AWQ, https://arxiv.org/abs/2306.00978): columns are multiplied by a power of the size
   of their inputs before they are rounded to the nearest; the power of 20 with the least error of results.
@@ -84,11 +84,11 @@ def half_quadratic(weight: torch.Tensor, group: int) -> Codes:
     return _assembled(best[0], scales, best[1], weight)
 
 
-def error_feedback(weight: torch.Tensor, group: int, symmetric: bool, moment: torch.Tensor) -> Codes:
-    """Columns in order, what each is off made good by the next; ``moment`` float32[K, K] is the mean of
+def error_feedback(weight: torch.Tensor, group: int, symmetric: bool, gram: torch.Tensor) -> Codes:
+    """Columns in order, what each is off made good by the next; ``gram`` float32[K, K] is the mean of
     products of inputs. Raises ``QuantizationError`` if it is none."""
     n, k = weight.shape
-    upper = _inverse_factor(moment.to(weight))
+    upper = _inverse_factor(gram.to(weight))
     left = weight.clone()
     codes = torch.empty((n, k), dtype=torch.uint8, device=weight.device)
     scales, zeros = (weight.new_empty((n, k // group)) for _ in range(2))
@@ -112,12 +112,12 @@ def error_feedback(weight: torch.Tensor, group: int, symmetric: bool, moment: to
 
 
 def channel_factors(
-    weight: torch.Tensor, group: int, symmetric: bool, moment: torch.Tensor
+    weight: torch.Tensor, group: int, symmetric: bool, gram: torch.Tensor
 ) -> tuple[Codes, torch.Tensor]:
-    """Codes of ``weight`` times factors, and what x is multiplied by, one over them: float32[K]. ``moment``
+    """Codes of ``weight`` times factors, and what x is multiplied by, one over them: float32[K]. ``gram``
     float32[K, K] as for ``error_feedback``."""
-    moment = moment.to(weight)
-    size = moment.diagonal().clamp(min=0).sqrt()
+    gram = gram.to(weight)
+    size = gram.diagonal().clamp(min=0).sqrt()
     size = (size / size.mean().clamp(min=1e-12)).clamp(1e-4, 1e4)
     best = None
     for step in range(_POWERS):
@@ -125,7 +125,7 @@ def channel_factors(
         factors = factors / (factors.amax() * factors.amin()).sqrt()
         rounded = nearest(weight * factors, group, symmetric)
         off = rounded.weight() / factors - weight
-        error = float(((off @ moment) * off).sum())
+        error = float(((off @ gram) * off).sum())
         if best is None or error < best[0]:
             best = error, rounded, 1 / factors
     assert best is not None
@@ -168,9 +168,9 @@ def _assembled(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, w
     return Codes(codes.to(torch.uint8).view(weight.shape), scales[..., 0], zeros[..., 0])
 
 
-def _inverse_factor(moment: torch.Tensor) -> torch.Tensor:
-    """The upper Cholesky factor of the inverse of ``moment``, damped; inputs that are always 0 get 1."""
-    damped = moment.clone()
+def _inverse_factor(gram: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor of the inverse of ``gram``, damped; inputs that are always 0 get 1."""
+    damped = gram.clone()
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1
     diagonal += _DAMPING * diagonal.mean()
@@ -179,5 +179,5 @@ def _inverse_factor(moment: torch.Tensor) -> torch.Tensor:
     if not bool(failed):
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(factor), upper=True)
     if bool(failed):
-        raise QuantizationError("the second moment of inputs is not positive definite")
+        raise QuantizationError("the mean of x x^T is not positive definite")
     return upper

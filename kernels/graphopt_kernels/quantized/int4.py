@@ -1,7 +1,7 @@
 """int4 and int4-awq: weights in four bits, groups of neighbours share a scale and a zero.
 
-    codes   uint8[N, K / 2]      two in a byte, in blocks of 2 * min(group, 64) (``nibbles``), rows
-                                 filled up to whole blocks
+    codes   uint8[N, K / 2]      two in a byte, in blocks of 128, or of 64 where 128 does not divide K or
+                                 group is 32 (``nibbles``); rows filled up to whole blocks
     words   int32[N, K / group]  the scale, a bfloat16, in the upper half; in the lower one eight times the
                                  zero, below 128
     factors float32[K]           int4-awq: what x is multiplied by first
@@ -11,7 +11,7 @@
             library's product it is rounded to the dtype of x, as in eager mode.
 
 ``symmetric`` keeps zeros at 8: the same bytes, for weights that others have rounded so. Ways to round are
-described in ``group_rounding``. ``gptq`` and ``int4-awq`` need ``second_moment`` among the statistics, the
+described in ``group_rounding``. ``gptq`` and ``int4-awq`` need ``gram`` among the statistics, the
 mean of products of inputs, float32[K, K].
 """
 
@@ -43,17 +43,18 @@ __all__ = ["Int4", "Int4Awq", "half_of", "int4_weight", "linear_int4", "linear_i
 Group = Literal[32, 64, 128]
 _GROUPS = (128, 64, 32)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_MOMENT = "second_moment"
+_GRAM = "gram"
 
 
-def half_of(group: int) -> int:
-    """Bytes of a block of codes."""
-    return min(group, 64)
+def half_of(group: int, k: int) -> int:
+    """Bytes of a block of codes of a row of ``k``: 64; 32 where that takes fewer, or groups are 32."""
+    return 32 if group == 32 or k % 128 else 64
 
 
 def int4_weight(codes: torch.Tensor, words: torch.Tensor, group: int) -> GroupWeight:
     """The weight that they hold."""
-    return GroupWeight(codes, words, words, words.shape[1] * group, group, half_of(group), levels=False)
+    inner = words.shape[1] * group
+    return GroupWeight(codes, words, words, inner, group, half_of(group, inner), levels=False)
 
 
 def linear_int4(
@@ -124,30 +125,30 @@ class _Grouped(Scheme):
         return (self.group,)
 
     def stored_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
-        half = half_of(self.group)
+        half = half_of(self.group, k)
         return n * (-(-k // (2 * half)) * half + 4 * (k // self.group))
 
     def packed(self, rounded: Codes) -> dict[str, torch.Tensor]:
         """Codes and words of a rounded weight."""
-        codes = pack_nibbles(rounded.codes, half_of(self.group))
+        codes = pack_nibbles(rounded.codes, half_of(self.group, rounded.codes.shape[1]))
         return {"codes": codes, "words": words_of(rounded)}
 
-    def moment(self, k: int, statistics: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The second moment of inputs; raises ``QuantizationError`` where it is not known."""
+    def gram(self, k: int, statistics: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The mean of x x^T; raises ``QuantizationError`` where it is not known."""
         reason = self.lacks(k, statistics)
         if reason is not None:
             raise QuantizationError(f"cannot pack a weight as {self}: {reason}")
-        return statistics[_MOMENT]
+        return statistics[_GRAM]
 
 
-def _lacks_moment(k: int, statistics: Mapping[str, torch.Tensor]) -> Reason | None:
-    moment = statistics.get(_MOMENT)
-    if moment is None:
-        return Reason(f"it needs {_MOMENT} among the statistics of inputs")
-    if tuple(moment.shape) != (k, k):
-        return Reason(f"{_MOMENT} has shape {tuple(moment.shape)}: expected ({k}, {k})")
-    if not bool(torch.isfinite(moment).all()):
-        return Reason(f"{_MOMENT} is not finite")
+def _lacks_gram(k: int, statistics: Mapping[str, torch.Tensor]) -> Reason | None:
+    gram = statistics.get(_GRAM)
+    if gram is None:
+        return Reason(f"it needs {_GRAM} among the statistics of inputs")
+    if tuple(gram.shape) != (k, k):
+        return Reason(f"{_GRAM} has shape {tuple(gram.shape)}: expected ({k}, {k})")
+    if not bool(torch.isfinite(gram).all()):
+        return Reason(f"{_GRAM} is not finite")
     return None
 
 
@@ -172,13 +173,13 @@ class Int4(_Grouped):
         return super().refuses(n, k, dtype, device)
 
     def lacks(self, k: int, statistics: Mapping[str, torch.Tensor]) -> Reason | None:
-        return _lacks_moment(k, statistics) if self.method == "gptq" else None
+        return _lacks_gram(k, statistics) if self.method == "gptq" else None
 
     def pack(self, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         exact = weight.float().contiguous()
         if self.method == "gptq":
-            moment = self.moment(exact.shape[1], statistics)
-            return self.packed(error_feedback(exact, self.group, self.symmetric, moment))
+            gram = self.gram(exact.shape[1], statistics)
+            return self.packed(error_feedback(exact, self.group, self.symmetric, gram))
         if self.method == "hqq":
             return self.packed(half_quadratic(exact, self.group))
         return self.packed(nearest(exact, self.group, self.symmetric))
@@ -197,12 +198,12 @@ class Int4Awq(_Grouped):
     linear_op: ClassVar[str] = "graphopt::linear_int4_awq"
 
     def lacks(self, k: int, statistics: Mapping[str, torch.Tensor]) -> Reason | None:
-        return _lacks_moment(k, statistics)
+        return _lacks_gram(k, statistics)
 
     def pack(self, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         exact = weight.float().contiguous()
-        moment = self.moment(exact.shape[1], statistics)
-        rounded, factors = channel_factors(exact, self.group, self.symmetric, moment)
+        gram = self.gram(exact.shape[1], statistics)
+        rounded, factors = channel_factors(exact, self.group, self.symmetric, gram)
         return {**self.packed(rounded), "factors": factors}
 
     def stored_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
