@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -194,7 +195,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_quantized.json"))
     options.add_argument("--rows", default=",".join(map(str, ROWS)), help="numbers of rows, by commas")
     options.add_argument("--shapes", default="", help="numbers of shapes from 0, by commas; all else")
-    options.add_argument("--schemes", default="", help="schemes, by commas; all else")
+    options.add_argument("--schemes", default="", help="schemes, by commas: int8,int4{group=64}; all else")
     options.add_argument("--seconds", type=float, default=150)
     options.add_argument("--sweep", action="store_true", help="time every launch too")
     given = options.parse_args()
@@ -202,11 +203,10 @@ def main() -> None:
         print("gpu_quantized needs a CUDA device")
         return
     started = time.perf_counter()
-    wanted = {name for name in given.schemes.split(",") if name}
+    wanted = [text for text in re.split(r",(?![^{]*})", given.schemes) if text]
     chosen = [SHAPES[int(number)] for number in given.shapes.split(",") if number] or list(SHAPES)
-    schemes = [
-        scheme() for name, scheme in default_host().schemes().items() if not wanted or name in wanted
-    ]
+    host = default_host()
+    schemes = [host.scheme(text) for text in wanted or host.schemes()]
     bandwidth = read_bandwidth()
     document: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
@@ -223,7 +223,7 @@ def main() -> None:
         inputs = [torch.randn(int(rows), k, device="cuda").to(BF16) for rows in given.rows.split(",")]
         dense = [dense_row(x, weight) for x in inputs]
         for scheme in schemes:
-            reason = scheme.refuses(n, k, BF16, weight.device)
+            reason = scheme.refuses(n, k, BF16, weight.device) or scheme.lacks(k, statistics_of(weight))
             reason = reason or scheme.refuses_numbers(weight, statistics_of(weight))
             if reason is None and time.perf_counter() - started > given.seconds:
                 reason = "no time is left"

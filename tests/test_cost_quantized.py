@@ -13,10 +13,10 @@ from graphopt.plugins import default_host
 from graphopt_cost_model.flops import flops
 from graphopt_cost_model.roofline import RooflineCostModel
 from graphopt_cost_model.traffic import traffic
-from graphopt_kernels.quantized import exponents, outliers
+from graphopt_kernels.quantized import dynamic, exponents, int4, nf4, outliers
 from tests.cost_graphs import call_node
 
-assert exponents.__all__ and outliers.__all__, "importing it registers the operators"
+assert all(m.__all__ for m in (dynamic, exponents, int4, nf4, outliers)), "importing registers the operators"
 ops = torch.ops.graphopt
 N, K = 14336, 4096
 ROOM, OUTLIERS = 12, 40
@@ -130,3 +130,66 @@ def test_unpacking_reads_codes_and_writes_numbers() -> None:
 def test_memory_beside_the_output_on_a_gpu(kind: str, rows: int, expected: int) -> None:
     x, *rest = arguments(rows, kind)
     assert scratch_bytes(getattr(ops, f"linear_{kind}").default, (Gpu(x), *rest)) == expected
+
+
+GROUPED = {"int4": 128, "int4_awq": 64, "nf4": 64}
+
+
+def grouped(rows: int, kind: str) -> tuple[Any, ...]:
+    """Arguments of a product with a weight of four bits."""
+
+    def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    codes = tensor(N, K // 2, dtype=torch.uint8)
+    words = tensor(N, K // GROUPED[kind], dtype=torch.int32)
+    more = {"int4": (), "int4_awq": (tensor(K),), "nf4": (tensor(N, 0),)}[kind]
+    group = () if kind == "nf4" else (GROUPED[kind],)
+    return tensor(rows, K, dtype=BF16), codes, words, *more, None, *group
+
+
+def grouped_product(rows: int, kind: str) -> fx.Node:
+    op = getattr(ops, f"linear_{kind}").default
+    return call_node(op, grouped(rows, kind), torch.empty(rows, N, dtype=BF16, device="meta"))
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_few_rows_of_four_bits_are_faster_than_dense_by_the_bytes(kind: str) -> None:
+    launch = default_host().device("h200").launch_seconds
+    packed = N * K // 2 + 4 * N * K // GROUPED[kind]
+    for rows in (1, 8, 16):
+        node = grouped_product(rows, kind)
+        assert flops(node) == 2 * rows * N * K
+        moved = traffic(node)
+        assert packed < moved.read < 1.03 * packed and moved.written < 1.02 * rows * (N + K) * 2
+        launches = 2 if kind == "int4_awq" else 1
+        ratio = (seconds(dense(rows)) - launch) / (seconds(node) - launches * launch)
+        # Looking levels up takes more instructions than memory leaves time for.
+        least = 0.65 if kind == "nf4" else 0.9
+        assert least * 2 * N * K / packed < ratio < 1.01 * 2 * N * K / packed, (kind, rows, ratio)
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+def test_many_rows_of_four_bits_cost_the_unpacking_more(kind: str) -> None:
+    rows = 4096
+    assert seconds(dense(rows)) < seconds(grouped_product(rows, kind)) < 1.1 * seconds(dense(rows))
+
+
+def test_unpacking_four_bits_reads_codes_and_words() -> None:
+    _, codes, words, _, group = grouped(1, "int4")
+    out = torch.empty(N, K, dtype=BF16, device="meta")
+    moved = traffic(call_node(ops.unpack_int4.default, (codes, words, group, BF16), out))
+    assert (moved.read, moved.written) == (N * K // 2 + N * K // 32, 2 * N * K)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rows", "expected"),
+    [
+        ("int4", 16, 3 * 4 * 16 * N),
+        ("nf4", 512, 64 * 2**20),
+        ("int4_awq", 512, 512 * K * 2 + 64 * 2**20),
+    ],
+)
+def test_memory_beside_the_output_of_four_bits_on_a_gpu(kind: str, rows: int, expected: int) -> None:
+    x, codes, *rest = grouped(rows, kind)
+    assert scratch_bytes(getattr(ops, f"linear_{kind}").default, (Gpu(x), codes, *rest)) == expected

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from graphopt_cost_model.attention_cost import attention_backward_phases, attention_phases
 from graphopt_cost_model.call import Call, TensorSpec
@@ -18,9 +19,11 @@ from graphopt_cost_model.class_blocks import PREFIX, block_phases
 from graphopt_cost_model.phase import Phase
 from graphopt_cost_model.quantized_cost import (
     DYNAMIC,
+    GROUPED,
     OUTLIERS,
     WEIGHT_ONLY,
     dynamic_phases,
+    grouped_phases,
     outlier_phases,
     unpack_phases,
     weight_only_phases,
@@ -181,5 +184,9 @@ _FORMULAS: dict[str, Callable[[Call], tuple[Phase, ...]]] = {
     **{f"graphopt.linear_{scheme}": weight_only_phases for scheme in WEIGHT_ONLY},
     **{f"graphopt.linear_{scheme}": dynamic_phases for scheme in DYNAMIC},
     **{f"graphopt.linear_{scheme}": outlier_phases for scheme in OUTLIERS},
-    **{f"graphopt.unpack_{scheme}": unpack_phases for scheme in (*WEIGHT_ONLY, *DYNAMIC, *OUTLIERS)},
+    **{f"graphopt.linear_{scheme}": partial(grouped_phases, scheme=scheme) for scheme in GROUPED},
+    **{
+        f"graphopt.unpack_{scheme}": unpack_phases
+        for scheme in (*WEIGHT_ONLY, *DYNAMIC, *OUTLIERS, *GROUPED)
+    },
 }

@@ -3,9 +3,10 @@
 A few rows are one kernel, bound by the packed bytes or by the instructions that make numbers of them:
 ``Phase.elements`` are those, since they run at the rate of the vector units. For more rows the weight is
 unpacked and a dense product reads it, or, where x is rounded as well, eight-bit numbers are multiplied as
-they are. Instructions were counted in disassemblies of ``graphopt_kernels.quantized.bytes_triton`` for sm_90.
-On a CPU int8 is read as it is stored too (``byte_digits``); float8 is converted first there, which is not
-counted.
+they are. Instructions were counted in disassemblies of ``graphopt_kernels.quantized.bytes_triton`` and
+``groups_triton`` for sm_90.
+On a CPU int8 is read as it is stored too (``byte_digits``); float8 and four
+bits are converted first there, which is not counted.
 """
 
 from __future__ import annotations
@@ -18,13 +19,15 @@ from graphopt_cost_model.call import Call, TensorSpec
 from graphopt_cost_model.phase import Phase
 
 __all__ = [
-    "DYNAMIC", "OUTLIERS", "WEIGHT_ONLY", "dynamic_phases", "outlier_phases", "unpack_phases",
+    "DYNAMIC", "GROUPED", "OUTLIERS", "WEIGHT_ONLY", "dynamic_phases", "grouped_phases", "outlier_phases",
+    "unpack_phases",
     "weight_only_phases",
 ]  # fmt: skip
 
 WEIGHT_ONLY = ("int8", "fp8", "lossless12")
 DYNAMIC = ("int8_dynamic", "fp8_dynamic")
 OUTLIERS = ("llm_int8",)
+GROUPED = ("int4", "int4_awq", "nf4")
 
 _FEW = 128
 """Rows up to which one kernel unpacks the weight as it multiplies."""
@@ -32,6 +35,13 @@ _FEW = 128
 _SLOTS = 3.5
 _SLOTS_A_ROW = 0.06
 """Instructions of a lane for a weight, and more for each row that it is multiplied with."""
+
+
+_FEW_GROUPED = 64
+"""The same for weights of four bits in groups."""
+
+_SLOTS_GROUPED = {"int4": 2.6, "int4_awq": 2.6, "nf4": 4.7}
+"""Instructions for a weight of four bits."""
 
 
 def weight_only_phases(call: Call) -> tuple[Phase, ...]:
@@ -49,6 +59,27 @@ def weight_only_phases(call: Call) -> tuple[Phase, ...]:
     unpacked = Phase(0, codes.elements, packed, wide, "float32")
     product = Phase(flops, max(elements, codes.elements), read - packed + wide, written, dtype)
     return unpacked, product
+
+
+def grouped_phases(call: Call, scheme: str) -> tuple[Phase, ...]:
+    """Products of x as it is with weights of four bits, kept as ``scheme``."""
+    x, codes, rows, columns, inner = _sizes(call)
+    dtype, flops, weights = _name(x.dtype), 2 * rows * columns * inner, columns * inner
+    read, written = _read(call), call.outputs[0].stored_bytes
+    elements = max(x.elements, call.outputs[0].elements)
+    before: tuple[Phase, ...] = ()
+    if scheme == "int4_awq":
+        # x times its factors is a kernel of its own.
+        factors = call.argument("factors").stored_bytes
+        before = (Phase(0, x.elements, x.stored_bytes + factors, x.stored_bytes, "float32"),)
+        read -= factors
+    if rows <= _FEW_GROUPED:
+        slots = round(weights * (_SLOTS_GROUPED[scheme] + _SLOTS_A_ROW * rows))
+        return (*before, Phase(flops, max(slots, elements), read, written, dtype))
+    packed, wide = codes.stored_bytes + call.argument("words").stored_bytes, weights * x.dtype.itemsize
+    unpacked = Phase(0, weights, packed, wide, "float32")
+    product = Phase(flops, max(elements, weights), read - packed + wide, written, dtype)
+    return *before, unpacked, product
 
 
 def dynamic_phases(call: Call) -> tuple[Phase, ...]:

@@ -38,6 +38,7 @@ _ROW_ALIGNMENT = 64
 
 
 _PACKED = ("linear_int8", "linear_fp8", "linear_lossless12", "linear_llm_int8")
+_GROUPED = ("linear_int4", "linear_nf4")
 _BLOCK = 64 * 2**20
 _FEW = 128
 """An unpacked weight, or sums in 32 bits, are there in blocks of so many bytes, for more rows than that; for
@@ -73,6 +74,8 @@ def scratch_bytes(op: Any, args: Sequence[Any]) -> int:
     if name.startswith(_PACKED) and hasattr(op, "_schema") and args[0].device.type == "cuda":
         beside = args[4].numel() * args[0].element_size() if name == "linear_llm_int8" else 0
         return _beside_packed(name, args[0], args[1], beside)
+    if name.startswith(_GROUPED) and hasattr(op, "_schema") and args[0].device.type == "cuda":
+        return _beside_grouped(name, args[0], args[1])
     if name == "embedding_dense_backward":
         return _gradient_of_embedding(args[0], args[1], int(args[2]))
     return 0
@@ -102,6 +105,21 @@ def _beside_packed(name: str, x: torch.Tensor, codes: torch.Tensor, beside: int)
         return rounded
     block = rows * n * _FLOAT if rounded else n * k * x.element_size()
     return rounded + min(block, _BLOCK)
+
+
+def _beside_grouped(name: str, x: torch.Tensor, codes: torch.Tensor) -> int:
+    """At most, of a product with a weight of four bits: x times its factors, the weight that is unpacked at a
+    time, or sums in parts (``graphopt_kernels.quantized.group_launch``)."""
+    n, k = (_torch.hint(size) for size in (codes.shape[0], x.shape[-1]))
+    elements = _torch.hint(x.numel())
+    rows, size = elements // max(1, k), x.element_size()
+    scaled = elements * size if name == "linear_int4_awq" else 0
+    programs = max(1, -(-rows // 128) * -(-n // 128))
+    parts = min(16, -(-2 * _MULTIPROCESSORS // programs))
+    summed = parts * rows * n * _FLOAT if parts > 1 else 0
+    # Tensor cores take no float32, and few columns do not fill a GPU: such weights are unpacked too.
+    unpacked = min(n * k * size, _BLOCK) if rows > 64 or size == _FLOAT or n <= 256 else 0
+    return scaled + max(summed, unpacked)
 
 
 _watched_before: dict[tuple[Any, ...], int] = {}

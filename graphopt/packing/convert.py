@@ -90,6 +90,8 @@ class PackedWeight(nn.Module):
         matrix = self._matrix(weight)
         self.n, self.k = matrix.shape
         self._pack(matrix)
+        # Those of pairs of inputs are as large as the weight: one that is assigned later does without.
+        self.statistics = {name: value for name, value in self.statistics.items() if value.dim() < 2}
 
     def forward(self, placeholder: torch.Tensor) -> torch.Tensor:
         """The weight; ``placeholder`` is an empty tensor that torch keeps for it."""
@@ -254,7 +256,8 @@ def _check(
     if any(parametrize.is_parametrized(owner, name) for _, owner, name in place.owners):
         raise QuantizationError(f"{what}: it is parametrized already")
     n, k = matrix_shape(tuple(weight.shape), orientation)
-    reason = scheme.refuses(n, k, weight.dtype, weight.device) or reason_of_weight(weight.detach())
+    reason = scheme.refuses(n, k, weight.dtype, weight.device) or scheme.lacks(k, statistics)
+    reason = reason or reason_of_weight(weight.detach())
     reason = reason or scheme.refuses_numbers(matrix_of(weight, orientation), statistics)
     if reason is not None:
         raise QuantizationError(f"{what}: {reason}")

@@ -206,15 +206,20 @@ class WeightFit:
         try:
             discovery = self._discovery(args, kwargs)
             schemes = chosen_schemes(conversion.wanted_schemes(), self.session.host)
+            calibration = conversion.wanted_calibration()
         except (CaptureError, QuantizationError):
             return None
         device = next(self.model.parameters()).device
         saved = 0
+
+        def known(name: str) -> dict[str, torch.Tensor]:
+            return {} if calibration is None else calibration.for_packing(name)
+
         for weights in discovery.groups():
             sizes = [
                 sum(scheme.stored_bytes(w.n, w.k, w.dtype) for w in weights)
                 for scheme in schemes
-                if all(refusal(scheme, w, device) is None for w in weights)
+                if all(refusal(scheme, w, device, known(w.name)) is None for w in weights)
             ]
             dense = sum(w.dense_bytes for w in weights)
             saved += max(0, dense - min(sizes, default=dense))

@@ -43,10 +43,14 @@ class Scheme:
         """``None``, or why no weight [``n``, ``k``] of this kind can be packed, whatever is in it."""
         return None
 
+    def lacks(self, k: int, statistics: Mapping[str, torch.Tensor]) -> Reason | None:
+        """``None``, or why ``statistics`` of ``k`` inputs are not enough to pack a weight with."""
+        return None
+
     def refuses_numbers(self, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> Reason | None:
         """``None``, or why this ``weight`` [N, K] cannot be packed, or not with what ``statistics`` say.
 
-        Asked after ``refuses`` and before anything changes; ``weight`` holds finite numbers.
+        Asked after ``refuses`` and ``lacks`` and before anything changes; ``weight`` holds finite numbers.
         """
         return None
 

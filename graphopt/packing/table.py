@@ -165,11 +165,15 @@ def make_table(
     return Table(tuple(groups), total - mine, scorer.metric)
 
 
-def refusal(scheme: Scheme, weight: Weight, device: torch.device) -> Reason | None:
-    """``None``, or why ``weight`` cannot be kept as ``scheme``, whatever is in it."""
+def refusal(
+    scheme: Scheme, weight: Weight, device: torch.device, statistics: Mapping[str, torch.Tensor]
+) -> Reason | None:
+    """``None``, or why ``weight`` cannot be kept as ``scheme``, whatever is in it, where ``statistics`` is
+    what is known of its inputs."""
     if weight.looked_up and not scheme.by_rows:
         return Reason(f"rows of a weight packed as {scheme.name} cannot be unpacked alone")
-    return scheme.refuses(weight.n, weight.k, weight.dtype, device)
+    reason = scheme.refuses(weight.n, weight.k, weight.dtype, device)
+    return reason or scheme.lacks(weight.k, statistics)
 
 
 def _rows(
@@ -188,15 +192,15 @@ def _rows(
         return []
     exact: torch.Tensor | None = None
     statistics: Mapping[str, torch.Tensor] = {}
+    for_packing = calibration.for_packing(weight.name) if calibration is not None else {}
     found = []
     for scheme in schemes:
-        if refusal(scheme, weight, parameter.device) is not None:
+        if refusal(scheme, weight, parameter.device, for_packing) is not None:
             continue
         if exact is None:
             exact = matrix.float()
             given = calibration.of(weight.name) if calibration is not None else {}
             statistics = {name: value.to(exact.device) for name, value in given.items()}
-        for_packing = calibration.for_packing(weight.name) if calibration is not None else {}
         for_packing = {name: value.to(exact.device) for name, value in for_packing.items()}
         reason = scheme.refuses_numbers(matrix, for_packing)
         if reason is not None:

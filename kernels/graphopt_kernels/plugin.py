@@ -343,9 +343,11 @@ def graphopt_schemes() -> Iterable[str]:
         "graphopt_kernels.quantized.fp8:Fp8",
         "graphopt_kernels.quantized.dynamic:Int8Dynamic",
         "graphopt_kernels.quantized.dynamic:Fp8Dynamic",
-
         "graphopt_kernels.quantized.outliers:LlmInt8",
         "graphopt_kernels.quantized.exponents:Lossless12",
+        "graphopt_kernels.quantized.int4:Int4",
+        "graphopt_kernels.quantized.int4:Int4Awq",
+        "graphopt_kernels.quantized.nf4:Nf4",
     )
 
 
@@ -357,6 +359,7 @@ def graphopt_tunables() -> Iterable[TunableSpec]:
     from graphopt_kernels.tuning.groups import group_tunable
     from graphopt_kernels.tuning.packed_bytes import packed_bytes_tunable
     from graphopt_kernels.tuning.packed_exponents import packed_exponents_tunable
+    from graphopt_kernels.tuning.packed_groups import packed_groups_tunable
     from graphopt_kernels.tuning.row_norms import row_norm_tunables
 
     return (
@@ -366,6 +369,7 @@ def graphopt_tunables() -> Iterable[TunableSpec]:
         group_tunable(),
         packed_bytes_tunable(),
         packed_exponents_tunable(),
+        packed_groups_tunable(),
     )
 
 

@@ -1,0 +1,208 @@
+"""How a product that reads weights of four bits is started: which kernel, in which tiles, by its sizes.
+
+    problem = GroupProblem(rows, columns, inner, torch.bfloat16, group=128, half=64, levels=False)
+    launch = launch_for(problem, multiprocessors)
+
+As in ``byte_launch`` every launch is predicted to be as slow as its slowest resource on as much of the device
+as its programs fill, and the fastest is taken; ``library`` is unpacking the weight and a dense product.
+Instructions were counted in the loops of disassemblies for sm_90; rates are those of an H200
+(``graphopt_cost_model/devices/h200.yaml``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from graphopt.candidate import Reason
+from graphopt_kernels.quantized.byte_launch import HALVES, PROCESSORS, Problem, dense_seconds
+
+__all__ = [
+    "LIBRARY", "GroupLaunch", "GroupProblem", "check_launch", "launch_for", "launches", "packed_bytes",
+    "predicted_seconds", "steps_of", "usual_launch",
+]  # fmt: skip
+
+_READ = 4.28e12
+_COPY = 4.28e12
+_SLOTS = 33.5e12 * 0.8
+"""Of lanes, and the share of them that a loop with loads and barriers gets."""
+
+_TENSOR = 790e12
+_WARP_GROUPS, _WARPS = 0.45, 0.45
+"""Shares of that: of tiles, which wait for each group's sum, and of what single warps do."""
+
+_LAUNCH = 2e-6
+_SOLO = 4
+_PARTS = 16
+_BESIDE = 0.1
+"""As in ``byte_launch``."""
+
+_UNALIGNED = 6.0
+"""Instructions for a code that cannot be loaded with its neighbours; only x is ever so here."""
+
+
+class GroupProblem(NamedTuple):
+    """x [``rows``, ``inner``] of ``dtype`` times a weight [``columns``, ``inner``] of codes of four bits,
+    ``half`` of them in the low halves of a block's bytes, in groups of ``group``. ``levels``: codes number
+    levels of nf4; ``double``: scales are codes of eight bits."""
+
+    rows: int
+    columns: int
+    inner: int
+    dtype: torch.dtype
+    group: int
+    half: int
+    levels: bool = False
+    double: bool = False
+
+
+class GroupLaunch(NamedTuple):
+    """``kind``: ``slices``, ``tiles``, or ``library``. A program computes ``columns`` results of ``rows``
+    rows, ``slices`` blocks of each in a step; ``parts`` programs share a sum."""
+
+    kind: str
+    rows: int
+    columns: int
+    slices: int
+    parts: int
+    warps: int
+    stages: int
+
+
+LIBRARY = GroupLaunch("library", 1, 1, 1, 1, 1, 1)
+
+
+def launch_for(problem: GroupProblem, processors: int) -> GroupLaunch:
+    """The launch that is predicted to be fastest."""
+    found = launches(problem, processors)
+    return min(found, key=lambda launch: predicted_seconds(problem, launch, processors))
+
+
+def usual_launch(problem: GroupProblem) -> GroupLaunch:
+    """``launch_for`` an H100 or H200."""
+    return launch_for(problem, PROCESSORS)
+
+
+def launches(problem: GroupProblem, processors: int) -> list[GroupLaunch]:
+    """All that are weighed."""
+    found = [
+        launch for whole in _launches(problem) for launch in (whole, _in_parts(problem, whole, processors))
+    ]
+    return list(dict.fromkeys(found))
+
+
+def check_launch(problem: GroupProblem, launch: GroupLaunch) -> Reason | None:
+    """``None``, or why ``launch`` would not compute ``problem``."""
+    text = _wrong_with(problem, launch)
+    return None if text is None else Reason(text)
+
+
+def _wrong_with(problem: GroupProblem, launch: GroupLaunch) -> str | None:
+    if launch.kind == "library":
+        return None
+    if launch.kind not in ("slices", "tiles"):
+        return f"there is no kernel {launch.kind!r}"
+    if problem.dtype not in HALVES:
+        return f"tensor cores do not multiply {problem.dtype}"
+    sizes = launch.rows, launch.columns, launch.slices, launch.warps
+    if any(size < 1 or size & (size - 1) for size in sizes):
+        return "sizes are powers of two"
+    if launch.slices != (launch.warps if launch.kind == "slices" else 1):
+        return "every warp has a slice, or there is one"
+    if launch.rows < 8 or launch.columns < 16:
+        return "tensor cores take 8 rows and 16 columns"
+    blocks = _blocks(problem)
+    if launch.parts < 1 or (launch.parts - 1) * steps_of(problem, launch) * launch.slices >= blocks:
+        return "a part has nothing to add up"
+    return None
+
+
+def steps_of(problem: GroupProblem, launch: GroupLaunch) -> int:
+    """Of each part."""
+    steps = -(-_blocks(problem) // launch.slices)
+    return -(-steps // launch.parts)
+
+
+def packed_bytes(problem: GroupProblem) -> float:
+    """Of the weight: codes and words of groups."""
+    words = -(-problem.inner // problem.group) * (1 if problem.double else 4)
+    return problem.columns * (_blocks(problem) * problem.half + words)
+
+
+def _blocks(problem: GroupProblem) -> int:
+    return -(-problem.inner // (2 * problem.half))
+
+
+def _launches(problem: GroupProblem) -> Iterator[GroupLaunch]:
+    """Those to choose from, each in one part."""
+    yield LIBRARY
+    if problem.dtype not in HALVES:
+        return
+    high = max(8, 1 << (problem.rows - 1).bit_length())
+    if problem.rows <= 64:
+        high = min(high, 32)
+        stages = 3 if problem.half == 64 else 4
+        for wide, slices in ((16, 8), (32, 4), (32, 8), (64, 4)):
+            if high * wide <= 1024:
+                yield GroupLaunch("slices", high, wide, slices, 1, slices, stages)
+    if problem.rows > 16 and problem.inner % 8 == 0:
+        # Sums are held twice: four warps have not the registers for 64 rows of 128.
+        yield GroupLaunch("tiles", 64, 64, 1, 1, 4, 3)
+        yield GroupLaunch("tiles", 64, 128, 1, 1, 8, 3)
+        yield GroupLaunch("tiles", 128, 128, 1, 1, 8, 3)
+
+
+def _programs(problem: GroupProblem, launch: GroupLaunch) -> int:
+    return -(-problem.rows // launch.rows) * -(-problem.columns // launch.columns)
+
+
+def _in_parts(problem: GroupProblem, launch: GroupLaunch, processors: int) -> GroupLaunch:
+    """``launch`` with its sums in parts, so that its programs fill a GPU twice."""
+    if launch.kind == "library":
+        return launch
+    steps = -(-_blocks(problem) // launch.slices)
+    parts = min(-(-2 * processors // _programs(problem, launch)), _PARTS, steps // launch.stages)
+    if parts < 2:
+        return launch
+    # Every part has the same number of steps, the last perhaps fewer: none has nothing to do.
+    return launch._replace(parts=-(-steps // -(-steps // parts)))
+
+
+def predicted_seconds(problem: GroupProblem, launch: GroupLaunch, processors: int) -> float:
+    """Seconds of ``problem``."""
+    rows, columns, inner, dtype = problem[:4]
+    weight, size = packed_bytes(problem), dtype.itemsize
+    if launch.kind == "library":
+        dense = dense_seconds(Problem(rows, columns, inner, dtype, torch.int8))
+        return (weight + columns * inner * size) / _COPY + dense + _LAUNCH
+    moved = weight + rows * inner * size + rows * columns * size
+    across = -(-rows // launch.rows)
+    programs = _programs(problem, launch) * launch.parts
+    weights = columns * inner * across
+    share = _WARP_GROUPS if launch.kind == "tiles" else _WARPS
+    multiplied = 2 * launch.rows * weights / (_TENSOR * share)
+    busy = min(1.0, programs / processors)
+    deep = min(1.0, programs * launch.warps / (4 * _SOLO * processors))
+    if launch.parts > 1:
+        moved += 8 * launch.parts * rows * columns
+    computed = max(weights * _slots(problem, launch) / _SLOTS, multiplied) / busy
+    waited = moved / (_READ * max(deep, 0.5 * busy))
+    count = 1 + (launch.parts > 1)
+    return max(computed, waited) + _BESIDE * min(computed, waited) + count * _LAUNCH
+
+
+def _slots(problem: GroupProblem, launch: GroupLaunch) -> float:
+    """Instructions for a weight in each row of tiles."""
+    converted = 3.9 if problem.levels else 2.0
+    if problem.group == problem.half:
+        # Halves of a byte have words of their own.
+        converted += 0.25
+    unaligned = 0.0 if problem.inner % 8 == 0 else _UNALIGNED * launch.rows / launch.columns
+    scaled = launch.rows / 8 * (8 / min(problem.group, 2 * problem.half)) * 0.5
+    if launch.kind == "tiles":
+        return converted + 2 + 2 * scaled / launch.warps + unaligned
+    # Addresses and waiting are shared by the columns of a slice.
+    beside = (18 if problem.half == 64 else 34) / launch.columns
+    return converted + beside + scaled + launch.rows * (0.02 + 0.3 / launch.columns) + unaligned

@@ -1,0 +1,257 @@
+"""Products with weights of four bits in groups: kernels where there are some, ATen operators elsewhere.
+
+``product`` and ``unpacked`` are what the operators of the schemes ``int4`` and ``nf4`` call. ``GroupWeight``
+holds the packed tensors and knows how they are read.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graphopt_kernels.quantized.group_launch import (
+    LIBRARY,
+    GroupLaunch,
+    GroupProblem,
+    check_launch,
+    steps_of,
+    usual_launch,
+)
+from graphopt_kernels.quantized.nibbles import unpack_nibbles
+from graphopt_kernels.tuning.lookup import Choice, rows_class
+
+__all__ = [
+    "GROUP_PRODUCTS", "NF4_LEVELS", "GroupWeight", "kernels", "launch_product", "product",
+    "product_reference", "unpacked", "unpacked_reference",
+]  # fmt: skip
+
+_BLOCK = 64 * 2**20
+"""Bytes of an unpacked weight that are there at a time."""
+
+_MANY = 4096
+"""Rows from which on more are alike for a launch."""
+
+_RANGED = 256
+"""Groups that share a range where scales are codes."""
+
+GROUP_PRODUCTS = Choice(
+    "packed-groups", ("graphopt_kernels.quantized.groups_triton",), usual_launch, check_launch
+)
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+    0.7229568362236023, 1.0,
+)  # fmt: skip
+"""Quantiles of a normal distribution, zero among them: those of QLoRA (https://arxiv.org/abs/2305.14314)."""
+
+
+@dataclass(frozen=True)
+class GroupWeight:
+    """A weight [N, ``inner``] in four bits.
+
+    ``codes`` uint8[N, blocks * ``half``] as ``nibbles`` says. ``words`` are by
+    row and group of ``group`` neighbours: int32, a bfloat16 scale in the upper half and the zero, in eighths
+    of a code and below 128, in the lower one; the bits of a float32 scale for ``levels``; or, where there
+    are ``ranges`` float32[N, one for 256 groups], codes uint8 of scales, which are their products.
+    """
+
+    codes: torch.Tensor
+    words: torch.Tensor
+    ranges: torch.Tensor
+    inner: int
+    group: int
+    half: int
+    levels: bool
+
+    @property
+    def double(self) -> bool:
+        return self.words.dtype is torch.uint8
+
+    def rows(self, some: slice) -> GroupWeight:
+        """Some of the rows."""
+        ranges = self.ranges[some] if self.double else self.ranges
+        return GroupWeight(
+            self.codes[some], self.words[some], ranges, self.inner, self.group, self.half, self.levels
+        )
+
+    def problem(self, rows: int, dtype: torch.dtype) -> GroupProblem:
+        """Of a product with ``rows`` rows of ``dtype``."""
+        return GroupProblem(
+            rows, self.codes.shape[0], self.inner, dtype, self.group, self.half, self.levels, self.double
+        )
+
+
+def product(x: torch.Tensor, weight: GroupWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x`` [..., K] times the weight, ``bias`` [N] added: [..., N] of the dtype of x."""
+    found = _kernels_for(weight)
+    if found is None or not (weight.codes.numel() and x.numel()) or x.dtype not in _FLOATS:
+        return product_reference(x, weight, bias)
+    rows = x.numel() // weight.inner
+    launch = GROUP_PRODUCTS(weight.problem(rows_class(rows, _MANY), x.dtype), weight.codes.device)
+    return launch_product(found, launch, x, weight, bias)
+
+
+def product_reference(x: torch.Tensor, weight: GroupWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """What ``product`` computes, with ATen operators."""
+    result = torch.nn.functional.linear(x.float(), unpacked_reference(weight, None, torch.float32))
+    return (result if bias is None else result + bias.float()).to(x.dtype)
+
+
+def unpacked(weight: GroupWeight, factors: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """The weight [N, K] of ``dtype``, its columns times ``factors`` float32[K]."""
+    found = _kernels_for(weight)
+    if found is None or not weight.codes.numel() or dtype not in _FLOATS:
+        return unpacked_reference(weight, factors, dtype)
+    result = torch.empty((weight.codes.shape[0], weight.inner), dtype=dtype, device=weight.codes.device)
+    return launch_unpack(found, weight, factors, result)
+
+
+def unpacked_reference(weight: GroupWeight, factors: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """What ``unpacked`` computes, with ATen operators."""
+    codes = unpack_nibbles(weight.codes, weight.half, weight.inner)
+    n, groups = weight.words.shape
+    grouped = (n, groups, weight.group)
+    if weight.levels:
+        levels = torch.tensor(NF4_LEVELS, dtype=torch.float32, device=codes.device)
+        numbers, scales = levels[codes.int()], _scales(weight)
+        wide = numbers.view(grouped) * scales[:, :, None]
+    else:
+        zeros = (weight.words & 127).float() * 0.125
+        wide = codes.float().view(grouped) - zeros[:, :, None]
+        wide = wide * _scales(weight)[:, :, None]
+    result = wide.reshape(n, weight.inner)
+    return (result if factors is None else result * factors.float()).to(dtype)
+
+
+def launch_product(
+    kernels: Any, launch: GroupLaunch, x: torch.Tensor, weight: GroupWeight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """``product`` as ``launch`` says, by ``kernels``, the module of the jitted functions."""
+    n, k = weight.codes.shape[0], weight.inner
+    shape = (*x.shape[:-1], n)
+    x = x.reshape(-1, k).contiguous()
+    with _on(weight.codes):
+        if launch == LIBRARY:
+            return _dense(x, weight, bias).view(shape)
+        rows = x.shape[0]
+        problem = weight.problem(rows, x.dtype)
+        result = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+        into = result
+        if launch.parts > 1:
+            into = torch.empty((launch.parts, rows, n), dtype=torch.float32, device=x.device)
+        steps = steps_of(problem, launch)
+        constants: dict[str, Any] = {} if launch.kind == "tiles" else {"SLICES": launch.slices}
+        kernel = kernels.tile_kernel if launch.kind == "tiles" else kernels.slices_kernel
+        added = result if bias is None else bias
+        kernel[(-(-n // launch.columns) * -(-rows // launch.rows), launch.parts)](
+            x, weight.codes, weight.words, weight.ranges, added, into,
+            rows, n, k, weight.words.shape[1], _ranges(weight), steps,
+            BIASED=bias is not None, PARTS=launch.parts,
+            EVEN=k == steps * launch.parts * launch.slices * 2 * weight.half,
+            BLOCK_M=launch.rows, BLOCK_N=launch.columns,
+            num_warps=launch.warps, num_stages=launch.stages, **_constants(weight), **constants,
+        )  # fmt: skip
+        if launch.parts > 1:
+            kernels.sum_kernel[(-(-rows * n // 512),)](
+                into, added, result, rows * n, n, BIASED=bias is not None, PARTS=launch.parts, BLOCK=512
+            )
+        return result.view(shape)
+
+
+def launch_unpack(
+    kernels: Any, weight: GroupWeight, factors: torch.Tensor | None, result: torch.Tensor
+) -> torch.Tensor:
+    """``unpacked`` into ``result`` [N, K], by ``kernels``."""
+    n, k = result.shape
+    blocks = weight.codes.shape[1] // weight.half
+    with _on(weight.codes):
+        kernels.unpack_kernel[(-(-n // 4), -(-blocks // 8))](
+            weight.codes, weight.words, weight.ranges, weight.ranges if factors is None else factors, result,
+            n, k, weight.words.shape[1], _ranges(weight),
+            FACTORED=factors is not None, BLOCK_N=4, WIDE=8, num_warps=4, **_constants(weight),
+        )  # fmt: skip
+    return result
+
+
+def _constants(weight: GroupWeight) -> dict[str, Any]:
+    return {
+        "FAST": _is_fast(weight.codes),
+        "LEVELS": weight.levels,
+        "DOUBLE": weight.double,
+        "GROUP": weight.group,
+        "HALF": weight.half,
+    }
+
+
+def _ranges(weight: GroupWeight) -> int:
+    """Of a row."""
+    return weight.ranges.shape[1] if weight.double else 1
+
+
+def _scales(weight: GroupWeight) -> torch.Tensor:
+    """float32[N, groups]."""
+    if weight.double:
+        ranges = weight.ranges.repeat_interleave(_RANGED, 1)[:, : weight.words.shape[1]]
+        return weight.words.float() * ranges
+    if weight.levels:
+        return weight.words.view(torch.float32)
+    return (weight.words & -65536).view(torch.float32)
+
+
+def _dense(x: torch.Tensor, weight: GroupWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """Dense products of as much of the weight as may be unpacked at a time."""
+    n, k = weight.codes.shape[0], weight.inner
+    step = max(1, _BLOCK // (k * x.dtype.itemsize))
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    if n <= step:
+        return torch.nn.functional.linear(x, unpacked(weight, None, x.dtype), bias)
+    step = max(128, step // 128 * 128)
+    result = torch.empty((x.shape[0], n), dtype=x.dtype, device=x.device)
+    for start in range(0, n, step):
+        some = slice(start, min(n, start + step))
+        turned = unpacked(weight.rows(some), None, x.dtype).t()
+        if bias is None:
+            torch.mm(x, turned, out=result[:, some])
+        else:
+            torch.addmm(bias[some], x, turned, out=result[:, some])
+    return result
+
+
+def _kernels_for(weight: GroupWeight) -> Any:
+    """The kernels where they take the weight, else ``None``: bfloat16 came with sm_80."""
+    if not weight.codes.is_cuda or not (weight.codes.is_contiguous() and weight.words.is_contiguous()):
+        return None
+    if torch.cuda.get_device_capability(weight.codes.device) < (8, 0):
+        return None
+    return kernels()
+
+
+def _is_fast(codes: torch.Tensor) -> bool:
+    """Whether the instructions are there that numbers are made with: tensors without memory are taken to be
+    on a device that has them."""
+    return codes.is_meta or (codes.is_cuda and torch.cuda.get_device_capability(codes.device) >= (9, 0))
+
+
+def _on(codes: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    return torch.cuda.device(codes.device) if codes.is_cuda else contextlib.nullcontext()
+
+
+@functools.cache
+def kernels() -> Any:
+    """The module of the jitted kernels, or ``None`` without triton."""
+    try:
+        from graphopt_kernels.quantized import groups_triton
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("triton"):
+            raise
+        return None
+    return groups_triton
