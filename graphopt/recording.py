@@ -44,7 +44,8 @@ RETURNED = 16 << 20
 """Bytes of results beyond which copying them out of the pool would take as much again."""
 
 BESIDE = 1.1
-"""What graphs are taken to keep, as a share of a step's peak: a pool of theirs has gaps of its own."""
+"""What graphs are taken to keep, as a share of a step's peak, as a pool of theirs has gaps of its own: a
+judgement, a little above the one graph that was measured and did not fit (docs/benchmarks.md)."""
 
 HOST_BOUND = 0.7
 """Share of a forward's time that the host takes to queue it, from which on replaying is worth its memory."""

@@ -176,7 +176,7 @@ def test_training_packs_what_is_frozen() -> None:
     assert model.norm.weight.grad is not None
     everything = wide().train()
     with pytest.raises(
-        BudgetError, match=r"is allowed, but no weight of the model can be packed: .* is trained"
+        BudgetError, match=r"but no weight of the model can be packed: .* is trained; call model\.eval\(\)"
     ):
         graphopt.optimize(everything, IDS, emit="eager", budget="30%", allow=("quantize-linear",))
 

@@ -57,6 +57,8 @@ _LEFT = {target: place - 1 for target, place in _RIGHT.items()}
 _Axes = tuple[tuple[int, ...], ...]
 """Which axes of the parameter each axis of a view holds, in order."""
 
+_TRAINED = "it is trained"
+
 
 @dataclass(frozen=True)
 class _View:
@@ -203,7 +205,11 @@ def weights_of(model: nn.Module, programs: Iterable[Program], *, training: bool)
         if not why:
             done = packed_weights(model)
             why = f"{len(done)} are packed already" if done else "it has no matrices"
-        raise QuantizationError(f"no weight of the model can be packed: {why}")
+        trained = any(item.reason.text == _TRAINED for item in found.refused)
+        raise QuantizationError(
+            f"no weight of the model can be packed: {why}",
+            hint="call model.eval(), or requires_grad_(False) on what is not trained" if trained else "",
+        )
     return found
 
 
@@ -347,7 +353,7 @@ def _reason(
     storages: Mapping[int, Sequence[str]],
 ) -> Reason | None:
     if training and parameter.requires_grad:
-        return Reason("it is trained")
+        return Reason(_TRAINED)
     if not parameter.is_floating_point() or parameter.layout is not torch.strided:
         return Reason("it is no dense tensor of floating-point numbers")
     if not reads:

@@ -108,11 +108,12 @@ class WeightFit:
             baseline = self.session.baseline()
             return self._pack(missing, error.budget_bytes, None, baseline, args, kwargs)
         except QuantizationError as nothing:
+            why = f"{nothing.message}; {nothing.hint}" if nothing.hint else nothing.message
             raise BudgetError(
                 error.message,
                 least_bytes=error.least_bytes,
                 budget_bytes=error.budget_bytes,
-                hint=f"{error.hint}; pass {self.conversion.name!r} is allowed, but {nothing.message}",
+                hint=f"{error.hint}; pass {self.conversion.name!r} is allowed, but {why}",
             ) from None
 
     def _pack(
@@ -208,6 +209,7 @@ class WeightFit:
             schemes = chosen_schemes(conversion.wanted_schemes(), self.session.host)
             calibration = conversion.wanted_calibration()
         except (CaptureError, QuantizationError):
+            # The error that this would advise on is raised either way, with its own reason.
             return None
         device = next(self.model.parameters()).device
         saved = 0
