@@ -209,6 +209,36 @@ def test_the_operators_pass_opcheck() -> None:
     for beside, weight in ((None, None), (torch.randn(ROWS), None), (None, weights)):
         given = (torch.tensor(2.0), plain, target, sums, *settings, beside, weight)
         check(ops.cross_entropy_backward.default, given)
+    for smoothing, beside, weight in ((0.0, None, None), (0.1, torch.randn(ROWS), weights)):
+        asked = (target, CLASSES, "mean", IGNORED, smoothing, torch.float32, beside, weight)
+        check(ops.cross_entropy_row_terms.default, (torch.tensor(2.0), *asked))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_what_rows_give_is_that_of_the_loss(dtype: torch.dtype) -> None:
+    """By hand: shares, what targets have less, what every class has less; ignored rows give nothing."""
+    target = torch.tensor([2, IGNORED, 0], dtype=dtype)
+    found = ops.cross_entropy_row_terms(torch.tensor(6.0), target, 4, "mean", IGNORED, 0.2, torch.float64)
+    expected = ([3.0, 0.0, 3.0], [2.4, 0.0, 2.4], [0.15, 0.0, 0.15], [2, -1, 0])
+    for values, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(values, torch.tensor(right, dtype=values.dtype))
+    assert found[3].dtype is torch.int32 and target.tolist() == [2, IGNORED, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"target": torch.zeros(2, 3, dtype=torch.int64)}, "takes targets [N], got [2, 3]"),
+        ({"classes": 2**31}, "counts classes in 32 bits, got 2147483648"),
+        ({"reduction": "total"}, "knows the reductions none, mean, sum, got 'total'"),
+    ],
+    ids=["rows", "classes", "reduction"],
+)
+def test_what_rows_are_not_given_is_said(change: dict[str, Any], reason: str) -> None:
+    given: dict[str, Any] = {"target": torch.zeros(3, dtype=torch.int64), "classes": 4, "reduction": "mean"}
+    given |= change
+    with pytest.raises(RuntimeError, match=re.escape(reason)):
+        ops.cross_entropy_row_terms(torch.tensor(1.0), *given.values(), IGNORED, 0.0, torch.float32)
 
 
 @pytest.mark.parametrize("written", [False, True])

@@ -223,11 +223,12 @@ def row_terms(
     class_weight: torch.Tensor | None = None,
 ) -> Terms:
     """``row_terms_reference`` as one call, which code generators do not compute again for every element."""
-    share, label, even, place = row_terms_reference(
+    reason = row_terms_supports(grad, target, classes, reduction)
+    if reason is not None:
+        raise RuntimeError(f"cross_entropy_row_terms: {reason}")
+    return row_terms_reference(
         grad, target, classes, reduction, ignore_index, label_smoothing, dtype, sum_grad, class_weight
     )
-    # No result may be another, or an input.
-    return share.clone(), label.clone(), even, place.clone() if place is target else place
 
 
 @row_terms.register_fake
