@@ -1,7 +1,6 @@
 """Products that read packed weights on one GPU, beside dense bf16 ones, for the shapes of Llama-3.1-8B.
 
     python benchmarks/gpu_quantized.py --out benchmarks/results/gpu_quantized.json
-    python benchmarks/gpu_quantized.py --sweep --rows 1,16,64,256      every launch of the kernels for bytes
 
 Every scheme that is registered is measured as its options stand. A CUDA graph holds a call for each of as
 many weights as make 256 MiB together, more than caches hold, and is replayed; ``us`` is the median time of a
@@ -11,8 +10,6 @@ over that. ``read`` is the rate at which packed bytes are read, as a share of th
 run measures by summing a vector of 1 GiB (``graphopt::probe_read``). ``error`` is the distance of the first
 16 rows and 256 columns from float64 with unpacked weights, relative; that of dense products in bf16 is what
 rounding the result makes. What would take the run beyond ``--seconds`` is left out and named.
-
-``--sweep`` times other launches too: ``launches`` are microseconds by launch, fastest first.
 """
 
 from __future__ import annotations
@@ -35,8 +32,8 @@ from graphopt.atomic import write_atomically
 from graphopt.packing import Scheme
 from graphopt.packing.scheme import operator_named, scheme_text
 from graphopt.plugins import default_host
-from graphopt_kernels.quantized import byte_products
-from graphopt_kernels.quantized.byte_launch import Launch, Problem, launch_for, launches, predicted_seconds
+from graphopt_kernels import bandwidth
+from graphopt_kernels.quantized.byte_launch import Problem, launch_for, predicted_seconds
 
 SHAPES = ((4096, 4096), (6144, 4096), (14336, 4096), (4096, 14336), (128256, 4096))
 """Results and products of each: output and gate projections and so on; the last is the head."""
@@ -79,7 +76,7 @@ def microseconds(calls: Sequence[Callable[[], Any]], seconds: float = 0.02) -> f
 def read_bandwidth() -> float:
     """Bytes a second."""
     data = torch.empty(2**30 // 4, device="cuda")
-    return 2**30 / microseconds([lambda: torch.ops.graphopt.probe_read(data)] * 4) * 1e6
+    return 2**30 / microseconds([lambda: bandwidth.probe_read(data)] * 4) * 1e6
 
 
 def copies_for(held: int) -> int:
@@ -134,34 +131,7 @@ def problem_of(packed: Packed, rows: int) -> Problem | None:
     return Problem(rows, packed.n, packed.k, BF16, codes.dtype, rounded)
 
 
-def swept(packed: Packed, problem: Problem, x: torch.Tensor) -> dict[str, float]:
-    """Microseconds of every launch, x rounded already."""
-    kernels = byte_products.kernels()
-    x_scales = None
-    if problem.rounded:
-        limit = 127.0 if problem.codes is torch.int8 else 448.0
-        x, x_scales = torch.ops.graphopt.quantize_rows(x, problem.codes, limit, 1e-12)
-
-    def call(copy: dict[str, torch.Tensor], launch: Launch) -> Any:
-        return byte_products.launch_product(
-            kernels, problem, launch, x, copy["codes"], copy["scales"], None, x_scales
-        )
-
-    found = {}
-    for launch in launches(problem, torch.cuda.get_device_properties(0).multi_processor_count):
-        calls = [lambda copy=copy, launch=launch: call(copy, launch) for copy in packed.copies]  # type: ignore[misc]
-        try:
-            found[" ".join(map(str, launch))] = round(microseconds(calls), 2)
-        except Exception as failed:
-            # Tiles that do not fit into shared memory: triton has a class of its own for it.
-            if type(failed).__name__ != "OutOfResources":
-                raise
-    return dict(sorted(found.items(), key=lambda item: item[1]))
-
-
-def measured(
-    packed: Packed, x: torch.Tensor, dense: tuple[float, float], bandwidth: float, sweep: bool
-) -> dict[str, Any]:
+def measured(packed: Packed, x: torch.Tensor, dense: tuple[float, float], bandwidth: float) -> dict[str, Any]:
     rows = x.shape[0]
     calls = packed.calls(x)
     time_ = microseconds(calls)
@@ -183,8 +153,6 @@ def measured(
         launch = launch_for(problem, processors)
         row["launch"] = " ".join(map(str, launch))
         row["predicted_us"] = round(predicted_seconds(problem, launch, processors) * 1e6, 2)
-        if sweep:
-            row["launches"] = swept(packed, problem, x)
     return row
 
 
@@ -197,7 +165,6 @@ def main() -> None:
     options.add_argument("--shapes", default="", help="numbers of shapes from 0, by commas; all else")
     options.add_argument("--schemes", default="", help="schemes, by commas: int8,int4{group=64}; all else")
     options.add_argument("--seconds", type=float, default=150)
-    options.add_argument("--sweep", action="store_true", help="time every launch too")
     given = options.parse_args()
     if not torch.cuda.is_available():
         print("gpu_quantized needs a CUDA device")
@@ -233,7 +200,7 @@ def main() -> None:
                 continue
             packed = Packed(scheme, weight)
             for x, beside in zip(inputs, dense, strict=True):
-                row = measured(packed, x, beside, bandwidth, given.sweep)
+                row = measured(packed, x, beside, bandwidth)
                 print(json.dumps(row), flush=True)
                 document["rows"].append(row)
             del packed

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from graphopt import _torch
+from graphopt.emit import resolve_emitter
+from graphopt.emit.inductor import InductorEmitter
 from graphopt.emit.lowered import (
     LoweredCompiler,
     LoweredMemory,
@@ -22,6 +24,8 @@ from graphopt.emit.lowered import (
 )
 from graphopt.emit.scratch import scratch_bytes
 from graphopt.errors import LoweringError
+from graphopt_cost_model.devices import resolve
+from tests.programs import host
 
 DATA = Path(__file__).parent / "data"
 
@@ -446,3 +450,13 @@ return (buf1, )
     one = 2 * 8 * 16 * 2
     assert memory.scratch == (4 * 2 * 8 * 17, 0)
     assert memory.live() == [3 * one + memory.scratch[0], one]
+    assert read(body, tensor, row, granularity=512).scratch == (1536, 0), "up to what the allocator gives"
+
+
+def test_generated_code_is_counted_as_the_allocator_of_its_device_rounds() -> None:
+    for name in ("cpu", "h200"):
+        device = resolve(name)
+        cost = host().cost_model("roofline").build(device)
+        emitter = resolve_emitter("inductor", torch.device("cpu"), cost=cost)
+        assert isinstance(emitter, InductorEmitter)
+        assert emitter.granularity == device.allocation_granularity

@@ -33,7 +33,7 @@ def fused_live(fused: Fused, owned: Collection[str] = (), *, granularity: int = 
         releasable=frozenset({*alive, *owned} - kept),
         on_cpu=on_cpu,
         scratch={
-            node.name: _scratch(node)
+            node.name: -(-_scratch(node) // granularity) * granularity
             for node in fused.nodes
             # What is known of a library's calls is of those on a GPU.
             if not on_cpu or getattr(node.target, "namespace", "") == "graphopt"

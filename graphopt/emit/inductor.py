@@ -49,10 +49,8 @@ class InductorEmitter:
     fuses = True
     by_segments = True
 
-    def __init__(
-        self, granularity: int = 1, replacing: Replacing | None = None, cost: CostModel | None = None
-    ) -> None:
-        self.granularity = granularity
+    def __init__(self, replacing: Replacing | None = None, cost: CostModel | None = None) -> None:
+        self.granularity = 1 if cost is None else cost.device.allocation_granularity
         self._cost = cost
         self.near_misses: list[NearMiss] = []
         self.records: list[LoweredMemory] = []

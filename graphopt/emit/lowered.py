@@ -254,7 +254,7 @@ def lowered_memory(
         phase=phase,
         device_type=device_type,
         steps=tuple(trace.steps),
-        scratch=tuple(trace.scratch),
+        scratch=tuple(-(-taken // granularity) * granularity for taken in trace.scratch),
         storages=storages,
         input_names=tuple(input_names),
         output_names=tuple(output_names),

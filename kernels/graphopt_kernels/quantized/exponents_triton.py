@@ -23,11 +23,13 @@ import triton.language as tl
 
 __all__ = ["add_kernel", "slices_kernel", "tile_kernel", "unpack_kernel", "weights"]
 
+# Of four weights two each are neighbours in a row; the pairs may be of different rows: they are in operands that
+# warp groups take from registers.
 _LOW: tl.constexpr = tl.constexpr(
     """{ .reg .b32 a, e;
     prmt.b32 e, $3, 0, 0x4140; shl.b32 e, e, 7; and.b32 e, e, 0x07800780; add.u32 e, e, $4;
     prmt.b32 a, $2, 0, 0x9180; lop3.b32 $0, a, 0x807F807F, e, 0xEA;
-    prmt.b32 e, $3, 0, 0x4342; shl.b32 e, e, 7; and.b32 e, e, 0x07800780; add.u32 e, e, $4;
+    prmt.b32 e, $3, 0, 0x4342; shl.b32 e, e, 7; and.b32 e, e, 0x07800780; add.u32 e, e, $6;
     prmt.b32 a, $2, 0, 0xB3A2; lop3.b32 $1, a, 0x807F807F, e, 0xEA; }"""
 )
 _HIGH: tl.constexpr = tl.constexpr(_LOW.value.replace("shl.b32 e, e, 7", "shl.b32 e, e, 3"))
