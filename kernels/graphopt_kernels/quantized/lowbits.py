@@ -214,9 +214,10 @@ class _LowBits(Grouped):
         n, k = exact.shape
         if not slots:
             return torch.empty((n, 0), dtype=torch.int64, device=exact.device)
+        # With 16 levels narrower ranges change little.
         few, four = (
-            (nearest(exact, self.group, self.symmetric, top, _SHARES).weight() - exact).square()
-            for top in (2**self.bits - 1, 15)
+            (nearest(exact, self.group, self.symmetric, top, shares).weight() - exact).square()
+            for top, shares in ((2**self.bits - 1, _SHARES), (15, (1.0,)))
         )
         gain = few - four
         if importance is not None:
