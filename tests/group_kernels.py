@@ -1,4 +1,4 @@
-"""Kernels that read weights of four bits, in Triton's interpreter; prints what they computed beside float64.
+"""Kernels that read weights in groups, in Triton's interpreter; prints what they computed beside float64.
 
 Every case is a launch of ``group_launch`` on CPU tensors. Run by ``tests/test_quantized_groups.py``.
 """
@@ -6,6 +6,7 @@ Every case is a launch of ``group_launch`` on CPU tensors. Run by ``tests/test_q
 from __future__ import annotations
 
 import json
+import sys
 
 import torch
 
@@ -14,6 +15,7 @@ from graphopt_kernels.quantized import group_products, groups_triton
 from graphopt_kernels.quantized.group_launch import GroupLaunch, check_launch
 from graphopt_kernels.quantized.group_products import GroupWeight
 from graphopt_kernels.quantized.int4 import Int4, int4_weight
+from graphopt_kernels.quantized.lowbits import Int2, Int3, low_weight
 from graphopt_kernels.quantized.nf4 import Nf4, nf4_weight
 
 FP16, FP32 = torch.float16, torch.float32
@@ -36,12 +38,29 @@ CASES = [
     (17, 32, 96, Int4(group=32), TILES, True),
     (9, 32, 128, Nf4(double=True), TILES, True),
 ]
+LOW = [
+    (3, 17, 1024, Int2(group=128, outliers=0.25), SLICES, True),
+    (2, 16, 448, Int2(group=64, outliers=0.5), SLICES._replace(parts=2), False),
+    (9, 16, 512, Int2(group=32, outliers=0.0), SLICES._replace(rows=16), True),
+    (20, 33, 384, Int2(group=128, outliers=0.4), TILES._replace(parts=2), True),
+    (5, 32, 96, Int2(group=32, outliers=0.5), TILES, False),
+    (3, 17, 1024, Int3(group=128, outliers=0.25), SLICES, True),
+    (2, 16, 640, Int3(group=64, method="hqq", outliers=0.5), SLICES._replace(parts=2), False),
+    (9, 16, 384, Int3(group=128, outliers=0.3), SLICES._replace(rows=16), True),
+    (3, 16, 512, Int3(group=32, outliers=0.0), SLICES, True),
+    (20, 33, 512, Int3(group=64, outliers=0.5), TILES, True),
+    (5, 32, 160, Int3(group=32, symmetric=True, outliers=0.5), TILES, False),
+]
 
 
 def weight_of(scheme: Scheme, exact: torch.Tensor) -> GroupWeight:
     packed = scheme.pack(exact, {})
     if isinstance(scheme, Int4):
         return int4_weight(packed["codes"], packed["words"], scheme.group)
+    if isinstance(scheme, Int2 | Int3):
+        return low_weight(
+            packed["codes"], packed.get("thirds"), packed["words"], packed["extra"], scheme.group
+        )
     return nf4_weight(**packed)
 
 
@@ -54,9 +73,9 @@ def rounded_levels(weight: GroupWeight) -> torch.Tensor:
     return (exact / scales).half().double() * scales
 
 
-def main() -> None:
+def main(bits: str) -> None:
     errors = {}
-    for number, (rows, n, k, scheme, launch, biased) in enumerate(CASES):
+    for number, (rows, n, k, scheme, launch, biased) in enumerate(LOW if bits == "low" else CASES):
         torch.manual_seed(number)
         weight = weight_of(scheme, torch.randn(n, k) / k**0.5)
         assert check_launch(weight.problem(rows, FP16), launch) is None, (scheme, launch)
@@ -68,8 +87,12 @@ def main() -> None:
         assert result.dtype is FP16 and result.shape == exact.shape
         errors[f"{number}: {scheme} {launch.kind}"] = float((result.double() - exact).norm() / exact.norm())
     unpacked = {}
-    for scheme in (Int4(), Int4(group=64), Int4(group=32), Nf4(), Nf4(double=True)):
-        k = 96 if isinstance(scheme, Int4) and scheme.group == 32 else 128
+    four: tuple[Scheme, ...] = Int4(), Int4(group=64), Int4(group=32), Nf4(), Nf4(double=True)
+    low: tuple[Scheme, ...] = (
+        Int2(outliers=0.5), Int2(group=32), Int3(outliers=0.5), Int3(group=32, outliers=0.5),
+    )  # fmt: skip
+    for scheme in low if bits == "low" else four:
+        k = 96 if not isinstance(scheme, Nf4) and scheme.group == 32 else 128 if scheme not in low else 512
         weight, factors = weight_of(scheme, torch.randn(7, k)), torch.rand(k)
         for given in (None, factors):
             found = group_products.launch_unpack(groups_triton, weight, given, torch.empty(7, k))
@@ -77,7 +100,8 @@ def main() -> None:
             unpacked[f"{scheme} {given is not None}"] = torch.equal(found, expected)
     poisoned = {}
     for name, launch in (("slices", SLICES), ("tiles", TILES)):
-        for scheme in (Int4(), Nf4()):
+        both = (Int2(outliers=1.0), Int3(outliers=0.0)) if bits == "low" else (Int4(), Nf4())
+        for scheme in both:
             exact_weight = torch.randn(16, 128)
             exact_weight[:8, 3] = 0
             weight = weight_of(scheme, exact_weight)
@@ -93,4 +117,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1])

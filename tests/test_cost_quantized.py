@@ -13,10 +13,11 @@ from graphopt.plugins import default_host
 from graphopt_cost_model.flops import flops
 from graphopt_cost_model.roofline import RooflineCostModel
 from graphopt_cost_model.traffic import traffic
-from graphopt_kernels.quantized import dynamic, exponents, int4, nf4, outliers
+from graphopt_kernels.quantized import dynamic, exponents, int4, lowbits, nf4, outliers
 from tests.cost_graphs import call_node
 
-assert all(m.__all__ for m in (dynamic, exponents, int4, nf4, outliers)), "importing registers the operators"
+REGISTERED = (dynamic, exponents, int4, lowbits, nf4, outliers)
+assert all(module.__all__ for module in REGISTERED), "importing registers the operators"
 ops = torch.ops.graphopt
 N, K = 14336, 4096
 ROOM, OUTLIERS = 12, 40
@@ -132,20 +133,33 @@ def test_memory_beside_the_output_on_a_gpu(kind: str, rows: int, expected: int) 
     assert scratch_bytes(getattr(ops, f"linear_{kind}").default, (Gpu(x), *rest)) == expected
 
 
-GROUPED = {"int4": 128, "int4_awq": 64, "nf4": 64}
+GROUPED = {"int4": 128, "int4_awq": 64, "nf4": 64, "int3": 64, "int2": 64}
+SLOTS = 4
+"""Of rows of fewer bits: blocks with four, each with 32 bytes more."""
 
 
 def grouped(rows: int, kind: str) -> tuple[Any, ...]:
-    """Arguments of a product with a weight of four bits."""
+    """Arguments of a product with a weight of four bits or fewer."""
 
     def tensor(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
-    codes = tensor(N, K // 2, dtype=torch.uint8)
+    def plane(size: int) -> torch.Tensor:
+        return tensor(N, size, dtype=torch.uint8)
+
     words = tensor(N, K // GROUPED[kind], dtype=torch.int32)
-    more = {"int4": (), "int4_awq": (tensor(K),), "nf4": (tensor(N, 0),)}[kind]
     group = () if kind == "nf4" else (GROUPED[kind],)
-    return tensor(rows, K, dtype=BF16), codes, words, *more, None, *group
+    packed = {
+        "int4": (plane(K // 2), words), "int4_awq": (plane(K // 2), words, tensor(K)),
+        "nf4": (plane(K // 2), words, tensor(N, 0)), "int2": (plane(K // 4), words, plane(32 * SLOTS)),
+        "int3": (plane(K // 4), plane(K // 8), words, plane(32 * SLOTS)),
+    }[kind]  # fmt: skip
+    return tensor(rows, K, dtype=BF16), *packed, None, *group
+
+
+def grouped_bytes(kind: str) -> int:
+    codes = {"int3": N * (K * 3 // 8 + 32 * SLOTS), "int2": N * (K // 4 + 32 * SLOTS)}
+    return codes.get(kind, N * K // 2) + 4 * N * K // GROUPED[kind]
 
 
 def grouped_product(rows: int, kind: str) -> fx.Node:
@@ -156,7 +170,7 @@ def grouped_product(rows: int, kind: str) -> fx.Node:
 @pytest.mark.parametrize("kind", GROUPED)
 def test_few_rows_of_four_bits_are_faster_than_dense_by_the_bytes(kind: str) -> None:
     launch = default_host().device("h200").launch_seconds
-    packed = N * K // 2 + 4 * N * K // GROUPED[kind]
+    packed = grouped_bytes(kind)
     for rows in (1, 8, 16):
         node = grouped_product(rows, kind)
         assert flops(node) == 2 * rows * N * K
@@ -164,8 +178,8 @@ def test_few_rows_of_four_bits_are_faster_than_dense_by_the_bytes(kind: str) -> 
         assert packed < moved.read < 1.03 * packed and moved.written < 1.02 * rows * (N + K) * 2
         launches = 2 if kind == "int4_awq" else 1
         ratio = (seconds(dense(rows)) - launch) / (seconds(node) - launches * launch)
-        # Looking levels up takes more instructions than memory leaves time for.
-        least = 0.65 if kind == "nf4" else 0.9
+        # Looking levels up takes more instructions than memory leaves time for, and the fewer the bytes.
+        least = {"nf4": 0.65, "int2": 0.6}.get(kind, 0.9)
         assert least * 2 * N * K / packed < ratio < 1.01 * 2 * N * K / packed, (kind, rows, ratio)
 
 
@@ -180,6 +194,9 @@ def test_unpacking_four_bits_reads_codes_and_words() -> None:
     out = torch.empty(N, K, dtype=BF16, device="meta")
     moved = traffic(call_node(ops.unpack_int4.default, (codes, words, group, BF16), out))
     assert (moved.read, moved.written) == (N * K // 2 + N * K // 32, 2 * N * K)
+    _, *packed, _, group = grouped(1, "int3")
+    moved = traffic(call_node(ops.unpack_int3.default, (*packed, group, BF16), out))
+    assert (moved.read, moved.written) == (grouped_bytes("int3"), 2 * N * K)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +204,8 @@ def test_unpacking_four_bits_reads_codes_and_words() -> None:
     [
         ("int4", 16, 3 * 4 * 16 * N),
         ("nf4", 512, 64 * 2**20),
+        ("int2", 16, 3 * 4 * 16 * N),
+        ("int3", 512, 64 * 2**20),
         ("int4_awq", 512, 512 * K * 2 + 64 * 2**20),
     ],
 )

@@ -1,4 +1,4 @@
-"""Weights of four bits: kernels in the interpreter and as machine code, rounding, operators, launches."""
+"""Weights in groups: kernels in the interpreter and as machine code, rounding, operators, launches."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from graphopt_kernels.quantized.group_launch import (
 from graphopt_kernels.quantized.group_products import NF4_LEVELS
 from graphopt_kernels.quantized.group_rounding import half_quadratic, nearest
 from graphopt_kernels.quantized.int4 import Int4, Int4Awq
+from graphopt_kernels.quantized.lowbits import Int2, Int3
 from graphopt_kernels.quantized.nf4 import Nf4
 from graphopt_kernels.quantized.nibbles import pack_nibbles, unpack_nibbles
 from tests.interpreted import interpreted
@@ -40,8 +41,12 @@ H200 = 132
 LLAMA = ((4096, 4096), (14336, 4096), (4096, 14336), (6144, 4096), (128256, 4096))
 DATA_FREE = (
     Int4(), Int4(group=64), Int4(group=32), Int4(symmetric=True), Int4(method="hqq"), Nf4(), Nf4(double=True),
+    Int2(outliers=0.5), Int3(group=32, outliers=1.0),
 )  # fmt: skip
-SCHEMES: tuple[Scheme, ...] = (*DATA_FREE, Int4(method="gptq"), Int4Awq(group=32))
+SCHEMES: tuple[Scheme, ...] = (
+    *DATA_FREE, Int4(method="gptq"), Int4Awq(group=32), Int2(group=32, method="gptq"),
+    Int3(group=128, symmetric=True, outliers=0.0),
+)  # fmt: skip
 
 
 # --- kernels ------------------------------------------------------------------------------------
@@ -49,7 +54,10 @@ SCHEMES: tuple[Scheme, ...] = (*DATA_FREE, Int4(method="gptq"), Int4Awq(group=32
 
 def test_kernels_compute_in_the_interpreter() -> None:
     pytest.importorskip("triton")
-    found = interpreted("group_kernels.py")
+    check_numbers(interpreted("group_kernels.py", "four"))
+
+
+def check_numbers(found: dict[str, Any]) -> None:
     assert all(error < 4e-4 for error in found["errors"].values()), found["errors"]
     assert all(found["unpacked"].values()), found["unpacked"]
     assert all(all(kinds) for kinds in found["poisoned"].values()), found["poisoned"]
@@ -90,8 +98,7 @@ def run_ptx(text: str, results: int, *inputs: Any) -> list[Any]:
             continue
         into, *given = (part.strip() for part in rest.split(","))
         name, _, kind = operation.partition(".")
-        if name == "lop3":
-            assert given.pop() == "0xEA", "a & b | c"
+        table = int(given.pop(), 16) if name == "lop3" else 0
         a, *more = (value(word) for word in given)
         if name == "mov":
             result = a
@@ -102,7 +109,14 @@ def run_ptx(text: str, results: int, *inputs: Any) -> list[Any]:
         elif name == "shr":
             result = a >> more[0]
         elif name == "lop3":
-            result = (a & more[0]) | more[1]
+            # A bit of the result is that of the table at the place that the three bits name.
+            result = np.zeros_like(a)
+            for place in (place for place in range(8) if table >> place & 1):
+                b, c = more
+                first, second, third = (
+                    word if place >> bit & 1 else ~word for word, bit in ((a, 2), (b, 1), (c, 0))
+                )
+                result |= first & second & third
         elif name == "prmt":
             both = a.astype(np.uint64) | (more[0].astype(np.uint64) << np.uint64(32))
             result = np.zeros_like(a)
@@ -124,10 +138,10 @@ def run_ptx(text: str, results: int, *inputs: Any) -> list[Any]:
 def test_instructions_make_the_numbers_that_bytes_stand_for(levels: bool, dtype: torch.dtype) -> None:
     """For all bytes and zeros, in the order that ``nibbles`` gives them."""
     pytest.importorskip("triton")
-    from graphopt_kernels.quantized import groups_triton
+    from graphopt_kernels.quantized import group_numbers_triton
 
     kind = {BF16: "BFLOAT16", FP16: "FLOAT16", FP32: "FLOAT32"}[dtype]
-    text = getattr(groups_triton, f"_{'NF4' if levels else 'INT4'}_TO_{kind}").value
+    text = getattr(group_numbers_triton, f"_{'NF4' if levels else 'INT4'}_TO_{kind}").value
     every = torch.arange(256)
     low = torch.stack([every & 15, every.roll(77) & 15, every.flip(0) & 15, every.roll(5) & 15], 1)
     high = torch.stack([every >> 4, every.roll(9) >> 4, every.flip(0) >> 4, every.roll(130) >> 4], 1)
@@ -148,9 +162,9 @@ def test_instructions_make_the_numbers_that_bytes_stand_for(levels: bool, dtype:
 
 def test_levels_of_the_kernels_are_those_of_the_reference() -> None:
     pytest.importorskip("triton")
-    from graphopt_kernels.quantized import groups_triton
+    from graphopt_kernels.quantized import group_numbers_triton
 
-    assert tuple(groups_triton._LEVELS.value) == NF4_LEVELS
+    assert tuple(group_numbers_triton._LEVELS.value) == NF4_LEVELS
 
 
 @cache
@@ -160,13 +174,15 @@ def compiled(problem: GroupProblem, launch: GroupLaunch, even: bool = True) -> A
 
     name = {BF16: "*bf16", FP16: "*fp16"}[problem.dtype]
     types = {
-        "x_ptr": name, "codes_ptr": "*u8", "words_ptr": "*u8" if problem.double else "*i32",
+        "x_ptr": name, "codes_ptr": "*u8", "thirds_ptr": "*u8", "extra_ptr": "*u8",
+        "words_ptr": "*u8" if problem.double else "*i32",
         "ranges_ptr": "*fp32", "bias_ptr": name, "out_ptr": name if launch.parts == 1 else "*fp32",
-        "M": "i32", "N": "i32", "K": "i32", "GROUPS": "i32", "RANGES": "i32", "STEPS": "i32",
+        **dict.fromkeys(("M", "N", "K", "GROUPS", "RANGES", "SLOTS", "STEPS"), "i32"),
     }  # fmt: skip
     constants = {
-        "BIASED": True, "PARTS": launch.parts, "EVEN": even, "FAST": True, "LEVELS": problem.levels,
-        "DOUBLE": problem.double, "GROUP": problem.group, "HALF": problem.half, "BLOCK_M": launch.rows,
+        "BIASED": True, "PARTS": launch.parts, "EVEN": even, "FAST": True, "BITS": problem.bits,
+        "OUTLIERS": problem.slots > 0, "LEVELS": problem.levels, "DOUBLE": problem.double,
+        "GROUP": problem.group, "HALF": problem.half, "BLOCK_M": launch.rows,
         "BLOCK_N": launch.columns, "SLICES": launch.slices,
     }  # fmt: skip
     aligned = [name for name in types if name.endswith("_ptr")] + ["K"]
@@ -180,10 +196,15 @@ KINDS = {
     "int4": (128, 64, False, False), "int4 of 64": (64, 64, False, False),
     "int4 of 32": (32, 32, False, False), "nf4": (64, 32, True, False), "nf4 double": (64, 32, True, True),
 }  # fmt: skip
+LOW_KINDS = {
+    "int2": (64, 32, False, False, 2, 2), "int2 of 128": (128, 32, False, False, 2, 0),
+    "int3": (64, 32, False, False, 3, 1), "int3 of 32": (32, 32, False, False, 3, 0),
+}  # fmt: skip
+"""Compiled in ``test_quantized_lowbits``."""
 
 
 def problem_of(kind: str, rows: int, n: int = 14336, k: int = 4096) -> GroupProblem:
-    return GroupProblem(rows, n, k, BF16, *KINDS[kind])
+    return GroupProblem(rows, n, k, BF16, *(KINDS | LOW_KINDS)[kind])
 
 
 def _count(code: Any, *starts: str) -> int:
@@ -192,6 +213,10 @@ def _count(code: Any, *starts: str) -> int:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_launches_become_the_machine_code_that_they_are_predicted_to_be(kind: str) -> None:
+    check_machine_code(kind)
+
+
+def check_machine_code(kind: str) -> None:
     """No spills; codes 16 bytes at a time, words fetched ahead; tensor cores; no slow conversions."""
     pytest.importorskip("triton")
     chosen = {
@@ -211,7 +236,7 @@ def test_launches_become_the_machine_code_that_they_are_predicted_to_be(kind: st
         assert code.widths("LDGSTS")[64 if launch.kind == "tiles" else 128], launch
         assert problem.double or code.widths("LDGSTS")[32], "words are fetched ahead"
         if launch.kind == "slices":
-            made = launch.columns * launch.slices * 2 * problem.half // (32 * launch.warps)
+            made = launch.columns * launch.slices * problem.block // (32 * launch.warps)
             two, looked = _count(code, "HADD2.BF16_V2"), _count(code, "PRMT")
             assert two == (0 if problem.levels else made / 2), "one subtraction makes two numbers, once"
             assert looked < (2.2 * made + 40 if problem.levels else 0.25 * made + 40), looked
@@ -237,21 +262,23 @@ def test_odd_sizes_compile_without_spills() -> None:
         assert launch != LIBRARY and not compiled(problem, launch, even=False).spills, launch
 
 
-@pytest.mark.parametrize("kind", ["int4", "int4 of 32", "nf4"])
+@pytest.mark.parametrize("kind", ["int4", "int4 of 32", "nf4", "int2", "int3"])
 def test_the_other_kernels_compile(kind: str) -> None:
     pytest.importorskip("triton")
     from graphopt_kernels.emit.machine_code import compile_function_for_sm90
     from graphopt_kernels.quantized import groups_triton as kernels
 
-    group, half, levels, double = KINDS[kind]
+    problem = problem_of(kind, 1)
     types = {
-        "codes_ptr": "*u8", "words_ptr": "*i32", "ranges_ptr": "*fp32", "factors_ptr": "*fp32",
+        "codes_ptr": "*u8", "thirds_ptr": "*u8", "extra_ptr": "*u8", "words_ptr": "*i32",
+        "ranges_ptr": "*fp32", "factors_ptr": "*fp32",
         "out_ptr": "*bf16", "bias_ptr": "*bf16", "partial_ptr": "*fp32",
-        **dict.fromkeys(("N", "K", "GROUPS", "RANGES", "count"), "i32"),
+        **dict.fromkeys(("N", "K", "GROUPS", "RANGES", "SLOTS", "count"), "i32"),
     }  # fmt: skip
     constants = {
-        "FACTORED": not levels, "FAST": True, "LEVELS": levels, "DOUBLE": double, "GROUP": group,
-        "HALF": half, "BLOCK_N": 4, "WIDE": 8, "BIASED": True, "PARTS": 4, "BLOCK": 512,
+        "FACTORED": not problem.levels, "FAST": True, "BITS": problem.bits, "OUTLIERS": problem.slots > 0,
+        "LEVELS": problem.levels, "DOUBLE": problem.double, "GROUP": problem.group,
+        "HALF": problem.half, "BLOCK_N": 4, "WIDE": 8, "BIASED": True, "PARTS": 4, "BLOCK": 512,
     }  # fmt: skip
     for kernel in (kernels.unpack_kernel, kernels.sum_kernel):
         code = compile_function_for_sm90(kernel, types, constants, warps=4, aligned=types)
@@ -564,7 +591,7 @@ def test_products_on_a_gpu_are_those_of_the_unpacked_weight(scheme: Scheme, dtyp
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", KINDS | LOW_KINDS)
 def test_every_launch_computes_the_same_on_a_gpu(kind: str) -> None:
     spec = default_host().tunable("packed-groups")
     for rows, inner in ((1, 2048), (5, 1984), (16, 2048), (50, 2048), (200, 2048)):
@@ -587,14 +614,17 @@ def test_tuning_tries_launches_that_compile_and_run_as_the_kernels_do() -> None:
 
     spec, gpu = default_host().tunable("packed-groups"), Gpu.of("H200", (9, 0), H200)
     shipped = list(spec.shipped())
-    assert {(problem.group, problem.levels) for problem in shipped} == {(128, False), (64, False), (64, True)}
+    assert {(problem.group, problem.levels) for problem in shipped} == {
+        (128, False), (64, False), (64, True),
+    }  # fmt: skip
+    assert {(problem.bits, problem.slots > 0) for problem in shipped} == {(4, False), (2, True), (3, True)}
     problem = shipped[0]
     tried = list(spec.configurations(problem))
     assert spec.default(problem) in tried and len(set(tried)) == len(tried) > 20
     best = min(tried, key=lambda c: spec.predict(problem, c, spec.estimate(problem, c), gpu))
     usage = usage_of(calls_of(spec, problem, best, H200), gpu)
     assert isinstance(usage, Usage) and not usage.spilled
-    for kind in KINDS:
+    for kind in KINDS | LOW_KINDS:
         small = problem_of(kind, 2, 32, 256)
         operands = spec.operands(small, torch.device("cpu"))
         for one, other in zip(
@@ -618,7 +648,7 @@ def test_few_rows_are_predicted_to_be_faster_than_dense_by_the_bytes(kind: str) 
 
 
 def test_what_is_chosen_is_predicted_to_be_no_slower_than_anything_else() -> None:
-    for kind in KINDS:
+    for kind in KINDS | LOW_KINDS:
         for rows in (1, 7, 17, 100, 1000, 4096):
             problem = problem_of(kind, rows)
             chosen = predicted_seconds(problem, launch_for(problem, H200), H200)

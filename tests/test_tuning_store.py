@@ -328,3 +328,16 @@ def test_a_kernel_of_a_plugin_asks_in_the_same_way() -> None:
     shape = Shape(16)
     keep(entry(kernel="own-kernel", problem="rows=16", code=code_of(choice.sources), configuration="warps=8"))
     assert choice(shape, CUDA) == Way(8) and choice(Shape(32), CUDA) == Way(4)
+
+
+def test_what_is_not_stored_depends_on_the_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> None:
+    choice = Choice(
+        "counted-kernel",
+        ("graphopt_kernels.bandwidth_triton",),
+        lambda problem: Way(1),
+        lambda problem, way: None,
+        lambda problem, processors: Way(processors),
+    )
+    monkeypatch.setattr("graphopt_kernels.tuning.lookup.processors_of", lambda device: 78)
+    assert choice(Shape(16), CUDA) == Way(78)
+    assert choice(Shape(16), torch.device("cpu")) == Way(1)

@@ -5,8 +5,8 @@ A few rows are one kernel, bound by the packed bytes or by the instructions that
 unpacked and a dense product reads it, or, where x is rounded as well, eight-bit numbers are multiplied as
 they are. Instructions were counted in disassemblies of ``graphopt_kernels.quantized.bytes_triton`` and
 ``groups_triton`` for sm_90.
-On a CPU int8 is read as it is stored too (``byte_digits``); float8 and four
-bits are converted first there, which is not counted.
+On a CPU int8 is read as it is stored too (``byte_digits``); float8 and codes in
+groups are converted first there, which is not counted.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = [
 WEIGHT_ONLY = ("int8", "fp8", "lossless12")
 DYNAMIC = ("int8_dynamic", "fp8_dynamic")
 OUTLIERS = ("llm_int8",)
-GROUPED = ("int4", "int4_awq", "nf4")
+GROUPED = ("int4", "int4_awq", "nf4", "int3", "int2")
 
 _FEW = 128
 """Rows up to which one kernel unpacks the weight as it multiplies."""
@@ -38,10 +38,10 @@ _SLOTS_A_ROW = 0.06
 
 
 _FEW_GROUPED = 64
-"""The same for weights of four bits in groups."""
+"""The same for weights in groups."""
 
-_SLOTS_GROUPED = {"int4": 2.6, "int4_awq": 2.6, "nf4": 4.7}
-"""Instructions for a weight of four bits."""
+_SLOTS_GROUPED = {"int4": 2.6, "int4_awq": 2.6, "nf4": 4.7, "int3": 2.8, "int2": 2.9}
+"""Instructions for a weight of four bits or fewer."""
 
 
 def weight_only_phases(call: Call) -> tuple[Phase, ...]:
@@ -62,8 +62,8 @@ def weight_only_phases(call: Call) -> tuple[Phase, ...]:
 
 
 def grouped_phases(call: Call, scheme: str) -> tuple[Phase, ...]:
-    """Products of x as it is with weights of four bits, kept as ``scheme``."""
-    x, codes, rows, columns, inner = _sizes(call)
+    """Products of x as it is with weights in groups, of four bits or fewer, kept as ``scheme``."""
+    x, _, rows, columns, inner = _sizes(call)
     dtype, flops, weights = _name(x.dtype), 2 * rows * columns * inner, columns * inner
     read, written = _read(call), call.outputs[0].stored_bytes
     elements = max(x.elements, call.outputs[0].elements)
@@ -76,7 +76,10 @@ def grouped_phases(call: Call, scheme: str) -> tuple[Phase, ...]:
     if rows <= _FEW_GROUPED:
         slots = round(weights * (_SLOTS_GROUPED[scheme] + _SLOTS_A_ROW * rows))
         return (*before, Phase(flops, max(slots, elements), read, written, dtype))
-    packed, wide = codes.stored_bytes + call.argument("words").stored_bytes, weights * x.dtype.itemsize
+    # All that is read beside x and the bias is of the weight.
+    bias = call.argument("bias")
+    packed = read - x.stored_bytes - (bias.stored_bytes if bias else 0)
+    wide = weights * x.dtype.itemsize
     unpacked = Phase(0, weights, packed, wide, "float32")
     product = Phase(flops, max(elements, weights), read - packed + wide, written, dtype)
     return *before, unpacked, product

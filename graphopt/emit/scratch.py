@@ -1,8 +1,9 @@
 """Memory that library calls on a GPU take from PyTorch's allocator and give back before they return.
 
-No metadata states it. What is here was read in the library's sources or measured, as said beside
-each; calls that are not listed count as taking none. What cuDNN takes for a convolution it chooses by
-shapes, layouts and device: there the call is made once, on memory of its own, and watched.
+No metadata states it. What is here was read in the library's sources or measured, as said beside each, or is
+what operators say of themselves (``graphopt.operator_scratch``); other calls count as taking none. What cuDNN
+takes for a convolution it chooses by shapes, layouts and device: there the call is made once, on memory of
+its own, and watched.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from graphopt import _torch
 from graphopt.collectives import is_collective, staged_bytes
+from graphopt.operator_scratch import stated_scratch
 
 __all__ = ["scratch_bytes", "watched_bytes"]
 
@@ -37,17 +39,13 @@ _ROW_ALIGNMENT = 64
 """Elements to which rows of a chunk of logits are padded (``graphopt::linear_cross_entropy``)."""
 
 
-_PACKED = ("linear_int8", "linear_fp8", "linear_lossless12", "linear_llm_int8")
-_GROUPED = ("linear_int4", "linear_nf4")
-_BLOCK = 64 * 2**20
-_FEW = 128
-"""An unpacked weight, or sums in 32 bits, are there in blocks of so many bytes, for more rows than that; for
-fewer, sums may be in parts (``graphopt_kernels.quantized.byte_products``, ``byte_launch``, ``exponents``)."""
-
-
 def scratch_bytes(op: Any, args: Sequence[Any]) -> int:
     """Bytes that ``op`` needs beyond its outputs: on a GPU, and of collectives. By positional arguments."""
-    name = str(getattr(op, "_schema", op)).split("(")[0].split("::")[-1].split(".")[0]
+    qualified = str(getattr(op, "_schema", op)).split("(")[0].split(".")[0]
+    stated = stated_scratch(qualified)
+    if stated is not None:
+        return stated(*args)
+    name = qualified.split("::")[-1]
     if name == "_scaled_dot_product_cudnn_attention_backward":
         return _gradient_of_query(args[1], 1, 1) + _gradients_of_groups(args[1], args[2], args[3])
     if name == "_scaled_dot_product_flash_attention_backward":
@@ -71,11 +69,6 @@ def scratch_bytes(op: Any, args: Sequence[Any]) -> int:
         return staged_bytes(op, size, size * int(args[1]) if gathered else size)
     if name in _CONVOLUTIONS and args[0].device.type == "cuda":
         return watched_bytes(op, args)
-    if name.startswith(_PACKED) and hasattr(op, "_schema") and args[0].device.type == "cuda":
-        beside = args[4].numel() * args[0].element_size() if name == "linear_llm_int8" else 0
-        return _beside_packed(name, args[0], args[1], beside)
-    if name.startswith(_GROUPED) and hasattr(op, "_schema") and args[0].device.type == "cuda":
-        return _beside_grouped(name, args[0], args[1])
     if name == "embedding_dense_backward":
         return _gradient_of_embedding(args[0], args[1], int(args[2]))
     return 0
@@ -86,40 +79,6 @@ def _table_of_tensors(params: Sequence[torch.Tensor]) -> int:
     (``graphopt_kernels.optimizer_step``)."""
     chunks = sum(-(-_torch.hint(p.numel()) // _CHUNK) for p in params)
     return 6 * 8 * len(params) + 4 * chunks
-
-
-def _beside_packed(name: str, x: torch.Tensor, codes: torch.Tensor, beside: int) -> int:
-    """At most, of a product with a weight of a byte: x in eight bits where it is rounded, ``beside`` bytes of
-    each row where it is not, what is unpacked or summed up at a time."""
-    n, k = (_torch.hint(size) for size in codes.shape)
-    elements = _torch.hint(x.numel())
-    rows = elements // max(1, k)
-    is_rounded = name.endswith(("dynamic", "llm_int8"))
-    rounded = elements + (_FLOAT + beside) * rows if is_rounded else 0
-    if rows <= _FEW:
-        programs = -(-n // 16) if rows <= 64 else -(-rows // 64) * -(-n // 128)
-        parts = min(16, -(-2 * _MULTIPROCESSORS // max(1, programs)))
-        parts = parts + (beside > 0) if parts > 1 else 0
-        return rounded + parts * rows * n * _FLOAT
-    if name == "linear_fp8_dynamic":
-        return rounded
-    block = rows * n * _FLOAT if rounded else n * k * x.element_size()
-    return rounded + min(block, _BLOCK)
-
-
-def _beside_grouped(name: str, x: torch.Tensor, codes: torch.Tensor) -> int:
-    """At most, of a product with a weight of four bits: x times its factors, the weight that is unpacked at a
-    time, or sums in parts (``graphopt_kernels.quantized.group_launch``)."""
-    n, k = (_torch.hint(size) for size in (codes.shape[0], x.shape[-1]))
-    elements = _torch.hint(x.numel())
-    rows, size = elements // max(1, k), x.element_size()
-    scaled = elements * size if name == "linear_int4_awq" else 0
-    programs = max(1, -(-rows // 128) * -(-n // 128))
-    parts = min(16, -(-2 * _MULTIPROCESSORS // programs))
-    summed = parts * rows * n * _FLOAT if parts > 1 else 0
-    # Tensor cores take no float32, and few columns do not fill a GPU: such weights are unpacked too.
-    unpacked = min(n * k * size, _BLOCK) if rows > 64 or size == _FLOAT or n <= 256 else 0
-    return scaled + max(summed, unpacked)
 
 
 _watched_before: dict[tuple[Any, ...], int] = {}

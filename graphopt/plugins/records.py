@@ -163,6 +163,8 @@ class TunableSpec:
     operands, and always does the same. ``estimate(problem, configuration)``: registers, spilled and shared
     bytes before anything is compiled; ``predict(problem, configuration, usage, gpu)``: time in any unit, to
     rank configurations by. ``shipped()``: the problems that are tuned where none are named.
+    ``default_on(problem, processors)``: what ``default`` is on a GPU with so many multiprocessors, where it
+    depends on them.
     """
 
     name: str
@@ -178,6 +180,7 @@ class TunableSpec:
     predict: Callable[[Any, Any, Any, Any], float]
     shipped: Callable[[], Iterable[Any]]
     summary: str = ""
+    default_on: Callable[[Any, int], Any] | None = None
 
 
 @dataclass(frozen=True)

@@ -348,6 +348,8 @@ def graphopt_schemes() -> Iterable[str]:
         "graphopt_kernels.quantized.int4:Int4",
         "graphopt_kernels.quantized.int4:Int4Awq",
         "graphopt_kernels.quantized.nf4:Nf4",
+        "graphopt_kernels.quantized.lowbits:Int2",
+        "graphopt_kernels.quantized.lowbits:Int3",
     )
 
 

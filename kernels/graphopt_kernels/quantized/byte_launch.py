@@ -20,7 +20,8 @@ import torch
 from graphopt.candidate import Reason
 
 __all__ = [
-    "HALVES", "LIBRARY", "LIBRARY_ROWS", "PROCESSORS", "Launch", "Problem", "check_launch", "dense_seconds",
+    "HALVES", "LIBRARY", "LIBRARY_ROWS", "PARTS", "PROCESSORS", "Launch", "Problem", "check_launch",
+    "dense_seconds",
     "in_parts", "kernel_seconds", "launch_for", "launches", "predicted_seconds", "steps_of", "usual_launch",
 ]  # fmt: skip
 
@@ -43,9 +44,10 @@ _SOLO = 4
 """Programs' worth of warps, four each, that a multiprocessor needs to keep its memory busy."""
 
 PROCESSORS = 132
-"""Of an H100 or H200. Fixed, so that kernels do not depend on the device."""
+"""Of an H100 or H200: where no device is there to be asked."""
 
-_PARTS = 16
+PARTS = 16
+"""Most programs that share a sum."""
 
 _BESIDE = 0.1
 """Of what is hidden behind the slower one of memory and computation, so much is not."""
@@ -198,7 +200,7 @@ def in_parts(problem: Problem, launch: Launch, processors: int) -> Launch:
     if launch.kind == "library":
         return launch
     steps = -(-problem.inner // (launch.inner * launch.slices))
-    parts = min(-(-2 * processors // _programs(problem, launch)), _PARTS, steps // launch.stages)
+    parts = min(-(-2 * processors // _programs(problem, launch)), PARTS, steps // launch.stages)
     if parts < 2:
         return launch
     # Every part has the same number of steps, the last perhaps fewer: none has nothing to do.

@@ -21,7 +21,6 @@ from graphopt_kernels.quantized.byte_digits import (
 from graphopt_kernels.quantized.byte_launch import (
     LIBRARY,
     LIBRARY_ROWS,
-    PROCESSORS,
     Launch,
     Problem,
     check_launch,
@@ -29,7 +28,7 @@ from graphopt_kernels.quantized.byte_launch import (
     steps_of,
     usual_launch,
 )
-from graphopt_kernels.tuning.lookup import Choice, rows_class
+from graphopt_kernels.tuning.lookup import Choice, processors_of, rows_class
 
 __all__ = [
     "PRODUCTS", "kernels", "launch_product", "product", "product_reference", "unpacked", "unpacked_reference",
@@ -42,7 +41,7 @@ _MANY = 4096
 """Rows from which on more are alike for a launch."""
 
 PRODUCTS = Choice(
-    "packed-bytes", ("graphopt_kernels.quantized.bytes_triton",), usual_launch, check_launch
+    "packed-bytes", ("graphopt_kernels.quantized.bytes_triton",), usual_launch, check_launch, launch_for
 )
 
 Tail = tuple[torch.Tensor, torch.Tensor]
@@ -90,7 +89,7 @@ def product(
     )
     launch, problem = PRODUCTS(like, codes.device), like._replace(rows=rows)
     if launch is LIBRARY and x_scales is not None and not _scales_rows(codes):
-        launch = launch_for(like, PROCESSORS, library=False)
+        launch = launch_for(like, processors_of(codes.device), library=False)
     return launch_product(found, problem, launch, x, codes, scales, bias, x_scales, tail)
 
 

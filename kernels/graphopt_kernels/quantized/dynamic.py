@@ -32,6 +32,7 @@ from graphopt_kernels.quantized.byte_products import product, unpacked
 from graphopt_kernels.quantized.fp8 import rounded_to_fp8
 from graphopt_kernels.quantized.int8 import rounded_to_int8
 from graphopt_kernels.quantized.operators import define_operators
+from graphopt_kernels.quantized.scratch import beside_rounded
 from graphopt_kernels.row_quantize import quantize_reference, quantize_rows, quantize_scaled_rows
 
 __all__ = ["Fp8Dynamic", "Int8Dynamic", "linear_dynamic", "linear_dynamic_reference"]
@@ -88,7 +89,13 @@ def _shape(codes: torch.Tensor, scales: torch.Tensor, factors: torch.Tensor) -> 
 
 for _name in ("int8_dynamic", "fp8_dynamic"):
     define_operators(
-        _name, ("codes", "scales", "factors"), (), unpack=_unpack, linear=linear_dynamic, shape=_shape
+        _name,
+        ("codes", "scales", "factors"),
+        (),
+        unpack=_unpack,
+        linear=linear_dynamic,
+        shape=_shape,
+        scratch=beside_rounded,
     )
 
 

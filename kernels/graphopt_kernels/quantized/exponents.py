@@ -34,8 +34,9 @@ from graphopt.candidate import Reason
 from graphopt.errors import QuantizationError
 from graphopt.packing import Scheme, scheme_text
 from graphopt_kernels.quantized.byte_launch import Launch, steps_of
-from graphopt_kernels.quantized.exponent_launch import Exponents, check_launch, usual_launch
+from graphopt_kernels.quantized.exponent_launch import Exponents, check_launch, launch_for, usual_launch
 from graphopt_kernels.quantized.operators import define_operators
+from graphopt_kernels.quantized.scratch import beside_weight_only
 from graphopt_kernels.tuning.lookup import Choice, rows_class
 
 __all__ = [
@@ -54,7 +55,11 @@ _MANY = 4096
 """Rows from which on more are alike for a launch."""
 
 PRODUCTS = Choice(
-    "packed-exponents", ("graphopt_kernels.quantized.exponents_triton",), usual_launch, check_launch
+    "packed-exponents",
+    ("graphopt_kernels.quantized.exponents_triton",),
+    usual_launch,
+    check_launch,
+    launch_for,
 )
 
 _SORTED = 2**24
@@ -113,6 +118,7 @@ define_operators(
     unpack=unpack_lossless12,
     linear=linear_lossless12,
     shape=_shape,
+    scratch=beside_weight_only,
 )
 
 

@@ -21,6 +21,7 @@ from graphopt.candidate import Reason
 from graphopt.packing import Scheme
 from graphopt_kernels.quantized.byte_products import product, unpacked
 from graphopt_kernels.quantized.operators import define_operators
+from graphopt_kernels.quantized.scratch import beside_weight_only
 
 __all__ = ["Fp8", "linear_fp8", "rounded_to_fp8"]
 
@@ -40,7 +41,15 @@ def _shape(codes: torch.Tensor, scales: torch.Tensor) -> tuple[int, int]:
     return codes.shape[0], codes.shape[1]
 
 
-define_operators("fp8", ("codes", "scales"), (), unpack=unpacked, linear=linear_fp8, shape=_shape)
+define_operators(
+    "fp8",
+    ("codes", "scales"),
+    (),
+    unpack=unpacked,
+    linear=linear_fp8,
+    shape=_shape,
+    scratch=beside_weight_only,
+)
 
 
 def rounded_to_fp8(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

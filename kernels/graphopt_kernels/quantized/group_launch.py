@@ -1,4 +1,4 @@
-"""How a product that reads weights of four bits is started: which kernel, in which tiles, by its sizes.
+"""How a product that reads weights in groups is started: which kernel, in which tiles, by its sizes.
 
     problem = GroupProblem(rows, columns, inner, torch.bfloat16, group=128, half=64, levels=False)
     launch = launch_for(problem, multiprocessors)
@@ -11,13 +11,15 @@ Instructions were counted in the loops of disassemblies for sm_90; rates are tho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from graphopt.candidate import Reason
-from graphopt_kernels.quantized.byte_launch import HALVES, PROCESSORS, Problem, dense_seconds
+from graphopt_kernels.quantized.byte_launch import HALVES, PARTS, PROCESSORS, Problem, dense_seconds
+from graphopt_kernels.quantized.planes import unit_of
 
 __all__ = [
     "LIBRARY", "GroupLaunch", "GroupProblem", "check_launch", "launch_for", "launches", "packed_bytes",
@@ -35,9 +37,17 @@ _WARP_GROUPS, _WARPS = 0.45, 0.45
 
 _LAUNCH = 2e-6
 _SOLO = 4
-_PARTS = 16
 _BESIDE = 0.1
 """As in ``byte_launch``."""
+
+_AHEAD = 5
+"""Stages where extra bits wait for words: two steps are on their way."""
+
+_CONVERTED = {4: 2.0, 3: 2.25, 2: 2.0}
+"""Instructions that make a number of a code, by bits."""
+
+_EXTRA = 45
+"""Of a block: they find and read extra bits, which most have not."""
 
 _UNALIGNED = 6.0
 """Instructions for a code that cannot be loaded with its neighbours; only x is ever so here."""
@@ -46,7 +56,8 @@ _UNALIGNED = 6.0
 class GroupProblem(NamedTuple):
     """x [``rows``, ``inner``] of ``dtype`` times a weight [``columns``, ``inner``] of codes of four bits,
     ``half`` of them in the low halves of a block's bytes, in groups of ``group``. ``levels``: codes number
-    levels of nf4; ``double``: scales are codes of eight bits."""
+    levels of nf4; ``double``: scales are codes of eight bits. ``bits``: two or three of each code are there,
+    in planes of ``half`` bytes (``planes``), but for ``slots`` units of a row."""
 
     rows: int
     columns: int
@@ -56,6 +67,18 @@ class GroupProblem(NamedTuple):
     half: int
     levels: bool = False
     double: bool = False
+    bits: int = 4
+    slots: int = 0
+
+    @property
+    def block(self) -> int:
+        """Codes that a step reads of a row at least."""
+        return 2 * self.half if self.bits == 4 else unit_of(self.bits, self.half)
+
+    @property
+    def blocks(self) -> int:
+        """Of a row."""
+        return -(-self.inner // self.block)
 
 
 class GroupLaunch(NamedTuple):
@@ -113,7 +136,7 @@ def _wrong_with(problem: GroupProblem, launch: GroupLaunch) -> str | None:
         return "every warp has a slice, or there is one"
     if launch.rows < 8 or launch.columns < 16:
         return "tensor cores take 8 rows and 16 columns"
-    blocks = _blocks(problem)
+    blocks = problem.blocks
     if launch.parts < 1 or (launch.parts - 1) * steps_of(problem, launch) * launch.slices >= blocks:
         return "a part has nothing to add up"
     return None
@@ -121,18 +144,15 @@ def _wrong_with(problem: GroupProblem, launch: GroupLaunch) -> str | None:
 
 def steps_of(problem: GroupProblem, launch: GroupLaunch) -> int:
     """Of each part."""
-    steps = -(-_blocks(problem) // launch.slices)
+    steps = -(-problem.blocks // launch.slices)
     return -(-steps // launch.parts)
 
 
 def packed_bytes(problem: GroupProblem) -> float:
-    """Of the weight: codes and words of groups."""
+    """Of the weight: codes, words of groups, what outliers have beside."""
     words = -(-problem.inner // problem.group) * (1 if problem.double else 4)
-    return problem.columns * (_blocks(problem) * problem.half + words)
-
-
-def _blocks(problem: GroupProblem) -> int:
-    return -(-problem.inner // (2 * problem.half))
+    codes = problem.blocks * problem.block * problem.bits // 8
+    return problem.columns * (codes + words + problem.slots * problem.half)
 
 
 def _launches(problem: GroupProblem) -> Iterator[GroupLaunch]:
@@ -141,17 +161,39 @@ def _launches(problem: GroupProblem) -> Iterator[GroupLaunch]:
     if problem.dtype not in HALVES:
         return
     high = max(8, 1 << (problem.rows - 1).bit_length())
-    if problem.rows <= 64:
+    if problem.rows <= 64 and problem.bits < 4:
+        yield from _slices_of_planes(problem, min(high, 32))
+    elif problem.rows <= 64:
         high = min(high, 32)
         stages = 3 if problem.half == 64 else 4
         for wide, slices in ((16, 8), (32, 4), (32, 8), (64, 4)):
             if high * wide <= 1024:
                 yield GroupLaunch("slices", high, wide, slices, 1, slices, stages)
     if problem.rows > 16 and problem.inner % 8 == 0:
-        # Sums are held twice: four warps have not the registers for 64 rows of 128.
-        yield GroupLaunch("tiles", 64, 64, 1, 1, 4, 3)
-        yield GroupLaunch("tiles", 64, 128, 1, 1, 8, 3)
-        yield GroupLaunch("tiles", 128, 128, 1, 1, 8, 3)
+        # Sums are held twice: four warps have not the registers for 64 rows of 128, nor eight for 128 beside
+        # many planes or scales.
+        stages = _AHEAD if problem.slots else 3
+        yield GroupLaunch("tiles", 64, 64, 1, 1, 4, stages)
+        yield GroupLaunch("tiles", 64, 128, 1, 1, 8, stages)
+        if problem.bits == 4 or (problem.bits == 2 and problem.group > 32):
+            yield GroupLaunch("tiles", 128, 128, 1, 1, 8, stages)
+
+
+def _slices_of_planes(problem: GroupProblem, high: int) -> Iterator[GroupLaunch]:
+    """Those of ``high`` rows whose registers are enough, and whose steps are not more than shared memory
+    holds: compiled for sm_90."""
+    stages = _AHEAD if problem.slots else 6 - problem.bits
+    if problem.half == 16:
+        sizes: tuple[tuple[int, int], ...] = ((16, 4 if high == 32 else 8),)
+    elif problem.bits == 2:
+        narrow = high == 32 or (high == 8 and not problem.slots)
+        sizes = ((16, 4 if narrow else 8), (32, 4), *(() if high == 32 else ((32, 8),)))
+    else:
+        if not problem.slots:
+            high = min(high, 16)
+        sizes = {8: ((16, 8), (32, 4), (32, 8)), 16: ((16, 4), (16, 8), (32, 4)), 32: ((16, 4),)}[high]
+    for wide, slices in sizes:
+        yield GroupLaunch("slices", high, wide, slices, 1, slices, stages)
 
 
 def _programs(problem: GroupProblem, launch: GroupLaunch) -> int:
@@ -162,8 +204,8 @@ def _in_parts(problem: GroupProblem, launch: GroupLaunch, processors: int) -> Gr
     """``launch`` with its sums in parts, so that its programs fill a GPU twice."""
     if launch.kind == "library":
         return launch
-    steps = -(-_blocks(problem) // launch.slices)
-    parts = min(-(-2 * processors // _programs(problem, launch)), _PARTS, steps // launch.stages)
+    steps = -(-problem.blocks // launch.slices)
+    parts = min(-(-2 * processors // _programs(problem, launch)), PARTS, steps // launch.stages)
     if parts < 2:
         return launch
     # Every part has the same number of steps, the last perhaps fewer: none has nothing to do.
@@ -195,14 +237,15 @@ def predicted_seconds(problem: GroupProblem, launch: GroupLaunch, processors: in
 
 def _slots(problem: GroupProblem, launch: GroupLaunch) -> float:
     """Instructions for a weight in each row of tiles."""
-    converted = 3.9 if problem.levels else 2.0
-    if problem.group == problem.half:
-        # Halves of a byte have words of their own.
-        converted += 0.25
+    converted = 3.9 if problem.levels else _CONVERTED[problem.bits]
+    if problem.slots:
+        converted += _EXTRA / problem.block
+    # Each time that a block has twice the groups there are words of their own.
+    converted += 0.25 * math.log2(max(1.0, min(problem.block, 128) / problem.group))
     unaligned = 0.0 if problem.inner % 8 == 0 else _UNALIGNED * launch.rows / launch.columns
     scaled = launch.rows / 8 * (8 / min(problem.group, 2 * problem.half)) * 0.5
     if launch.kind == "tiles":
         return converted + 2 + 2 * scaled / launch.warps + unaligned
     # Addresses and waiting are shared by the columns of a slice.
-    beside = (18 if problem.half == 64 else 34) / launch.columns
+    beside = {64: 34, 128: 18}.get(problem.block, 10) / launch.columns
     return converted + beside + scaled + launch.rows * (0.02 + 0.3 / launch.columns) + unaligned

@@ -1,14 +1,14 @@
-"""Products with weights of four bits in groups: kernels where there are some, ATen operators elsewhere.
+"""Products with weights of four bits and fewer in groups: kernels where there are some, else ATen operators.
 
-``product`` and ``unpacked`` are what the operators of the schemes ``int4`` and ``nf4`` call. ``GroupWeight``
-holds the packed tensors and knows how they are read.
+``product`` and ``unpacked`` are what the operators of ``int4``, ``int3``, ``int2`` and ``nf4`` call.
+``GroupWeight`` holds the packed tensors and knows how they are read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,12 @@ from graphopt_kernels.quantized.group_launch import (
     GroupLaunch,
     GroupProblem,
     check_launch,
+    launch_for,
     steps_of,
     usual_launch,
 )
 from graphopt_kernels.quantized.nibbles import unpack_nibbles
+from graphopt_kernels.quantized.planes import Planes, unit_of, unpack_planes
 from graphopt_kernels.tuning.lookup import Choice, rows_class
 
 __all__ = [
@@ -39,7 +41,11 @@ _RANGED = 256
 """Groups that share a range where scales are codes."""
 
 GROUP_PRODUCTS = Choice(
-    "packed-groups", ("graphopt_kernels.quantized.groups_triton",), usual_launch, check_launch
+    "packed-groups",
+    ("graphopt_kernels.quantized.groups_triton", "graphopt_kernels.quantized.group_numbers_triton"),
+    usual_launch,
+    check_launch,
+    launch_for,
 )
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -55,12 +61,17 @@ NF4_LEVELS = (
 
 @dataclass(frozen=True)
 class GroupWeight:
-    """A weight [N, ``inner``] in four bits.
+    """A weight [N, ``inner``] in four bits or fewer.
 
     ``codes`` uint8[N, blocks * ``half``] as ``nibbles`` says. ``words`` are by
     row and group of ``group`` neighbours: int32, a bfloat16 scale in the upper half and the zero, in eighths
     of a code and below 128, in the lower one; the bits of a float32 scale for ``levels``; or, where there
     are ``ranges`` float32[N, one for 256 groups], codes uint8 of scales, which are their products.
+
+    With two or three ``bits`` codes are those of four whose lowest bits are 0, in ``planes`` of ``half``
+    bytes: ``codes`` is the plane of pairs, ``thirds`` that of thirds. Some units of a row have all four
+    bits: what is missing is in ``extra`` uint8[N, slots * ``half``], and the word of the first group of such
+    a unit has, from its bit 7 up, the slot's number, counted from 1; others have 0 there.
     """
 
     codes: torch.Tensor
@@ -70,23 +81,36 @@ class GroupWeight:
     group: int
     half: int
     levels: bool
+    bits: int = 4
+    thirds: torch.Tensor | None = None
+    extra: torch.Tensor | None = None
 
     @property
     def double(self) -> bool:
         return self.words.dtype is torch.uint8
 
+    @property
+    def slots(self) -> int:
+        """Units of a row that have four bits though others have fewer."""
+        return 0 if self.extra is None else self.extra.shape[1] // self.half
+
     def rows(self, some: slice) -> GroupWeight:
         """Some of the rows."""
-        ranges = self.ranges[some] if self.double else self.ranges
-        return GroupWeight(
-            self.codes[some], self.words[some], ranges, self.inner, self.group, self.half, self.levels
+        return replace(
+            self,
+            codes=self.codes[some],
+            words=self.words[some],
+            ranges=self.ranges[some] if self.double else self.ranges,
+            thirds=None if self.thirds is None else self.thirds[some],
+            extra=None if self.extra is None else self.extra[some],
         )
 
     def problem(self, rows: int, dtype: torch.dtype) -> GroupProblem:
         """Of a product with ``rows`` rows of ``dtype``."""
         return GroupProblem(
-            rows, self.codes.shape[0], self.inner, dtype, self.group, self.half, self.levels, self.double
-        )
+            rows, self.codes.shape[0], self.inner, dtype, self.group, self.half, self.levels, self.double,
+            self.bits, self.slots,
+        )  # fmt: skip
 
 
 def product(x: torch.Tensor, weight: GroupWeight, bias: torch.Tensor | None) -> torch.Tensor:
@@ -116,7 +140,7 @@ def unpacked(weight: GroupWeight, factors: torch.Tensor | None, dtype: torch.dty
 
 def unpacked_reference(weight: GroupWeight, factors: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """What ``unpacked`` computes, with ATen operators."""
-    codes = unpack_nibbles(weight.codes, weight.half, weight.inner)
+    codes = _codes(weight)
     n, groups = weight.words.shape
     grouped = (n, groups, weight.group)
     if weight.levels:
@@ -152,10 +176,10 @@ def launch_product(
         kernel = kernels.tile_kernel if launch.kind == "tiles" else kernels.slices_kernel
         added = result if bias is None else bias
         kernel[(-(-n // launch.columns) * -(-rows // launch.rows), launch.parts)](
-            x, weight.codes, weight.words, weight.ranges, added, into,
-            rows, n, k, weight.words.shape[1], _ranges(weight), steps,
+            x, *_pointers(weight), added, into,
+            rows, n, k, weight.words.shape[1], _ranges(weight), weight.slots, steps,
             BIASED=bias is not None, PARTS=launch.parts,
-            EVEN=k == steps * launch.parts * launch.slices * 2 * weight.half,
+            EVEN=k == steps * launch.parts * launch.slices * problem.block,
             BLOCK_M=launch.rows, BLOCK_N=launch.columns,
             num_warps=launch.warps, num_stages=launch.stages, **_constants(weight), **constants,
         )  # fmt: skip
@@ -171,24 +195,46 @@ def launch_unpack(
 ) -> torch.Tensor:
     """``unpacked`` into ``result`` [N, K], by ``kernels``."""
     n, k = result.shape
-    blocks = weight.codes.shape[1] // weight.half
+    problem = weight.problem(1, result.dtype)
     with _on(weight.codes):
-        kernels.unpack_kernel[(-(-n // 4), -(-blocks // 8))](
-            weight.codes, weight.words, weight.ranges, weight.ranges if factors is None else factors, result,
-            n, k, weight.words.shape[1], _ranges(weight),
+        kernels.unpack_kernel[(-(-n // 4), -(-problem.blocks // 8))](
+            *_pointers(weight), weight.ranges if factors is None else factors, result,
+            n, k, weight.words.shape[1], _ranges(weight), weight.slots,
             FACTORED=factors is not None, BLOCK_N=4, WIDE=8, num_warps=4, **_constants(weight),
         )  # fmt: skip
     return result
 
 
+def _codes(weight: GroupWeight) -> torch.Tensor:
+    """Of four bits, uint8[N, K]."""
+    if weight.bits == 4:
+        return unpack_nibbles(weight.codes, weight.half, weight.inner)
+    n, unit = weight.codes.shape[0], unit_of(weight.bits, weight.half)
+    slots = weight.words[:, :: unit // weight.group] >> 7 & 511
+    kept = weight.codes.new_zeros((n, 1 + weight.slots, weight.half))
+    if weight.extra is not None:
+        kept[:, 1:] = weight.extra.view(n, weight.slots, weight.half)
+    extra = kept.gather(1, slots.long()[:, :, None].expand(-1, -1, weight.half))
+    return unpack_planes(Planes(weight.codes, weight.thirds, extra), weight.bits, weight.half, weight.inner)
+
+
 def _constants(weight: GroupWeight) -> dict[str, Any]:
     return {
         "FAST": _is_fast(weight.codes),
+        "BITS": weight.bits,
+        "OUTLIERS": weight.slots > 0,
         "LEVELS": weight.levels,
         "DOUBLE": weight.double,
         "GROUP": weight.group,
         "HALF": weight.half,
     }
+
+
+def _pointers(weight: GroupWeight) -> tuple[torch.Tensor, ...]:
+    """Codes, thirds, extra bits, words, ranges; what there is not is not read."""
+    thirds = weight.codes if weight.thirds is None else weight.thirds
+    extra = weight.codes if weight.extra is None else weight.extra
+    return weight.codes, thirds, extra, weight.words, weight.ranges
 
 
 def _ranges(weight: GroupWeight) -> int:
@@ -228,7 +274,7 @@ def _dense(x: torch.Tensor, weight: GroupWeight, bias: torch.Tensor | None) -> t
 
 def _kernels_for(weight: GroupWeight) -> Any:
     """The kernels where they take the weight, else ``None``: bfloat16 came with sm_80."""
-    if not weight.codes.is_cuda or not (weight.codes.is_contiguous() and weight.words.is_contiguous()):
+    if not weight.codes.is_cuda or not all(tensor.is_contiguous() for tensor in _pointers(weight)[:4]):
         return None
     if torch.cuda.get_device_capability(weight.codes.device) < (8, 0):
         return None

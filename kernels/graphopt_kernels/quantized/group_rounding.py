@@ -1,10 +1,15 @@
 """Ways to round a weight to codes of four bits and words of groups (``group_products.GroupWeight``).
 
 A group is ``(code - zero) * scale``. Scales are bfloat16; zeros are multiples of 1/8, below 16. All of these
-take a weight float32[N, K] whose K is a multiple of ``group`` and give ``Codes``.
+take a weight float32[N, K] whose K is a multiple of ``group`` and give ``Codes``. ``tops`` is the highest
+code of groups, [N, K / group] or the same for all: 15; of groups with fewer bits 7 or 3, whose codes are then
+multiplied by 2 or 4 to be codes of four bits too. Where there is more than one of ``shares``, ranges of
+groups are narrowed to those shares of what they are, and of each group the one with the least squared error
+is taken.
 
 - ``nearest``: the range of a group and 0 in 15 steps, the zero rounded to a code so that 0 is exact;
-  symmetric, its largest number in 7 steps either way, zero 8.
+  symmetric, its largest number in 7 steps either way, zero 8. Three bits have 7 steps, and 3 either way, two
+  bits 3; symmetric, two bits have two numbers on either side of 0, which is none of them.
 - ``half_quadratic`` (HQQ, https://mobiusml.github.io/hqq_blog): zeros are moved so that errors are small but
   for a few, by a proximal step for their norm of power 0.7 and a mean, in turns. The scale stays. Of each
   group the best of all turns by squared error is kept, the first being ``nearest``.
@@ -17,6 +22,7 @@ take a weight float32[N, K] whose K is a multiple of ``group`` and give ``Codes`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,7 +32,7 @@ from graphopt.errors import QuantizationError
 __all__ = ["Codes", "channel_factors", "error_feedback", "half_quadratic", "nearest", "words_of"]
 
 _TOP = 15
-_MIDDLE = 8
+_WHOLE = (1.0,)
 _BLOCK = 128
 _DAMPING = 0.01
 _TURNS = 20
@@ -53,38 +59,56 @@ def words_of(rounded: Codes) -> torch.Tensor:
     return rounded.scales.contiguous().view(torch.int32) | (rounded.zeros * 8).to(torch.int32)
 
 
-def nearest(weight: torch.Tensor, group: int, symmetric: bool) -> Codes:
+def nearest(
+    weight: torch.Tensor,
+    group: int,
+    symmetric: bool,
+    tops: torch.Tensor | int = _TOP,
+    shares: Sequence[float] = _WHOLE,
+) -> Codes:
     """Every number to the nearest that its group can hold."""
-    wide = _grouped(weight, group)
-    scales, zeros = _ranges(wide, symmetric)
-    return _assembled(_rounded(wide, scales, zeros), scales, zeros, weight)
+    wide, tops = _grouped(weight, group), _of_groups(tops)
+    scales, zeros = _narrowed(wide, symmetric, tops, shares)
+    return _assembled(_rounded(wide, scales, zeros, tops), scales, zeros, tops, weight)
 
 
-def half_quadratic(weight: torch.Tensor, group: int) -> Codes:
+def half_quadratic(
+    weight: torch.Tensor,
+    group: int,
+    tops: torch.Tensor | int = _TOP,
+    shares: Sequence[float] = _WHOLE,
+) -> Codes:
     """Zeros moved to where most errors are small."""
-    wide = _grouped(weight, group)
-    scales, zeros = _ranges(wide, False)
-    codes = _rounded(wide, scales, zeros)
-    best = codes, zeros
-    least = _squares(wide, codes, scales, zeros)
-    steepness = 10.0
-    for _ in range(_TURNS):
-        error = wide - (codes - zeros) * scales
-        size = error.abs()
-        # The proximal step; numbers that are met exactly stay so: 0 ** (power - 1) is infinite.
-        kept = (size - size.pow(_POWER - 1) / steepness).clamp(min=0) * error.sign()
-        zeros = (codes - (wide - kept) / scales).mean(-1, keepdim=True)
-        zeros = (zeros * 8).round().clamp(0, 127) / 8
-        codes = _rounded(wide, scales, zeros)
-        found = _squares(wide, codes, scales, zeros)
-        better = found < least
-        least = torch.where(better, found, least)
-        best = torch.where(better, codes, best[0]), torch.where(better, zeros, best[1])
-        steepness *= 1.01
-    return _assembled(best[0], scales, best[1], weight)
+    wide, tops = _grouped(weight, group), _of_groups(tops)
+    steps = 8 * (_TOP + 1) / (tops + 1)
+    best = None
+    for share in shares:
+        scales, zeros = _ranges(wide * share, False, tops)
+        codes = _rounded(wide, scales, zeros, tops)
+        best = _better(wide, best, codes, scales, zeros)
+        steepness = 10.0
+        for _ in range(_TURNS):
+            error = wide - (codes - zeros) * scales
+            size = error.abs()
+            # The proximal step; numbers that are met exactly stay so: 0 ** (power - 1) is infinite.
+            kept = (size - size.pow(_POWER - 1) / steepness).clamp(min=0) * error.sign()
+            zeros = (codes - (wide - kept) / scales).mean(-1, keepdim=True)
+            zeros = (zeros * steps).round().clamp(0, 127) / steps
+            codes = _rounded(wide, scales, zeros, tops)
+            best = _better(wide, best, codes, scales, zeros)
+            steepness *= 1.01
+    assert best is not None
+    return _assembled(*best[:3], tops, weight)
 
 
-def error_feedback(weight: torch.Tensor, group: int, symmetric: bool, gram: torch.Tensor) -> Codes:
+def error_feedback(
+    weight: torch.Tensor,
+    group: int,
+    symmetric: bool,
+    gram: torch.Tensor,
+    tops: torch.Tensor | int = _TOP,
+    shares: Sequence[float] = _WHOLE,
+) -> Codes:
     """Columns in order, what each is off made good by the next; ``gram`` float32[K, K] is the mean of
     products of inputs. Raises ``QuantizationError`` if it is none."""
     n, k = weight.shape
@@ -92,6 +116,7 @@ def error_feedback(weight: torch.Tensor, group: int, symmetric: bool, gram: torc
     left = weight.clone()
     codes = torch.empty((n, k), dtype=torch.uint8, device=weight.device)
     scales, zeros = (weight.new_empty((n, k // group)) for _ in range(2))
+    wide_tops = torch.as_tensor(tops, device=weight.device).expand(n, k // group)
     for start in range(0, k, _BLOCK):
         stop = min(k, start + _BLOCK)
         block, factor = left[:, start:stop], upper[start:stop, start:stop]
@@ -99,16 +124,17 @@ def error_feedback(weight: torch.Tensor, group: int, symmetric: bool, gram: torc
         for column in range(stop - start):
             place = start + column
             if place % group == 0:
-                scale, zero = _ranges(block[:, column : column + group], symmetric)
+                top = wide_tops[:, place // group, None]
+                scale, zero = _narrowed(block[:, column : column + group], symmetric, top, shares)
                 scales[:, place // group], zeros[:, place // group] = scale[:, 0], zero[:, 0]
             given = block[:, column : column + 1]
-            code = _rounded(given, scale, zero)
+            code = _rounded(given, scale, zero, top)
             codes[:, place] = code[:, 0].to(torch.uint8)
             error = (given - (code - zero) * scale) / factor[column, column]
             block[:, column:] -= error * factor[column, column:]
             errors[:, column] = error[:, 0]
         left[:, stop:] -= errors @ upper[start:stop, stop:]
-    return Codes(codes, scales, zeros)
+    return _assembled(_grouped(codes, group), scales[..., None], zeros[..., None], _of_groups(tops), weight)
 
 
 def channel_factors(
@@ -137,35 +163,83 @@ def _grouped(weight: torch.Tensor, group: int) -> torch.Tensor:
     return weight.view(n, k // group, group)
 
 
-def _ranges(wide: torch.Tensor, symmetric: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _of_groups(tops: torch.Tensor | int) -> torch.Tensor | int:
+    """Beside groups of numbers [N, groups, group]."""
+    return tops[..., None] if isinstance(tops, torch.Tensor) else tops
+
+
+def _ranges(
+    wide: torch.Tensor, symmetric: bool, tops: torch.Tensor | int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales and zeros of the last dimension, which stays with size 1."""
+    largest = wide.abs().amax(-1, keepdim=True)
     if symmetric:
-        scales = _short(wide.abs().amax(-1, keepdim=True) / (_MIDDLE - 1))
-        return scales, torch.full_like(scales, _MIDDLE)
+        # Half the codes and half a code: with two bits, one of four codes would not be used else.
+        tops = torch.as_tensor(tops, device=wide.device)
+        middle = torch.where(tops > 3, (tops + 1) / 2, 1.5).expand(largest.shape)
+        steps = torch.where(tops > 3, middle - 1, 1.5)
+        return _short(largest / steps, tops), middle
     low = wide.amin(-1, keepdim=True).clamp(max=0)
     high = wide.amax(-1, keepdim=True).clamp(min=0)
-    scales = _short(high / _TOP - low / _TOP)
-    return scales, (-low / scales).round().clamp(0, _TOP)
+    scales = _short(high / tops - low / tops, tops)
+    zeros = (-low / scales).round()
+    return scales, torch.minimum(zeros, torch.as_tensor(tops, device=zeros.device)).clamp(min=0)
 
 
-def _short(scales: torch.Tensor) -> torch.Tensor:
-    """As bfloat16 holds them; a group of zeros has scale 1."""
-    short = scales.to(torch.bfloat16).float()
+def _narrowed(
+    wide: torch.Tensor, symmetric: bool, tops: torch.Tensor | int, shares: Sequence[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Those of ``_ranges`` of that one of ``shares`` of the numbers with the least squared error."""
+    best = None
+    for share in shares:
+        scales, zeros = _ranges(wide * share, symmetric, tops)
+        best = _better(wide, best, _rounded(wide, scales, zeros, tops), scales, zeros)
+    assert best is not None
+    return best[1], best[2]
+
+
+def _short(scales: torch.Tensor, tops: torch.Tensor | int) -> torch.Tensor:
+    """As bfloat16 holds them, and those of codes of four bits; a group of zeros has scale 1."""
+    times = (_TOP + 1) / (tops + 1)
+    short = (scales / times).to(torch.bfloat16).float() * times
     return torch.where(short > 0, short, 1.0)
 
 
-def _rounded(wide: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor) -> torch.Tensor:
-    return (wide / scales + zeros).round().clamp(0, _TOP)
-
-
-def _squares(
-    wide: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
+def _rounded(
+    wide: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, tops: torch.Tensor | int
 ) -> torch.Tensor:
-    return (wide - (codes - zeros) * scales).square().sum(-1, keepdim=True)
+    codes = (wide / scales + zeros).round().clamp(min=0)
+    return torch.minimum(codes, torch.as_tensor(tops, device=codes.device).to(codes))
 
 
-def _assembled(codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor, weight: torch.Tensor) -> Codes:
-    return Codes(codes.to(torch.uint8).view(weight.shape), scales[..., 0], zeros[..., 0])
+_Best = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _better(
+    wide: torch.Tensor, best: _Best | None, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
+) -> _Best:
+    """Codes, scales, zeros and squared errors of groups: of each the better."""
+    found = (wide - (codes - zeros) * scales).square().sum(-1, keepdim=True)
+    if best is None:
+        return codes, scales, zeros, found
+    better = found < best[3]
+    pairs = zip((codes, scales, zeros, found), best, strict=True)
+    one, two, three, four = (torch.where(better, new, old) for new, old in pairs)
+    return one, two, three, four
+
+
+def _assembled(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    tops: torch.Tensor | int,
+    weight: torch.Tensor,
+) -> Codes:
+    """As codes of four bits."""
+    times = (_TOP + 1) / (tops + 1)
+    return Codes(
+        (codes * times).to(torch.uint8).view(weight.shape), (scales / times)[..., 0], (zeros * times)[..., 0]
+    )
 
 
 def _inverse_factor(gram: torch.Tensor) -> torch.Tensor:

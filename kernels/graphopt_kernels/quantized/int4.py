@@ -37,8 +37,11 @@ from graphopt_kernels.quantized.group_rounding import (
 )
 from graphopt_kernels.quantized.nibbles import pack_nibbles
 from graphopt_kernels.quantized.operators import define_operators
+from graphopt_kernels.quantized.scratch import beside_groups, beside_scaled_groups
 
-__all__ = ["Int4", "Int4Awq", "half_of", "int4_weight", "linear_int4", "linear_int4_awq"]
+__all__ = [
+    "Grouped", "Int4", "Int4Awq", "half_of", "int4_weight", "lacks_gram", "linear_int4", "linear_int4_awq",
+]  # fmt: skip
 
 Group = Literal[32, 64, 128]
 _GROUPS = (128, 64, 32)
@@ -96,7 +99,15 @@ def _shape_awq(
     return _shape(codes, words, group)
 
 
-define_operators("int4", ("codes", "words"), ("int group",), unpack=_unpack, linear=linear_int4, shape=_shape)
+define_operators(
+    "int4",
+    ("codes", "words"),
+    ("int group",),
+    unpack=_unpack,
+    linear=linear_int4,
+    shape=_shape,
+    scratch=beside_groups,
+)
 define_operators(
     "int4_awq",
     ("codes", "words", "factors"),
@@ -104,11 +115,12 @@ define_operators(
     unpack=_unpack_awq,
     linear=linear_int4_awq,
     shape=_shape_awq,
+    scratch=beside_scaled_groups,
 )
 
 
-class _Grouped(Scheme):
-    """``group`` is a field of each subclass."""
+class Grouped(Scheme):
+    """Schemes of weights in groups; ``group`` is a field of each subclass."""
 
     group: int
 
@@ -141,7 +153,8 @@ class _Grouped(Scheme):
         return statistics[_GRAM]
 
 
-def _lacks_gram(k: int, statistics: Mapping[str, torch.Tensor]) -> Reason | None:
+def lacks_gram(k: int, statistics: Mapping[str, torch.Tensor]) -> Reason | None:
+    """``None``, or why ``statistics`` have no mean of x x^T of ``k`` inputs."""
     gram = statistics.get(_GRAM)
     if gram is None:
         return Reason(f"it needs {_GRAM} among the statistics of inputs")
@@ -153,7 +166,7 @@ def _lacks_gram(k: int, statistics: Mapping[str, torch.Tensor]) -> Reason | None
 
 
 @dataclass(frozen=True)
-class Int4(_Grouped):
+class Int4(Grouped):
     """Four bits a weight. ``group``: neighbours that share a scale; ``symmetric``: zeros stay at 8;
     ``method``: how numbers are rounded."""
 
@@ -173,7 +186,7 @@ class Int4(_Grouped):
         return super().refuses(n, k, dtype, device)
 
     def lacks(self, k: int, statistics: Mapping[str, torch.Tensor]) -> Reason | None:
-        return _lacks_gram(k, statistics) if self.method == "gptq" else None
+        return lacks_gram(k, statistics) if self.method == "gptq" else None
 
     def pack(self, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         exact = weight.float().contiguous()
@@ -186,7 +199,7 @@ class Int4(_Grouped):
 
 
 @dataclass(frozen=True)
-class Int4Awq(_Grouped):
+class Int4Awq(Grouped):
     """Four bits a weight, columns of large inputs kept better. ``group`` and ``symmetric`` as in int4."""
 
     group: Group = 128
@@ -198,7 +211,7 @@ class Int4Awq(_Grouped):
     linear_op: ClassVar[str] = "graphopt::linear_int4_awq"
 
     def lacks(self, k: int, statistics: Mapping[str, torch.Tensor]) -> Reason | None:
-        return _lacks_gram(k, statistics)
+        return lacks_gram(k, statistics)
 
     def pack(self, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         exact = weight.float().contiguous()

@@ -20,6 +20,7 @@ from graphopt.candidate import Reason
 from graphopt.packing import Scheme
 from graphopt_kernels.quantized.byte_products import product, unpacked
 from graphopt_kernels.quantized.operators import define_operators
+from graphopt_kernels.quantized.scratch import beside_weight_only
 
 __all__ = ["Int8", "linear_int8", "rounded_to_int8"]
 
@@ -46,6 +47,7 @@ define_operators(
     unpack=unpacked,
     linear=linear_int8,
     shape=_shape,
+    scratch=beside_weight_only,
 )
 
 

@@ -25,6 +25,7 @@ from graphopt.packing import Scheme
 from graphopt_kernels.quantized.group_products import NF4_LEVELS, GroupWeight, product, unpacked
 from graphopt_kernels.quantized.nibbles import pack_nibbles
 from graphopt_kernels.quantized.operators import define_operators
+from graphopt_kernels.quantized.scratch import beside_groups
 
 __all__ = ["Nf4", "linear_nf4", "nf4_weight"]
 
@@ -61,7 +62,15 @@ def _shape(codes: torch.Tensor, words: torch.Tensor, ranges: torch.Tensor) -> tu
     return codes.shape[0], words.shape[1] * _BLOCK
 
 
-define_operators("nf4", ("codes", "words", "ranges"), (), unpack=_unpack, linear=linear_nf4, shape=_shape)
+define_operators(
+    "nf4",
+    ("codes", "words", "ranges"),
+    (),
+    unpack=_unpack,
+    linear=linear_nf4,
+    shape=_shape,
+    scratch=beside_groups,
+)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from graphopt.operator_scratch import state_scratch
+
 __all__ = ["define_operators"]
 
 
@@ -22,6 +24,7 @@ def define_operators(
     unpack: Callable[..., torch.Tensor],
     linear: Callable[..., torch.Tensor],
     shape: Callable[..., tuple[Any, Any]],
+    scratch: Callable[..., int],
 ) -> None:
     """Registers ``graphopt::unpack_<name>`` and ``graphopt::linear_<name>``.
 
@@ -29,12 +32,14 @@ def define_operators(
     (``"int group"``). ``unpack(*tensors, *constants, dtype)`` gives the weight [N, K], contiguous;
     ``linear(x, *tensors, bias, *constants)`` the product [..., N] of the dtype of ``x``, contiguous, of
     memory of its own, for any number of rows, none included, and any strides of ``x``; ``shape(*tensors,
-    *constants)`` is N and K, of fake tensors too. The gradient with respect to x is that of the unpacked
+    *constants)`` is N and K, of fake tensors too; ``scratch`` is told to ``graphopt.operator_scratch`` of the
+    product. The gradient with respect to x is that of the unpacked
     weight: ``grad @ unpack(...)``, in the dtype of ``grad``.
     """
     packed = [f"Tensor {tensor}" for tensor in tensors]
     count = len(tensors)
     unpack_name, linear_name = f"graphopt::unpack_{name}", f"graphopt::linear_{name}"
+    state_scratch(linear_name, scratch)
     unpack_schema = ", ".join([*packed, *constants, "ScalarType dtype"])
     linear_schema = ", ".join(["Tensor x", *packed, "Tensor? bias", *constants])
     unpack_op = torch.library.custom_op(

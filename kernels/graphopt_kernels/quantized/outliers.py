@@ -36,6 +36,7 @@ from graphopt_kernels.quantized.byte_products import product, unpacked
 from graphopt_kernels.quantized.dynamic import linear_dynamic
 from graphopt_kernels.quantized.int8 import rounded_to_int8
 from graphopt_kernels.quantized.operators import define_operators
+from graphopt_kernels.quantized.scratch import beside_outliers
 from graphopt_kernels.row_norm import WIDEST, tile
 from graphopt_kernels.row_quantize import quantize_rows, warps_and_registers
 
@@ -118,6 +119,7 @@ define_operators(
     unpack=_unpack,
     linear=linear_llm_int8,
     shape=_shape,
+    scratch=beside_outliers,
 )
 
 

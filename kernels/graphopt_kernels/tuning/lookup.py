@@ -31,6 +31,7 @@ __all__ = [
     "forget_choices",
     "is_asking",
     "parsed",
+    "processors_of",
     "rows_class",
 ]
 
@@ -46,13 +47,15 @@ class Choice(Generic[P, C]):
     """The configuration of ``kernel`` for a problem, named tuples both (``graphopt.plugins.TunableSpec``).
 
     ``sources``: modules whose code the kernel is. ``default`` gives the configuration where nothing was
-    found, ``check`` why another one would compute something else.
+    found, ``default_on`` the same for a GPU with so many multiprocessors, ``check`` why another one would
+    compute something else.
     """
 
     kernel: str
     sources: tuple[str, ...]
     default: Callable[[P], C]
     check: Callable[[P, C], Reason | None]
+    default_on: Callable[[P, int], C] | None = None
 
     def __call__(self, problem: P, device: torch.device) -> C:
         if _asked is not None:
@@ -64,9 +67,12 @@ class Choice(Generic[P, C]):
         return chosen
 
     def _look_up(self, problem: P, device: torch.device) -> C:
-        default = self.default(problem)
         if device.type != "cuda":
-            return default
+            return self.default(problem)
+        if self.default_on is None:
+            default = self.default(problem)
+        else:
+            default = self.default_on(problem, processors_of(device))
         stored = found(self.kernel, self.sources, device_text(device), fields_text(problem))
         if stored is None:
             return default
@@ -145,6 +151,12 @@ def _written(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return str(value).removeprefix("torch.")
+
+
+@functools.cache
+def processors_of(device: torch.device) -> int:
+    """How many multiprocessors a GPU has that is here."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 @functools.cache

@@ -31,6 +31,7 @@ def packed_bytes_tunable() -> TunableSpec:
         sources=PRODUCTS.sources,
         kernels=_kernels,
         default=byte_launch.usual_launch,
+        default_on=byte_launch.launch_for,
         configurations=_configurations,
         check=byte_launch.check_launch,
         operands=_operands,

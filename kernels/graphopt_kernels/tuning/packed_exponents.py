@@ -31,6 +31,7 @@ def packed_exponents_tunable() -> TunableSpec:
         sources=PRODUCTS.sources,
         kernels=_kernels,
         default=exponent_launch.usual_launch,
+        default_on=exponent_launch.launch_for,
         configurations=_configurations,
         check=exponent_launch.check_launch,
         operands=_operands,

@@ -125,7 +125,8 @@ def present_gpu(device: torch.device) -> Gpu:
 
 def shortlist(spec: TunableSpec, problem: Any, gpu: Gpu) -> list[Trial]:
     """The default, then others by the model's rank before anything is compiled; at most ``MOST``."""
-    default = spec.default(problem)
+    on = spec.default_on
+    default = spec.default(problem) if on is None else on(problem, gpu.processors)
     guesses: dict[Any, float] = {}
     for configuration in spec.configurations(problem):
         if configuration != default and spec.check(problem, configuration) is None:
