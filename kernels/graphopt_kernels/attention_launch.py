@@ -87,8 +87,8 @@ class AttentionProblem(NamedTuple):
 _MOST_HEADS, _MOST_LENGTH = 256, 8192
 
 LEAST_DROPPED = 1024
-"""Weights of a tile where some are dropped: with 16 queries and 32 keys, masked, gradients of keys were wrong on
-an H200 (triton 3.6), in any number of warps and stages, while the interpreter has them right."""
+"""Weights of a tile where some are dropped: with 16 queries and 32 keys, masked, gradients of keys were wrong
+on an H200 (triton 3.6), in any number of warps and stages, while the interpreter has them right."""
 
 
 def check_launch(problem: AttentionProblem, launch: Launch) -> Reason | None:
