@@ -70,15 +70,17 @@ def _around(kernel: str, problem: Any) -> Iterator[Any]:
     rows = problem.rows
     high = max(8, 1 << (rows - 1).bit_length())
     if high <= 64:
-        for wide, pieces, slices in itertools.product((16, 32, 64), (1, 2, 4, 8), (2, 4, 8, 16)):
-            # Registers of a thread: of codes and of x, and sums.
-            if pieces * (wide / 4 + high) + wide * high / 32 > 160:
-                continue
-            for parts in (1, 2, 4):
-                if kernel == "packed-groups":
-                    yield GroupLaunch("slices", high, wide, slices, parts, slices, pieces)
-                else:
-                    yield Launch("slices", high, wide, 64 * pieces, slices, parts, slices, 1)
+        for wide, inner, slices in itertools.product((16, 32, 64), (32, 64, 128), (4, 8)):
+            for parts in (1, 2):
+                for stages in (2, 3, 4):
+                    if kernel == "packed-groups":
+                        yield GroupLaunch("slices", high, wide, slices, parts, slices, stages)
+                    else:
+                        yield Launch("slices", high, wide, inner, slices, parts, slices, stages)
+    if kernel == "packed-bytes" and rows == 1 and not problem.rounded:
+        for warps, few, places in itertools.product((2, 4, 8), (1, 2, 4), (2, 4, 8)):
+            if few * places <= 16:
+                yield Launch("row", 1, warps * few, 512 * places, 1, 1, warps, 1)
     if kernel == "packed-bytes" and problem.rounded and high >= 64:
         for rows, wide, warps, stages in (
             (64, 128, 4, 4), (64, 256, 8, 4), (128, 128, 4, 4), (128, 128, 8, 3), (128, 256, 8, 3),

@@ -515,6 +515,12 @@ def storage_key(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage()._cdata)
 
 
+def writes(tensor: torch.Tensor) -> int | None:
+    """How often torch has written to the storage of ``tensor``, as it counts; ``None`` where it does not, for
+    tensors made in inference mode."""
+    return None if tensor.is_inference() else int(tensor._version)
+
+
 def inductor_kernels() -> Any:
     """Inductor's table of library kernels, which its generated code calls by attribute."""
     from torch._inductor.select_algorithm import extern_kernels

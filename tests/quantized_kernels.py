@@ -19,14 +19,15 @@ from graphopt_kernels.row_quantize import launch_rows, quantize_reference
 FP16, FP32, INT8, FP8 = torch.float16, torch.float32, torch.int8, torch.float8_e4m3fn
 LIMITS = {INT8: 127.0, FP8: 448.0}
 
-ROW = Launch("row", 1, 8, 64, 1, 1, 4, 1)
+ROW = Launch("row", 1, 8, 512, 1, 1, 4, 1)
 SLICES = Launch("slices", 8, 16, 32, 2, 1, 2, 1)
 TILES = Launch("tiles", 16, 32, 32, 1, 1, 2, 1)
 CASES = [
     # rows, columns, inner, dtype, codes, rounded, launch, bias
     (1, 24, 128, FP32, INT8, False, ROW, True),
     (1, 13, 100, FP16, FP8, False, ROW, False),
-    (1, 13, 200, FP16, INT8, False, ROW._replace(parts=2), True),
+    (1, 13, 1000, FP16, INT8, False, ROW._replace(parts=2), True),
+    (1, 24, 2048, FP32, INT8, False, ROW._replace(columns=4, inner=1024, warps=2), True),
     (3, 37, 100, FP16, INT8, False, SLICES, True),
     (3, 32, 128, FP16, FP8, False, SLICES, False),
     (1, 16, 250, FP16, INT8, False, SLICES._replace(parts=2), True),

@@ -13,7 +13,7 @@ disassemblies for sm_90; rates are those of an H200 (``graphopt_cost_model/devic
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -21,27 +21,42 @@ from graphopt.candidate import Reason
 
 __all__ = [
     "HALVES", "LIBRARY", "LIBRARY_ROWS", "PARTS", "PROCESSORS", "Launch", "Problem", "check_launch",
-    "dense_seconds",
-    "in_parts", "kernel_seconds", "launch_for", "launches", "predicted_seconds", "steps_of", "usual_launch",
+    "dense_seconds", "in_parts", "kernel_seconds", "launch_for", "launches", "predicted_seconds", "steps_of",
+    "streamed_seconds", "usual_launch",
 ]  # fmt: skip
 
-_READ = 4.28e12
+_READ, _STREAMED = 4.28e12, 3.65e12
+"""Bytes a second from memory, and what kernels get of it that go through shared memory."""
+
 _COPY = 4.28e12
 _SLOTS = 33.5e12 * 0.8
 """Of lanes, and the share of them that a loop with loads and barriers gets."""
 
+_UNPACKED = 0.3 / 0.8
+"""Of that, what tiles get that turn codes into operands of warp groups between two waits."""
+
 _TENSOR = {2: 790e12, 1: 1580e12}
 """FLOP/s of tensor cores by bytes of an operand."""
 
-_LIBRARY = 0.9
-_WARP_GROUPS, _WARPS = 0.6, 0.45
-"""Shares of that: of the library, of tiles that warp groups multiply, of what single warps do."""
+_LIBRARY = {torch.int8: 0.5, torch.float8_e4m3fn: 0.87}
+_DENSE = 0.98
+_WARP_GROUPS, _ROUNDED, _WARPS = 0.6, 0.88, 0.45
+"""Shares of that: of the library for eight-bit numbers and for dense operands, of tiles that warp groups
+multiply, with operands from registers and from shared memory, of what single warps do."""
 
 _LAUNCH = 2e-6
 """Seconds from a kernel to the next one of the same product, in a queue that is not empty."""
 
-_SOLO = 4
-"""Programs' worth of warps, four each, that a multiprocessor needs to keep its memory busy."""
+_STARTS = {"row": 1.5e-6, "slices": 4.5e-6, "tiles": 4.5e-6, "library": 6e-6}
+"""Seconds until a kernel gets going and to its end, in a queue of others, as measured on an H200
+(``benchmarks/sweep_packed.py``, ``benchmarks/gpu_quantized.py``)."""
+
+_AHEAD = 40_000
+"""Bytes on their way that keep a multiprocessor's memory busy."""
+
+_SHARED = 200_000
+_CACHED = 10e12
+"""Bytes of shared memory; bytes a second that inputs are read with again, from the cache."""
 
 PROCESSORS = 132
 """Of an H100 or H200: where no device is there to be asked."""
@@ -66,6 +81,24 @@ _CONVERTED = {
 """Instructions that make a number of a code."""
 
 HALVES = (torch.bfloat16, torch.float16)
+
+
+class Sizes(Protocol):
+    """What all problems have."""
+
+    @property
+    def inner(self) -> int: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+class Staged(Protocol):
+    """What all launches have."""
+
+    @property
+    def rows(self) -> int: ...
+    @property
+    def parts(self) -> int: ...
 
 
 class Problem(NamedTuple):
@@ -140,6 +173,8 @@ def _wrong_with(problem: Problem, launch: Launch) -> str | None:
         return "sizes are powers of two"
     if launch.kind == "slices" and launch.slices != launch.warps:
         return "every warp has a slice"
+    if launch.kind == "row" and (launch.inner < 512 or launch.columns < launch.warps):
+        return "a warp reads 512 bytes of a row or more"
     if launch.kind != "row" and (launch.rows < 8 or launch.columns < 16 or launch.inner < 32):
         return "tensor cores take 8 rows, 16 columns and 32 products"
     step = launch.inner * launch.slices
@@ -169,7 +204,7 @@ def _launches(problem: Problem, library: bool) -> Iterator[Launch]:
     if not problem.rounded or (library and _library_takes(problem)):
         yield LIBRARY
     if rows == 1 and not problem.rounded:
-        yield Launch("row", 1, 8, 512, 1, 1, 4, 3)
+        yield _row(problem)
     if not problem.rounded and problem.dtype not in HALVES:
         return
     high = max(8, 1 << (rows - 1).bit_length())
@@ -178,17 +213,28 @@ def _launches(problem: Problem, library: bool) -> Iterator[Launch]:
         if problem.rounded:
             yield Launch("tiles", 64, 32, 32, 1, 1, 4, 2)
         return
-    if high <= 64:
-        stages = 4 if high <= 16 else 3
-        yield Launch("slices", high, 32, 64, 4, 1, 4, stages)
-        yield Launch("slices", high, 16, 64, 8, 1, 8, stages)
-        if high <= 16:
-            yield Launch("slices", high, 16, 64, 16, 1, 16, 3)
+    if high <= 32:
+        for wide in (16, 32, 64):
+            yield Launch("slices", high, wide, 128 if high <= 16 else 64, 4, 1, 4, 4)
     if 16 <= high <= 32 and not problem.rounded:
         yield Launch("tiles", high, 64, 128, 1, 1, 2, 4)
-    deep = 128 if problem.rounded else 64
+    if problem.rounded:
+        few = Launch("tiles", 64, 128, 128, 1, 1, 4, 4)
+        yield few if rows <= 64 else Launch("tiles", 128, 128, 128, 1, 1, 8, 3)
+        return
     for high, wide, warps, stages in ((64, 128, 4, 4), (128, 128, 8, 3), (256, 128, 8, 3)):
-        yield Launch("tiles", high, wide, deep, 1, 1, warps, stages)
+        yield Launch("tiles", high, wide, 64, 1, 1, warps, stages)
+
+
+def _row(problem: Problem) -> Launch:
+    """Steps are short where a row is, and warps many where rows are few."""
+    wide, inner, warps = (16, 2048, 8) if problem.columns <= 8192 else (16, 1024, 4)
+    if problem.columns > 24576:
+        wide, inner, warps = 8, 2048, 4
+    if problem.dtype is torch.float32:
+        inner //= 2
+    whole = 1 << max(0, -(-problem.inner // 512) - 1).bit_length()
+    return Launch("row", 1, wide, min(inner, 512 * whole), 1, 1, warps, 1)
 
 
 def _programs(problem: Problem, launch: Launch) -> int:
@@ -215,14 +261,14 @@ def predicted_seconds(problem: Problem, launch: Launch, processors: int) -> floa
     flops = 2 * rows * columns * inner
     rate = _TENSOR.get(size, 53e12)
     if launch.kind == "library":
-        multiplied = flops / (rate * _LIBRARY)
-        if rounded and codes is torch.float8_e4m3fn:
-            return max(multiplied, moved / _READ) + _LAUNCH
-        if rounded:
-            # Sums of 32 bits are written and read again.
-            return max(multiplied, moved / _READ) + 8 * rows * columns / _COPY + 2 * _LAUNCH
-        unpacked = columns * inner * (1 + dtype.itemsize) / _COPY + _unaligned(problem) / _SLOTS
-        return unpacked + dense_seconds(problem) + _LAUNCH
+        if not rounded:
+            unpacked = columns * inner * (1 + dtype.itemsize) / _COPY + _unaligned(problem) / _SLOTS
+            return unpacked + dense_seconds(problem) + _LAUNCH
+        seconds = max(flops / (rate * _LIBRARY[codes]), moved / _READ) + _STARTS["library"]
+        if codes is torch.float8_e4m3fn:
+            return seconds
+        # Sums of 32 bits are written and read again, by a kernel of its own.
+        return seconds + 8 * rows * columns / _COPY + _STARTS["library"]
     across = -(-rows // launch.rows)
     slots = across * (columns * inner * _slots(problem, launch) + _unaligned(problem))
     padded = 0.0 if launch.kind == "row" else 2 * across * launch.rows * columns * inner / rate
@@ -230,29 +276,49 @@ def predicted_seconds(problem: Problem, launch: Launch, processors: int) -> floa
 
 
 def kernel_seconds(
-    problem: Problem, launch: Launch, moved: int, slots: float, multiplying: float, processors: int
+    problem: Problem,
+    launch: Launch,
+    moved: int,
+    slots: float,
+    multiplying: float,
+    processors: int,
+    each: int = 1,
 ) -> float:
     """Seconds of kernels that move ``moved`` bytes and issue ``slots`` instructions of lanes, and would
-    take tensor cores ``multiplying`` seconds at their full rate."""
+    take tensor cores ``multiplying`` seconds at their full rate. ``each``: bytes for a unit of ``inner``."""
     programs = _programs(problem, launch) * launch.parts
-    share = _WARP_GROUPS if launch.kind == "tiles" and launch.warps >= 4 else _WARPS
-    multiplied = multiplying / share
+    grouped = launch.kind == "tiles" and launch.warps >= 4
+    share = (_ROUNDED if problem.rounded else _WARP_GROUPS) if grouped else _WARPS
+    issued = _SLOTS * (_UNPACKED if grouped and not problem.rounded else 1.0)
     busy = min(1.0, programs / processors)
-    deep = min(1.0, programs * launch.warps / (4 * _SOLO * processors))
     if launch.parts > 1:
         moved += 8 * launch.parts * problem.rows * problem.columns
-    computed = max(slots / _SLOTS, multiplied) / busy
-    waited = moved / (_READ * max(deep, 0.5 * busy))
-    launches = _LAUNCH * (1 + (launch.parts > 1))
-    return max(computed, waited) + _BESIDE * min(computed, waited) + launches
+    computed = max(slots / issued, multiplying / share) / busy
+    waited = moved / _READ
+    if launch.kind != "row":
+        staged = launch.columns * launch.inner * launch.slices * launch.stages * each
+        waited = streamed_seconds(problem, launch, moved, programs, staged, processors)
+    starts = _STARTS[launch.kind] + _LAUNCH * (launch.parts > 1)
+    return max(computed, waited) + _BESIDE * min(computed, waited) + starts
+
+
+def streamed_seconds(
+    problem: Sizes, launch: Staged, moved: float, programs: int, staged: int, processors: int
+) -> float:
+    """Seconds until ``moved`` bytes have come to ``programs``, each with ``staged`` of them on their way, and
+    the rows of x to each once more."""
+    held = min(programs, processors * max(1, _SHARED // staged)) * staged
+    share = min(1.0, held / (_AHEAD * processors), 1.6 * programs / processors)
+    again = programs / launch.parts * launch.rows * problem.inner * problem.dtype.itemsize
+    return moved / (_STREAMED * share) + 0.5 * again / _CACHED
 
 
 def dense_seconds(problem: Problem) -> float:
     """Seconds of a dense product of the same sizes, of the dtype of x."""
     rows, columns, inner, dtype = problem[:4]
     moved = (columns * inner + rows * inner + rows * columns) * dtype.itemsize
-    rate = _TENSOR.get(dtype.itemsize, 53e12) * _LIBRARY
-    return max(2 * rows * columns * inner / rate, moved / _READ) + _LAUNCH
+    rate = _TENSOR.get(dtype.itemsize, 53e12) * _DENSE
+    return max(2 * rows * columns * inner / rate, moved / _READ) + _STARTS["library"]
 
 
 def _slots(problem: Problem, launch: Launch) -> float:

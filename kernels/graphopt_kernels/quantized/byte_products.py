@@ -28,6 +28,7 @@ from graphopt_kernels.quantized.byte_launch import (
     steps_of,
     usual_launch,
 )
+from graphopt_kernels.quantized.settled import reads_early
 from graphopt_kernels.tuning.lookup import Choice, processors_of, rows_class
 
 __all__ = [
@@ -192,8 +193,9 @@ def _launched(
     }
     across = -(-n // launch.columns)
     if launch.kind == "row":
+        early = {"EARLY": True, "launch_pdl": True} if reads_early(codes) else {"EARLY": False}
         kernels.row_kernel[(across, launch.parts)](
-            x, codes, scales, given_bias, into, n, k, steps, STAGES=launch.stages, **constants
+            x, codes, scales, given_bias, into, n, k, steps, WARPS=launch.warps, **constants, **early
         )
     else:
         if launch.kind == "slices":

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 __all__ = [
     "numbers", "row_kernel", "scale_kernel", "slices_kernel", "sum_kernel", "tile_kernel",
@@ -136,35 +137,77 @@ def _store(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _sums_of_lanes(codes, x, FAST: tl.constexpr, VECTOR: tl.constexpr):  # type: ignore[no-untyped-def]
+    """By lane, warp and row: products of ``codes`` [32, warps, rows, steps, 16] and x."""
+    WARPS: tl.constexpr = codes.shape[1]
+    ROWS: tl.constexpr = codes.shape[2]
+    STEPS: tl.constexpr = codes.shape[3]
+    apart = tl.reshape(numbers(codes, tl.float32, FAST), (32, WARPS, ROWS, STEPS, 16 // VECTOR, VECTOR))
+    return tl.sum(tl.reshape(apart * x.to(tl.float32), (32, WARPS, ROWS, STEPS * 16)), 3)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def row_kernel(  # type: ignore[no-untyped-def]
     x_ptr, codes_ptr, scales_ptr, bias_ptr, out_ptr, N, K, STEPS,
     BIASED: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
-    """x [K] times the weight: ``BLOCK_N`` results a program, ``STEPS`` blocks of each sum."""
-    columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """x [K] times the weight: ``BLOCK_N`` results a program, ``STEPS`` blocks of each sum. A lane loads 16
+    bytes of each of ``BLOCK_K`` / 512 places in a row and sums up by itself: there is no shared memory and no
+    barrier before the end. ``EARLY``: the first codes are read before the kernel ahead of this has ended
+    (``settled.py``)."""
+    ROWS: tl.constexpr = BLOCK_N // WARPS
+    PLACES: tl.constexpr = BLOCK_K // 512
+    VECTOR: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+    if EARLY:
+        cuda.gdc_launch_dependents()
     part = tl.program_id(1)
+    # Axes of lanes and warps come first: neighbours are given to the first axes after the contiguous one.
+    lane = tl.arange(0, 32)[:, None, None, None, None]
+    warp = tl.arange(0, WARPS)[None, :, None, None, None]
+    row = tl.arange(0, ROWS)[None, None, :, None, None]
+    place = tl.arange(0, PLACES)[None, None, None, :, None]
+    column = tl.program_id(0) * BLOCK_N + warp * ROWS + row
+    ks = part * STEPS * BLOCK_K + place * 512 + lane * 16 + tl.arange(0, 16)[None, None, None, None, :]
     # Results beyond the last are computed from its weights, and not stored.
-    inside = columns < N
-    starts = codes_ptr + tl.minimum(columns, N - 1).to(tl.int64)[:, None] * K
-    total = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
-    for step in tl.range(part * STEPS, (part + 1) * STEPS, num_stages=STAGES):
-        ks = step * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
-        if EVEN:
-            codes = tl.load(starts + ks, eviction_policy="evict_first")
-            x = tl.load(x_ptr + ks)
-        else:
-            codes = tl.load(starts + ks, mask=ks < K, other=0.0, eviction_policy="evict_first")
-            x = tl.load(x_ptr + ks, mask=ks < K, other=0.0)
-        total += numbers(codes, tl.float32, FAST) * x.to(tl.float32)
-    sums = tl.sum(total, 1)
-    if PARTS == 1:
-        sums *= tl.load(scales_ptr + columns, mask=inside, other=0.0)
-        if BIASED:
-            sums += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out_ptr + columns, sums.to(out_ptr.dtype.element_ty), mask=inside)
+    codes_at = codes_ptr + tl.minimum(column, N - 1).to(tl.int64) * K + ks
+    vector = tl.arange(0, 16 // VECTOR)[None, None, None, None, :, None]
+    element = tl.arange(0, VECTOR)[None, None, None, None, None, :]
+    of_x = part * STEPS * BLOCK_K + place[:, :, :, :, :, None] * 512 + lane[:, :, :, :, :, None] * 16
+    # Every warp loads x for itself.
+    of_x = tl.broadcast_to(of_x + vector * VECTOR + element, (32, WARPS, 1, PLACES, 16 // VECTOR, VECTOR))
+    x_at = x_ptr + of_x
+    if EVEN:
+        codes = tl.load(codes_at, eviction_policy="evict_first")
     else:
-        tl.store(out_ptr + part * N + columns, sums, mask=inside)
+        inside = tl.broadcast_to(ks < K, codes_at.shape)
+        codes = tl.load(codes_at, mask=inside, other=0.0, eviction_policy="evict_first")
+    if EARLY:
+        cuda.gdc_wait()
+    x = tl.load(x_at) if EVEN else tl.load(x_at, mask=of_x < K, other=0.0)
+    total = _sums_of_lanes(codes, x, FAST, VECTOR)
+    for step in range(1, STEPS):
+        at = step * BLOCK_K
+        if EVEN:
+            codes = tl.load(codes_at + at, eviction_policy="evict_first")
+            x = tl.load(x_at + at)
+        else:
+            inside = tl.broadcast_to(at + ks < K, codes_at.shape)
+            codes = tl.load(codes_at + at, mask=inside, other=0.0, eviction_policy="evict_first")
+            x = tl.load(x_at + at, mask=at + of_x < K, other=0.0)
+        total += _sums_of_lanes(codes, x, FAST, VECTOR)
+    sums = tl.sum(total, 0)
+    columns = (
+        tl.program_id(0) * BLOCK_N + tl.arange(0, WARPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+    )
+    within = columns < N
+    if PARTS == 1:
+        sums *= tl.load(scales_ptr + columns, mask=within, other=0.0)
+        if BIASED:
+            sums += tl.load(bias_ptr + columns, mask=within, other=0.0).to(tl.float32)
+        tl.store(out_ptr + columns, sums.to(out_ptr.dtype.element_ty), mask=within)
+    else:
+        tl.store(out_ptr + part * N + columns, sums, mask=within)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -85,13 +85,9 @@ def _launches(problem: Exponents) -> Iterator[Launch]:
     high = max(8, 1 << (problem.rows - 1).bit_length())
     if problem.inner % 16 and problem.rows > 16:
         return  # bytes that do not begin on 16 are loaded one by one
-    if high <= 16:
-        yield Launch("slices", high, 16, 64, 8, 1, 8, 3)
-        yield Launch("slices", high, 32, 64, 4, 1, 4, 3)
-    if high == 32:
-        yield Launch("slices", high, 16, 32, 8, 1, 8, 3)
-    if high <= 64:
-        yield Launch("slices", high, 16, 64 if high <= 32 else 32, 4, 1, 4, 3)
+    if high <= 32:
+        for wide in (16, 32) if high == 8 else (16,):
+            yield Launch("slices", high, wide, 64 if high <= 16 else 32, 4, 1, 4, 3)
     yield Launch("tiles", 64, 64, 64, 1, 1, 4, 3)
     yield Launch("tiles", 64, 128, 64, 1, 1, 8, 3)
     yield Launch("tiles", 128, 128, 32, 1, 1, 8, 3)
@@ -112,4 +108,4 @@ def predicted_seconds(problem: Exponents, launch: Launch, processors: int) -> fl
     each = _SLOTS + (5 if launch.kind == "tiles" else 1 + launch.rows * (0.03 + 0.8 / launch.columns))
     slots = across * (columns * inner * each + unaligned)
     multiplying = 2 * across * launch.rows * columns * inner / _TENSOR
-    return kernel_seconds(problem.steps, launch, moved, slots, multiplying, processors)
+    return kernel_seconds(problem.steps, launch, moved, slots, multiplying, processors, each=3)

@@ -23,8 +23,8 @@ import triton.language as tl
 
 __all__ = ["add_kernel", "slices_kernel", "tile_kernel", "unpack_kernel", "weights"]
 
-# Of four weights two each are neighbours in a row; the pairs may be of different rows: they are so in operands
-# that warp groups take from registers.
+# Of four weights two each are neighbours in a row; the pairs may be of different rows, as in operands that
+# warp groups take from registers.
 _LOW: tl.constexpr = tl.constexpr(
     """{ .reg .b32 a, e;
     prmt.b32 e, $3, 0, 0x4140; shl.b32 e, e, 7; and.b32 e, e, 0x07800780; add.u32 e, e, $4;

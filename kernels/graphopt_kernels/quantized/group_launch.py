@@ -18,7 +18,14 @@ from typing import NamedTuple
 import torch
 
 from graphopt.candidate import Reason
-from graphopt_kernels.quantized.byte_launch import HALVES, PARTS, PROCESSORS, Problem, dense_seconds
+from graphopt_kernels.quantized.byte_launch import (
+    HALVES,
+    PARTS,
+    PROCESSORS,
+    Problem,
+    dense_seconds,
+    streamed_seconds,
+)
 from graphopt_kernels.quantized.planes import unit_of
 
 __all__ = [
@@ -26,17 +33,17 @@ __all__ = [
     "predicted_seconds", "steps_of", "usual_launch",
 ]  # fmt: skip
 
-_READ = 4.28e12
+_STREAMED = 3.65e12
 _COPY = 4.28e12
-_SLOTS = 33.5e12 * 0.8
-"""Of lanes, and the share of them that a loop with loads and barriers gets."""
+_ISSUED = {"slices": 15e12, "tiles": 10e12}
+"""Instructions of lanes a second in loops that wait for codes, words and sums of groups, as measured on an
+H200 (``benchmarks/sweep_packed.py``)."""
 
 _TENSOR = 790e12
 _WARP_GROUPS, _WARPS = 0.45, 0.45
 """Shares of that: of tiles, which wait for each group's sum, and of what single warps do."""
 
-_LAUNCH = 2e-6
-_SOLO = 4
+_LAUNCH, _START = 2e-6, 4.5e-6
 _BESIDE = 0.1
 """As in ``byte_launch``."""
 
@@ -163,12 +170,10 @@ def _launches(problem: GroupProblem) -> Iterator[GroupLaunch]:
     high = max(8, 1 << (problem.rows - 1).bit_length())
     if problem.rows <= 64 and problem.bits < 4:
         yield from _slices_of_planes(problem, min(high, 32))
-    elif problem.rows <= 64:
-        high = min(high, 32)
-        stages = 3 if problem.half == 64 else 4
-        for wide, slices in ((16, 8), (32, 4), (32, 8), (64, 4)):
+    elif problem.rows <= 32:
+        for wide in (16, 32, 64):
             if high * wide <= 1024:
-                yield GroupLaunch("slices", high, wide, slices, 1, slices, stages)
+                yield GroupLaunch("slices", high, wide, 4, 1, 4, 3 if wide == 64 else 4)
     if problem.rows > 16 and problem.inner % 8 == 0:
         # Sums are held twice: four warps have not the registers for 64 rows of 128, nor eight for 128 beside
         # many planes or scales.
@@ -226,13 +231,13 @@ def predicted_seconds(problem: GroupProblem, launch: GroupLaunch, processors: in
     share = _WARP_GROUPS if launch.kind == "tiles" else _WARPS
     multiplied = 2 * launch.rows * weights / (_TENSOR * share)
     busy = min(1.0, programs / processors)
-    deep = min(1.0, programs * launch.warps / (4 * _SOLO * processors))
     if launch.parts > 1:
         moved += 8 * launch.parts * rows * columns
-    computed = max(weights * _slots(problem, launch) / _SLOTS, multiplied) / busy
-    waited = moved / (_READ * max(deep, 0.5 * busy))
-    count = 1 + (launch.parts > 1)
-    return max(computed, waited) + _BESIDE * min(computed, waited) + count * _LAUNCH
+    computed = max(weights * _slots(problem, launch) / _ISSUED[launch.kind], multiplied) / busy
+    step = launch.columns * launch.slices * problem.block * problem.bits // 8 * launch.stages
+    waited = streamed_seconds(problem, launch, moved, programs, step, processors)
+    starts = _START + _LAUNCH * (launch.parts > 1)
+    return max(computed, waited) + _BESIDE * min(computed, waited) + starts
 
 
 def _slots(problem: GroupProblem, launch: GroupLaunch) -> float:

@@ -65,9 +65,9 @@ def _configurations(problem: Problem) -> Iterator[Launch]:
         for wide, deep, slices, stages in itertools.product((16, 32, 64), (64, 128), (4, 8, 16), (3, 4, 5)):
             found.append(Launch("slices", high, wide, deep, slices, 1, slices, stages))
     if problem.rows == 1 and not problem.rounded:
-        for wide, deep, warps, stages in itertools.product((4, 8, 16), (512, 1024), (4, 8), (2, 3, 4)):
-            if 32 <= wide * deep / (32 * warps) <= 64:
-                found.append(Launch("row", 1, wide, deep, 1, 1, warps, stages))
+        for warps, few, places in itertools.product((2, 4, 8), (1, 2, 4), (2, 4, 8)):
+            if few * places <= 16:
+                found.append(Launch("row", 1, warps * few, 512 * places, 1, 1, warps, 1))
     for launch in dict.fromkeys(found):
         if byte_launch.check_launch(problem, launch) is None and _staged(problem, launch) <= _SHARED:
             yield launch
@@ -77,7 +77,7 @@ def _staged(problem: Problem, launch: Launch) -> int:
     """Bytes of shared memory for what is on its way."""
     size = 1 if problem.rounded else problem.dtype.itemsize
     step = launch.inner * launch.slices
-    return launch.stages * step * (launch.columns + (0 if launch.kind == "row" else launch.rows * size))
+    return 0 if launch.kind == "row" else launch.stages * step * (launch.columns + launch.rows * size)
 
 
 def _operands(problem: Problem, device: torch.device) -> tuple[Any, ...]:

@@ -1,0 +1,50 @@
+"""Which weights a kernel may read before the kernel ahead of it has ended.
+
+On devices from sm_90 on a kernel can be let in while the one ahead of it in its stream still runs
+(programmatic dependent launch, CUDA programming guide); what that one writes may be read after
+``griddepcontrol.wait`` alone. A product of one row spends its time on the weight, which nobody writes as a
+rule: read ahead of the wait, it comes while the kernel ahead finishes. That is right where no kernel that is
+still running writes the weight, and so where a kernel has been started since that the whole stream was
+awaited for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from graphopt import _torch
+
+__all__ = ["reads_early", "settled"]
+
+_seen: dict[int, tuple[Callable[[], bool], int]] = {}
+"""By storage: whether it is gone, and how often it had been written when a kernel read it that waited."""
+
+_MOST = 4096
+
+
+def settled(weight: torch.Tensor) -> bool:
+    """Whether this was asked of ``weight`` before, and nothing was written to it since, by what torch counts
+    (views share the count). The first kernel to read a weight is to wait for all that is ahead of it."""
+    written = _torch.writes(weight)
+    if written is None:
+        return False
+    key = _torch.storage_key(weight)
+    found = _seen.get(key)
+    # A key is not given to another storage while it is watched.
+    if found is not None and found[1] == written:
+        return True
+    if len(_seen) >= _MOST:
+        for gone in [key for key, (expired, _) in _seen.items() if expired()]:
+            del _seen[gone]
+    if len(_seen) < _MOST or key in _seen:
+        _seen[key] = (_torch.storage_watch(weight), written)
+    return False
+
+
+def reads_early(weight: torch.Tensor) -> bool:
+    """``settled``, on devices that let kernels in early."""
+    if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (9, 0):
+        return False
+    return settled(weight)
