@@ -43,7 +43,8 @@ def smollm2(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Any]:
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=file)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=dtype)
     model.config.use_cache = False
-    return model.eval().requires_grad_(False), tokenizer
+    model.train(False).requires_grad_(False)
+    return model, tokenizer
 
 
 class Embedder(nn.Module):

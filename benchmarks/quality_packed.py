@@ -1,6 +1,6 @@
 """What packed weights do to the predictions of real checkpoints, scheme by scheme and plan by plan.
 
-    python benchmarks/quality_packed.py [--models smollm2 minilm]
+    python benchmarks/quality_packed.py [--models smollm2:plans minilm:schemes] [--statistics FOLDER]
 
 Needs the packages that ``checkpoints`` names. Calibration and comparison are on different topics of one text.
 ``smollm2``: KL by token against the checkpoint as it is. ``minilm``: pieces of one topic are matched with
@@ -16,19 +16,22 @@ them.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import checkpoints
 import torch
-from harness import RESULTS, figure, parser, say
+from harness import figure, parser, say
 from torch import nn
 
 import graphopt
 from graphopt import Calibration
+from graphopt.api import cost_model_for
 from graphopt.packing.allocate import Allocation, chosen_schemes, observers_for, pack_by_plan
 from graphopt.packing.api import discovered
 from graphopt.packing.convert import matrix_of, tensor_of
@@ -39,19 +42,17 @@ from graphopt.quality import Quality, measure_quality
 from graphopt_kernels.quantized.group_rounding import nearest
 
 UNIFORM = (
-    ("int8",),
-    ("fp8",),
-    ("int8-dynamic",),
-    ("fp8-dynamic",),
-    ("llm-int8", "int8"),
-    ("int4{group=64}",),
-    ("int4{group=64,method=hqq}",),
     ("int4{group=64,method=gptq}",),
-    ("int4-awq{group=64}", "int4{group=64}"),
-    ("nf4",),
-    ("nf4{double=true}",),
-    ("int4{group=32}",),
     ("int4{group=32,method=hqq}",),
+    ("nf4{double=true}",),
+    ("int8",),
+    ("int8-dynamic",),
+    ("llm-int8", "int8"),
+    ("fp8",),
+    ("nf4",),
+    ("int4{group=64,method=hqq}",),
+    ("int4-awq{group=64}", "int4{group=64}"),
+    ("int4{group=32}",),
     ("int4{group=32,method=gptq}",),
 )
 """The first that takes a weight packs it: tables are looked up, which some schemes cannot be."""
@@ -60,12 +61,13 @@ CHOICE = (
     "nf4{double=true}",
     "int4{group=128,method=gptq}",
     "int4{group=64,method=gptq}",
-    "int4{group=32,method=gptq}",
     "int4{group=32,method=hqq}",
     "int8",
 )
-SCORERS = ("kl", "outputs", "weights", "fisher", "relevance", "z-score", "embedding-change", "hessian")
-BITS = (4.25, 4.5, 5.0)
+FIRST = ("kl", "outputs", "fisher", "weights")
+REST = ("relevance", "z-score", "embedding-change")
+BITS = (4.5, 5.0, 4.25)
+PARTS = ("plans", "schemes", "scorers", "hessian")
 DYNAMIC = ("int8-dynamic", "fp8-dynamic", "llm-int8")
 TARGET_BITS, TARGET_RATIO = 4.5, 0.5
 
@@ -79,6 +81,7 @@ class Case:
     held_out: list[Any]
     calibration: list[Any]
     short: list[Any]
+    shortest: list[Any]
     embed: Callable[[nn.Module], torch.Tensor] | None = None
 
     def references(self) -> Callable[..., Any]:
@@ -98,9 +101,10 @@ class Case:
 def smollm2() -> Case:
     model, tokenizer = checkpoints.smollm2()
     held = checkpoints.batches(tokenizer, 4, 512, held_out=True, rows=4)
-    calibration = checkpoints.batches(tokenizer, 8, 512, held_out=False, rows=2)
-    short = checkpoints.batches(tokenizer, 1, 256, held_out=False)
-    return Case("smollm2", model, held, calibration, short)
+    calibration = checkpoints.batches(tokenizer, 16, 512, held_out=False, rows=2)
+    short = checkpoints.batches(tokenizer, 1, 128, held_out=False)
+    shortest = checkpoints.batches(tokenizer, 1, 64, held_out=False)
+    return Case("smollm2", model, held, calibration, short, shortest)
 
 
 def minilm() -> Case:
@@ -114,25 +118,38 @@ def minilm() -> Case:
         with torch.no_grad():
             return torch.cat([one.embedder(batch["input_ids"]) for batch in held])  # type: ignore[operator]
 
-    return Case("minilm", model, held, calibration, short, embed)
+    return Case("minilm", model, held, calibration, short, short, embed)
 
 
 CASES = {"smollm2": smollm2, "minilm": minilm}
 
 
-def calibrated(case: Case) -> Calibration:
-    """All observers; second derivatives and swaps of single weights on few tokens."""
+def statistics(case: Case, folder: Path | None) -> Calibration:
+    """All but second derivatives; swaps of single weights on few tokens. ``folder`` keeps them for later
+    runs."""
+    file = None if folder is None else folder / f"{case.name}.calibration"
+    if file is not None and file.exists():
+        return Calibration.load(file)
     schemes = chosen_schemes([name for names in UNIFORM for name in names], default_host())
     first = [*observers_for(schemes, None), "gradients", "relevance", "change"]
     rows = graphopt.calibrate(case.model, case.calibration, observers=first, loss_fn=loss)
-    few = graphopt.calibrate(
-        case.model, case.short, observers=("moments", "curvature", "divergence"), loss_fn=loss
-    )
+    found = with_more(rows, case, case.short, "divergence")
+    if file is not None:
+        found.save(file)
+    return found
+
+
+def with_more(known: Calibration, case: Case, batches: list[Any], observer: str) -> Calibration:
+    """``known``, and what another observer finds on other batches."""
+    began = time.perf_counter()
+    more = graphopt.calibrate(case.model, batches, observers=("moments", observer), loss_fn=loss)
+    say(f"  {observer}: {time.perf_counter() - began:.0f} s")
+    key = {"curvature": "trace"}.get(observer, observer)
     merged = {
-        name: {**found, **{key: few.of(name)[key] for key in ("trace", "divergence") if key in few.of(name)}}
-        for name, found in rows.statistics.items()
+        name: {**found, **({key: more.of(name)[key]} if key in more.of(name) else {})}
+        for name, found in known.statistics.items()
     }
-    return Calibration(merged, rows.batches, tuple(dict.fromkeys((*rows.observers, *few.observers))))
+    return Calibration(merged, known.batches, (*known.observers, observer))
 
 
 def loss(output: Any) -> torch.Tensor:
@@ -148,6 +165,7 @@ class Measured:
 
     def __init__(self, case: Case) -> None:
         self.case = case
+        self.calibration: Calibration | None = None
         self.reference = case.references()
         self.embeddings = case.embed(case.model) if case.embed is not None else None
         self.inputs = {key: value for key, value in case.held_out[0].items() if key != "labels"}
@@ -204,14 +222,16 @@ class Measured:
         bits = 8 * stored / self.elements
         return self.row(runs, " + ".join(names), bits, packing_seconds=round(packing, 1))
 
-    def planned(self, score: str, calibration: Calibration) -> Iterable[dict[str, Any]]:
+    def planned(
+        self, score: str, calibration: Calibration, several: Sequence[float]
+    ) -> Iterable[dict[str, Any]]:
         host = default_host()
         schemes = chosen_schemes(CHOICE, host)
         began = time.perf_counter()
-        cost = graphopt.api.cost_model_for(self.case.model, None, host)
+        cost = cost_model_for(self.case.model, None, host)
         allocation = Allocation.of(self.case.model, self.discovery, schemes, score, calibration, cost, host)
         scoring = time.perf_counter() - began
-        for bits in BITS:
+        for bits in several:
             began = time.perf_counter()
             plan = allocation.plan(allocation.table.bytes_at(bits))
             solving = time.perf_counter() - began
@@ -246,21 +266,35 @@ def _remembered(pack: Callable[..., Any]) -> Callable[..., Any]:
     return remembered
 
 
-def rows(name: str) -> Iterable[dict[str, Any]]:
-    case = CASES[name]()
-    began = time.perf_counter()
-    measured = Measured(case)
-    for group in (128, 64):
-        yield measured.simulated(group)
-    calibration = calibrated(case)
-    say(f"  calibrated in {time.perf_counter() - began:.0f} s")
-    for score in SCORERS:
-        yield from measured.planned(score, calibration)
-    for names in UNIFORM:
-        yield measured.uniform(names, calibration)
-    halves = sharing(case.model).bfloat16()
-    widened = sharing(halves).float()
-    yield measured.row(widened, "bfloat16 (lossless12 keeps it)", _lossless_bits(measured, halves))
+@functools.cache
+def prepared(name: str) -> Measured:
+    return Measured(CASES[name]())
+
+
+def rows(item: str, folder: Path | None) -> Iterable[dict[str, Any]]:
+    name, _, part = item.partition(":")
+    measured = prepared(name)
+    if part == "plans":
+        for group in (128, 64):
+            yield measured.simulated(group)
+    if measured.calibration is None:
+        measured.calibration = statistics(measured.case, folder)
+    known = measured.calibration
+    if part == "plans":
+        for score in FIRST:
+            yield from measured.planned(score, known, BITS if score == "kl" else BITS[:2])
+    elif part == "scorers":
+        for score in REST:
+            yield from measured.planned(score, known, BITS[:1])
+    elif part == "hessian":
+        more = with_more(known, measured.case, measured.case.shortest, "curvature")
+        yield from measured.planned("hessian", more, BITS[:1])
+    else:
+        for names in UNIFORM:
+            yield measured.uniform(names, known)
+        halves = sharing(measured.case.model).bfloat16()
+        bits = _lossless_bits(measured, halves)
+        yield measured.row(halves.float(), "bfloat16, which lossless12 keeps", bits)
 
 
 def _lossless_bits(measured: Measured, halves: nn.Module) -> float:
@@ -302,15 +336,16 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def main() -> None:
-    options = parser(__doc__).parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--statistics", type=Path, help="folder that keeps calibrations from run to run")
+    options = arguments.parse_args()
+    everything = [f"{name}:{part}" for part in PARTS for name in CASES]
+    unknown = [item for item in options.models if item not in everything]
+    if unknown:
+        raise SystemExit(f"there is no {unknown[0]!r}: {', '.join(everything)}")
     remember_packing()
-    if options.models:
-        for name in options.models:
-            if name not in CASES:
-                raise SystemExit(f"no checkpoint {name!r}: {', '.join(CASES)}")
-    if options.models and options.out is None and not options.update:
-        say(f"rows are not stored: --out FILE, or --update for {RESULTS / 'quality_packed.json'}")
-    figure("quality_packed", options, rows, summary, options.models or list(CASES))
+    items = options.models or everything
+    figure("quality_packed", options, lambda item: rows(item, options.statistics), summary, items)
 
 
 if __name__ == "__main__":
