@@ -6,13 +6,14 @@ bits, a scale and a least value in float16 for each group of 32 along the inputs
 they were trained: groups of 32 hold them almost exactly, larger groups do not. Those of MiniLM are float32.
 
 The text is the Python language reference that comes with CPython (``pydoc_data.topics``): every other topic
-is for calibration, the rest is held out.
+is for calibration; of the rest what those do not quote is held out.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import pydoc_data.topics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,19 @@ def minilm() -> tuple[nn.Module, Any]:
 
 
 def text(*, held_out: bool) -> str:
-    """Every other topic of the Python language reference: those to calibrate with, or the rest."""
+    """Every other topic of the Python language reference, to calibrate with; or of the rest the paragraphs
+    that have no line in common with those: topics quote each other."""
     topics = pydoc_data.topics.topics
-    return "\n".join(topics[name] for name in sorted(topics)[int(held_out) :: 2])
+    seen, rest = ("\n".join(topics[name] for name in sorted(topics)[odd::2]) for odd in (0, 1))
+    if not held_out:
+        return seen
+    known = set(_lines(seen))
+    return "\n\n".join(part for part in rest.split("\n\n") if known.isdisjoint(_lines(part)))
+
+
+def _lines(part: str) -> Iterator[str]:
+    """Lines of more than a few words, however they are indented."""
+    return (line.strip() for line in part.split("\n") if len(line.strip()) > 30)
 
 
 def windows(tokenizer: Any, count: int, length: int, *, held_out: bool) -> torch.Tensor:
