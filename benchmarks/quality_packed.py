@@ -282,7 +282,7 @@ def rows(item: str, folder: Path | None) -> Iterable[dict[str, Any]]:
     known = measured.calibration
     if part == "plans":
         for score in FIRST:
-            yield from measured.planned(score, known, BITS if score == "kl" else BITS[:2])
+            yield from measured.planned(score, known, BITS if score == "kl" else BITS[:1])
     elif part == "scorers":
         for score in REST:
             yield from measured.planned(score, known, BITS[:1])

@@ -21,7 +21,7 @@ from graphopt.packing.table import Table, make_table
 from graphopt.plugins.host import PluginHost
 from graphopt.plugins.records import ScorerSpec
 
-__all__ = ["Allocation", "chosen_schemes", "observers_for", "pack_by_plan"]
+__all__ = ["Allocation", "chosen_schemes", "default_score", "observers_for", "pack_by_plan"]
 
 _PROBED = 64
 """Inputs of the weight that schemes are asked about."""
@@ -48,6 +48,11 @@ def chosen_schemes(schemes: Sequence[str | Scheme] | None, host: PluginHost) -> 
     if not found:
         raise QuantizationError("there is no scheme to pack weights with")
     return tuple(dict.fromkeys(found))
+
+
+def default_score(calibration: Calibration | None) -> str:
+    """What the error of a weight is where nobody says: by what is known of its inputs."""
+    return "weights" if calibration is None else "outputs"
 
 
 def observers_for(schemes: Sequence[Scheme], scorer: ScorerSpec | None) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from graphopt.api import cost_model_for
 from graphopt.budget import weight_bound
 from graphopt.capture.inputs import bind_inputs
 from graphopt.errors import BudgetSyntaxError, InputsError
-from graphopt.packing.allocate import Allocation, chosen_schemes, pack_by_plan
+from graphopt.packing.allocate import Allocation, chosen_schemes, default_score, pack_by_plan
 from graphopt.packing.calibration import Calibration
 from graphopt.packing.discover import Discovery, weights_of
 from graphopt.packing.plan import QuantizationPlan
@@ -122,7 +122,7 @@ def _allocation(
     host: PluginHost,
 ) -> Allocation:
     chosen = chosen_schemes(schemes, host)
-    name = score or ("outputs" if calibration is not None else "weights")
+    name = score or default_score(calibration)
     host.scorer(name)
     cost = cost_model_for(model, device, host)
     return Allocation.of(model, discovered(model, inputs), chosen, name, calibration, cost, host)
