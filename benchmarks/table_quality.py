@@ -39,6 +39,8 @@ def quality_packed(record: dict[str, Any]) -> str:
                 cells.append(_cells(row, yard, row["what"]))
         parts.append(f"One scheme for all weights:\n\n{table(head, cells)}")
         plans = [row for row in own if "asked" in row]
+        if not plans:
+            continue
         cells = [
             _cells(row, yard, f"{row['score']}, {row['asked']}")
             for row in sorted(plans, key=lambda row: (row["asked"], row["divergence"]))

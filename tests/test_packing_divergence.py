@@ -188,6 +188,15 @@ def test_the_score_without_its_observer_and_models_without_logits_are_refused() 
         graphopt.calibrate(Sum().eval(), [(torch.ones(2, 8),)], observers=("moments", "divergence"))
 
 
+def test_it_is_the_default_where_it_was_observed() -> None:
+    model = Chain().eval()
+    for observers, score in ((("moments", "divergence"), "kl"), (("moments",), "outputs")):
+        data = graphopt.calibrate(model, batches(), observers=observers)
+        plan = graphopt.quantize(model, IDS, schemes=("int8",), calibration=data, dry_run=True)
+        assert plan.score == score
+    assert graphopt.quantize(model, IDS, schemes=("int8",), dry_run=True).score == "weights"
+
+
 def test_it_is_kept_in_files(tmp_path: Any) -> None:
     data = graphopt.calibrate(Chain().eval(), batches(), observers=("moments", "divergence"))
     data.save(tmp_path / "data")

@@ -51,8 +51,11 @@ def chosen_schemes(schemes: Sequence[str | Scheme] | None, host: PluginHost) -> 
 
 
 def default_score(calibration: Calibration | None) -> str:
-    """What the error of a weight is where nobody says: by what is known of its inputs."""
-    return "weights" if calibration is None else "outputs"
+    """What the error of a weight is where nobody says: the best that is known of it (measured by
+    benchmarks/quality_packed.py)."""
+    if calibration is None:
+        return "weights"
+    return "kl" if "divergence" in calibration.observers else "outputs"
 
 
 def observers_for(schemes: Sequence[Scheme], scorer: ScorerSpec | None) -> tuple[str, ...]:

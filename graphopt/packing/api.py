@@ -51,9 +51,9 @@ def quantize(
     is least within ``weights`` and ``bits``; with ``error`` alone bytes are; without bounds every weight that
     a scheme takes gets the one of least error. ``schemes``: those to choose among, as they
     are spelled (``"int4{group=64}"``), by default all that plugins register. ``score`` names what the error
-    is (``weights``, ``outputs``, ``fisher``, ...: docs/quantization.md); it is ``"outputs"`` with
-    ``calibration`` data, ``"weights"`` without. ``plan`` packs as a stored plan says.
-    ``dry_run``: change nothing.
+    is (``weights``, ``outputs``, ``fisher``, ...: docs/quantization.md); it is ``"kl"`` where ``calibration``
+    observed ``divergence``, else ``"outputs"``, and ``"weights"`` without. ``plan`` packs as a stored
+    plan says. ``dry_run``: change nothing.
 
     In training mode parameters that require gradients are left alone.
 
