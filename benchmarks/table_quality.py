@@ -53,6 +53,8 @@ def quality_packed(record: dict[str, Any]) -> str:
             f"{number(found['ratio_to_groups_of_64'])} of that in groups of 64. Plans were solved in at most "
             f"{found['slowest_solving_seconds']:.2f} s."
         )
+    if "parts" in record:
+        parts.append(f"Of the benchmark there is: {record['parts']}.")
     return "\n\n".join(parts)
 
 
