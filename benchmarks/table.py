@@ -30,6 +30,7 @@ from table_gpu import (
     gpu_step_kernels,
     gpu_train,
 )
+from table_quality import quality_packed
 
 from graphopt.atomic import write_atomically
 
@@ -446,6 +447,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "tiled_convolutions": tiled_convolutions,
     "folded_norms": folded_norms,
     "quantized_cpu": quantized_cpu,
+    "quality_packed": quality_packed,
 }
 
 

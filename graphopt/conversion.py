@@ -29,8 +29,7 @@ class Conversion(Pass):
         raise NotImplementedError(f"{type(self).__name__} does not define wanted_schemes()")
 
     def wanted_score(self) -> str | None:
-        """The scorer that says what an error is; ``None``: ``"outputs"`` with calibration, else
-        ``"weights"``."""
+        """The scorer that says what an error is; ``None``: as ``graphopt.quantize`` chooses."""
         return None
 
     def wanted_calibration(self) -> Calibration | None:

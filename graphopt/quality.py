@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 from graphopt.errors import InputsError, brief
 
-__all__ = ["Quality", "measure_quality"]
+__all__ = ["Quality", "logits_of", "measure_quality", "row_divergences"]
 
 _PIECE = 1 << 24
 """Logits that are compared at once."""
@@ -56,14 +57,19 @@ class Quality:
 
 
 def measure_quality(
-    reference: Callable[..., Any], changed: Callable[..., Any], batches: Iterable[Any]
+    reference: Callable[..., Any],
+    changed: Callable[..., Any],
+    batches: Iterable[Any],
+    *,
+    progress: bool | None = None,
 ) -> Quality:
     """Run both on every batch, without gradients, and compare the logits [..., classes] that they give.
 
     A batch is a tuple of positional or a dict of keyword arguments. Logits are the output's ``logits``, or
     the first floating-point tensor in it of two dimensions or more. Labels are the batch's ``labels``, as
     causal language models read them (-100: none), else its ``input_ids``: the class of a row is the next
-    row's label. A single tensor of integers among positional arguments counts as ids.
+    row's label. A single tensor of integers among positional arguments counts as ids. ``progress`` writes to
+    stderr how far it is and the mean so far, by default where that is a terminal.
 
     Raises ``InputsError`` for no batches, outputs without logits, and logits of different shapes.
     """
@@ -71,10 +77,15 @@ def measure_quality(
     same = 0
     likelihoods = [0.0, 0.0]
     labelled = 0
+    told = sys.stderr.isatty() if progress is None else progress
+    total = len(batches) if isinstance(batches, Sized) else None
     for index, batch in enumerate(batches):
         with torch.no_grad():
-            pair = [_logits(index, _called(index, model, batch)) for model in (reference, changed)]
-        before, after = pair
+            pair = [_called(index, model, batch) for model in (reference, changed)]
+        try:
+            before, after = map(logits_of, pair)
+        except InputsError as error:
+            raise InputsError(f"batch {index}: {error.message}") from None
         if before.shape != after.shape:
             raise InputsError(
                 f"batch {index}: logits have shape {tuple(after.shape)}, "
@@ -82,27 +93,21 @@ def measure_quality(
             )
         labels = _labels(batch, before.shape[:-1])
         targets = None if labels is None else labels.reshape(-1).to(before.device)
-        rows, classes = before.reshape(-1, before.shape[-1]), before.shape[-1]
-        others = after.reshape(-1, classes)
-        step = max(1, _PIECE // classes)
-        for start in range(0, rows.shape[0], step):
-            piece = slice(start, start + step)
-            p, q = (torch.log_softmax(x[piece].float(), -1) for x in (rows, others))
-            divergences.append(
-                torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).cpu()
-            )
-            same += int((rows[piece].argmax(-1) == others[piece].argmax(-1)).sum())
-            if targets is None:
-                continue
-            known = targets[piece] >= 0
+        divergences.append(row_divergences(before, after).cpu())
+        same += int((before.argmax(-1) == after.argmax(-1)).sum())
+        if targets is not None:
+            known = targets >= 0
             labelled += int(known.sum())
-            for place, log in enumerate((p, q)):
-                chosen = log.gather(-1, targets[piece].clamp(min=0)[:, None])[:, 0]
-                likelihoods[place] += float(chosen[known].double().sum())
+            for place, logits in enumerate((before, after)):
+                likelihoods[place] += _likelihood(logits, targets, known)
+        if told:
+            _tell(index + 1, total, divergences)
+    if told and divergences:
+        sys.stderr.write("\n")
     if not divergences:
         raise InputsError("there are no batches to compare on")
     every = torch.cat(divergences).double()
-    perplexity = [math.exp(-total / labelled) if labelled else None for total in likelihoods]
+    perplexity = [math.exp(-sum_ / labelled) if labelled else None for sum_ in likelihoods]
     # Of more rows than torch.quantile takes as well.
     place = max(0, math.ceil(0.99 * len(every)) - 1)
     return Quality(
@@ -115,6 +120,56 @@ def measure_quality(
     )
 
 
+def logits_of(output: Any) -> torch.Tensor:
+    """The output's ``logits``, or the first floating-point tensor in it of two dimensions or more; raises
+    ``InputsError`` where there is none."""
+    found = getattr(output, "logits", None)
+    leaves = [found] if isinstance(found, torch.Tensor) else torch.utils._pytree.tree_leaves(output)
+    for leaf in leaves:
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dim() >= 2 and leaf.numel():
+            return leaf
+    raise InputsError("the output holds no logits, a tensor [..., classes]")
+
+
+def row_divergences(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """KL(before || after) of each row of logits [..., classes], float32[rows], in nats."""
+    rows, others = _flat(before), _flat(after)
+    found = [
+        torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+        for p, q in zip(_log_shares(rows), _log_shares(others), strict=True)
+    ]
+    return torch.cat(found)
+
+
+def _likelihood(logits: torch.Tensor, targets: torch.Tensor, known: torch.Tensor) -> float:
+    """Sum of the logarithms of the shares of ``targets`` [rows], where they are ``known``."""
+    total, start = 0.0, 0
+    for logs in _log_shares(_flat(logits)):
+        piece = slice(start, start + len(logs))
+        chosen = logs.gather(-1, targets[piece].clamp(min=0)[:, None])[:, 0]
+        total += float(chosen[known[piece]].double().sum())
+        start += len(logs)
+    return total
+
+
+def _flat(logits: torch.Tensor) -> torch.Tensor:
+    return logits.reshape(-1, logits.shape[-1])
+
+
+def _log_shares(rows: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Logarithms of softmax in float32, some rows at a time."""
+    for piece in torch.split(rows, max(1, _PIECE // rows.shape[1])):
+        yield torch.log_softmax(piece.float(), -1)
+
+
+def _tell(done: int, total: int | None, divergences: Sequence[torch.Tensor]) -> None:
+    rows = sum(map(len, divergences))
+    mean = math.fsum(float(piece.double().sum()) for piece in divergences) / rows
+    of = "" if total is None else f" of {total}"
+    sys.stderr.write(f"\rgraphopt: comparing: batch {done}{of}, {rows:,} rows, KL {mean:.3g} nats so far")
+    sys.stderr.flush()
+
+
 def _called(index: int, model: Callable[..., Any], batch: Any) -> Any:
     if not isinstance(batch, (Mapping, tuple, list)):
         raise InputsError(
@@ -125,15 +180,6 @@ def _called(index: int, model: Callable[..., Any], batch: Any) -> Any:
         return model(**batch) if isinstance(batch, Mapping) else model(*batch)
     except Exception as error:
         raise InputsError(f"batch {index}: the model does not run with it: {brief(error)}") from error
-
-
-def _logits(index: int, output: Any) -> torch.Tensor:
-    found = getattr(output, "logits", None)
-    leaves = [found] if isinstance(found, torch.Tensor) else torch.utils._pytree.tree_leaves(output)
-    for leaf in leaves:
-        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point() and leaf.dim() >= 2 and leaf.numel():
-            return leaf
-    raise InputsError(f"batch {index}: the output holds no logits, a tensor [..., classes]")
 
 
 def _labels(batch: Any, shape: torch.Size) -> torch.Tensor | None:

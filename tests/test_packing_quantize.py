@@ -188,7 +188,7 @@ def test_the_error_of_outputs_is_that_of_the_products() -> None:
 
 def test_every_scorer_orders_schemes_and_is_nothing_for_the_weight_itself() -> None:
     model = Chain().eval()
-    observers = ("moments", "gradients", "relevance", "change", "curvature")
+    observers = ("moments", "gradients", "relevance", "change", "curvature", "divergence")
     data = graphopt.calibrate(model, batches(), observers=observers)
     for name, scorer in default_host().scorers().items():
         options: dict[str, Any] = {"calibration": data, "score": name, "dry_run": True, "plugins": [FEW]}

@@ -67,6 +67,111 @@ def test_bad_input_is_named() -> None:
             measure_quality(ids, changed, batches)
 
 
+def test_progress_says_how_far_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    given = [(torch.randn(4, 3),), (torch.randn(2, 3),)]
+    measure_quality(lambda x: x, lambda x: x, given, progress=True)
+    assert "comparing: batch 2 of 2, 6 rows, KL 0 nats so far" in capsys.readouterr().err
+    measure_quality(lambda x: x, lambda x: x, iter(given), progress=True)
+    assert "comparing: batch 2, 6 rows" in capsys.readouterr().err
+    measure_quality(lambda x: x, lambda x: x, given)
+    assert not capsys.readouterr().err
+
+
+@pytest.fixture
+def language(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a target, its tokenizer and two texts."""
+    (tmp_path / "spoken.py").write_text(
+        "import torch\n\n\ndef model():\n    torch.manual_seed(0)\n"
+        "    layers = (torch.nn.Embedding(32, 64), torch.nn.Linear(64, 64), torch.nn.Tanh(),\n"
+        "              torch.nn.Linear(64, 32))\n"
+        "    return torch.nn.Sequential(*layers), (torch.zeros(2, 16, dtype=torch.int64),)\n\n\n"
+        "def tokenizer():\n    return lambda text: [ord(letter) % 32 for letter in text]\n\n\n"
+        "broken = 3\n"
+    )
+    (tmp_path / "held_out.txt").write_text("the harbour lay still " * 20)
+    (tmp_path / "seen.txt").write_text("a boat came in at dusk " * 20)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 " * 200)
+    (tmp_path / "short.txt").write_text("too short")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    torch._dynamo.reset()
+    return tmp_path
+
+
+def invoked(*arguments: str) -> Any:
+    return CliRunner().invoke(cli, ["quality", "spoken:model", *arguments])
+
+
+TEXT = ("--text", "held_out.txt", "--tokenizer", "spoken:tokenizer")
+
+
+def test_a_text_a_plan_and_its_replay(language: Path) -> None:
+    chosen = ("--bits", "6", "--scheme", "int8", "--scheme", "int4{group=64,method=gptq}", "--score", "kl")
+    data = ("--calibration-text", "seen.txt", "--save-quantization", "plan.json", "--json")
+    done = invoked(*TEXT, *chosen, *data)
+    assert done.exit_code == 0, done.output
+    first = json.loads(done.stdout)
+    # 440 letters: 13 batches of 2 x 16.
+    assert first["tokens"] == 13 * 32 and first["perplexity_before"] > 1
+    assert 0 < first["divergence"] < first["divergence_p99"] and first["agreement"] > 0.5
+    assert {c["scheme"] for c in first["quantization"]["choices"]} == {"int8", "int4{group=64,method=gptq}"}
+    assert first["quantization"] == json.loads((language / "plan.json").read_text())
+    again = invoked(*TEXT, "--quantization", "plan.json", "--calibration-text", "seen.txt", "--json")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["divergence"] == pytest.approx(first["divergence"], rel=1e-6)
+    fewer = invoked(*TEXT, "--scheme", "int8", "--tokens", "64")
+    assert fewer.exit_code == 0, fewer.output
+    for line in ("rows of logits       64", "KL, mean", "KL, 99th percentile", "same top", "perplexity"):
+        assert line in fewer.stdout
+    assert "bits a weight" in fewer.stdout
+
+
+def test_schemes_that_round_inputs_are_compared_as_they_run(language: Path) -> None:
+    static, dynamic = (
+        json.loads(invoked(*TEXT, "--scheme", scheme, "--json").stdout) for scheme in ("int8", "int8-dynamic")
+    )
+    assert dynamic["divergence"] > 1.2 * static["divergence"] > 0
+
+
+def test_a_pipeline_is_compared(language: Path) -> None:
+    done = invoked(*TEXT, "--pipeline", "default", "--emit", "eager", "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["quantization"] is None and told["divergence"] < 1e-9 and told["agreement"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--text", "held_out.txt"), 2, "a text needs --tokenizer MODULE:FUNCTION"),
+        (("--tokenizer", "spoken:tokenizer"), 2, "of no use without --text"),
+        ((*TEXT, "--batches", "spoken:model"), 2, "both say what to compare on"),
+        ((*TEXT, "--calibration-text", "held_out.txt", "--bits", "4"), 2, "a text that is held out"),
+        ((*TEXT, "--calibration-text", "seen.txt"), 2, "is for packing weights"),
+        ((*TEXT, "--save-quantization", "plan.json"), 2, "there is no plan to save"),
+        ((*TEXT[:3], "spoken:broken"), 1, "tokenizer 'spoken:broken' is int, not a function"),
+        ((*TEXT[:3], "spoken:tokeniser"), 1, "did you mean 'tokenizer'"),
+        (("--text", "short.txt", *TEXT[2:]), 1, "short.txt: the text has 9 ids"),
+        (("--text", "latin.txt", *TEXT[2:]), 1, "latin.txt is no text in UTF-8"),
+        ((*TEXT, "--bits", "-1"), 1, "expected a finite number above 0"),
+        (
+            (*TEXT, "--bits", "6", "--score", "fisher", "--calibration-text", "seen.txt"),
+            1,
+            "score 'fisher' needs a loss",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) and " " not in value else None,
+)
+def test_bad_arguments_are_named(
+    language: Path, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    done = invoked(*arguments)
+    assert done.exit_code == (code if code == 2 else done.exit_code) and done.exit_code != 0
+    said = done.output if code == 2 else f"{done.output} {done.exception}"
+    assert message in " ".join(said.split())
+    assert not (language / "plan.json").exists()
+
+
 def test_the_verb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "quality_target.py").write_text(
         "import torch\n\n\ndef small():\n    torch.manual_seed(0)\n"

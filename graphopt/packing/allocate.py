@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from graphopt.budget import bound_text, format_bytes
@@ -18,8 +19,12 @@ from graphopt.packing.plan import QuantizationPlan, RefusedWeight, WeightChoice
 from graphopt.packing.scheme import Scheme, scheme_text
 from graphopt.packing.table import Table, make_table
 from graphopt.plugins.host import PluginHost
+from graphopt.plugins.records import ScorerSpec
 
-__all__ = ["Allocation", "chosen_schemes", "pack_by_plan"]
+__all__ = ["Allocation", "chosen_schemes", "default_score", "observers_for", "pack_by_plan"]
+
+_PROBED = 64
+"""Inputs of the weight that schemes are asked about."""
 
 
 def chosen_schemes(schemes: Sequence[str | Scheme] | None, host: PluginHost) -> tuple[Scheme, ...]:
@@ -43,6 +48,23 @@ def chosen_schemes(schemes: Sequence[str | Scheme] | None, host: PluginHost) -> 
     if not found:
         raise QuantizationError("there is no scheme to pack weights with")
     return tuple(dict.fromkeys(found))
+
+
+def default_score(calibration: Calibration | None) -> str:
+    """What the error of a weight is where nobody says: the best that is known of it (measured by
+    benchmarks/quality_packed.py)."""
+    if calibration is None:
+        return "weights"
+    return "kl" if "divergence" in calibration.observers else "outputs"
+
+
+def observers_for(schemes: Sequence[Scheme], scorer: ScorerSpec | None) -> tuple[str, ...]:
+    """What ``calibrate`` has to observe for these schemes and this scorer."""
+    ones = torch.ones(_PROBED)
+    plain = {"largest": ones, "second-moment": ones, "tokens": torch.tensor(_PROBED)}
+    pairs = any(scheme.lacks(_PROBED, plain) is not None for scheme in schemes)
+    wanted = ["moments", *(("gram",) if pairs else ()), *(() if scorer is None else scorer.needs)]
+    return tuple(dict.fromkeys(wanted))
 
 
 @dataclass(frozen=True)

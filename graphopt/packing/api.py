@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,8 +13,8 @@ from graphopt import _torch
 from graphopt.api import cost_model_for
 from graphopt.budget import weight_bound
 from graphopt.capture.inputs import bind_inputs
-from graphopt.errors import InputsError
-from graphopt.packing.allocate import Allocation, chosen_schemes, pack_by_plan
+from graphopt.errors import BudgetSyntaxError, InputsError
+from graphopt.packing.allocate import Allocation, chosen_schemes, default_score, pack_by_plan
 from graphopt.packing.calibration import Calibration
 from graphopt.packing.discover import Discovery, weights_of
 from graphopt.packing.plan import QuantizationPlan
@@ -30,6 +31,7 @@ def quantize(
     inputs: Any,
     *,
     weights: int | str | None = None,
+    bits: float | None = None,
     schemes: Sequence[str | Scheme] | None = None,
     calibration: Calibration | None = None,
     score: str | None = None,
@@ -44,13 +46,14 @@ def quantize(
 
     ``inputs`` as for ``optimize``: example inputs, by which the weights are found, whatever modules hold
     them. ``weights`` bounds the bytes of all parameters and buffers: an int, ``"8GiB"``, or ``"40%"`` of what
-    they take now; ``error`` the sum of errors; ``seconds`` those predicted for all reads of weights in one
-    step on ``device``. The error is least within ``weights``; with ``error`` alone bytes are; without bounds
-    every weight that a scheme takes gets the one of least error. ``schemes``: those to choose among, as they
+    they take now; ``bits`` those that a weight is stored in on average, with scales and zeros; ``error`` the
+    sum of errors; ``seconds`` those predicted for all reads of weights in one step on ``device``. The error
+    is least within ``weights`` and ``bits``; with ``error`` alone bytes are; without bounds every weight that
+    a scheme takes gets the one of least error. ``schemes``: those to choose among, as they
     are spelled (``"int4{group=64}"``), by default all that plugins register. ``score`` names what the error
-    is (``weights``, ``outputs``, ``fisher``, ...: docs/quantization.md); it is ``"outputs"`` with
-    ``calibration`` data, ``"weights"`` without. ``plan`` packs as a stored plan says.
-    ``dry_run``: change nothing.
+    is (``weights``, ``outputs``, ``fisher``, ...: docs/quantization.md); it is ``"kl"`` where ``calibration``
+    observed ``divergence``, else ``"outputs"``, and ``"weights"`` without. ``plan`` packs as a stored
+    plan says. ``dry_run``: change nothing.
 
     In training mode parameters that require gradients are left alone.
 
@@ -61,7 +64,14 @@ def quantize(
     host = PluginHost(tuple(plugins)) if plugins else default_host()
     known: tuple[Scheme, ...] = ()
     if plan is not None:
-        given = {"weights": weights, "schemes": schemes, "error": error, "score": score, "seconds": seconds}
+        given = {
+            "weights": weights,
+            "bits": bits,
+            "schemes": schemes,
+            "error": error,
+            "score": score,
+            "seconds": seconds,
+        }
         for name, value in given.items():
             if value is not None:
                 raise InputsError(f"quantize() got plan= and {name}=: a plan says that already")
@@ -71,7 +81,12 @@ def quantize(
         if weights is not None:
             held = _torch.storage_bytes([*model.parameters(), *model.buffers()])
             bound = weight_bound(weights, held)
+        if bits is not None and not (math.isfinite(bits) and bits > 0):
+            raise BudgetSyntaxError(f"bits={bits}: expected a finite number above 0")
         allocation = _allocation(model, inputs, schemes, calibration, score, device, host)
+        if bits is not None:
+            within = allocation.table.bytes_at(bits)
+            bound = within if bound is None else min(bound, within)
         plan = allocation.plan(bound, error, seconds)
         known = allocation.schemes
     if not dry_run:
@@ -107,7 +122,7 @@ def _allocation(
     host: PluginHost,
 ) -> Allocation:
     chosen = chosen_schemes(schemes, host)
-    name = score or ("outputs" if calibration is not None else "weights")
+    name = score or default_score(calibration)
     host.scorer(name)
     cost = cost_model_for(model, device, host)
     return Allocation.of(model, discovered(model, inputs), chosen, name, calibration, cost, host)

@@ -30,6 +30,7 @@ from graphopt.errors import GraphoptError, InputsError, QuantizationError, Unkno
 from graphopt.loss import loss_of
 from graphopt.packing.curvature import hessian_traces
 from graphopt.packing.discover import Read
+from graphopt.packing.divergence import swap_divergences
 from graphopt.packing.layers import LayerChanges
 from graphopt.packing.moments import Sums
 from graphopt.packing.trace import Tracer
@@ -48,6 +49,7 @@ OBSERVERS = MappingProxyType(
         "relevance": "mean size of each output times the gradient of the loss with respect to it",
         "change": "cosine distance between input and output of the layer that a weight is in",
         "curvature": "trace of the Hessian of the loss with respect to a weight",
+        "divergence": "KL of predictions where a weight alone is rounded, on the first batch",
     }
 )
 """What ``calibrate`` can observe, by name."""
@@ -71,6 +73,8 @@ class Calibration:
     - ``relevance`` float32[N]: mean of |y dL/dy| of each output
     - ``change`` float32[]: mean of 1 - cosine of what enters and what leaves the layer
     - ``trace`` float32[]: mean over batches of the trace of the Hessian, by element of the weight
+    - ``divergence`` float32[]: mean KL of predictions, in nats, where this weight alone is rounded by
+      ``graphopt.packing.divergence.probe``
     """
 
     statistics: Mapping[str, Mapping[str, torch.Tensor]]
@@ -146,7 +150,9 @@ def calibrate(
     ``observers`` are names of ``OBSERVERS``. ``gram`` names the weights of which ``"gram"`` is kept, all that
     products read by default. ``"gradients"``, ``"relevance"`` and ``"curvature"`` need a loss: the output's
     ``loss`` or ``loss_fn(output)``; they take a backward, the second one two for each of ``samples`` random
-    vectors. ``progress`` writes to stderr how far it is, by default where that is a terminal.
+    vectors. ``"divergence"`` needs logits, as ``graphopt.quality`` finds them, and takes a forward of the
+    first batch for each weight. ``progress`` writes to stderr how far it is, by default where that is a
+    terminal.
 
     Raises ``UnknownNameError`` for an observer or a weight of ``gram``, ``InputsError`` for no batches, one
     without elements or with NaN or infinity in it, and one that the model refuses, and ``QuantizationError``
@@ -160,7 +166,7 @@ def calibrate(
         if name not in known:
             raise UnknownNameError("parameter", name, known)
     told = sys.stderr.isatty() if progress is None else progress
-    run = _Run(model, observers, None if gram is None else frozenset(gram), loss_fn, samples)
+    run = _Run(model, observers, None if gram is None else frozenset(gram), loss_fn, samples, told)
     modes = [(module, module.training) for module in model.modules()]
     leaves = [p for p in model.parameters() if p.requires_grad]
     model.eval()
@@ -187,11 +193,15 @@ class _Run:
         gram: frozenset[str] | None,
         loss_fn: Callable[[Any], torch.Tensor] | None,
         samples: int,
+        told: bool,
     ) -> None:
         self.model, self.observers, self.loss_fn, self.samples = model, tuple(observers), loss_fn, samples
         self.gram = gram
         self.sums: dict[str, Sums] = {}
         self.traces: dict[str, float] = {}
+        self.orientations: dict[str, str] = {}
+        self.divergences: dict[str, float] = {}
+        self.told = told
         self.batches = 0
         self.tracer = Tracer(model, self._watch)
         self.changes = LayerChanges(model) if "change" in observers else None
@@ -224,6 +234,9 @@ class _Run:
                 found = hessian_traces(self.model, names, args, kwargs, self.loss_fn, self.samples)
                 for name, trace in found.items():
                     self.traces[name] = self.traces.get(name, 0.0) + trace
+            if "divergence" in self.observers and not self.batches:
+                tell = _tell_divergence if self.told else None
+                self.divergences = swap_divergences(self.model, self.orientations, args, kwargs, tell)
         except GraphoptError:
             raise
         except Exception as error:
@@ -250,6 +263,7 @@ class _Run:
             sums.append((self.sums.setdefault(name, Sums(gram=wanted)), span))
             own = result.detach() if len(read.members) == 1 else result.detach()[..., slice(*span)]
             sums[-1][0].add(read, x.detach(), own)
+            self.orientations.setdefault(name, read.orientation)
         if not self.differentiates or not result.is_floating_point():
             return result
         if not result.requires_grad:
@@ -274,10 +288,17 @@ class _Run:
                 found[name]["change"] = torch.tensor(change)
             if name in self.traces:
                 found[name]["trace"] = torch.tensor(self.traces[name] / self.batches)
+            if name in self.divergences:
+                found[name]["divergence"] = torch.tensor(self.divergences[name])
             for statistic, value in found[name].items():
                 if not bool(torch.isfinite(value).all()):
                     raise QuantizationError(f"{name}: what it reads is not finite ({statistic})")
         return Calibration(found, self.batches, self.observers)
+
+
+def _tell_divergence(done: int, count: int) -> None:
+    sys.stderr.write(f"\rgraphopt: calibrating: batch 1, weight {done} of {count}")
+    sys.stderr.flush()
 
 
 def _check(index: int, batch: Any) -> None:

@@ -68,6 +68,16 @@ def matrix_of(weight: torch.Tensor, orientation: Orientation) -> torch.Tensor:
     return weight.detach().flatten(1)
 
 
+def tensor_of(matrix: torch.Tensor, shape: Sequence[int], orientation: Orientation) -> torch.Tensor:
+    """The other way round: a view of ``matrix`` [N, K] as a parameter of ``shape`` holds it."""
+    if orientation == "columns":
+        return matrix.t()
+    if orientation == "stacked columns":
+        experts, k, n = shape
+        return matrix.view(experts, n, k).transpose(1, 2)
+    return matrix.view(tuple(shape))
+
+
 class PackedWeight(nn.Module):
     """A parametrization without a dense tensor: buffers with the packed tensors, and how to read them.
 
@@ -98,12 +108,7 @@ class PackedWeight(nn.Module):
         packed = [getattr(self, name) for name in self.names]
         unpack = operator_named(self.scheme.unpack_op)
         matrix: torch.Tensor = unpack(*packed, *self.scheme.constants(self.n, self.k), self.dtype)
-        if self.orientation == "columns":
-            return matrix.t()
-        if self.orientation == "stacked columns":
-            experts, k, n = self.shape
-            return matrix.view(experts, n, k).transpose(1, 2)
-        return matrix.view(self.shape)
+        return tensor_of(matrix, self.shape, self.orientation)
 
     def right_inverse(self, weight: torch.Tensor) -> torch.Tensor:
         """Packs ``weight``, which is assigned; gives the empty tensor that is kept in its place."""

@@ -29,7 +29,7 @@ from graphopt.budget import Budget, format_bytes, weight_bound
 from graphopt.conversion import Conversion, conversion_among
 from graphopt.cost import Cost
 from graphopt.errors import BudgetError, CaptureError, QuantizationError, StalePlanError, brief
-from graphopt.packing.allocate import Allocation, chosen_schemes, pack_by_plan
+from graphopt.packing.allocate import Allocation, chosen_schemes, default_score, pack_by_plan
 from graphopt.packing.convert import converted, install_packed, packed_weights
 from graphopt.packing.discover import Discovery, weights_of
 from graphopt.packing.plan import QuantizationPlan
@@ -185,7 +185,7 @@ class WeightFit:
     ) -> Allocation:
         discovery = self._discovery(args, kwargs)
         calibration = conversion.wanted_calibration()
-        score = conversion.wanted_score() or ("outputs" if calibration is not None else "weights")
+        score = conversion.wanted_score() or default_score(calibration)
         schemes = chosen_schemes(conversion.wanted_schemes(), self.session.host)
         host = self.session.host
         return Allocation.of(self.model, discovery, schemes, score, calibration, self.session.cost, host)

@@ -89,6 +89,12 @@ class Table:
         """Bytes of the model's tensors with every weight in as few as it can be."""
         return self.other_bytes + sum(min(o.bytes for o in group.options) for group in self.groups)
 
+    def bytes_at(self, bits: float) -> int:
+        """Bytes of the model's tensors whose weights take ``bits`` each on average, all that they are stored
+        in counted."""
+        elements = sum(math.prod(weight.shape) for group in self.groups for weight in group.weights)
+        return self.other_bytes + math.floor(bits * elements / 8)
+
     def cheapest_error(self, bytes: int | None, seconds: float | None) -> Solution | None:
         """Least error with at most ``bytes`` for all tensors of the model and ``seconds`` for reads."""
         rows = [[(o.error, float(o.bytes), o.seconds) for o in group.options] for group in self.groups]

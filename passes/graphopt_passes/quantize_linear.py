@@ -30,8 +30,8 @@ class QuantizeLinear(Conversion):
     with the least error.
 
     ``schemes``: those to choose among as they are spelled, all that are registered by default. ``score``:
-    what the error is (``graphopt_scorers``), by default ``outputs`` with a ``calibration``, a file that
-    ``Calibration.save`` wrote, and ``weights`` without.
+    what the error is (``graphopt_scorers``), by default as in ``graphopt.quantize``.
+    ``calibration``: a file that ``Calibration.save`` wrote.
     """
 
     name: ClassVar[str] = "quantize-linear"

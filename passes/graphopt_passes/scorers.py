@@ -10,11 +10,13 @@ from collections.abc import Mapping
 
 import torch
 
+from graphopt.packing.divergence import probe
 from graphopt.plugins import ScorerSpec
 
 __all__ = [
     "SCORERS",
     "of_change",
+    "of_divergence",
     "of_gradients",
     "of_hessian",
     "of_outputs",
@@ -107,6 +109,24 @@ def of_hessian(weight: torch.Tensor, unpacked: torch.Tensor, statistics: Statist
     return max(0.0, trace) * _norm(weight - unpacked)
 
 
+def of_divergence(weight: torch.Tensor, unpacked: torch.Tensor, statistics: Statistics) -> float:
+    """What this weight alone does to predictions: the KL that was measured where it was rounded by a probe,
+    times the squared error of outputs over that of the probe.
+
+    KL is quadratic in small changes, and those of different weights add up where they are independent. What
+    is measured holds what later layers make of an error, over all tokens; the errors of outputs (``gram`` or
+    mean squares) tell schemes of one weight apart. 0 for a weight that is of no consequence.
+    """
+    divergence = float(statistics["divergence"]) if "divergence" in statistics else 0.0
+    off = _norm(probe(weight) - weight)
+    if not divergence or not off:
+        return 0.0
+    of_probe = _output_error(probe(weight) - weight, statistics, None)
+    if not of_probe:
+        return divergence * _norm(unpacked - weight) / off
+    return divergence * _output_error(unpacked - weight, statistics, None) / of_probe
+
+
 def _norm(values: torch.Tensor) -> float:
     """Sum of squares."""
     return float(torch.linalg.vector_norm(values.float(), dtype=torch.float64) ** 2)
@@ -170,5 +190,12 @@ SCORERS = (
         "squared error of weights times trace of the Hessian",
         ("curvature",),
         "second order in weights",
+    ),
+    ScorerSpec(
+        "kl",
+        of_divergence,
+        "KL of predictions in nats, weights one by one",
+        ("moments", "divergence"),
+        "predictions, by what rounding each weight alone does to them",
     ),
 )
