@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import graphopt
 from graphopt.errors import CheckpointError
 from graphopt.packing import PackedWeight, Scheme, pack_weights, packed_weights, scheme_text
 from graphopt.plugins import default_host
-from graphopt.tensors_file import read_tensors, write_tensors
+from graphopt.tensors_file import TensorsFile, read_tensors, write_tensors
 from graphopt_kernels.quantized.int4 import Int4
 from graphopt_kernels.quantized.int8 import Int8
 from tests.packing_cases import FEW, Few
@@ -196,8 +197,30 @@ def test_plans_and_optimized_models_are_saved(tmp_path: Path) -> None:
     graphopt.quantize(model, (x,), schemes=("int4{group=32}",))
     fast = graphopt.optimize(model, (x,), emit="eager")
     path = graphopt.save_weights(fast, tmp_path / "fast.safetensors")
+    with pytest.raises(CheckpointError, match="cannot load packed weights into an optimized model"):
+        graphopt.load_weights(fast, path)
     assert len(graphopt.load_weights(fresh, path).packed) == 2
     assert torch.equal(fresh(x), model(x))
+
+
+def test_one_weight_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(8)))
+    pack_weights(model, {f"{place}.weight": (Int4(group=32), ROWS) for place in range(4)})
+    path = graphopt.save_weights(model, tmp_path / "model.safetensors")
+    reads: list[tuple[str, weakref.ref[Tensor]]] = []
+    read = TensorsFile.read
+
+    def watched(file: TensorsFile, name: str) -> Tensor:
+        # Of dense weights nothing is left; packed ones are those that the model keeps.
+        alive = [other for other, tensor in reads if tensor() is not None]
+        assert not any(other.count(".") == 1 for other in alive), alive
+        found = read(file, name)
+        reads.append((name, weakref.ref(found)))
+        return found
+
+    monkeypatch.setattr(TensorsFile, "read", watched)
+    graphopt.load_weights(nn.Sequential(*(nn.Linear(64, 64) for _ in range(8))), path)
+    assert len(reads) == 4 * 2 + 4 + 8
 
 
 # --- what is refused --------------------------------------------------------------------------------
@@ -453,3 +476,26 @@ def test_packed_tensors_that_lead_out_of_range_are_refused() -> None:
         PackedWeight.holding(ordered, tensors, (8, 64), torch.bfloat16, ROWS)
     with pytest.raises(graphopt.QuantizationError, match="takes weights of float32, float16 and bfloat16"):
         PackedWeight.holding(ordered, tensors, (8, 64), torch.float64, ROWS)
+
+
+def test_checkpoints_are_listed_on_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from graphopt.cli.main import main
+
+    def run(*arguments: str) -> str:
+        with pytest.raises(SystemExit) as stopped:
+            main(["weights", *arguments])
+        said = capsys.readouterr()
+        return said.out if not stopped.value.code else said.err
+
+    graphopt.save_weights(packed_net(), tmp_path / "model.safetensors", shard=6000)
+    text = run(str(tmp_path))
+    assert re.search(r"up\.weight +graphopt +96 +64 +3\.75 KiB", text), text
+    assert "3 packed, 8 dense" in text
+    found = json.loads(run(str(tmp_path), "--json"))
+    assert found["dense"]["tensors"] == 8
+    assert {"weight": "down", "format": "graphopt", "n": 64, "k": 96, "bytes": 64 * 76} in found["packed"]
+    other = str(Path(__file__).parent / "weights" / "awq.safetensors")
+    assert "awq " in run(other) and "0 packed, 4 dense" in run(other, "--format", "bitsandbytes")
+    assert "unknown weight format 'gptk'; did you mean 'gptq'" in run(other, "--format", "gptk")

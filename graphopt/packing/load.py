@@ -18,6 +18,7 @@ from torch import nn
 
 from graphopt.budget import format_bytes
 from graphopt.errors import CheckpointError, QuantizationError, nearest
+from graphopt.optimized import Optimized
 from graphopt.packing.api import discovered
 from graphopt.packing.artefact import Artefact
 from graphopt.packing.checkpoint import Checkpoint
@@ -28,7 +29,7 @@ from graphopt.packing.places import Place, places_of, replace_tensor
 from graphopt.packing.scheme import scheme_text
 from graphopt.plugins.host import PluginHost, default_host
 
-__all__ = ["LoadedWeight", "LoadedWeights", "load_weights"]
+__all__ = ["FoundWeight", "LoadedWeight", "LoadedWeights", "load_weights", "stored_weights"]
 
 _SHOWN = 5
 _BY_ROWS = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -100,6 +101,11 @@ def load_weights(
     Raises ``CheckpointError`` for a file that cannot be read, does not fit the model or holds what no scheme
     does; ``UnknownNameError`` for a format; ``OSError`` as ``open``; with ``inputs``, as ``quantize`` does.
     """
+    if isinstance(model, Optimized):
+        raise CheckpointError(
+            "cannot load packed weights into an optimized model: its programs were made for others",
+            hint="load them into the model, and optimize that; load_state_dict takes dense ones",
+        )
     host = PluginHost(tuple(plugins)) if plugins else default_host()
     checkpoint = Checkpoint(path)
     own = Artefact(checkpoint, host)
@@ -126,7 +132,7 @@ def load_weights(
         weight = _packed(target, checkpoint, own, where)
         install_packed(model, dict.fromkeys(target.distinct(places), weight))
         size = sum(tensor.nbytes for tensor in weight.packed().values())
-        kind = format_text(target.format) if target.format is not own else own.name
+        kind = _spelled(target.format)
         loaded.append(LoadedWeight(target.names, kind, scheme_text(weight.scheme), size))
     for key in dense:
         replace_tensor(places, key, checkpoint.read(key), where)
@@ -136,6 +142,35 @@ def load_weights(
     if strict:
         _check_meta(model)
     return LoadedWeights(tuple(loaded), (*dense, *copies), missing, unexpected)
+
+
+@dataclass(frozen=True)
+class FoundWeight:
+    """A packed weight that a checkpoint holds, its ``format`` and the bytes of its tensors there."""
+
+    stored: StoredWeight
+    format: str
+    bytes: int
+
+
+def stored_weights(
+    path: str | os.PathLike[str], formats: Sequence[str | WeightFormat] | None = None
+) -> tuple[list[FoundWeight], int, int]:
+    """What the checkpoint at ``path`` holds: packed weights, the number of other tensors, and their bytes. No
+    tensor is read. Arguments and errors as for ``load_weights``."""
+    host, checkpoint = default_host(), Checkpoint(path)
+    own = Artefact(checkpoint, host)
+    found = [
+        FoundWeight(stored, _spelled(kind), _size(checkpoint, stored.parts.values()))
+        for kind, stored in _found(checkpoint, own, _formats(formats, host)).values()
+    ]
+    taken = {key for weight in found for key in weight.stored.parts.values()}
+    dense = [checkpoint.entry(key).nbytes for key in checkpoint.names if key not in taken]
+    return found, len(dense), sum(dense)
+
+
+def _size(checkpoint: Checkpoint, keys: Iterable[str]) -> int:
+    return sum(checkpoint.entry(key).nbytes for key in keys)
 
 
 # --- what is there ----------------------------------------------------------------------------------
@@ -157,6 +192,10 @@ class _Target:
     def distinct(self, places: Mapping[str, Place]) -> list[str]:
         """One name of each parameter."""
         return list({places[name].same: name for name in reversed(self.names)}.values())
+
+
+def _spelled(kind: WeightFormat) -> str:
+    return kind.name if isinstance(kind, Artefact) else format_text(kind)
 
 
 def _formats(formats: Sequence[str | WeightFormat] | None, host: PluginHost) -> list[WeightFormat]:
