@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +20,7 @@ from graphopt.plugins import default_host
 from graphopt.tensors_file import read_tensors, write_tensors
 from graphopt_kernels.formats.int32_codes import codes_of
 from graphopt_kernels.quantized.int8 import Int8
+from tests.packing_cases import Chain, batches
 from tests.weight_cases import EXPECTED, KEPT, ROWS, WEIGHTS, K, N, model_of, weight_of
 
 
@@ -147,6 +149,50 @@ def test_groups_become_those_that_schemes_keep(tmp_path: Path) -> None:
         size = 384 // groups
         wide = [tensor.repeat_interleave(size, 0) for tensor in (zeros, scales.float())]
         assert torch.equal(weight_of(model, "a"), ((codes - wide[0]) * wide[1]).t())
+
+
+def test_models_of_several_layers_run_as_their_dense_weights_do(tmp_path: Path) -> None:
+    """The linears of two layers in GPTQ, one of them in act-order; a table tied to the head, dense."""
+    dense = Chain(2).eval()
+    tensors: dict[str, Tensor] = {}
+    generator = torch.Generator().manual_seed(1)
+    words = partial(torch.tensor, dtype=torch.int32)
+    for name, tensor in dense.state_dict().items():
+        prefix, _, kind = name.rpartition(".")
+        if kind != "weight" or not isinstance(dense.get_submodule(prefix), nn.Linear) or prefix == "head":
+            tensors[name] = tensor
+            continue
+        n, k = tensor.shape
+        codes = torch.randint(0, 16, (n, k), generator=generator)
+        zeros = torch.randint(1, 16, (n, k // 32), generator=generator)
+        scales = (torch.rand((n, k // 32), generator=generator) / 30).half()
+        g_idx = torch.arange(k) // 32
+        if "1.down" in name:
+            g_idx = g_idx[torch.randperm(k, generator=generator)]
+        tensors |= {
+            f"{prefix}.qweight": words([bits_of(row, 4) for row in codes.tolist()]).t(),
+            f"{prefix}.qzeros": words([bits_of(row, 4) for row in (zeros - 1).t().tolist()]),
+            f"{prefix}.scales": scales.t(),
+            f"{prefix}.g_idx": g_idx.int(),
+        }
+        with torch.no_grad():
+            tensor.copy_((codes - zeros[:, g_idx]) * scales.float()[:, g_idx])
+    del tensors["head.weight"]
+    write_tensors(tmp_path / "model.safetensors", tensors)
+    with torch.device("meta"):
+        model = Chain(2).eval()
+    found = graphopt.load_weights(model, tmp_path)
+    assert [weight.scheme for weight in found.packed].count("int4-ordered{group=32}") == 1
+    assert len(found.packed) == 4 and model.head.weight is model.embed.weight
+    (ids,) = batches(1)[0]
+    with torch.no_grad():
+        assert torch.equal(model(ids), dense(ids))
+        fast = graphopt.optimize(model, (ids,), emit="eager", on_error="raise")
+        torch.testing.assert_close(fast(ids), dense(ids))
+        read = [
+            str(node.target) for node in fast.programs[0].nodes() if "graphopt.linear" in str(node.target)
+        ]
+        assert len(read) == 4
 
 
 class Columns(nn.Module):

@@ -126,6 +126,8 @@ def load_weights(
         _check_dense(checkpoint, key, place)
     for name in copies:
         _check_dense(checkpoint, own.aliases[name], places[name])
+    if strict:
+        _check_meta(model, places)
     where = torch.device("cpu" if device is None else device)
     loaded = []
     for target in packed.values():
@@ -139,8 +141,6 @@ def load_weights(
     for name, other in copies.items():
         if places[name].same != places[other].same:
             replace_tensor(places, name, checkpoint.read(other), where)
-    if strict:
-        _check_meta(model)
     return LoadedWeights(tuple(loaded), (*dense, *copies), missing, unexpected)
 
 
@@ -352,8 +352,8 @@ def _packed(target: _Target, checkpoint: Checkpoint, own: Artefact, where: torch
     return made.to(device)
 
 
-def _check_meta(model: nn.Module) -> None:
-    left = [name for name, buffer in model.named_buffers() if buffer.is_meta]
+def _check_meta(model: nn.Module, places: Mapping[str, Place]) -> None:
+    left = [name for name, buffer in model.named_buffers() if buffer.is_meta and name not in places]
     if left:
         raise CheckpointError(
             f"{left[0]} is on the device meta, and no checkpoint holds it: it is a buffer that is not saved",
