@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -128,6 +130,62 @@ def test_codes_come_out_of_words_as_they_went_in(bits: int) -> None:
     codes = torch.randint(0, 2**bits, (96, 5), generator=generator)
     words = torch.tensor([bits_of(column.tolist(), bits) for column in codes.t()], dtype=torch.int32).t()
     assert torch.equal(codes_of(words.contiguous(), bits, 96), codes.to(torch.uint8))
+
+
+def tiles_of(codes: Tensor, inner: int = 8) -> Tensor:
+    """Words of tensor cores, lane by lane and code by code as ``matrix_to_m16n8k16_Bint4_layout`` of torch's
+    ``aten/src/ATen/native/cuda/int4mm.cu`` says."""
+    n, k = codes.shape
+    words = torch.zeros(n // 8, k // (16 * inner), 32, inner // 2, dtype=torch.int64)
+    for tile, outer, lane, pair in itertools.product(*map(range, words.shape)):
+        first = (outer * inner + 2 * pair) * 16 + lane % 4 * 2
+        columns = [first + more for more in (0, 1, 8, 9, 16, 17, 24, 25)]
+        v = [int(codes[tile * 8 + lane // 4, column]) for column in columns]
+        word = v[7] << 28 | v[5] << 24 | v[3] << 20 | v[1] << 16 | v[6] << 12 | v[4] << 8 | v[2] << 4 | v[0]
+        words[tile, outer, lane, pair] = word - 2**32 if word >= 2**31 else word
+    return words.to(torch.int32)
+
+
+@pytest.mark.parametrize("zeros", [True, False])
+def test_tiles_of_tensor_cores_are_put_in_rows(tmp_path: Path, zeros: bool) -> None:
+    """12 outputs of 192 inputs, filled up to 16 and 1024 as torchao does."""
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (16, 1024), generator=generator)
+    scales, offsets = torch.rand((2, 16, 16), generator=generator).bfloat16().float()
+    offsets *= zeros
+    tensors = {
+        "a._weight_qdata": tiles_of(codes),
+        "a._weight_scale_and_zero": torch.stack((scales, offsets), -1).bfloat16(),
+    }
+    text: dict[str, Any] = {
+        "_type": "Int4TilePackedTo4dTensor",
+        "_data": {"block_size": [1, 64], "shape": [12, 192]},
+        "_tensor_data_names": ["qdata", "scale_and_zero"],
+    }
+
+    def load(**changes: Tensor) -> nn.Module:
+        texts = {"a.weight": json.dumps(text), "tensor_names": '["a.weight"]'}
+        write_tensors(tmp_path / "x.safetensors", tensors | changes, texts)
+        model = nn.ModuleDict({"a": nn.Linear(192, 12, bias=False, device="meta")})
+        found = graphopt.load_weights(model, tmp_path / "x.safetensors")
+        symmetric = "int4{group=64,symmetric=true}"
+        assert found.packed[0].scheme == ("int4-offset{group=64}" if zeros else symmetric)
+        return model
+
+    wide = [tensor.t().repeat_interleave(64, 1) for tensor in (scales, offsets)]
+    expected = (codes - 8) * wide[0] + wide[1]
+    assert torch.equal(weight_of(load(), "a"), expected[:12, :192])
+    with pytest.raises(CheckpointError, match=re.escape("has shape (15, 16, 2): expected (16, 16, 2)")):
+        load(**{"a._weight_scale_and_zero": tensors["a._weight_scale_and_zero"][:15]})
+    with pytest.raises(
+        CheckpointError, match=re.escape("is of a weight (1, 8, 32, 4): expected two dimensions")
+    ):
+        load(**{"a._weight_qdata": tensors["a._weight_qdata"][:1]})
+    text["_data"]["block_size"] = [1, 80]
+    with pytest.raises(
+        CheckpointError, match=re.escape("groups are of 80: expected int32, and groups that")
+    ):
+        load()
 
 
 def test_groups_become_those_that_schemes_keep(tmp_path: Path) -> None:

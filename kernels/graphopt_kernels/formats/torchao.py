@@ -11,10 +11,13 @@ What is read of ``torchao.prototype.safetensors`` (0.18, https://github.com/pyto
     IntxUnpackedToInt8Tensor   int8[N, K] of 1 to 8 bits; groups of up to 4 bits    int4, int8
     Int4Tensor                 two in a byte, the first in the lower half, signed;
                                code * scale + zero_point [K / group, N]             int4-offset, int4
+    Int4TilePackedTo4dTensor   int32[N / 8, K / 16 / I, 32, I / 2], in the order of tensor cores;
+                               (code - 8) * scale + zero [K / group, N, 2]; N and K filled up      the same
 
 Inputs that torchao rounds by row are rounded by the dynamic schemes, which divide by 127, torchao by
-127.5. The tensors of ``Int4TilePackedTo4dTensor``, ``Int4PlainInt32Tensor``, ``MXTensor`` and
-``NVFP4Tensor`` are laid out for one kind of device, or hold what no scheme keeps: they are refused.
+127.5. The order of tiles is that of ``_convert_weight_to_int4pack`` of torch (``int4mm.cu``). The tensors of
+``Int4PlainInt32Tensor``, ``MXTensor`` and ``NVFP4Tensor`` are laid out for one kind of device, or hold what
+no scheme keeps: they are refused.
 """
 
 from __future__ import annotations
@@ -39,6 +42,8 @@ from graphopt_kernels.quantized.int8 import Int8
 __all__ = ["TorchAo"]
 
 _MIDDLE = 8
+_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+_TILES = "Int4TilePackedTo4dTensor"
 _Data = Mapping[str, Any]
 _Tensors = Mapping[str, torch.Tensor]
 
@@ -48,7 +53,7 @@ class TorchAo(WeightFormat):
     """No options."""
 
     name: ClassVar[str] = "torchao"
-    summary: ClassVar[str] = "torchao: Int8Tensor, Float8Tensor, Int4Tensor, IntxUnpackedToInt8Tensor"
+    summary: ClassVar[str] = "torchao: tensor subclasses, taken apart"
 
     def find(self, checkpoint: Checkpoint) -> Iterable[StoredWeight]:
         for name in checkpoint.texts:
@@ -63,6 +68,8 @@ class TorchAo(WeightFormat):
             shape = checkpoint.entry(parts["qdata"]).shape
             if kind == "Int4Tensor" and len(shape) == 2:
                 shape = (shape[0], 2 * shape[1])
+            if kind == _TILES:
+                shape = _filled(shape, data.get("shape"))
             if len(shape) != 2 or list(data.get("shape", shape)) != list(shape):
                 raise CheckpointError(
                     f"{parts['qdata']} is of a weight {tuple(shape)}: expected two dimensions, as of {name}"
@@ -82,6 +89,14 @@ class TorchAo(WeightFormat):
             if name in tensors:
                 raise CheckpointError(f"{stored.parameter} has {name}: no scheme scales inputs so")
         return _READERS[kind](stored, data, tensors)
+
+
+def _filled(shape: tuple[int, ...], real: Any) -> tuple[int, ...]:
+    """The shape that a weight has without what tiles are filled up with; ``shape`` where it cannot be."""
+    if len(shape) != 4 or shape[2] != 32 or not isinstance(real, list) or len(real) != 2:
+        return shape
+    n, k = map(int, real)
+    return (n, k) if 0 < n <= 8 * shape[0] < n + 8 and 0 < k <= 32 * shape[1] * shape[3] else shape
 
 
 def _described(checkpoint: Checkpoint, name: str) -> tuple[str, _Data, dict[str, str]] | None:
@@ -166,8 +181,41 @@ def _int4(stored: StoredWeight, data: _Data, tensors: _Tensors) -> PackedTensors
     flat = packed.view(torch.uint8)
     # Signed: flipping the upper bit adds 8.
     codes = torch.stack((flat & 15, flat >> 4), -1).view(stored.n, stored.k) ^ _MIDDLE
-    scales, offsets = scale.t(), offset.t().float()
-    group = stored.k // groups
+    return _with_offsets(stored, codes, scale.t(), offset.t())
+
+
+def _tiles(stored: StoredWeight, data: _Data, tensors: _Tensors) -> PackedTensors:
+    """Lane 4 r + l of a tile holds row r; word c of it the codes of the 32 inputs from 32 c on that are
+    2 l + d + 8 b + 16 a, as 4 a + 2 b + d in ``_ORDER``."""
+    packed, both = tensors["qdata"], tensors.get("scale_and_zero")
+    group = int(data["block_size"][-1]) if data.get("block_size") else 0
+    tiles, outer, _, words = packed.shape
+    rows, inputs = 8 * tiles, 32 * outer * words
+    if packed.dtype is not torch.int32 or both is None or group < 1 or stored.k % group or inputs % group:
+        raise CheckpointError(
+            f"{stored.parameter}: its qdata is {packed.dtype}, groups are of {group}: expected int32, and "
+            f"groups that divide {stored.k} inputs"
+        )
+    if both.shape != (inputs // group, rows, 2):
+        raise CheckpointError(
+            f"{stored.parameter}: its scale_and_zero has shape {tuple(both.shape)}: expected "
+            f"{(inputs // group, rows, 2)}"
+        )
+    lanes = packed.view(tiles, outer, 8, 4, words)
+    codes = torch.empty((*lanes.shape, 8), dtype=torch.uint8)
+    for place, code in enumerate(_ORDER):
+        codes[..., code] = ((lanes >> (4 * place)) & 15).to(torch.uint8)
+    # tile, outer, row, l, word, a, b, d
+    ordered = codes.view(*lanes.shape, 2, 2, 2).permute(0, 2, 1, 4, 5, 6, 3, 7).reshape(rows, inputs)
+    scales, offsets = (both[: stored.k // group, : stored.n, place].t() for place in (0, 1))
+    return _with_offsets(stored, ordered[: stored.n, : stored.k].contiguous(), scales, offsets)
+
+
+def _with_offsets(
+    stored: StoredWeight, codes: torch.Tensor, scales: torch.Tensor, offsets: torch.Tensor
+) -> PackedTensors:
+    """(code - 8) * scale + offset."""
+    offsets, group = offsets.float(), stored.k // scales.shape[1]
     own = kept_group(group)
     if own is None or not bool(offsets.any()):
         return int4_tensors(stored.parameter, codes, scales, torch.full_like(offsets, _MIDDLE))
@@ -184,6 +232,7 @@ _READERS: Mapping[str, Callable[[StoredWeight, _Data, _Tensors], PackedTensors]]
     "Float8Tensor": _float8,
     "IntxUnpackedToInt8Tensor": _intx,
     "Int4Tensor": _int4,
+    _TILES: _tiles,
 }
 
 
