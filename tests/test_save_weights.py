@@ -148,7 +148,8 @@ def test_tied_weights_go_into_a_model_that_does_not_tie_them(tmp_path: Path) -> 
     [
         "int8", "fp8", "int8-dynamic{smooth=0.5}", "fp8-dynamic", "llm-int8", "lossless12", "int4",
         "int4{group=32,method=gptq}", "int4-awq{group=64}", "int4-ordered{group=32}", "int4-offset{group=64}",
-        "nf4", "nf4{double=true}",
+        "nf4", "nf4{double=true}", "int2{group=32,outliers=0.5}", "int2{outliers=0.0}", "int3{outliers=0.0}",
+        "int3{group=32,method=gptq,outliers=1.0}",
     ],
 )  # fmt: skip
 def test_every_scheme_comes_back(tmp_path: Path, text: str) -> None:
@@ -454,6 +455,53 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(
     with pytest.raises(OSError, match="no space left"):
         graphopt.save_weights(packed_net(1), path)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("text", ["int2{group=32,outliers=0.25}", "int3{group=32,outliers=1.0}"])
+def test_words_that_name_slots_that_are_not_there_are_refused(text: str) -> None:
+    torch.manual_seed(0)
+    scheme = default_host().scheme(text)
+    tensors = scheme.pack(torch.randn(8, 256), {})
+
+    def hold(place: int, word: int) -> None:
+        words = tensors["words"].clone()
+        words[3, place] = word
+        PackedWeight.holding(scheme, {**tensors, "words": words}, (8, 256), torch.float32, ROWS)
+
+    one = 0x3F80 << 16
+    hold(0, one | 1 << 7)
+    for place, slot in ((0, 2), (0, 511), (1, 1)):
+        reason = "its words name others than the 1 slots of a row, or within a unit"
+        with pytest.raises(graphopt.QuantizationError, match=reason):
+            hold(place, one | slot << 7)
+    with pytest.raises(graphopt.QuantizationError, match="its words hold scales that are not finite"):
+        hold(0, 0x7F80 << 16)
+
+
+def test_models_of_two_and_three_bits_come_back_in_several_files(tmp_path: Path) -> None:
+    schemes = {
+        "embed.weight": (default_host().scheme("int3{group=32,outliers=0.5}"), ROWS),
+        "up.weight": (default_host().scheme("int2{outliers=1.0}"), ROWS),
+        "down": (default_host().scheme("int2{group=32,outliers=0.0}"), "columns"),
+    }
+    torch.manual_seed(0)
+    model = Net().eval()
+    pack_weights(model, schemes)
+    graphopt.save_weights(model, tmp_path / "model.safetensors", shard=2500)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    fresh = on_meta()
+    found = graphopt.load_weights(fresh, tmp_path)
+    assert {weight.names[0]: weight.scheme for weight in found.packed} == {
+        name: scheme_text(scheme) for name, (scheme, _) in schemes.items()
+    }
+    state = model.state_dict()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in fresh.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(fresh(TOKENS), model(TOKENS))
+        fast = graphopt.optimize(fresh, (TOKENS,), emit="eager", on_error="raise")
+        read = {str(node.target).partition(".default")[0] for node in fast.programs[0].nodes()}
+        assert {"graphopt.linear_int2", "graphopt.linear_int3"} <= read
+        torch.testing.assert_close(fast(TOKENS), model(TOKENS), rtol=1e-4, atol=1e-4)
 
 
 def test_packed_tensors_that_lead_out_of_range_are_refused() -> None:

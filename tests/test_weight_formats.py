@@ -22,6 +22,7 @@ from graphopt.plugins import default_host
 from graphopt.tensors_file import read_tensors, write_tensors
 from graphopt_kernels.formats.int32_codes import codes_of
 from graphopt_kernels.quantized.int8 import Int8
+from graphopt_kernels.quantized.lowbits import Int2, Int3
 from tests.packing_cases import Chain, batches
 from tests.weight_cases import EXPECTED, KEPT, ROWS, WEIGHTS, K, N, model_of, weight_of
 
@@ -207,6 +208,82 @@ def test_groups_become_those_that_schemes_keep(tmp_path: Path) -> None:
         size = 384 // groups
         wide = [tensor.repeat_interleave(size, 0) for tensor in (zeros, scales.float())]
         assert torch.equal(weight_of(model, "a"), ((codes - wide[0]) * wide[1]).t())
+
+
+LOW: list[tuple[int, int, int, bool, str]] = [
+    (2, 384, 2, False, "int2{outliers=0.0}"),
+    (2, 384, 3, False, "int2{group=128,outliers=0.0}"),
+    (2, 96, 3, False, "int2{group=32,outliers=0.0}"),
+    (2, 96, 3, True, "int4-ordered{group=32}"),
+    (3, 256, 1, False, "int3{group=128,outliers=0.0}"),
+    (3, 384, 12, False, "int3{group=32,outliers=0.0}"),
+    (3, 384, 6, True, "int4-ordered{group=64}"),
+    # A row of 32 would be filled up to 128: four bits take less.
+    (3, 32, 1, False, "int4{group=32}"),
+]
+
+
+@pytest.mark.parametrize(("bits", "k", "groups", "moved", "scheme"), LOW)
+def test_two_and_three_bits_stay_so_where_they_take_less(
+    tmp_path: Path, bits: int, k: int, groups: int, moved: bool, scheme: str
+) -> None:
+    """Scales are of float16, the least that it has among them, and not of bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    n = 32
+    codes = torch.randint(0, 2**bits, (k, n), generator=generator)
+    zeros = torch.randint(0, 2**bits, (groups, n), generator=generator)
+    scales = torch.rand((groups, n), generator=generator).half()
+    scales[0, :3] = torch.tensor([2.0**-24, 65504.0, -0.333])
+    assert not torch.equal(scales.bfloat16().half(), scales)
+    g_idx = torch.arange(k) // (k // groups)
+    if moved:
+        g_idx = g_idx[torch.randperm(k, generator=generator)]
+    words = partial(torch.tensor, dtype=torch.int32)
+    tensors = {
+        "a.qweight": words([bits_of(column, bits) for column in codes.t().tolist()]).t(),
+        "a.qzeros": words([bits_of(row, bits) for row in zeros.tolist()]),
+        "a.scales": scales,
+        "a.g_idx": g_idx.int(),
+    }
+    write_tensors(tmp_path / "x.safetensors", tensors)
+    model = nn.ModuleDict({"a": nn.Linear(k, n, bias=False, device="meta")})
+    found = graphopt.load_weights(model, tmp_path / "x.safetensors", formats=("gptq{zeros=v2}",))
+    assert found.packed[0].scheme == scheme
+    kept = packed_weights(model)["a.weight"]
+    assert found.packed[0].bytes == kept.scheme.stored_bytes(n, k, torch.float32)
+    if scheme.startswith(f"int{bits}"):
+        four = default_host().scheme("int4{group=32}").stored_bytes(n, k, torch.float32)
+        assert found.packed[0].bytes < four
+    exact = ((codes - zeros[g_idx]) * scales.float()[g_idx]).t()
+    assert torch.equal(weight_of(model, "a"), exact)
+    x = torch.randn(3, k, generator=generator)
+    product = kept.scheme.linear_op.partition("::")[2]
+    args = (*kept.packed().values(), None, *kept.scheme.constants(n, k))
+    read = getattr(torch.ops.graphopt, product)(x, *args)
+    # Sums of K products in float32, in whatever order.
+    off = (read.double() - x.double() @ exact.double().t()).abs()
+    assert bool((off <= k * 2.0**-24 * (x.double().abs() @ exact.double().abs().t())).all())
+
+
+@pytest.mark.parametrize("kind", [Int2, Int3])
+def test_what_two_and_three_bits_cannot_hold_is_told(kind: Any) -> None:
+    scheme = kind(group=32, outliers=0.0)
+    codes, ones = torch.zeros((2, 256), dtype=torch.uint8), torch.ones(2, 8)
+    most, step = 15.875 * 2**scheme.bits / 16, 2 ** (7 - scheme.bits)
+    assert isinstance(scheme.exact(codes, ones, ones * most), dict)
+    for scales, zeros, reason in (
+        (ones * 1.00001, ones, f"{scheme.name} keeps scales of 16 bits of mantissa, its scales have more"),
+        (ones * 2.0**-149, ones, f"{scheme.name} keeps scales of 16 bits of mantissa, its scales have more"),
+        (ones * float("nan"), ones, "its scales are not finite"),
+        (
+            ones,
+            ones * 2**scheme.bits,
+            f"{scheme.name} keeps zeros from 0 to {most:g} in steps of 1/{step}, its zeros are others",
+        ),
+    ):
+        assert str(scheme.exact(codes, scales, zeros)) == reason
+    found = kind(group=32, outliers=1.0).exact(codes, ones, ones)
+    assert str(found) == "outliers=1 have codes of four bits: expected 0"
 
 
 def test_models_of_several_layers_run_as_their_dense_weights_do(tmp_path: Path) -> None:

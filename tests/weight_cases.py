@@ -18,8 +18,8 @@ ROWS = slice(None, None, 3)
 """Those that ``EXPECTED`` holds."""
 
 KEPT = {
-    "gptq.bits2_group32": "int4{group=32}",
-    "gptq.bits3_group32": "int4{group=32}",
+    "gptq.bits2_group32": "int2{group=32,outliers=0.0}",
+    "gptq.bits3_group32": "int3{group=32,outliers=0.0}",
     "gptq.bits4_group32": "int4{group=32}",
     "gptq.bits4_group128": "int4",
     "gptq.bits8_group128": "int8",

@@ -21,7 +21,7 @@ import torch
 from graphopt.errors import CheckpointError
 from graphopt.packing.checkpoint import Checkpoint
 from graphopt.packing.formats import PackedTensors, StoredWeight, WeightFormat
-from graphopt_kernels.formats.int32_codes import int4_tensors
+from graphopt_kernels.formats.int32_codes import group_tensors
 
 __all__ = ["Awq", "is_awq"]
 
@@ -55,7 +55,7 @@ class Awq(WeightFormat):
         codes = _codes(checkpoint.read(stored.parts["qweight"]))
         zeros = _codes(checkpoint.read(stored.parts["qzeros"]))
         scales = checkpoint.read(stored.parts["scales"]).t()
-        return int4_tensors(stored.parameter, codes, scales, zeros)
+        return group_tensors(stored.parameter, codes, scales, zeros)
 
 
 def _stored(checkpoint: Checkpoint, prefix: str) -> StoredWeight:

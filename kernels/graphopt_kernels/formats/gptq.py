@@ -10,9 +10,10 @@ Two conventions for zeros: ``v1`` writes zero - 1, as AutoGPTQ does, words as a 
 (``gptq_v2`` of GPTQModel) writes the zero. The files do not say; ``checkpoint_format`` of the configuration
 beside them does, else it is v1.
 
-Four bits become ``int4``; so do two and three, which take the bytes of four. Where ``g_idx`` is not in order
-(act-order) columns are sorted by group and the scheme is ``int4-ordered``. Eight bits become ``int8`` where
-all inputs are one group and zeros are 128. Layout: https://github.com/AutoGPTQ/AutoGPTQ
+Four bits become ``int4``, two and three ``int2`` and ``int3`` without outliers. Where ``g_idx`` is not in
+order (act-order) columns are sorted by group and the scheme is ``int4-ordered``, of two and three bits too,
+which take the bytes of four then. Eight bits become ``int8`` where all inputs are one group and zeros are
+128. Layout: https://github.com/AutoGPTQ/AutoGPTQ
 (``QuantLinear.pack``) and https://github.com/ModelCloud/GPTQModel (``convert_gptq_v1_to_v2_format``).
 """
 
@@ -28,7 +29,7 @@ from graphopt.errors import CheckpointError
 from graphopt.packing.checkpoint import Checkpoint
 from graphopt.packing.formats import PackedTensors, StoredWeight, WeightFormat
 from graphopt_kernels.formats.awq import is_awq
-from graphopt_kernels.formats.int32_codes import codes_of, int4_tensors
+from graphopt_kernels.formats.int32_codes import codes_of, group_tensors
 from graphopt_kernels.quantized.int8 import Int8
 
 __all__ = ["Gptq"]
@@ -77,7 +78,7 @@ class Gptq(WeightFormat):
             return _int8(name, codes, scales, zeros)
         if order is not None:
             codes = codes[:, order]
-        return int4_tensors(name, codes.contiguous(), scales, zeros, order)
+        return group_tensors(name, codes.contiguous(), scales, zeros, bits, order)
 
     def _convention(self, checkpoint: Checkpoint) -> str:
         if self.zeros != "auto":

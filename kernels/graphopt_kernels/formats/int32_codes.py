@@ -6,12 +6,18 @@ import torch
 
 from graphopt.errors import CheckpointError
 from graphopt.packing.formats import PackedTensors
-from graphopt_kernels.quantized.int4 import GROUPS, Int4
+from graphopt_kernels.quantized.int4 import GROUPS, Grouped, Int4
 from graphopt_kernels.quantized.int4_ordered import Int4Ordered
+from graphopt_kernels.quantized.lowbits import Int2, Int3
 
-__all__ = ["codes_of", "int4_tensors", "kept_group"]
+__all__ = ["codes_of", "group_tensors", "kept_group"]
 
-_MIDDLE = 8
+_MIDDLE = {3: 4, 4: 8}
+"""The zero of schemes that are symmetric, by bits. Two bits have 0 between two codes, which no whole zero
+is."""
+
+
+_FEWER = {2: Int2, 3: Int3}
 
 
 def codes_of(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
@@ -35,17 +41,19 @@ def kept_group(group: int) -> int | None:
     return next((own for own in GROUPS if group % own == 0), None)
 
 
-def int4_tensors(
+def group_tensors(
     name: str,
     codes: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor,
+    bits: int = 4,
     order: torch.Tensor | None = None,
 ) -> PackedTensors:
-    """``int4`` of ``codes`` uint8[N, K] below 16, of ``scales`` and ``zeros`` [N, groups]; ``int4-ordered``
-    where columns are those ``order`` int64[K] of the weight. Groups of ours are parts of those.
+    """``codes`` uint8[N, K] below 2 ** ``bits``, ``scales`` and ``zeros`` [N, groups], as ``int2`` and
+    ``int3`` without outliers where they hold them, in fewer bytes, else as ``int4``; ``int4-ordered`` where
+    columns are those ``order`` int64[K] of the weight. Groups of ours are parts of those.
 
-    Raises ``CheckpointError``, naming the weight ``name``, where the scheme cannot hold them as they are.
+    Raises ``CheckpointError``, naming the weight ``name``, where no scheme can hold them as they are.
     """
     group = codes.shape[1] // scales.shape[1]
     own = kept_group(group)
@@ -55,9 +63,20 @@ def int4_tensors(
             f"{', '.join(map(str, reversed(GROUPS)))} and of what they divide"
         )
     scales, zeros = (tensor.repeat_interleave(group // own, 1) for tensor in (scales, zeros))
-    symmetric = bool((zeros == _MIDDLE).all())
-    scheme = Int4(own, symmetric) if order is None else Int4Ordered(own, symmetric)  # type: ignore[arg-type]
+    if order is None and bits in _FEWER:
+        fewer = _FEWER[bits](own, _is_symmetric(zeros, bits), outliers=0.0)  # type: ignore[arg-type]
+        found = fewer.exact(codes, scales, zeros)
+        # Short rows are filled up to more than four bits would take.
+        size = codes.shape[0], codes.shape[1], torch.float32
+        if isinstance(found, dict) and fewer.stored_bytes(*size) < Int4(own).stored_bytes(*size):  # type: ignore[arg-type]
+            return PackedTensors(fewer, found)
+    symmetric = _is_symmetric(zeros, 4)
+    scheme: Grouped = Int4(own, symmetric) if order is None else Int4Ordered(own, symmetric)  # type: ignore[arg-type]
     found = scheme.exact(codes, scales, zeros)
     if not isinstance(found, dict):
         raise CheckpointError(f"{name}: {found}")
     return PackedTensors(scheme, found if order is None else {**found, "order": order.int()})
+
+
+def _is_symmetric(zeros: torch.Tensor, bits: int) -> bool:
+    return bits in _MIDDLE and bool((zeros == _MIDDLE[bits]).all())

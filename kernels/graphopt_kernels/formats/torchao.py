@@ -33,7 +33,7 @@ import torch
 from graphopt.errors import CheckpointError
 from graphopt.packing.checkpoint import Checkpoint
 from graphopt.packing.formats import PackedTensors, StoredWeight, WeightFormat
-from graphopt_kernels.formats.int32_codes import int4_tensors, kept_group
+from graphopt_kernels.formats.int32_codes import group_tensors, kept_group
 from graphopt_kernels.quantized.dynamic import Fp8Dynamic, Int8Dynamic
 from graphopt_kernels.quantized.fp8 import Fp8
 from graphopt_kernels.quantized.int4_offset import Int4Offset
@@ -152,7 +152,7 @@ def _intx(stored: StoredWeight, data: _Data, tensors: _Tensors) -> PackedTensors
     if codes.numel() == 0 or (int(codes.min()) >= -_MIDDLE and int(codes.max()) < _MIDDLE):
         unsigned = (codes + _MIDDLE).to(torch.uint8)
         if kept_group(stored.k // scale.shape[1]) is not None:
-            return int4_tensors(stored.parameter, unsigned, scale, zeros.float() + _MIDDLE)
+            return group_tensors(stored.parameter, unsigned, scale, zeros.float() + _MIDDLE)
     if scale.shape[1] > 1:
         raise CheckpointError(
             f"{stored.parameter} is of {data.get('target_dtype', {}).get('_data')} in groups of "
@@ -218,7 +218,7 @@ def _with_offsets(
     offsets, group = offsets.float(), stored.k // scales.shape[1]
     own = kept_group(group)
     if own is None or not bool(offsets.any()):
-        return int4_tensors(stored.parameter, codes, scales, torch.full_like(offsets, _MIDDLE))
+        return group_tensors(stored.parameter, codes, scales, torch.full_like(offsets, _MIDDLE))
     scheme = Int4Offset(own)  # type: ignore[arg-type]
     scales, offsets = (tensor.repeat_interleave(group // own, 1) for tensor in (scales, offsets))
     found = scheme.exact(codes, scales, torch.full_like(offsets, _MIDDLE))

@@ -6,7 +6,8 @@ each row have four.
     thirds  uint8[N, K / 8]      int3: the bits below
     words   int32[N, K / group]  the scale, a bfloat16, in the upper half; eight times the zero in the lowest
                                  seven bits; above them, of the first group of a unit, which slot of
-                                 ``extra`` it has, counted from 1, or 0
+                                 ``extra`` it has, counted from 1, or 0. Without outliers as in int4: the
+                                 scale is a float32 without its last eight bits
     extra   uint8[N, slots * width]  the lowest bits of the units that have four
     weight  (code - zero) * scale, codes being those of four bits, with zeros where bits are not there
     linear  as int4: (code - zero) is exact in the dtype of x, sums are float32
