@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         BudgetError,
         BudgetSyntaxError,
         CaptureError,
+        CheckpointError,
         GraphoptError,
         InputsError,
         PassError,
@@ -41,7 +42,10 @@ if TYPE_CHECKING:
     from graphopt.packing import Scheme
     from graphopt.packing.api import quantize, weight_frontier
     from graphopt.packing.calibration import Calibration, calibrate
+    from graphopt.packing.formats import WeightFormat
+    from graphopt.packing.load import LoadedWeights, load_weights
     from graphopt.packing.plan import QuantizationPlan
+    from graphopt.packing.save import save_weights
     from graphopt.pareto_front import Pareto
     from graphopt.passes import Pass, PassContext
     from graphopt.pipeline import Pipeline
@@ -60,6 +64,7 @@ __all__ = [
     "Calibration",
     "Candidate",
     "CaptureError",
+    "CheckpointError",
     "CostDelta",
     "Declined",
     "DeviceSpec",
@@ -68,6 +73,7 @@ __all__ = [
     "GraphoptError",
     "InputsError",
     "Level",
+    "LoadedWeights",
     "Measurement",
     "MemoryExplanation",
     "NearMiss",
@@ -92,14 +98,17 @@ __all__ = [
     "TargetError",
     "UnknownNameError",
     "VerificationError",
+    "WeightFormat",
     "__version__",
     "calibrate",
     "explain_memory",
     "hookimpl",
+    "load_weights",
     "optimize",
     "pareto",
     "plan",
     "quantize",
+    "save_weights",
     "weight_frontier",
 ]
 
@@ -121,6 +130,7 @@ _HOME = {
         "BudgetError",
         "BudgetSyntaxError",
         "CaptureError",
+        "CheckpointError",
         "GraphoptError",
         "InputsError",
         "PassError",
@@ -144,7 +154,10 @@ _HOME = {
     "graphopt.packing": ("Scheme",),
     "graphopt.packing.api": ("quantize", "weight_frontier"),
     "graphopt.packing.calibration": ("Calibration", "calibrate"),
+    "graphopt.packing.formats": ("WeightFormat",),
+    "graphopt.packing.load": ("LoadedWeights", "load_weights"),
     "graphopt.packing.plan": ("QuantizationPlan",),
+    "graphopt.packing.save": ("save_weights",),
     "graphopt.report": ("Report",),
     "graphopt.schedule": ("Schedule",),
 }

@@ -10,6 +10,7 @@ __all__ = [
     "BudgetError",
     "BudgetSyntaxError",
     "CaptureError",
+    "CheckpointError",
     "EmitError",
     "GraphoptError",
     "InputsError",
@@ -81,6 +82,12 @@ class CaptureError(GraphoptError):
     """A model that could not be captured (raised with ``on_error="raise"`` only)."""
 
     code = "capture"
+
+
+class CheckpointError(GraphoptError, ValueError):
+    """A file of weights that cannot be read, or that does not fit the model."""
+
+    code = "checkpoint"
 
 
 class HostMemoryError(GraphoptError):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 
 import torch
 
@@ -15,6 +16,7 @@ from graphopt_kernels.quantized import group_products, groups_triton
 from graphopt_kernels.quantized.group_launch import GroupLaunch, check_launch
 from graphopt_kernels.quantized.group_products import GroupWeight
 from graphopt_kernels.quantized.int4 import Int4, int4_weight
+from graphopt_kernels.quantized.int4_offset import Int4Offset
 from graphopt_kernels.quantized.lowbits import Int2, Int3, low_weight
 from graphopt_kernels.quantized.nf4 import Nf4, nf4_weight
 
@@ -37,6 +39,8 @@ CASES = [
     (2, 16, 384, Int4(group=64), SLICES, False),
     (17, 32, 96, Int4(group=32), TILES, True),
     (9, 32, 128, Nf4(double=True), TILES, True),
+    (3, 17, 384, Int4Offset(), SLICES._replace(parts=2), True),
+    (5, 32, 160, Int4Offset(group=32), TILES, False),
 ]
 LOW = [
     (3, 17, 1024, Int2(group=128, outliers=0.25), SLICES, True),
@@ -53,10 +57,17 @@ LOW = [
 ]
 
 
-def weight_of(scheme: Scheme, exact: torch.Tensor) -> GroupWeight:
+def weight_of(scheme: Scheme, exact: torch.Tensor, narrow: bool = False) -> GroupWeight:
+    """``narrow``: with scales that float16 holds and bfloat16 does not."""
     packed = scheme.pack(exact, {})
-    if isinstance(scheme, Int4):
-        return int4_weight(packed["codes"], packed["words"], scheme.group)
+    if narrow and isinstance(scheme, Int4 | Int2 | Int3) and not packed.get("extra", exact[:0]).numel():
+        scales = (packed["words"] & -256).view(torch.float32)
+        scales = (scales * (1 + torch.rand_like(scales) / 128)).half().float()
+        assert ((scales.view(torch.int32) & 65535) != 0).any()
+        packed["words"] = scales.view(torch.int32) | (packed["words"] & 127)
+    if isinstance(scheme, Int4 | Int4Offset):
+        weight = int4_weight(packed["codes"], packed["words"], scheme.group)
+        return replace(weight, offsets=packed.get("offsets"))
     if isinstance(scheme, Int2 | Int3):
         return low_weight(
             packed["codes"], packed.get("thirds"), packed["words"], packed["extra"], scheme.group
@@ -77,7 +88,7 @@ def main(bits: str) -> None:
     errors = {}
     for number, (rows, n, k, scheme, launch, biased) in enumerate(LOW if bits == "low" else CASES):
         torch.manual_seed(number)
-        weight = weight_of(scheme, torch.randn(n, k) / k**0.5)
+        weight = weight_of(scheme, torch.randn(n, k) / k**0.5, narrow=bits == "low" or number % 2 == 1)
         assert check_launch(weight.problem(rows, FP16), launch) is None, (scheme, launch)
         # Every other element of longer rows: x need not be contiguous.
         x, bias = torch.randn(rows, 2 * k)[:, ::2].half(), torch.randn(n).half()
@@ -87,13 +98,16 @@ def main(bits: str) -> None:
         assert result.dtype is FP16 and result.shape == exact.shape
         errors[f"{number}: {scheme} {launch.kind}"] = float((result.double() - exact).norm() / exact.norm())
     unpacked = {}
-    four: tuple[Scheme, ...] = Int4(), Int4(group=64), Int4(group=32), Nf4(), Nf4(double=True)
+    four: tuple[Scheme, ...] = (
+        Int4(), Int4(group=64), Int4(group=32), Nf4(), Nf4(double=True), Int4Offset(group=32),
+    )  # fmt: skip
     low: tuple[Scheme, ...] = (
         Int2(outliers=0.5), Int2(group=32), Int3(outliers=0.5), Int3(group=32, outliers=0.5),
+        Int2(outliers=0.0), Int3(group=32, outliers=0.0),
     )  # fmt: skip
     for scheme in low if bits == "low" else four:
         k = 96 if not isinstance(scheme, Nf4) and scheme.group == 32 else 128 if scheme not in low else 512
-        weight, factors = weight_of(scheme, torch.randn(7, k)), torch.rand(k)
+        weight, factors = weight_of(scheme, torch.randn(7, k), narrow=True), torch.rand(k)
         for given in (None, factors):
             found = group_products.launch_unpack(groups_triton, weight, given, torch.empty(7, k))
             expected = group_products.unpacked_reference(weight, given, FP32)

@@ -13,10 +13,19 @@ from graphopt.plugins import default_host
 from graphopt_cost_model.flops import flops
 from graphopt_cost_model.roofline import RooflineCostModel
 from graphopt_cost_model.traffic import traffic
-from graphopt_kernels.quantized import dynamic, exponents, int4, lowbits, nf4, outliers
+from graphopt_kernels.quantized import (
+    dynamic,
+    exponents,
+    int4,
+    int4_offset,
+    int4_ordered,
+    lowbits,
+    nf4,
+    outliers,
+)
 from tests.cost_graphs import call_node
 
-REGISTERED = (dynamic, exponents, int4, lowbits, nf4, outliers)
+REGISTERED = (dynamic, exponents, int4, int4_offset, int4_ordered, lowbits, nf4, outliers)
 assert all(module.__all__ for module in REGISTERED), "importing registers the operators"
 ops = torch.ops.graphopt
 N, K = 14336, 4096
@@ -133,7 +142,9 @@ def test_memory_beside_the_output_on_a_gpu(kind: str, rows: int, expected: int) 
     assert scratch_bytes(getattr(ops, f"linear_{kind}").default, (Gpu(x), *rest)) == expected
 
 
-GROUPED = {"int4": 128, "int4_awq": 64, "nf4": 64, "int3": 64, "int2": 64}
+GROUPED = {
+    "int4": 128, "int4_awq": 64, "int4_ordered": 64, "int4_offset": 128, "nf4": 64, "int3": 64, "int2": 64,
+}  # fmt: skip
 SLOTS = 4
 """Of rows of fewer bits: blocks with four, each with 32 bytes more."""
 
@@ -151,6 +162,8 @@ def grouped(rows: int, kind: str) -> tuple[Any, ...]:
     group = () if kind == "nf4" else (GROUPED[kind],)
     packed = {
         "int4": (plane(K // 2), words), "int4_awq": (plane(K // 2), words, tensor(K)),
+        "int4_ordered": (plane(K // 2), words, tensor(K, dtype=torch.int32)),
+        "int4_offset": (plane(K // 2), words, tensor(N, K // 128)),
         "nf4": (plane(K // 2), words, tensor(N, 0)), "int2": (plane(K // 4), words, plane(32 * SLOTS)),
         "int3": (plane(K // 4), plane(K // 8), words, plane(32 * SLOTS)),
     }[kind]  # fmt: skip
@@ -159,7 +172,7 @@ def grouped(rows: int, kind: str) -> tuple[Any, ...]:
 
 def grouped_bytes(kind: str) -> int:
     codes = {"int3": N * (K * 3 // 8 + 32 * SLOTS), "int2": N * (K // 4 + 32 * SLOTS)}
-    return codes.get(kind, N * K // 2) + 4 * N * K // GROUPED[kind]
+    return codes.get(kind, N * K // 2) + (8 if kind == "int4_offset" else 4) * N * K // GROUPED[kind]
 
 
 def grouped_product(rows: int, kind: str) -> fx.Node:
@@ -173,13 +186,17 @@ def test_few_rows_of_four_bits_are_faster_than_dense_by_the_bytes(kind: str) -> 
     packed = grouped_bytes(kind)
     for rows in (1, 8, 16):
         node = grouped_product(rows, kind)
-        assert flops(node) == 2 * rows * N * K
+        beside = 2 * rows * N * K // 128 if kind == "int4_offset" else 0
+        assert flops(node) == 2 * rows * N * K + beside
         moved = traffic(node)
-        assert packed < moved.read < 1.03 * packed and moved.written < 1.02 * rows * (N + K) * 2
-        launches = 2 if kind == "int4_awq" else 1
+        wide = 6 if kind == "int4_offset" else 1
+        assert packed < moved.read < (1.02 + 0.01 * wide) * packed
+        assert moved.written < 1.02 * wide * rows * (N + K) * 2
+        launches = {"int4_awq": 2, "int4_ordered": 2, "int4_offset": 4}.get(kind, 1)
         ratio = (seconds(dense(rows)) - launch) / (seconds(node) - launches * launch)
-        # Looking levels up takes more instructions than memory leaves time for, and the fewer the bytes.
-        least = {"nf4": 0.65, "int2": 0.6}.get(kind, 0.9)
+        # Looking levels up takes more instructions than memory leaves time for, and the fewer the bytes;
+        # offsets take more kernels.
+        least = {"nf4": 0.65, "int2": 0.6, "int4_offset": 0.85}.get(kind, 0.9)
         assert least * 2 * N * K / packed < ratio < 1.01 * 2 * N * K / packed, (kind, rows, ratio)
 
 
@@ -207,6 +224,9 @@ def test_unpacking_four_bits_reads_codes_and_words() -> None:
         ("int2", 16, 3 * 4 * 16 * N),
         ("int3", 512, 64 * 2**20),
         ("int4_awq", 512, 512 * K * 2 + 64 * 2**20),
+        ("int4_ordered", 512, 512 * K * 2 + 64 * 2**20),
+        ("int4_offset", 512, 2 * 4 * 512 * N + 4 * 512 * K // 32 + 64 * 2**20),
+        ("int4_offset", 16, 3 * 4 * 16 * N + 2 * 4 * 16 * N + 4 * 16 * K // 32),
     ],
 )
 def test_memory_beside_the_output_of_four_bits_on_a_gpu(kind: str, rows: int, expected: int) -> None:

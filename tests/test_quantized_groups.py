@@ -31,6 +31,8 @@ from graphopt_kernels.quantized.group_launch import (
 from graphopt_kernels.quantized.group_products import NF4_LEVELS
 from graphopt_kernels.quantized.group_rounding import half_quadratic, nearest
 from graphopt_kernels.quantized.int4 import Int4, Int4Awq
+from graphopt_kernels.quantized.int4_offset import Int4Offset
+from graphopt_kernels.quantized.int4_ordered import Int4Ordered
 from graphopt_kernels.quantized.lowbits import Int2, Int3
 from graphopt_kernels.quantized.nf4 import Nf4
 from graphopt_kernels.quantized.nibbles import pack_nibbles, unpack_nibbles
@@ -41,11 +43,11 @@ H200 = 132
 LLAMA = ((4096, 4096), (14336, 4096), (4096, 14336), (6144, 4096), (128256, 4096))
 DATA_FREE = (
     Int4(), Int4(group=64), Int4(group=32), Int4(symmetric=True), Int4(method="hqq"), Nf4(), Nf4(double=True),
-    Int2(outliers=0.5), Int3(group=32, outliers=1.0),
+    Int2(outliers=0.5), Int3(group=32, outliers=1.0), Int4Offset(), Int4Offset(group=32),
 )  # fmt: skip
 SCHEMES: tuple[Scheme, ...] = (
     *DATA_FREE, Int4(method="gptq"), Int4Awq(group=32), Int2(group=32, method="gptq"),
-    Int3(group=128, symmetric=True, outliers=0.0),
+    Int3(group=128, symmetric=True, outliers=0.0), Int4Ordered(), Int4Ordered(group=32, symmetric=True),
 )  # fmt: skip
 
 
@@ -271,14 +273,15 @@ def test_the_other_kernels_compile(kind: str) -> None:
     problem = problem_of(kind, 1)
     types = {
         "codes_ptr": "*u8", "thirds_ptr": "*u8", "extra_ptr": "*u8", "words_ptr": "*i32",
-        "ranges_ptr": "*fp32", "factors_ptr": "*fp32",
+        "ranges_ptr": "*fp32", "factors_ptr": "*fp32", "offsets_ptr": "*fp32",
         "out_ptr": "*bf16", "bias_ptr": "*bf16", "partial_ptr": "*fp32",
         **dict.fromkeys(("N", "K", "GROUPS", "RANGES", "SLOTS", "count"), "i32"),
     }  # fmt: skip
     constants = {
-        "FACTORED": not problem.levels, "FAST": True, "BITS": problem.bits, "OUTLIERS": problem.slots > 0,
-        "LEVELS": problem.levels, "DOUBLE": problem.double, "GROUP": problem.group,
-        "HALF": problem.half, "BLOCK_N": 4, "WIDE": 8, "BIASED": True, "PARTS": 4, "BLOCK": 512,
+        "FACTORED": not problem.levels, "OFFSET": not problem.levels, "FAST": True, "BITS": problem.bits,
+        "OUTLIERS": problem.slots > 0, "LEVELS": problem.levels, "DOUBLE": problem.double,
+        "GROUP": problem.group, "HALF": problem.half, "BLOCK_N": 4, "WIDE": 8, "BIASED": True, "PARTS": 4,
+        "BLOCK": 512,
     }  # fmt: skip
     for kernel in (kernels.unpack_kernel, kernels.sum_kernel):
         code = compile_function_for_sm90(kernel, types, constants, warps=4, aligned=types)
@@ -351,6 +354,51 @@ def test_feedback_and_factors_help_where_inputs_are_correlated(group: Any, symme
     plain = error_of(Int4(group=group, symmetric=symmetric), weight, moment, x)
     assert error_of(Int4(group=group, symmetric=symmetric, method="gptq"), weight, moment, x) < 0.7 * plain
     assert error_of(Int4Awq(group=group, symmetric=symmetric), weight, moment, x) < plain
+    assert error_of(Int4Ordered(group=group, symmetric=symmetric), weight, moment, x) < 0.7 * plain
+
+
+def test_the_order_of_inputs_helps_where_few_of_them_are_large() -> None:
+    torch.manual_seed(3)
+    weight = torch.randn(48, 256) / 16
+    x = torch.randn(1000, 256) @ (torch.randn(256, 256) / 16 + 0.3 * torch.eye(256))
+    x *= torch.linspace(-3, 3, 256).exp()
+    moment = x.t() @ x / 1000
+    plain = error_of(Int4(method="gptq"), weight, moment, x)
+    assert error_of(Int4Ordered(), weight, moment, x) < 0.8 * plain
+    order = Int4Ordered().pack(weight, {"gram": moment})["order"]
+    assert torch.equal(order.sort().values, torch.arange(256, dtype=torch.int32))
+    assert (moment.diagonal()[order[:-1].long()] >= moment.diagonal()[order[1:].long()]).all()
+
+
+def test_offsets_keep_groups_that_are_far_from_zero() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(16, 256) / 20 + 3
+    moment = torch.eye(256)
+    assert error_of(Int4Offset(), weight, moment) < 0.1 * error_of(Int4(), weight, moment)
+    flat = torch.tensor([[0.3] * 128 + [-7.0] * 128])
+    packed = Int4Offset().pack(flat, {})
+    assert torch.equal(Int4Offset().unpack(packed, 1, 256, FP32), flat)
+
+
+def test_scales_of_others_are_kept_as_they_are() -> None:
+    torch.manual_seed(0)
+    codes = torch.randint(0, 16, (7, 128), dtype=torch.uint8)
+    zeros = torch.randint(0, 128, (7, 2)) / 8
+    for scales in (
+        (torch.rand(7, 2) * 1e-3).half(), torch.rand(7, 2).bfloat16() + 1, torch.full((7, 2), 6e-8).half(),
+        torch.full((7, 2), 65504.0).half(), -torch.rand(7, 2).half(),
+    ):  # fmt: skip
+        packed = Int4(group=64).exact(codes, scales, zeros)
+        assert isinstance(packed, dict)
+        expected = (codes - zeros.repeat_interleave(64, 1)) * scales.float().repeat_interleave(64, 1)
+        assert torch.equal(Int4(group=64).unpack(packed, 7, 128, FP32), expected)
+    for scales, zero, reason in (
+        (torch.rand(7, 2), 8.0, "int4 keeps scales of 16 bits of mantissa, its scales have more"),
+        (torch.full((7, 2), float("inf")), 8.0, "its scales are not finite"),
+        (torch.ones(7, 2), 16.0, "int4 keeps zeros from 0 to 15.875 in steps of 1/8, its zeros are others"),
+        (torch.ones(7, 2), 0.1, "int4 keeps zeros from 0 to 15.875 in steps of 1/8, its zeros are others"),
+    ):
+        assert str(Int4(group=64).exact(codes, scales, torch.full((7, 2), zero))) == reason
 
 
 def test_feedback_without_correlation_is_rounding_to_the_nearest() -> None:

@@ -27,7 +27,7 @@ __all__ = [
 WEIGHT_ONLY = ("int8", "fp8", "lossless12")
 DYNAMIC = ("int8_dynamic", "fp8_dynamic")
 OUTLIERS = ("llm_int8",)
-GROUPED = ("int4", "int4_awq", "nf4", "int3", "int2")
+GROUPED = ("int4", "int4_awq", "int4_ordered", "int4_offset", "nf4", "int3", "int2")
 
 _FEW = 128
 """Rows up to which one kernel unpacks the weight as it multiplies."""
@@ -40,7 +40,10 @@ _SLOTS_A_ROW = 0.06
 _FEW_GROUPED = 64
 """The same for weights in groups."""
 
-_SLOTS_GROUPED = {"int4": 2.6, "int4_awq": 2.6, "nf4": 4.7, "int3": 2.8, "int2": 2.9}
+_SLOTS_GROUPED = {
+    "int4": 2.6, "int4_awq": 2.6, "int4_ordered": 2.6, "int4_offset": 2.6, "nf4": 4.7,
+    "int3": 2.8, "int2": 2.9,
+}  # fmt: skip
 """Instructions for a weight of four bits or fewer."""
 
 
@@ -68,14 +71,27 @@ def grouped_phases(call: Call, scheme: str) -> tuple[Phase, ...]:
     read, written = _read(call), call.outputs[0].stored_bytes
     elements = max(x.elements, call.outputs[0].elements)
     before: tuple[Phase, ...] = ()
-    if scheme == "int4_awq":
-        # x times its factors is a kernel of its own.
-        factors = call.argument("factors").stored_bytes
-        before = (Phase(0, x.elements, x.stored_bytes + factors, x.stored_bytes, "float32"),)
-        read -= factors
+    after: tuple[Phase, ...] = ()
+    if scheme in ("int4_awq", "int4_ordered"):
+        # x times its factors, or in its order, is a kernel of its own.
+        beside = call.argument("factors" if scheme == "int4_awq" else "order").stored_bytes
+        before = (Phase(0, x.elements, x.stored_bytes + beside, x.stored_bytes, "float32"),)
+        read -= beside
+    if scheme == "int4_offset":
+        offsets, wide = call.argument("offsets").stored_bytes, 4 * call.outputs[0].elements
+        groups = offsets // max(1, 4 * columns)
+        if rows <= _FEW_GROUPED:
+            before = (Phase(0, x.elements, x.stored_bytes, 4 * rows * groups, "float32"),)
+            # Sums times offsets, added to the other product; the result rounded.
+            sums = 4 * rows * groups + offsets + wide
+            after = (
+                Phase(2 * rows * columns * groups, elements, sums, wide, "float32"),
+                Phase(0, elements, wide, written, "float32"),
+            )
+            read, written = read - offsets, wide
     if rows <= _FEW_GROUPED:
         slots = round(weights * (_SLOTS_GROUPED[scheme] + _SLOTS_A_ROW * rows))
-        return (*before, Phase(flops, max(slots, elements), read, written, dtype))
+        return (*before, Phase(flops, max(slots, elements), read, written, dtype), *after)
     # All that is read beside x and the bias is of the weight.
     bias = call.argument("bias")
     packed = read - x.stored_bytes - (bias.stored_bytes if bias else 0)

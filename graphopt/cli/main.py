@@ -38,6 +38,7 @@ _CORE = {
         _core("passes", "List passes, or show one with its options."),
         _core("plugins", "List plugins and what is wrong with them."),
         _core("quality", "Compare predictions of TARGET before and after its weights are packed."),
+        _core("weights", "List the packed weights of a checkpoint."),
         _core("pareto", "Show peak bytes against time of TARGET."),
     )
 }

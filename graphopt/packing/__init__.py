@@ -2,9 +2,9 @@
 
 from graphopt.packing.convert import PackedWeight, converted, pack_weights, packed_weights
 from graphopt.packing.low_rank import LowRank, low_rank_correction
-from graphopt.packing.scheme import Scheme, scheme_text
+from graphopt.packing.scheme import Layout, Scheme, scheme_text
 
 __all__ = [
-    "LowRank", "PackedWeight", "Scheme", "converted", "low_rank_correction", "pack_weights", "packed_weights",
-    "scheme_text",
+    "Layout", "LowRank", "PackedWeight", "Scheme", "converted", "low_rank_correction", "pack_weights",
+    "packed_weights", "scheme_text",
 ]  # fmt: skip

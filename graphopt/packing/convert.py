@@ -19,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -81,27 +82,61 @@ def tensor_of(matrix: torch.Tensor, shape: Sequence[int], orientation: Orientati
 class PackedWeight(nn.Module):
     """A parametrization without a dense tensor: buffers with the packed tensors, and how to read them.
 
-    ``shape`` and ``dtype`` are those of the parameter that it stands for.
+    ``shape`` and ``dtype`` are those of the parameter that it stands for. Made by ``packing`` a weight, or of
+    packed tensors by ``holding`` them.
     """
 
     def __init__(
         self,
         scheme: Scheme,
-        weight: torch.Tensor,
+        shape: Sequence[int],
+        dtype: torch.dtype,
         orientation: Orientation,
         statistics: Mapping[str, torch.Tensor],
     ) -> None:
         super().__init__()
         self.scheme, self.orientation = scheme, orientation
-        self.shape, self.dtype = tuple(weight.shape), weight.dtype
+        self.shape, self.dtype = tuple(shape), dtype
         self.statistics = dict(statistics)
         self.names: tuple[str, ...] = ()
         self._installed = False
-        matrix = self._matrix(weight)
-        self.n, self.k = matrix.shape
-        self._pack(matrix)
+        self.n, self.k = matrix_shape(self.shape, orientation)
+
+    @classmethod
+    def packing(
+        cls,
+        scheme: Scheme,
+        weight: torch.Tensor,
+        orientation: Orientation,
+        statistics: Mapping[str, torch.Tensor],
+    ) -> PackedWeight:
+        """``weight``, packed. Raises ``QuantizationError`` where the scheme does not take it."""
+        made = cls(scheme, weight.shape, weight.dtype, orientation, statistics)
+        made._pack(made._matrix(weight))
         # Those of pairs of inputs are as large as the weight: one that is assigned later does without.
-        self.statistics = {name: value for name, value in self.statistics.items() if value.dim() < 2}
+        made.statistics = {name: value for name, value in made.statistics.items() if value.dim() < 2}
+        return made
+
+    @classmethod
+    def holding(
+        cls,
+        scheme: Scheme,
+        packed: Mapping[str, torch.Tensor],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        orientation: Orientation,
+        statistics: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> PackedWeight:
+        """The weight of ``shape`` and ``dtype`` that ``packed`` tensors stand for, which are kept as they
+        are. Raises ``QuantizationError`` where the scheme has no such weights or tensors."""
+        made = cls(scheme, shape, dtype, orientation, statistics)
+        device = next(iter(packed.values())).device if packed else torch.device("cpu")
+        reason = scheme.refuses(made.n, made.k, dtype, device)
+        reason = reason or scheme.refuses_packed(packed, made.n, made.k, dtype)
+        if reason is not None:
+            raise QuantizationError(f"no weight {made.shape} is packed so as {scheme_text(scheme)}: {reason}")
+        made._keep(packed)
+        return made
 
     def forward(self, placeholder: torch.Tensor) -> torch.Tensor:
         """The weight; ``placeholder`` is an empty tensor that torch keeps for it."""
@@ -139,6 +174,9 @@ class PackedWeight(nn.Module):
             raise QuantizationError(f"cannot pack a weight as {scheme_text(self.scheme)}: {reason}")
         with torch.no_grad():
             packed = self.scheme.pack(matrix, self.statistics)
+        self._keep(packed)
+
+    def _keep(self, packed: Mapping[str, torch.Tensor]) -> None:
         for name, tensor in packed.items():
             there = self._buffers.get(name)
             if there is not None and there.shape == tensor.shape and there.dtype is tensor.dtype:
@@ -178,7 +216,7 @@ def pack_weights(
         scheme, orientation = schemes[place.fqn]
         found = (statistics or {}).get(place.fqn, {})
         try:
-            packed = PackedWeight(scheme, place.parameter, orientation, found)
+            packed = PackedWeight.packing(scheme, place.parameter, orientation, found)
         except QuantizationError as error:
             raise QuantizationError(f"{place.fqn}: {error.message}", hint=error.hint) from None
         place.parameter.requires_grad_(False)
@@ -187,8 +225,8 @@ def pack_weights(
 
 
 def install_packed(model: nn.Module, packed: Mapping[str, PackedWeight]) -> None:
-    """Put weights that are packed already in the place of the parameters that they were packed from, which
-    are freed. Raises as ``pack_weights`` does for names."""
+    """Put weights that are packed already in the place of the parameters that they stand for, which are
+    freed. Raises as ``pack_weights`` does for names."""
     for place in _places(model, packed):
         place.parameter.requires_grad_(False)
         place.parameter.grad = None
@@ -197,7 +235,11 @@ def install_packed(model: nn.Module, packed: Mapping[str, PackedWeight]) -> None
 
 def _install(place: _Place, packed: PackedWeight) -> None:
     packed._installed = False
+    # An empty tensor stays where the parameter was: on the device of the packed ones, not on meta.
+    empty = torch.empty(0, dtype=packed.dtype, device=next(packed.buffers()).device)
     for _, owner, name in place.owners:
+        if place.parameter.is_meta:
+            setattr(owner, name, nn.Parameter(empty, requires_grad=False))
         parametrize.register_parametrization(owner, name, packed, unsafe=True)
         owner.register_state_dict_post_hook(_Saved(name))  # type: ignore[no-untyped-call]
         owner.register_load_state_dict_pre_hook(_Loaded(name))  # type: ignore[no-untyped-call]

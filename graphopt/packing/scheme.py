@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any, ClassVar, get_type_hints
 
 import torch
 
+from graphopt import _torch
 from graphopt.candidate import Reason
 from graphopt.errors import QuantizationError, UnknownNameError
 from graphopt.options import OptionError, format_value, typed_value
 
-__all__ = ["Scheme", "reason_of_weight", "scheme_text"]
+__all__ = ["Layout", "Scheme", "packed_names", "reason_of_weight", "scheme_text"]
+
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+"""dtype and shape of tensors by name."""
 
 
 class Scheme:
@@ -65,10 +70,49 @@ class Scheme:
         """What the operators take besides tensors: numbers, texts."""
         return ()
 
+    def layout(self, n: int, k: int, dtype: torch.dtype) -> Layout | None:
+        """dtype and shape of every packed tensor of a weight [``n``, ``k``] of ``dtype``, in the order of
+        ``pack``: exactly, or with the largest sizes where not ``exact_bytes``. ``None``: the scheme does not
+        say, and packed tensors that come from files are checked by their bytes alone."""
+        return None
+
     def stored_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
         """Bytes of the packed tensors of a weight [``n``, ``k``] of ``dtype``: exactly, or at most where not
         ``exact_bytes``."""
-        raise NotImplementedError(f"{type(self).__name__} does not define stored_bytes()")
+        layout = self.layout(n, k, dtype)
+        if layout is None:
+            raise NotImplementedError(f"{type(self).__name__} defines neither layout() nor stored_bytes()")
+        return sum(kind.itemsize * math.prod(shape) for kind, shape in layout.values())
+
+    def refuses_packed(
+        self, packed: Mapping[str, torch.Tensor], n: int, k: int, dtype: torch.dtype
+    ) -> Reason | None:
+        """``None``, or why ``packed`` stands for no weight [``n``, ``k``] of ``dtype``: names, dtypes,
+        shapes, numbers. Asked of tensors that ``pack`` did not make, such as those of a file. Subclasses add
+        what else could be wrong: indices that are out of range, scales that are hidden in other numbers."""
+        names = packed_names(self)
+        if tuple(packed) != names:
+            return Reason(f"its tensors are {', '.join(packed) or 'none'}: expected {', '.join(names)}")
+        for name, (kind, shape) in (self.layout(n, k, dtype) or {}).items():
+            tensor = packed[name]
+            fits = tensor.dim() == len(shape) and all(
+                size == most if self.exact_bytes else size <= most
+                for size, most in zip(tensor.shape, shape, strict=True)
+            )
+            if tensor.dtype is not kind or not fits:
+                most = "" if self.exact_bytes else "at most "
+                return Reason(
+                    f"its {name} are {tensor.dtype} {tuple(tensor.shape)}: expected {most}{kind} {shape}"
+                )
+        stored, expected = sum(tensor.nbytes for tensor in packed.values()), self.stored_bytes(n, k, dtype)
+        if stored > expected or (self.exact_bytes and stored != expected):
+            return Reason(f"its tensors take {stored} bytes: expected {expected}")
+        for name, tensor in packed.items():
+            # Numbers of eight bits have no infinity, and not every device asks them whether they are one.
+            wide = tensor.float() if tensor.dtype.itemsize == 1 else tensor
+            if tensor.is_floating_point() and not bool(torch.isfinite(wide).all()):
+                return Reason(f"its {name} are not finite")
+        return None
 
     def unpack(self, packed: Mapping[str, torch.Tensor], n: int, k: int, dtype: torch.dtype) -> torch.Tensor:
         """The weight [N, K] that ``packed`` stands for."""
@@ -108,6 +152,12 @@ def scheme_text(scheme: Scheme) -> str:
     values = [(f.name, getattr(scheme, f.name), f.default) for f in fields(scheme)]  # type: ignore[arg-type]
     options = [f"{name}={format_value(value)}" for name, value, default in values if value != default]
     return scheme.name + (f"{{{','.join(options)}}}" if options else "")
+
+
+def packed_names(scheme: Scheme) -> tuple[str, ...]:
+    """The names of packed tensors, in the order of the operators."""
+    arguments = _torch.schema_of(operator_named(scheme.unpack_op)).arguments
+    return tuple(argument.name for argument in arguments if str(argument.type) == "Tensor")
 
 
 def operator_named(name: str) -> Any:

@@ -35,6 +35,7 @@ from graphopt.plugins.records import (
 if TYPE_CHECKING:
     from graphopt.device import DeviceSpec
     from graphopt.packing import Scheme
+    from graphopt.packing.formats import WeightFormat
     from graphopt.passes import Pass, PassContext
     from graphopt.program import Program
     from graphopt.report import PassRecord
@@ -71,6 +72,10 @@ class HookSpecs:
     @_hookspec
     def graphopt_schemes(self) -> Iterable[type[Scheme] | str]:  # type: ignore[empty-body]
         """Ways to keep a weight in fewer bytes: classes, or ``"package.module:Class"``."""
+
+    @_hookspec
+    def graphopt_weight_formats(self) -> Iterable[type[WeightFormat] | str]:  # type: ignore[empty-body]
+        """Ways in which checkpoints hold packed weights: classes, or ``"package.module:Class"``."""
 
     @_hookspec
     def graphopt_scorers(self) -> Iterable[ScorerSpec]:  # type: ignore[empty-body]

@@ -26,11 +26,18 @@ from graphopt.plugins.records import (
     ScorerSpec,
     TunableSpec,
 )
-from graphopt.plugins.returned import read_passes, read_pipelines, read_records, read_schemes
+from graphopt.plugins.returned import (
+    read_passes,
+    read_pipelines,
+    read_records,
+    read_schemes,
+    read_weight_formats,
+)
 
 if TYPE_CHECKING:
     from graphopt.device import DeviceSpec
     from graphopt.packing import Scheme
+    from graphopt.packing.formats import WeightFormat
     from graphopt.passes import Pass, PassContext
     from graphopt.program import Program
     from graphopt.report import PassRecord
@@ -43,6 +50,7 @@ _FACADE = {
     "graphopt_kernels": "kernels",
     "graphopt_codecs": "codecs",
     "graphopt_schemes": "schemes",
+    "graphopt_weight_formats": "weight_formats",
     "graphopt_scorers": "scorers",
     "graphopt_tunables": "tunables",
     "graphopt_pipelines": "pipelines",
@@ -98,6 +106,10 @@ class PluginHost:
     def schemes(self) -> Mapping[str, type[Scheme]]:
         """Classes of ways to keep weights, by name."""
         return self._values("graphopt_schemes", read_schemes, "scheme")
+
+    def weight_formats(self) -> Mapping[str, type[WeightFormat]]:
+        """Classes of ways in which checkpoints hold packed weights, by name."""
+        return self._values("graphopt_weight_formats", read_weight_formats, "weight format")
 
     def scorers(self) -> Mapping[str, ScorerSpec]:
         """Ways to say how much a packed weight is off, by name."""
@@ -164,15 +176,17 @@ class PluginHost:
         Raises ``UnknownNameError`` (scheme, option), ``PipelineError`` for text that cannot be read and
         ``QuantizationError`` for options that the scheme cannot hold.
         """
-        from graphopt.pipeline import parse_items
+        cls, options = self._spelled(text, "scheme", self.schemes())
+        return cls.configured(**options)
 
-        items = parse_items(text, "scheme", "scheme")
-        if len(items) != 1:
-            raise PipelineError(f"expected one scheme, got {text!r}")
-        ((name, options),) = items
-        if name not in self.schemes():
-            raise self._unknown("scheme", name, self.schemes())
-        return self.schemes()[name].configured(**options)
+    def weight_format(self, text: str) -> WeightFormat:
+        """The format that ``"gptq{zeros=v2}"`` spells.
+
+        Raises ``UnknownNameError`` (format, option), ``PipelineError`` for text that cannot be read and
+        ``CheckpointError`` for options that the format cannot hold.
+        """
+        cls, options = self._spelled(text, "weight format", self.weight_formats())
+        return cls.configured(**options)
 
     def scorer(self, name: str) -> ScorerSpec:
         """The scorer of that name; raises ``UnknownNameError``."""
@@ -267,6 +281,17 @@ class PluginHost:
             else:
                 registry.update(new)
         return registry
+
+    def _spelled(self, text: str, kind: str, known: Mapping[str, T]) -> tuple[T, Mapping[str, Any]]:
+        from graphopt.pipeline import parse_items
+
+        items = parse_items(text, kind, kind)
+        if len(items) != 1:
+            raise PipelineError(f"expected one {kind}, got {text!r}")
+        ((name, options),) = items
+        if name not in known:
+            raise self._unknown(kind, name, known)
+        return known[name], options
 
     def _unknown(self, kind: str, name: str, known: Iterable[str]) -> UnknownNameError:
         """The error, with the plugins that could have brought the name and failed."""

@@ -12,9 +12,17 @@ from graphopt.errors import PluginError
 
 if TYPE_CHECKING:
     from graphopt.packing import Scheme
+    from graphopt.packing.formats import WeightFormat
     from graphopt.passes import Pass
 
-__all__ = ["import_named", "read_passes", "read_pipelines", "read_records", "read_schemes"]
+__all__ = [
+    "import_named",
+    "read_passes",
+    "read_pipelines",
+    "read_records",
+    "read_schemes",
+    "read_weight_formats",
+]
 
 T = TypeVar("T")
 
@@ -70,6 +78,22 @@ def read_schemes(returned: object) -> Iterator[tuple[str, type[Scheme]]]:
                 what = f"scheme {cls.__name__} needs a class variable `{attribute}`"
                 raise PluginError(f"{what}, got {value!r}")
         yield cls.name, cls
+
+
+def read_weight_formats(returned: object) -> Iterator[tuple[str, type[WeightFormat]]]:
+    """Classes of formats of packed weights, those given as ``"package.module:Class"`` imported."""
+    from graphopt.packing.formats import WeightFormat
+
+    for item in _iterate(returned, "WeightFormat class"):
+        cls = import_named(item) if isinstance(item, str) else item
+        if not isinstance(cls, type) or not issubclass(cls, WeightFormat):
+            raise PluginError(f"expected subclasses of graphopt.WeightFormat, got {item!r}")
+        if "__dataclass_fields__" not in vars(cls):
+            raise PluginError(f"format {cls.__name__} must be a frozen dataclass: its fields are its options")
+        name = getattr(cls, "name", None)
+        if not isinstance(name, str) or not name:
+            raise PluginError(f"format {cls.__name__} needs a class variable `name`, got {name!r}")
+        yield name, cls
 
 
 def read_pipelines(returned: object) -> Iterator[tuple[str, Traversable]]:

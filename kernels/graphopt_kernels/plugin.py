@@ -25,6 +25,7 @@ __all__ = [
     "graphopt_replacements",
     "graphopt_schemes",
     "graphopt_tunables",
+    "graphopt_weight_formats",
 ]
 
 graphopt_api = 1
@@ -347,9 +348,22 @@ def graphopt_schemes() -> Iterable[str]:
         "graphopt_kernels.quantized.exponents:Lossless12",
         "graphopt_kernels.quantized.int4:Int4",
         "graphopt_kernels.quantized.int4:Int4Awq",
+        "graphopt_kernels.quantized.int4_ordered:Int4Ordered",
+        "graphopt_kernels.quantized.int4_offset:Int4Offset",
         "graphopt_kernels.quantized.nf4:Nf4",
         "graphopt_kernels.quantized.lowbits:Int2",
         "graphopt_kernels.quantized.lowbits:Int3",
+    )
+
+
+@hookimpl
+def graphopt_weight_formats() -> Iterable[str]:
+    """Ways in which others write packed weights into checkpoints."""
+    return (
+        "graphopt_kernels.formats.gptq:Gptq",
+        "graphopt_kernels.formats.awq:Awq",
+        "graphopt_kernels.formats.bitsandbytes:BitsAndBytes",
+        "graphopt_kernels.formats.torchao:TorchAo",
     )
 
 

@@ -27,7 +27,7 @@ from typing import ClassVar
 import torch
 
 from graphopt.candidate import Reason
-from graphopt.packing import Scheme
+from graphopt.packing import Layout, Scheme
 from graphopt_kernels.quantized.byte_products import product, unpacked
 from graphopt_kernels.quantized.fp8 import rounded_to_fp8
 from graphopt_kernels.quantized.int8 import rounded_to_int8
@@ -100,9 +100,10 @@ for _name in ("int8_dynamic", "fp8_dynamic"):
 
 
 class _Dynamic(Scheme):
-    """``smooth`` is a field of each subclass."""
+    """``smooth`` is a field of each subclass; ``codes`` is the dtype of them."""
 
     smooth: float
+    codes: ClassVar[torch.dtype]
 
     def refuses(self, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Reason | None:
         if dtype not in _DTYPES:
@@ -128,8 +129,9 @@ class _Dynamic(Scheme):
         codes, scales = rounded(exact)
         return {"codes": codes, "scales": scales, "factors": factors}
 
-    def stored_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
-        return n * k + 4 * n + (4 * k if self.smooth else 0)
+    def layout(self, n: int, k: int, dtype: torch.dtype) -> Layout:
+        factors = torch.float32, (k if self.smooth else 0,)
+        return {"codes": (self.codes, (n, k)), "scales": (torch.float32, (n,)), "factors": factors}
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ class Int8Dynamic(_Dynamic):
     summary: ClassVar[str] = "8 bits a weight and an input, integer products"
     unpack_op: ClassVar[str] = "graphopt::unpack_int8_dynamic"
     linear_op: ClassVar[str] = "graphopt::linear_int8_dynamic"
+    codes: ClassVar[torch.dtype] = torch.int8
 
     def pack(self, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return self.packed(weight, statistics, rounded_to_int8)
@@ -158,6 +161,7 @@ class Fp8Dynamic(_Dynamic):
     summary: ClassVar[str] = "float8 weights and inputs, products of float8"
     unpack_op: ClassVar[str] = "graphopt::unpack_fp8_dynamic"
     linear_op: ClassVar[str] = "graphopt::linear_fp8_dynamic"
+    codes: ClassVar[torch.dtype] = torch.float8_e4m3fn
 
     def pack(self, weight: torch.Tensor, statistics: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return self.packed(weight, statistics, rounded_to_fp8)

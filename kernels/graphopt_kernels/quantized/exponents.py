@@ -32,7 +32,7 @@ import torch
 
 from graphopt.candidate import Reason
 from graphopt.errors import QuantizationError
-from graphopt.packing import Scheme, scheme_text
+from graphopt.packing import Layout, Scheme, scheme_text
 from graphopt_kernels.quantized.byte_launch import Launch, steps_of
 from graphopt_kernels.quantized.exponent_launch import Exponents, check_launch, launch_for, usual_launch
 from graphopt_kernels.quantized.operators import define_operators
@@ -321,8 +321,25 @@ class Lossless12(Scheme):
             bases[at] = base.to(torch.uint8)
         return {"codes": codes, "pairs": pairs, "bases": bases, "escapes": escapes}
 
-    def stored_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
-        return n * (k + half_of(k) + 1 + 4 * self._room(k))
+    def layout(self, n: int, k: int, dtype: torch.dtype) -> Layout:
+        return {
+            "codes": (torch.uint8, (n, k)),
+            "pairs": (torch.uint8, (n, half_of(k))),
+            "bases": (torch.uint8, (n,)),
+            "escapes": (torch.int32, (n, self._room(k))),
+        }
+
+    def refuses_packed(
+        self, packed: Mapping[str, torch.Tensor], n: int, k: int, dtype: torch.dtype
+    ) -> Reason | None:
+        reason = super().refuses_packed(packed, n, k, dtype)
+        if reason is not None:
+            return reason
+        escapes = packed["escapes"]
+        # -1 fills up a row; the column of any other is in the upper half.
+        if bool(((escapes != -1) & ((escapes >> 16 & 0xFFFF) >= k)).any()):
+            return Reason(f"its escapes name columns that are not below {k}")
+        return None
 
     def _room(self, k: int) -> int:
         return max(1, min(self.room + k // 1024, k // 32))

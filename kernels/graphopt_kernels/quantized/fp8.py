@@ -18,7 +18,7 @@ from typing import ClassVar
 import torch
 
 from graphopt.candidate import Reason
-from graphopt.packing import Scheme
+from graphopt.packing import Layout, Scheme
 from graphopt_kernels.quantized.byte_products import product, unpacked
 from graphopt_kernels.quantized.operators import define_operators
 from graphopt_kernels.quantized.scratch import beside_weight_only
@@ -79,5 +79,5 @@ class Fp8(Scheme):
         codes, scales = rounded_to_fp8(weight.float())
         return {"codes": codes, "scales": scales}
 
-    def stored_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
-        return n * k + 4 * n
+    def layout(self, n: int, k: int, dtype: torch.dtype) -> Layout:
+        return {"codes": (torch.float8_e4m3fn, (n, k)), "scales": (torch.float32, (n,))}

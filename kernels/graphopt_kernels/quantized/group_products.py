@@ -22,6 +22,7 @@ from graphopt_kernels.quantized.group_launch import (
     steps_of,
     usual_launch,
 )
+from graphopt_kernels.quantized.group_rounding import SCALE, SHORT_SCALE
 from graphopt_kernels.quantized.nibbles import unpack_nibbles
 from graphopt_kernels.quantized.planes import Planes, unit_of, unpack_planes
 from graphopt_kernels.tuning.lookup import Choice, rows_class
@@ -64,14 +65,16 @@ class GroupWeight:
     """A weight [N, ``inner``] in four bits or fewer.
 
     ``codes`` uint8[N, blocks * ``half``] as ``nibbles`` says. ``words`` are by
-    row and group of ``group`` neighbours: int32, a bfloat16 scale in the upper half and the zero, in eighths
-    of a code and below 128, in the lower one; the bits of a float32 scale for ``levels``; or, where there
-    are ``ranges`` float32[N, one for 256 groups], codes uint8 of scales, which are their products.
+    row and group of ``group`` neighbours: int32, the zero in the last seven bits, in eighths of a code and
+    below 128, and a scale, float32 without its last eight bits; the bits of a float32 scale for ``levels``;
+    or, where there are ``ranges`` float32[N, one for 256 groups], codes uint8 of scales, which are their
+    products. ``offsets`` float32[N, groups] are added to numbers times scales.
 
     With two or three ``bits`` codes are those of four whose lowest bits are 0, in ``planes`` of ``half``
-    bytes: ``codes`` is the plane of pairs, ``thirds`` that of thirds. Some units of a row have all four
+    bytes: ``codes`` is the plane of pairs, ``thirds`` that of thirds. Some units of a row may have all four
     bits: what is missing is in ``extra`` uint8[N, slots * ``half``], and the word of the first group of such
-    a unit has, from its bit 7 up, the slot's number, counted from 1; others have 0 there.
+    a unit has, from its bit 7 up, the slot's number, counted from 1; others have 0 there. Where there are
+    slots scales are bfloat16.
     """
 
     codes: torch.Tensor
@@ -84,6 +87,7 @@ class GroupWeight:
     bits: int = 4
     thirds: torch.Tensor | None = None
     extra: torch.Tensor | None = None
+    offsets: torch.Tensor | None = None
 
     @property
     def double(self) -> bool:
@@ -94,6 +98,11 @@ class GroupWeight:
         """Units of a row that have four bits though others have fewer."""
         return 0 if self.extra is None else self.extra.shape[1] // self.half
 
+    @property
+    def scale_bits(self) -> int:
+        """Bits of a word that are the scale."""
+        return SHORT_SCALE if self.slots else SCALE
+
     def rows(self, some: slice) -> GroupWeight:
         """Some of the rows."""
         return replace(
@@ -103,6 +112,7 @@ class GroupWeight:
             ranges=self.ranges[some] if self.double else self.ranges,
             thirds=None if self.thirds is None else self.thirds[some],
             extra=None if self.extra is None else self.extra[some],
+            offsets=None if self.offsets is None else self.offsets[some],
         )
 
     def problem(self, rows: int, dtype: torch.dtype) -> GroupProblem:
@@ -151,6 +161,8 @@ def unpacked_reference(weight: GroupWeight, factors: torch.Tensor | None, dtype:
         zeros = (weight.words & 127).float() * 0.125
         wide = codes.float().view(grouped) - zeros[:, :, None]
         wide = wide * _scales(weight)[:, :, None]
+    if weight.offsets is not None:
+        wide = wide + weight.offsets[:, :, None]
     result = wide.reshape(n, weight.inner)
     return (result if factors is None else result * factors.float()).to(dtype)
 
@@ -167,7 +179,9 @@ def launch_product(
             return _dense(x, weight, bias).view(shape)
         rows = x.shape[0]
         problem = weight.problem(rows, x.dtype)
-        result = torch.empty((rows, n), dtype=x.dtype, device=x.device)
+        # Offsets are added before the result is rounded.
+        kind = x.dtype if weight.offsets is None else torch.float32
+        result = torch.empty((rows, n), dtype=kind, device=x.device)
         into = result
         if launch.parts > 1:
             into = torch.empty((launch.parts, rows, n), dtype=torch.float32, device=x.device)
@@ -187,6 +201,9 @@ def launch_product(
             kernels.sum_kernel[(-(-rows * n // 512),)](
                 into, added, result, rows * n, n, BIASED=bias is not None, PARTS=launch.parts, BLOCK=512
             )
+        if weight.offsets is not None:
+            sums = x.view(rows, weight.offsets.shape[1], weight.group).sum(-1, dtype=torch.float32)
+            result = torch.addmm(result, sums, weight.offsets.t()).to(x.dtype)
         return result.view(shape)
 
 
@@ -198,9 +215,10 @@ def launch_unpack(
     problem = weight.problem(1, result.dtype)
     with _on(weight.codes):
         kernels.unpack_kernel[(-(-n // 4), -(-problem.blocks // 8))](
-            *_pointers(weight), weight.ranges if factors is None else factors, result,
-            n, k, weight.words.shape[1], _ranges(weight), weight.slots,
-            FACTORED=factors is not None, BLOCK_N=4, WIDE=8, num_warps=4, **_constants(weight),
+            *_pointers(weight), weight.ranges if factors is None else factors,
+            weight.ranges if weight.offsets is None else weight.offsets, result,
+            n, k, weight.words.shape[1], _ranges(weight), weight.slots, FACTORED=factors is not None,
+            OFFSET=weight.offsets is not None, BLOCK_N=4, WIDE=8, num_warps=4, **_constants(weight),
         )  # fmt: skip
     return result
 
@@ -210,11 +228,13 @@ def _codes(weight: GroupWeight) -> torch.Tensor:
     if weight.bits == 4:
         return unpack_nibbles(weight.codes, weight.half, weight.inner)
     n, unit = weight.codes.shape[0], unit_of(weight.bits, weight.half)
-    slots = weight.words[:, :: unit // weight.group] >> 7 & 511
-    kept = weight.codes.new_zeros((n, 1 + weight.slots, weight.half))
-    if weight.extra is not None:
+    if weight.extra is None or not weight.slots:
+        extra = weight.codes.new_zeros((n, -(-weight.inner // unit), weight.half))
+    else:
+        slots = weight.words[:, :: unit // weight.group] >> 7 & 511
+        kept = weight.codes.new_zeros((n, 1 + weight.slots, weight.half))
         kept[:, 1:] = weight.extra.view(n, weight.slots, weight.half)
-    extra = kept.gather(1, slots.long()[:, :, None].expand(-1, -1, weight.half))
+        extra = kept.gather(1, slots.long()[:, :, None].expand(-1, -1, weight.half))
     return unpack_planes(Planes(weight.codes, weight.thirds, extra), weight.bits, weight.half, weight.inner)
 
 
@@ -249,7 +269,7 @@ def _scales(weight: GroupWeight) -> torch.Tensor:
         return weight.words.float() * ranges
     if weight.levels:
         return weight.words.view(torch.float32)
-    return (weight.words & -65536).view(torch.float32)
+    return (weight.words & weight.scale_bits).view(torch.float32)
 
 
 def _dense(x: torch.Tensor, weight: GroupWeight, bias: torch.Tensor | None) -> torch.Tensor:

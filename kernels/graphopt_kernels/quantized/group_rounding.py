@@ -1,11 +1,11 @@
 """Ways to round a weight to codes of four bits and words of groups (``group_products.GroupWeight``).
 
-A group is ``(code - zero) * scale``. Scales are bfloat16; zeros are multiples of 1/8, below 16. All of these
-take a weight float32[N, K] whose K is a multiple of ``group`` and give ``Codes``. ``tops`` is the highest
-code of groups, [N, K / group] or the same for all: 15; of groups with fewer bits 7 or 3, whose codes are then
-multiplied by 2 or 4 to be codes of four bits too. Where there is more than one of ``shares``, ranges of
-groups are narrowed to those shares of what they are, and of each group the one with the least squared error
-is taken.
+A group is ``(code - zero) * scale``. Scales are rounded to bfloat16; zeros are multiples of 1/8, below 16.
+All of these take a weight float32[N, K] whose K is a multiple of ``group`` and give ``Codes``. ``tops`` is
+the highest code of groups, [N, K / group] or the same for all: 15; of groups with fewer bits 7 or 3, whose
+codes are then multiplied by 2 or 4 to be codes of four bits too. Where there is more than one of ``shares``,
+ranges of groups are narrowed to those shares of what they are, and of each group the one with the least
+squared error is taken.
 
 - ``nearest``: the range of a group and 0 in 15 steps, the zero rounded to a code so that 0 is exact;
   symmetric, its largest number in 7 steps either way, zero 8. Three bits have 7 steps, and 3 either way, two
@@ -27,9 +27,26 @@ from typing import NamedTuple
 
 import torch
 
+from graphopt.candidate import Reason
 from graphopt.errors import QuantizationError
 
-__all__ = ["Codes", "channel_factors", "error_feedback", "half_quadratic", "nearest", "words_of"]
+__all__ = [
+    "SCALE",
+    "SHORT_SCALE",
+    "Codes",
+    "channel_factors",
+    "error_feedback",
+    "half_quadratic",
+    "nearest",
+    "reason_of_words",
+    "words_of",
+]
+
+SCALE = -256
+"""Bits of a word that are the scale: a float32 without its last eight."""
+
+SHORT_SCALE = -65536
+"""The same where words name slots too: a bfloat16."""
 
 _TOP = 15
 _WHOLE = (1.0,)
@@ -55,7 +72,8 @@ class Codes(NamedTuple):
 
 
 def words_of(rounded: Codes) -> torch.Tensor:
-    """int32[N, K / group]: the scale, a bfloat16, in the upper half, eight times the zero in the lower."""
+    """int32[N, K / group]: eight times the zero in the last eight bits, the scale in the others, whose own
+    last eight bits are 0."""
     return rounded.scales.contiguous().view(torch.int32) | (rounded.zeros * 8).to(torch.int32)
 
 
@@ -70,6 +88,16 @@ def nearest(
     wide, tops = _grouped(weight, group), _of_groups(tops)
     scales, zeros = _narrowed(wide, symmetric, tops, shares)
     return _assembled(_rounded(wide, scales, zeros, tops), scales, zeros, tops, weight)
+
+
+def reason_of_words(words: torch.Tensor, scale: int = SCALE) -> Reason | None:
+    """``None``, or why ``words`` are none: scales, the bits ``scale`` of them, that are not finite, zeros
+    that kernels do not take."""
+    if not bool((words & scale).view(torch.float32).isfinite().all()):
+        return Reason("its words hold scales that are not finite")
+    if scale == SCALE and bool((words & 128).any()):
+        return Reason("its words hold zeros of 16 and more")
+    return None
 
 
 def half_quadratic(

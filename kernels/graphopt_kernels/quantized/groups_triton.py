@@ -24,9 +24,9 @@ __all__ = ["slices_kernel", "sum_kernel", "tile_kernel", "unpack_kernel"]
 @triton.jit  # type: ignore[untyped-decorator]
 def _words(  # type: ignore[no-untyped-def]
     words_ptr, ranges_ptr, rows, groups, inside, GROUPS, RANGES,
-    LEVELS: tl.constexpr, DOUBLE: tl.constexpr, EVEN: tl.constexpr,
+    OUTLIERS: tl.constexpr, LEVELS: tl.constexpr, DOUBLE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
-    """Zeros, scales and words of ``groups`` of ``rows``."""
+    """Zeros, scales and words of ``groups`` of ``rows``. Where words name slots scales have fewer bits."""
     if EVEN:
         words = tl.load(words_ptr + rows * GROUPS + groups)
     else:
@@ -37,7 +37,10 @@ def _words(  # type: ignore[no-untyped-def]
     elif LEVELS:
         zeros, scales = words.to(tl.uint8), words.to(tl.float32, bitcast=True)
     else:
-        zeros, scales = (words & 127).to(tl.uint8), (words & -65536).to(tl.float32, bitcast=True)
+        zeros = (words & 127).to(tl.uint8)
+        # As ``group_products.GroupWeight.scale_bits``.
+        SCALE: tl.constexpr = -65536 if OUTLIERS else -256
+        scales = (words & SCALE).to(tl.float32, bitcast=True)
     return zeros, scales, words
 
 
@@ -126,8 +129,9 @@ def slices_kernel(  # type: ignore[no-untyped-def]
         block = step * SLICES + tl.arange(0, SLICES)
         first = block[:, None] * BLOCK // GROUP
         zeros, scales, words = _words(
-            words_ptr, ranges_ptr, real, first, first < GROUPS, GROUPS, RANGES, LEVELS, DOUBLE, EVEN
-        )
+            words_ptr, ranges_ptr, real, first, first < GROUPS,
+            GROUPS, RANGES, OUTLIERS, LEVELS, DOUBLE, EVEN,
+        )  # fmt: skip
         pairs = _pairs(
             codes_ptr, thirds_ptr, extra_ptr, real[:, :, None], block[:, None, None], blocks,
             words[:, :, None], SLOTS, order, (block < blocks)[:, None, None],
@@ -144,8 +148,9 @@ def slices_kernel(  # type: ignore[no-untyped-def]
             group = first + pair * 2 * HALF // GROUP
             if pair and pair * 2 * HALF % GROUP == 0:
                 zeros, scales, _ = _words(
-                    words_ptr, ranges_ptr, real, group, group < GROUPS, GROUPS, RANGES, LEVELS, DOUBLE, EVEN
-                )
+                    words_ptr, ranges_ptr, real, group, group < GROUPS,
+                    GROUPS, RANGES, OUTLIERS, LEVELS, DOUBLE, EVEN,
+                )  # fmt: skip
             low, high = numbers(pairs[pair], zeros[:, :, None], DTYPE, LEVELS, FAST)
             if pair * 2 * HALF % GROUP == 0:  # noqa: SIM108
                 sums = tl.dot(low, x)
@@ -156,7 +161,7 @@ def slices_kernel(  # type: ignore[no-untyped-def]
                 total += sums * scales[:, :, None]
                 zeros, scales, _ = _words(
                     words_ptr, ranges_ptr, real, group + 1, group + 1 < GROUPS,
-                    GROUPS, RANGES, LEVELS, DOUBLE, EVEN,
+                    GROUPS, RANGES, OUTLIERS, LEVELS, DOUBLE, EVEN,
                 )  # fmt: skip
                 low, high = numbers(pairs[pair], zeros[:, :, None], DTYPE, LEVELS, FAST)
                 sums = tl.dot(high, y)
@@ -193,8 +198,9 @@ def tile_kernel(  # type: ignore[no-untyped-def]
     for step in range(part * STEPS, (part + 1) * STEPS):
         first = step * BLOCK // GROUP
         zeros, scales, words = _words(
-            words_ptr, ranges_ptr, real, first, first < GROUPS, GROUPS, RANGES, LEVELS, DOUBLE, EVEN
-        )
+            words_ptr, ranges_ptr, real, first, first < GROUPS,
+            GROUPS, RANGES, OUTLIERS, LEVELS, DOUBLE, EVEN,
+        )  # fmt: skip
         pairs = _pairs(
             codes_ptr, thirds_ptr, extra_ptr, real[:, None], step, blocks, words[:, None], SLOTS, order,
             step < blocks, BITS, OUTLIERS, HALF, FAST, EVEN, "",
@@ -210,8 +216,9 @@ def tile_kernel(  # type: ignore[no-untyped-def]
             group = first + pair * 2 * HALF // GROUP
             if pair and pair * 2 * HALF % GROUP == 0:
                 zeros, scales, _ = _words(
-                    words_ptr, ranges_ptr, real, group, group < GROUPS, GROUPS, RANGES, LEVELS, DOUBLE, EVEN
-                )
+                    words_ptr, ranges_ptr, real, group, group < GROUPS,
+                    GROUPS, RANGES, OUTLIERS, LEVELS, DOUBLE, EVEN,
+                )  # fmt: skip
             low, high = numbers(pairs[pair], zeros[:, None], DTYPE, LEVELS, FAST)
             if pair * 2 * HALF % GROUP == 0:  # noqa: SIM108
                 sums = tl.dot(low, x)
@@ -221,7 +228,7 @@ def tile_kernel(  # type: ignore[no-untyped-def]
                 total += sums * scales[:, None]
                 zeros, scales, _ = _words(
                     words_ptr, ranges_ptr, real, group + 1, group + 1 < GROUPS,
-                    GROUPS, RANGES, LEVELS, DOUBLE, EVEN,
+                    GROUPS, RANGES, OUTLIERS, LEVELS, DOUBLE, EVEN,
                 )  # fmt: skip
                 low, high = numbers(pairs[pair], zeros[:, None], DTYPE, LEVELS, FAST)
                 sums = tl.dot(high, y)
@@ -250,11 +257,11 @@ def sum_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def unpack_kernel(  # type: ignore[no-untyped-def]
-    codes_ptr, thirds_ptr, extra_ptr, words_ptr, ranges_ptr, factors_ptr, out_ptr,
+    codes_ptr, thirds_ptr, extra_ptr, words_ptr, ranges_ptr, factors_ptr, offsets_ptr, out_ptr,
     N, K, GROUPS, RANGES, SLOTS,
-    FACTORED: tl.constexpr, FAST: tl.constexpr, BITS: tl.constexpr, OUTLIERS: tl.constexpr,
-    LEVELS: tl.constexpr, DOUBLE: tl.constexpr, GROUP: tl.constexpr, HALF: tl.constexpr,
-    BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
+    FACTORED: tl.constexpr, OFFSET: tl.constexpr, FAST: tl.constexpr, BITS: tl.constexpr,
+    OUTLIERS: tl.constexpr, LEVELS: tl.constexpr, DOUBLE: tl.constexpr, GROUP: tl.constexpr,
+    HALF: tl.constexpr, BLOCK_N: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """The weight [N, K]: ``WIDE`` blocks of ``BLOCK_N`` rows a program."""
     PAIRS: tl.constexpr = 1 if BITS == 4 else (2 if BITS == 2 else 4)
@@ -268,7 +275,7 @@ def unpack_kernel(  # type: ignore[no-untyped-def]
     first = (block * BLOCK)[None, :] // GROUP
     _, _, words = _words(
         words_ptr, ranges_ptr, rows[:, None], first, here & (first < GROUPS),
-        GROUPS, RANGES, LEVELS, DOUBLE, False,
+        GROUPS, RANGES, OUTLIERS, LEVELS, DOUBLE, False,
     )  # fmt: skip
     pairs = _pairs(
         codes_ptr, thirds_ptr, extra_ptr, rows[:, None, None], block[None, :, None], blocks,
@@ -282,10 +289,15 @@ def unpack_kernel(  # type: ignore[no-untyped-def]
             groups = (block * BLOCK + (pair * 2 + side) * HALF)[None, :] // GROUP
             zeros, scales, _ = _words(
                 words_ptr, ranges_ptr, rows[:, None], groups, here & (groups < GROUPS),
-                GROUPS, RANGES, LEVELS, DOUBLE, False,
+                GROUPS, RANGES, OUTLIERS, LEVELS, DOUBLE, False,
             )  # fmt: skip
             low, high = numbers(pairs[pair], zeros[:, :, None], tl.float32, LEVELS, FAST)
             weight = (high if side else low) * scales[:, :, None]
+            if OFFSET:
+                offsets = tl.load(
+                    offsets_ptr + rows[:, None] * GROUPS + groups, mask=here & (groups < GROUPS), other=0.0
+                )
+                weight += offsets[:, :, None]
             reached = ks + side * HALF < K
             if FACTORED:
                 weight *= tl.load(factors_ptr + ks + side * HALF, mask=reached, other=0.0)[None, :, :]

@@ -2,7 +2,7 @@
 
     codes   uint8[N, K / 2]      two in a byte, in blocks of 128, or of 64 where 128 does not divide K or
                                  group is 32 (``nibbles``); rows filled up to whole blocks
-    words   int32[N, K / group]  the scale, a bfloat16, in the upper half; in the lower one eight times the
+    words   int32[N, K / group]  the scale, a float32 without its last eight bits, which hold eight times the
                                  zero, below 128
     factors float32[K]           int4-awq: what x is multiplied by first
     weight  (code - zero) * scale * factor
@@ -10,6 +10,7 @@
             as they are added to those before, the whole rounded once. Where the weight is unpacked for a
             library's product it is rounded to the dtype of x, as in eager mode.
 
+Scales are rounded to bfloat16 here; those of others are kept as they are, float16 among them.
 ``symmetric`` keeps zeros at 8: the same bytes, for weights that others have rounded so. Ways to round are
 described in ``group_rounding``. ``gptq`` and ``int4-awq`` need ``gram`` among the statistics, the
 mean of products of inputs, float32[K, K].
@@ -25,7 +26,7 @@ import torch
 
 from graphopt.candidate import Reason
 from graphopt.errors import QuantizationError
-from graphopt.packing import Scheme
+from graphopt.packing import Layout, Scheme
 from graphopt_kernels.quantized.group_products import GroupWeight, product, unpacked
 from graphopt_kernels.quantized.group_rounding import (
     Codes,
@@ -33,6 +34,7 @@ from graphopt_kernels.quantized.group_rounding import (
     error_feedback,
     half_quadratic,
     nearest,
+    reason_of_words,
     words_of,
 )
 from graphopt_kernels.quantized.nibbles import pack_nibbles
@@ -40,11 +42,14 @@ from graphopt_kernels.quantized.operators import define_operators
 from graphopt_kernels.quantized.scratch import beside_groups, beside_scaled_groups
 
 __all__ = [
-    "Grouped", "Int4", "Int4Awq", "half_of", "int4_weight", "lacks_gram", "linear_int4", "linear_int4_awq",
+    "GROUPS", "Group", "Grouped", "Int4", "Int4Awq", "half_of", "int4_weight", "lacks_gram", "linear_int4",
+    "linear_int4_awq",
 ]  # fmt: skip
 
 Group = Literal[32, 64, 128]
-_GROUPS = (128, 64, 32)
+GROUPS = (128, 64, 32)
+"""How many neighbours may share a scale."""
+
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _GRAM = "gram"
 
@@ -123,12 +128,13 @@ class Grouped(Scheme):
     """Schemes of weights in groups; ``group`` is a field of each subclass."""
 
     group: int
+    bits: ClassVar[int] = 4
 
     def refuses(self, n: int, k: int, dtype: torch.dtype, device: torch.device) -> Reason | None:
         if dtype not in _DTYPES:
             return Reason(f"takes weights of float32, float16 and bfloat16, got {dtype}")
         if k % self.group:
-            fits = [str(group) for group in _GROUPS if k % group == 0]
+            fits = [str(group) for group in GROUPS if k % group == 0]
             other = f"group={fits[0]} does" if fits else "neither do 128, 64 and 32"
             return Reason(f"groups of {self.group} do not divide {k} inputs; {other}")
         return None
@@ -136,14 +142,46 @@ class Grouped(Scheme):
     def constants(self, n: int, k: int) -> tuple[int, ...]:
         return (self.group,)
 
-    def stored_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
+    def layout(self, n: int, k: int, dtype: torch.dtype) -> Layout:
         half = half_of(self.group, k)
-        return n * (-(-k // (2 * half)) * half + 4 * (k // self.group))
+        return {
+            "codes": (torch.uint8, (n, -(-k // (2 * half)) * half)),
+            "words": (torch.int32, (n, k // self.group)),
+        }
+
+    def refuses_packed(
+        self, packed: Mapping[str, torch.Tensor], n: int, k: int, dtype: torch.dtype
+    ) -> Reason | None:
+        return super().refuses_packed(packed, n, k, dtype) or self.reason_of(packed["words"])
+
+    def reason_of(self, words: torch.Tensor) -> Reason | None:
+        """``None``, or why ``words`` hold no scales and zeros."""
+        return reason_of_words(words)
 
     def packed(self, rounded: Codes) -> dict[str, torch.Tensor]:
         """Codes and words of a rounded weight."""
         codes = pack_nibbles(rounded.codes, half_of(self.group, rounded.codes.shape[1]))
         return {"codes": codes, "words": words_of(rounded)}
+
+    def exact(
+        self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
+    ) -> dict[str, torch.Tensor] | Reason:
+        """Packed tensors of ``codes`` uint8[N, K] below 2 ** ``bits``, of ``scales`` and ``zeros``
+        [N, K / group] as they are, or why they cannot be held."""
+        # As codes of four bits, exactly.
+        times = 2 ** (4 - self.bits)
+        given, scales, zeros = scales.float(), scales.float() / times, zeros.float() * times
+        if not bool(scales.isfinite().all()):
+            return Reason("its scales are not finite")
+        if bool((scales.contiguous().view(torch.int32) & 255).any() | (scales * times != given).any()):
+            return Reason(f"{self.name} keeps scales of 16 bits of mantissa, its scales have more")
+        eighths = zeros * 8
+        if bool(((eighths < 0) | (eighths > 127) | (eighths != eighths.round())).any()):
+            most, step = 15.875 / times, 8 * times
+            return Reason(
+                f"{self.name} keeps zeros from 0 to {most:g} in steps of 1/{step}, its zeros are others"
+            )
+        return self.packed(Codes(codes * times, scales, zeros))
 
     def gram(self, k: int, statistics: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The mean of x x^T; raises ``QuantizationError`` where it is not known."""
@@ -154,7 +192,7 @@ class Grouped(Scheme):
 
 
 def lacks_gram(k: int, statistics: Mapping[str, torch.Tensor]) -> Reason | None:
-    """``None``, or why ``statistics`` have no mean of x x^T of ``k`` inputs."""
+    """``None``, or why ``statistics`` hold no mean of x x^T of ``k`` inputs."""
     gram = statistics.get(_GRAM)
     if gram is None:
         return Reason(f"it needs {_GRAM} among the statistics of inputs")
@@ -219,5 +257,5 @@ class Int4Awq(Grouped):
         rounded, factors = channel_factors(exact, self.group, self.symmetric, gram)
         return {**self.packed(rounded), "factors": factors}
 
-    def stored_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
-        return super().stored_bytes(n, k, dtype) + 4 * k
+    def layout(self, n: int, k: int, dtype: torch.dtype) -> Layout:
+        return {**super().layout(n, k, dtype), "factors": (torch.float32, (k,))}

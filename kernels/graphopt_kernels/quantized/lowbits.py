@@ -6,7 +6,8 @@ each row have four.
     thirds  uint8[N, K / 8]      int3: the bits below
     words   int32[N, K / group]  the scale, a bfloat16, in the upper half; eight times the zero in the lowest
                                  seven bits; above them, of the first group of a unit, which slot of
-                                 ``extra`` it has, counted from 1, or 0
+                                 ``extra`` it has, counted from 1, or 0. Without outliers as in int4: the
+                                 scale is a float32 without its last eight bits
     extra   uint8[N, slots * width]  the lowest bits of the units that have four
     weight  (code - zero) * scale, codes being those of four bits, with zeros where bits are not there
     linear  as int4: (code - zero) is exact in the dtype of x, sums are float32
@@ -30,12 +31,16 @@ from typing import ClassVar, Literal
 import torch
 
 from graphopt.candidate import Reason
+from graphopt.packing import Layout
 from graphopt_kernels.quantized.group_products import GroupWeight, product, unpacked
 from graphopt_kernels.quantized.group_rounding import (
+    SCALE,
+    SHORT_SCALE,
     Codes,
     error_feedback,
     half_quadratic,
     nearest,
+    reason_of_words,
     words_of,
 )
 from graphopt_kernels.quantized.int4 import Grouped, lacks_gram
@@ -180,27 +185,63 @@ class _LowBits(Grouped):
         exact = weight.float().contiguous()
         n, k = exact.shape
         gram = self.gram(k, statistics) if self.method == "gptq" else None
-        width, slots = width_of(self.bits, self.group, k), self._slots(k)
         importance = statistics.get(_SQUARES) if gram is None else gram.diagonal()
-        chosen = self._chosen(exact, importance, slots)
+        chosen = self._chosen(exact, importance, self._slots(k))
         groups = torch.zeros((n, -(-k // self._unit(k))), dtype=torch.bool, device=exact.device)
         groups.scatter_(1, chosen, True)
         groups = groups.repeat_interleave(self._unit(k) // self.group, 1)[:, : k // self.group]
-        rounded = self._rounded(exact, torch.where(groups, 15, 2**self.bits - 1), gram)
+        return self._kept(self._rounded(exact, torch.where(groups, 15, 2**self.bits - 1), gram), chosen)
+
+    def _kept(self, rounded: Codes, chosen: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Packed tensors of codes of four bits; units of ``chosen`` int64[N, slots] keep all of theirs."""
+        n, k = rounded.codes.shape
+        width, slots = width_of(self.bits, self.group, k), chosen.shape[1]
         planes = pack_planes(rounded.codes, self.bits, width)
         words = words_of(rounded)
-        order = torch.arange(1, slots + 1, dtype=torch.int32, device=exact.device)
+        order = torch.arange(1, slots + 1, dtype=torch.int32, device=words.device)
         first = chosen * (self._unit(k) // self.group)
         words.scatter_add_(1, first, (order << 7).expand(n, slots))
         extra = planes.extra.gather(1, chosen[:, :, None].expand(-1, -1, width))
         middle = {} if planes.thirds is None else {"thirds": planes.thirds}
         return {"codes": planes.pairs, **middle, "words": words, "extra": extra.reshape(n, slots * width)}
 
-    def stored_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
-        unit = self._unit(k)
-        codes = -(-k // unit) * unit * self.bits // 8
-        extra = self._slots(k) * width_of(self.bits, self.group, k)
-        return n * (codes + 4 * (k // self.group) + extra)
+    def layout(self, n: int, k: int, dtype: torch.dtype) -> Layout:
+        unit, width = self._unit(k), width_of(self.bits, self.group, k)
+        units = -(-k // unit)
+        thirds = {"thirds": (torch.uint8, (n, units * width))} if self.bits == 3 else {}
+        return {
+            "codes": (torch.uint8, (n, units * unit // 4)),
+            **thirds,
+            "words": (torch.int32, (n, k // self.group)),
+            "extra": (torch.uint8, (n, self._slots(k) * width)),
+        }
+
+    def refuses_packed(
+        self, packed: Mapping[str, torch.Tensor], n: int, k: int, dtype: torch.dtype
+    ) -> Reason | None:
+        reason, slots = super().refuses_packed(packed, n, k, dtype), self._slots(k)
+        if reason is not None or not slots:
+            return reason
+        named = packed["words"] >> 7 & _MOST
+        first = named[:, :: self._unit(k) // self.group]
+        if bool((first > slots).any()) or int(named.sum()) != int(first.sum()):
+            return Reason(f"its words name others than the {slots} slots of a row, or within a unit")
+        return None
+
+    def reason_of(self, words: torch.Tensor) -> Reason | None:
+        return reason_of_words(words, SHORT_SCALE if self._slots(words.shape[1] * self.group) else SCALE)
+
+    def packed(self, rounded: Codes) -> dict[str, torch.Tensor]:
+        """Planes and words of a rounded weight without outliers."""
+        n = rounded.codes.shape[0]
+        return self._kept(rounded, torch.empty((n, 0), dtype=torch.int64, device=rounded.codes.device))
+
+    def exact(
+        self, codes: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor
+    ) -> dict[str, torch.Tensor] | Reason:
+        if self._slots(codes.shape[1]):
+            return Reason(f"outliers={self.outliers:g} have codes of four bits: expected 0")
+        return super().exact(codes, scales, zeros)
 
     def _rounded(self, exact: torch.Tensor, tops: torch.Tensor | int, gram: torch.Tensor | None) -> Codes:
         if gram is not None:

@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 
 from graphopt.candidate import Reason
-from graphopt.packing import Scheme
+from graphopt.packing import Layout, Scheme
 from graphopt_kernels.quantized.group_products import NF4_LEVELS, GroupWeight, product, unpacked
 from graphopt_kernels.quantized.nibbles import pack_nibbles
 from graphopt_kernels.quantized.operators import define_operators
@@ -106,9 +106,21 @@ class Nf4(Scheme):
         codes = torch.bucketize(share, between, out_int32=True).to(torch.uint8).view(n, k)
         return {"codes": pack_nibbles(codes, _BLOCK // 2), "words": words, "ranges": ranges}
 
-    def stored_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
+    def layout(self, n: int, k: int, dtype: torch.dtype) -> Layout:
         blocks = k // _BLOCK
-        return n * (k // 2 + (blocks + 4 * -(-blocks // _RANGED) if self.double else 4 * blocks))
+        return {
+            "codes": (torch.uint8, (n, k // 2)),
+            "words": (torch.uint8 if self.double else torch.int32, (n, blocks)),
+            "ranges": (torch.float32, (n, -(-blocks // _RANGED) if self.double else 0)),
+        }
+
+    def refuses_packed(
+        self, packed: Mapping[str, torch.Tensor], n: int, k: int, dtype: torch.dtype
+    ) -> Reason | None:
+        reason = super().refuses_packed(packed, n, k, dtype)
+        if reason is not None or self.double or bool(packed["words"].view(torch.float32).isfinite().all()):
+            return reason
+        return Reason("its words hold scales that are not finite")
 
 
 def _doubled(scales: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

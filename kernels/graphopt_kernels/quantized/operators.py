@@ -25,6 +25,7 @@ def define_operators(
     linear: Callable[..., torch.Tensor],
     shape: Callable[..., tuple[Any, Any]],
     scratch: Callable[..., int],
+    unpack_scratch: Callable[..., int] | None = None,
 ) -> None:
     """Registers ``graphopt::unpack_<name>`` and ``graphopt::linear_<name>``.
 
@@ -33,13 +34,15 @@ def define_operators(
     ``linear(x, *tensors, bias, *constants)`` the product [..., N] of the dtype of ``x``, contiguous, of
     memory of its own, for any number of rows, none included, and any strides of ``x``; ``shape(*tensors,
     *constants)`` is N and K, of fake tensors too; ``scratch`` is told to ``graphopt.operator_scratch`` of the
-    product. The gradient with respect to x is that of the unpacked
-    weight: ``grad @ unpack(...)``, in the dtype of ``grad``.
+    product, ``unpack_scratch`` of unpacking where that takes memory beside the weight. The gradient with
+    respect to x is that of the unpacked weight: ``grad @ unpack(...)``, in the dtype of ``grad``.
     """
     packed = [f"Tensor {tensor}" for tensor in tensors]
     count = len(tensors)
     unpack_name, linear_name = f"graphopt::unpack_{name}", f"graphopt::linear_{name}"
     state_scratch(linear_name, scratch)
+    if unpack_scratch is not None:
+        state_scratch(unpack_name, unpack_scratch)
     unpack_schema = ", ".join([*packed, *constants, "ScalarType dtype"])
     linear_schema = ", ".join(["Tensor x", *packed, "Tensor? bias", *constants])
     unpack_op = torch.library.custom_op(

@@ -31,7 +31,7 @@ import torch
 
 from graphopt.candidate import Reason
 from graphopt.errors import QuantizationError
-from graphopt.packing import Scheme, scheme_text
+from graphopt.packing import Layout, Scheme, scheme_text
 from graphopt_kernels.quantized.byte_products import product, unpacked
 from graphopt_kernels.quantized.dynamic import linear_dynamic
 from graphopt_kernels.quantized.int8 import rounded_to_int8
@@ -186,8 +186,29 @@ class LlmInt8(Scheme):
             "codes": codes, "scales": scales, "kept": kept, "columns": columns.int(), "outliers": outliers,
         }  # fmt: skip
 
-    def stored_bytes(self, n: int, k: int, dtype: torch.dtype) -> int:
-        return n * k + 4 * n + k + self._most(k) * (4 + n * dtype.itemsize)
+    def layout(self, n: int, k: int, dtype: torch.dtype) -> Layout:
+        most = self._most(k)
+        return {
+            "codes": (torch.int8, (n, k)),
+            "scales": (torch.float32, (n,)),
+            "kept": (torch.uint8, (k,)),
+            "columns": (torch.int32, (most,)),
+            "outliers": (dtype, (most, n)),
+        }
+
+    def refuses_packed(
+        self, packed: Mapping[str, torch.Tensor], n: int, k: int, dtype: torch.dtype
+    ) -> Reason | None:
+        reason = super().refuses_packed(packed, n, k, dtype)
+        if reason is not None:
+            return reason
+        columns, expected = packed["columns"], (n, k, k, n)
+        sizes = (*packed["codes"].shape, *packed["kept"].shape, *packed["scales"].shape)
+        if sizes != expected or packed["outliers"].shape != (len(columns), n):
+            return Reason(f"its tensors are of a weight {(sizes[0], sizes[1])}, or of other outliers")
+        if len(columns) and not 0 <= int(columns.min()) <= int(columns.max()) < k:
+            return Reason(f"its columns are not below {k}")
+        return None
 
     def _most(self, k: int) -> int:
         return int(self.most * k)

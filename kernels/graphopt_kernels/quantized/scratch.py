@@ -14,7 +14,10 @@ from graphopt._torch import hint
 from graphopt_kernels.quantized.byte_launch import PARTS, PROCESSORS
 from graphopt_kernels.tuning.lookup import processors_of
 
-__all__ = ["beside_groups", "beside_outliers", "beside_rounded", "beside_scaled_groups", "beside_weight_only"]
+__all__ = [
+    "beside_groups", "beside_offset_groups", "beside_outliers", "beside_rounded", "beside_scaled_groups",
+    "beside_unpacked_in_order", "beside_weight_only",
+]  # fmt: skip
 
 _FLOAT = 4
 _BLOCK = 64 * 2**20
@@ -59,9 +62,27 @@ def beside_groups(x: torch.Tensor, codes: torch.Tensor, *_: Any) -> int:
 
 
 def beside_scaled_groups(x: torch.Tensor, codes: torch.Tensor, *_: Any) -> int:
-    """The same beside x times its factors."""
+    """The same beside x times its factors, or in its order."""
     scaled = hint(x.numel()) * x.element_size() if x.device.type == "cuda" else 0
     return scaled + beside_groups(x, codes)
+
+
+def beside_offset_groups(x: torch.Tensor, codes: torch.Tensor, *_: Any) -> int:
+    """The same beside the product in float32, what offsets make of it, and sums of x over groups, which are
+    of 32 at least."""
+    if x.device.type != "cuda":
+        return 0
+    rows, n, _k = _sizes(x, codes)
+    return 2 * rows * n * _FLOAT + hint(x.numel()) // 32 * _FLOAT + beside_groups(x, codes)
+
+
+def beside_unpacked_in_order(
+    codes: torch.Tensor, words: torch.Tensor, order: torch.Tensor, group: int, dtype: torch.dtype
+) -> int:
+    """Of a weight that is unpacked: the same with its columns as they are packed."""
+    if codes.device.type != "cuda":
+        return 0
+    return hint(codes.shape[0]) * hint(words.shape[1]) * group * dtype.itemsize
 
 
 def _of_bytes(x: torch.Tensor, codes: torch.Tensor, *, rounded: bool = False, beside: int = 0) -> int:

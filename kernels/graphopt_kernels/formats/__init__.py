@@ -1,0 +1,1 @@
+"""Readers of packed weights that others wrote."""
