@@ -1,0 +1,227 @@
+"""Tokens a second of decoding on one GPU, a Llama-3.1-8B shape with random weights, beside torch.compile.
+
+    python benchmarks/gpu_decode.py --out benchmarks/results/gpu_decode.json
+
+Greedy, ``--context`` tokens before, bf16 but for packed weights. ``graphopt`` generates with
+``optimize(generate=...)``; ``graphopt-SCHEME`` the same with weights packed by ``graphopt.quantize`` before (the
+head and the table of embeddings too where the scheme has rows). ``compile`` is torch.compile
+(``reduce-overhead``) of a step of transformers with a static cache, ``ao-int8`` that after torchao's int8
+weight-only quantization, where torchao is installed. ``ms`` is of one more token: the difference of two lengths of
+generation over the tokens between, median of ``--repeats``, host included. ``floor`` is the part of that in which the
+weights alone are read at the read bandwidth of the device table. ``same`` is how many of the tokens are those
+that the model gives without compilation, of as many as were asked for. Processes get ready side by side and measure
+one after another.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from turns import await_turn, in_turns
+
+from graphopt.atomic import write_atomically
+
+MODES = "compile,graphopt,graphopt-int8,graphopt-fp8,graphopt-int4"
+READ = 4.28e12
+"""Bytes a second, ``graphopt_cost_model/devices/h200.yaml``."""
+
+
+class Logits(nn.Module):
+    """A model that returns logits alone, and has no loop of its own."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.model(input_ids=input_ids, use_cache=False).logits
+        return logits
+
+
+def built(given: argparse.Namespace) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=given.hidden, intermediate_size=given.inner, num_hidden_layers=given.layers,
+        num_attention_heads=given.heads, num_key_value_heads=given.groups, vocab_size=given.vocab,
+        max_position_embeddings=8192, attn_implementation="sdpa",
+    )  # fmt: skip
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device(given.device):
+        model = LlamaForCausalLM(config).eval()
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Of what a token reads: all but the table of embeddings."""
+    held = {id(t): t for name, t in model.state_dict().items() if "embed_tokens" not in name}
+    return sum(t.nbytes for t in held.values())
+
+
+def static_cache(
+    given: argparse.Namespace, model: Any, packed: bool
+) -> Callable[[torch.Tensor, int], torch.Tensor]:
+    from transformers import StaticCache
+
+    if packed:
+        from torchao import quantization
+
+        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    cache = StaticCache(config=model.config, max_cache_len=given.capacity)
+
+    def step(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        logits = model(
+            input_ids=token, past_key_values=cache, cache_position=position,
+            position_ids=position[None].expand(len(token), 1), use_cache=True,
+        ).logits  # fmt: skip
+        chosen: torch.Tensor = logits[:, -1:].argmax(-1)
+        return chosen
+
+    compiled = torch.compile(step, mode="reduce-overhead", fullgraph=True)
+
+    def generate(prompt: torch.Tensor, new: int) -> torch.Tensor:
+        cache.reset()
+        position = torch.arange(prompt.shape[1], device=prompt.device)
+        with torch.no_grad():
+            logits = model(
+                input_ids=prompt, past_key_values=cache, cache_position=position, use_cache=True,
+                logits_to_keep=1,
+            ).logits  # fmt: skip
+            token, found = logits[:, -1:].argmax(-1), []
+            position = position[-1:] + 1
+            for _ in range(new - 1):
+                found.append(token)
+                torch.compiler.cudagraph_mark_step_begin()
+                token = compiled(token, position).clone()
+                position = position + 1
+        return torch.cat([prompt, *found, token], 1)
+
+    return generate
+
+
+def decoding(given: argparse.Namespace, model: Any, scheme: str) -> tuple[Callable[..., torch.Tensor], Any]:
+    import graphopt
+
+    whole, ids = Logits(model).eval(), torch.randint(0, given.vocab, (1, 32), device=given.device)
+    if scheme:
+        graphopt.quantize(whole, (ids,), schemes=(scheme,))
+    wanted = graphopt.Generate(max_tokens=given.capacity, max_batch=given.batch)
+    fast = graphopt.optimize(whole, (ids,), generate=wanted, on_error="raise", emit=given.emit, cache=False)
+    return lambda prompt, new: fast.generate(prompt, max_new_tokens=new), fast
+
+
+def one(given: argparse.Namespace) -> dict[str, Any]:
+    mode, report = given.one, None
+    model = built(given)
+    prompt = torch.randint(0, given.vocab, (given.batch, given.context), device=given.device)
+    plain = prompt
+    with torch.no_grad():
+        for _ in range(given.checked):
+            plain = torch.cat([plain, model(plain, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    begun = time.perf_counter()
+    if mode in ("compile", "ao-int8"):
+        generate = static_cache(given, model, mode == "ao-int8")
+    else:
+        generate, report = decoding(given, model, mode.partition("-")[2])
+    ready = time.perf_counter() - begun
+    few, many = 8, 8 + given.tokens
+    generate(prompt, few)
+    found = generate(prompt, many)
+    compiled = time.perf_counter() - begun
+    await_turn()
+    taken = []
+    for _ in range(given.repeats):
+        seconds = []
+        for new in (few, many):
+            _synchronize(given)
+            start = time.perf_counter()
+            generate(prompt, new)
+            _synchronize(given)
+            seconds.append(time.perf_counter() - start)
+        taken.append((seconds[1] - seconds[0]) / given.tokens)
+    seconds_each = statistics.median(taken)
+    held = weight_bytes(model)
+    row = {
+        "mode": mode,
+        "batch": given.batch,
+        "ms": round(seconds_each * 1e3, 3),
+        "tokens_per_s": round(given.batch / seconds_each, 1),
+        "weight_gib": round(held / 2**30, 2),
+        "floor": round(held / READ / seconds_each, 3),
+        "same": int(
+            (found[:, given.context :][:, : given.checked] == plain[:, given.context :])
+            .all(0)
+            .cumprod(0)
+            .sum()
+        ),
+        "ready_s": round(ready, 1),
+        "compiled_s": round(compiled, 1),
+    }
+    if given.device == "cuda":
+        row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    if report is not None:
+        row["notes"] = [str(note)[:300] for note in report.report.diagnostics]
+    return row
+
+
+def _synchronize(given: argparse.Namespace) -> None:
+    if given.device == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_decode.json"))
+    parser.add_argument("--modes", default=MODES)
+    parser.add_argument("--one")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--emit", default="inductor")
+    for name, number in (
+        ("batch", 1), ("context", 512), ("capacity", 1024), ("tokens", 128), ("checked", 16), ("repeats", 5),
+        ("hidden", 4096), ("inner", 14336), ("layers", 32), ("heads", 32), ("groups", 8), ("vocab", 128256),
+        ("at-once", 3), ("seconds", 500),
+    ):  # fmt: skip
+        parser.add_argument(f"--{name}", type=int, default=number)
+    given = parser.parse_args()
+    if given.one:
+        print("RESULT " + json.dumps(one(given)), flush=True)
+        return
+    commands = {
+        mode: [sys.executable, __file__, *sys.argv[1:], "--one", mode] for mode in given.modes.split(",")
+    }
+    document: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if given.device == "cuda" else "cpu",
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": "python benchmarks/gpu_decode.py",
+        "rows": [],
+        "missing": [],
+    }
+    for mode, lines in in_turns(commands, at_once=given.at_once, seconds=given.seconds):
+        rows = [line[7:] for line in lines if line.startswith("RESULT ")]
+        if rows:
+            print(rows[0], flush=True)
+            document["rows"].append(json.loads(rows[0]))
+        else:
+            print(f"{mode}: no result", flush=True)
+            document["missing"].append(mode)
+        write_atomically(given.out, json.dumps(document, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
