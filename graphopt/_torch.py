@@ -389,6 +389,20 @@ def hint(size: Any) -> int:
     return int(size)
 
 
+def depends_on(size: Any, symbol: torch.SymInt) -> bool:
+    """Whether a size is made of the symbol that ``symbol`` is."""
+    if not isinstance(size, torch.SymInt):
+        return False
+    return bool(size.node.expr.free_symbols & symbol.node.expr.free_symbols)
+
+
+def is_same_size(one: Any, other: Any) -> bool:
+    """Whether two sizes are the same number or the same expression of symbols, without guarding on it."""
+    if isinstance(one, torch.SymInt) and isinstance(other, torch.SymInt):
+        return bool(one.node.expr == other.node.expr)
+    return type(one) is int and type(other) is int and one == other
+
+
 def describe_joint(gm: fx.GraphModule) -> tuple[list[tuple[str, str, int]], list[tuple[str, str, int]]]:
     """What AOTAutograd says of a joint graph's inputs and outputs.
 
