@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from graphopt.api import explain_memory, optimize, pareto, plan
     from graphopt.budget import Budget
     from graphopt.candidate import Candidate, CostDelta, Declined, Frontier, FrontierPoint, NearMiss, Reason
+    from graphopt.decoding.options import Generate
+    from graphopt.decoding.stores import CacheStore
     from graphopt.device import DeviceSpec
     from graphopt.errors import (
         BudgetError,
@@ -61,6 +63,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "BudgetSyntaxError",
+    "CacheStore",
     "Calibration",
     "Candidate",
     "CaptureError",
@@ -70,6 +73,7 @@ __all__ = [
     "DeviceSpec",
     "Frontier",
     "FrontierPoint",
+    "Generate",
     "GraphoptError",
     "InputsError",
     "Level",
@@ -125,6 +129,8 @@ _HOME = {
         "NearMiss",
         "Reason",
     ),
+    "graphopt.decoding.options": ("Generate",),
+    "graphopt.decoding.stores": ("CacheStore",),
     "graphopt.device": ("DeviceSpec",),
     "graphopt.errors": (
         "BudgetError",

@@ -165,6 +165,26 @@ def retrace(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         mode.allow_non_fake_inputs = allowed
 
 
+def retraced_at(
+    gm: fx.GraphModule,
+    weights: Sequence[torch.Tensor],
+    shapes: Sequence[tuple[tuple[int, ...], torch.dtype]],
+) -> fx.GraphModule:
+    """``gm``, whose placeholders are for ``weights`` and tensors of ``shapes``, traced for these sizes alone.
+    Nothing is allocated."""
+    mode = FakeTensorMode()
+    device = next((weight.device for weight in weights), torch.device("cpu"))
+    with mode:
+        given = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
+    bare = fx.GraphModule(gm, fx.Graph())
+    bare.graph.output(bare.graph.graph_copy(gm.graph, {}))
+    for node in bare.graph.nodes:
+        node.meta = {}
+    bare.recompile()
+    with tracing(TracingContext(mode)), torch.no_grad():
+        return retrace(bare, [*weights, *given])
+
+
 def transforms_functions(gm: fx.GraphModule) -> bool:
     """Whether a graph, or one inside it, calls functorch (``torch.vmap`` and the like) step by step.
 

@@ -8,7 +8,7 @@ can be run without. What is cached is decided afterwards, on the graph (``grapho
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,12 +31,13 @@ _BATCH, _LENGTH = 3, 7
 class Uncached:
     """A captured model: placeholders are its weights, then ``inputs``; the output is logits [B, S, V].
 
-    ``weights``: what the placeholders of weights stand for, by their names; ``names``: their dotted names in
+    ``eager(tokens, mask, positions)``, those that it takes, is the model itself, in evaluation. ``weights``: what the placeholders of weights stand for, by their names; ``names``: their dotted names in
     the model. ``tokens``, ``mask`` and ``positions`` are placeholders, the last two ``None`` where the model
     takes none. ``batch`` and ``length`` are the symbols.
     """
 
     gm: fx.GraphModule
+    eager: Callable[..., torch.Tensor]
     weights: dict[str, torch.Tensor]
     names: dict[str, str]
     tokens: str
@@ -138,7 +139,13 @@ def capture_uncached(model: torch.nn.Module, inputs: Any, options: Generate) -> 
                 raise CaptureError(
                     f"the model could not be captured without a cache: {brief(error)}"
                 ) from error
-    return _uncached(program, names, options)
+
+    def eager(*values: torch.Tensor) -> torch.Tensor:
+        with _evaluating(model), torch.no_grad():
+            logits: torch.Tensor = wrapped(*values)
+        return logits
+
+    return _uncached(program, eager, names, options)
 
 
 def _runs(wrapped: _Logits, example: Sequence[torch.Tensor]) -> None:
@@ -221,7 +228,12 @@ _CHECKS = ("aten._assert_tensor_metadata", "aten._assert_scalar", "aten.sym_cons
 """Operators that check what export assumed: they compute nothing and keep dead code alive."""
 
 
-def _uncached(program: torch.export.ExportedProgram, names: Sequence[str], options: Generate) -> Uncached:
+def _uncached(
+    program: torch.export.ExportedProgram,
+    eager: Callable[..., torch.Tensor],
+    names: Sequence[str],
+    options: Generate,
+) -> Uncached:
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         what = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
@@ -252,6 +264,7 @@ def _uncached(program: torch.export.ExportedProgram, names: Sequence[str], optio
     first = names[0]
     return Uncached(
         gm,
+        eager,
         weights,
         {name: fqns[name].removeprefix("model.") for name in weights},
         roles[first],

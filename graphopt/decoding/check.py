@@ -7,17 +7,17 @@ that node does not work row by row, or reads something that was not told apart.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.fx as fx
 
 from graphopt.decoding.capture import Uncached, arguments_of
+from graphopt.decoding.decoder import Decoder
 from graphopt.errors import VerificationError
 from graphopt.program import layer_of
 
-__all__ = ["check_captured", "check_steps", "first_difference", "tolerance"]
+__all__ = ["check_captured", "check_steps", "first_difference", "place_of", "tolerance"]
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """By how much of the largest logit rows may be off: products of other shapes add in another order, at each of
@@ -30,13 +30,13 @@ def tolerance(logits: torch.Tensor) -> float:
 
 
 def check_captured(
-    uncached: Uncached, model: Callable[..., torch.Tensor], tokens: torch.Tensor, mask: torch.Tensor | None
+    uncached: Uncached, tokens: torch.Tensor, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """The logits [B, S, V] of the captured graph, those of ``model`` being the same.
+    """The logits [B, S, V] of the captured graph, those of the model being the same.
 
     Raises ``VerificationError`` where they differ.
     """
-    expected = model(*arguments_of(uncached, tokens, mask, None).values())
+    expected = uncached.eager(*arguments_of(uncached, tokens, mask, None).values())
     found = uncached.run(tokens, mask)
     off = float(_shown(found - expected, mask).abs().max())
     if not off <= tolerance(expected):
@@ -53,33 +53,48 @@ def _shown(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def check_steps(
-    expected: torch.Tensor,
-    step: Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor],
-    uncached: Uncached,
-    tokens: torch.Tensor,
-    mask: torch.Tensor | None,
-    prompt: int,
-) -> None:
-    """Compare ``step(tokens, mask, positions)`` -> [B, 1, V], called for a prompt and for each token behind it,
-    with rows of ``expected`` [B, S, V]. Raises ``VerificationError`` for the first that differs."""
-    given = arguments_of(uncached, tokens, mask, None)
+    expected: torch.Tensor, decoder: Decoder, tokens: torch.Tensor, mask: torch.Tensor | None, prompt: int
+) -> float:
+    """Compare what ``decoder`` gives for a prompt, and for each token behind it, with rows of ``expected``
+    [B, S, V]; the largest difference. Raises ``VerificationError`` for the first row that is off."""
     allowed = tolerance(expected)
-    start = 0
+    decoder.reset(tokens.shape[0])
+    start, worst = 0, 0.0
     for stop in range(prompt, tokens.shape[1] + 1):
-        part = {name: value[:, start:stop] for name, value in given.items()}
-        found = step(
-            part[uncached.tokens],
-            part[uncached.mask] if uncached.mask is not None else None,
-            part[uncached.positions] if uncached.positions is not None else None,
-        )
+        shown = mask[:, start:stop] if mask is not None else None
+        found = decoder(tokens[:, start:stop], shown)
         off = float((found[:, -1] - expected[:, stop - 1]).abs().max())
+        worst = max(worst, off)
         if not off <= allowed:
             raise VerificationError(
                 f"decoding gives other logits than the model without a cache at position {stop - 1}"
                 f"{' with padding' if mask is not None and bool((mask == 0).any()) else ''}: off by {off:.3g}, "
-                f"at most {allowed:.3g} is allowed"
+                f"at most {allowed:.3g} is allowed{_first_off(decoder, tokens, mask, start, stop)}"
             )
         start = stop
+    return worst
+
+
+def _first_off(
+    decoder: Decoder, tokens: torch.Tensor, mask: torch.Tensor | None, start: int, stop: int
+) -> str:
+    """Where the values of a step come to differ from those without a cache, as a half-sentence."""
+    uncached, step = decoder.uncached, decoder.step
+    whole = arguments_of(uncached, tokens[:, :stop], mask[:, :stop] if mask is not None else None, None)
+    decoder.reset(tokens.shape[0])
+    if start:
+        decoder(tokens[:, :start], mask[:, :start] if mask is not None else None)
+    given = {name: value[:, start:] for name, value in whole.items()}
+    slots = torch.arange(start, stop, device=tokens.device)
+    held = {**given, "slots": slots, **decoder.held}
+    node = first_difference(
+        uncached.gm,
+        [*uncached.weights.values(), *(whole[name] for name in uncached.inputs)],
+        step.gm,
+        [*step.weights.values(), *(held[name] for name in step.inputs)],
+        start,
+    )
+    return f"; the first value that differs is {place_of(node)}" if node is not None else ""
 
 
 class _Recording(fx.Interpreter):

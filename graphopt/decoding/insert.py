@@ -14,7 +14,7 @@ graph, which ``graphopt.decoding.check`` finds out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,26 +26,15 @@ from graphopt.decoding.capture import Uncached
 from graphopt.decoding.last_row import keep_last_row
 from graphopt.decoding.layouts import name_of
 from graphopt.decoding.regions import Region
-from graphopt.decoding.stores import CacheStore, SiteSpec
+from graphopt.decoding.sites import Site
 from graphopt.errors import CaptureError
 from graphopt.order import has_effect
 from graphopt.packing.scheme import operator_named
 from graphopt.program import layer_of
 
-__all__ = ["Site", "StepGraph", "step_graph"]
+__all__ = ["StepGraph", "step_graph"]
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Site:
-    """A region, what a store needs to know of it, and the store. ``source``: index of the site whose store it
-    reads, its own or an earlier one's."""
-
-    region: Region
-    spec: SiteSpec
-    store: CacheStore
-    source: int
 
 
 @dataclass(frozen=True)
@@ -328,24 +317,3 @@ def _from_and_by(node: fx.Node) -> tuple[object, object]:
 def _where(node: fx.Node) -> str:
     layer = layer_of(node)
     return f"{node.name} of {layer}" if layer else node.name
-
-
-def stored_bytes(sites: Sequence[Site], batch: int, capacity: int) -> int:
-    """Bytes of the stores of all sites."""
-    return sum(
-        site.store.stored_bytes(site.spec, batch, capacity)
-        for index, site in enumerate(sites)
-        if site.source == index
-    )
-
-
-def tensors_of(
-    sites: Sequence[Site], batch: int, capacity: int
-) -> Mapping[tuple[int, str], tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of all stores' tensors, by site and name."""
-    return {
-        (index, name): kind
-        for index, site in enumerate(sites)
-        if site.source == index
-        for name, kind in site.store.tensors(site.spec, batch, capacity).items()
-    }
