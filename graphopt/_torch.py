@@ -11,6 +11,7 @@ import inspect
 import itertools
 import logging
 import math
+import operator
 import os
 import shutil
 import sys
@@ -165,6 +166,11 @@ def retrace(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
         mode.allow_non_fake_inputs = allowed
 
 
+def static_context() -> TracingContext:
+    """A tracing context of its own, in which every size is a number."""
+    return TracingContext(FakeTensorMode())
+
+
 def retraced_at(
     gm: fx.GraphModule,
     weights: Sequence[torch.Tensor],
@@ -172,7 +178,9 @@ def retraced_at(
 ) -> fx.GraphModule:
     """``gm``, whose placeholders are for ``weights`` and tensors of ``shapes``, traced for these sizes alone.
     Nothing is allocated."""
-    mode = FakeTensorMode()
+    context = static_context()
+    mode = context.fake_mode
+    assert mode is not None
     device = next((weight.device for weight in weights), torch.device("cpu"))
     with mode:
         given = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
@@ -181,7 +189,7 @@ def retraced_at(
     for node in bare.graph.nodes:
         node.meta = {}
     bare.recompile()
-    with tracing(TracingContext(mode)), torch.no_grad():
+    with tracing(context), torch.no_grad():
         return retrace(bare, [*weights, *given])
 
 
@@ -414,6 +422,25 @@ def depends_on(size: Any, symbol: torch.SymInt) -> bool:
     if not isinstance(size, torch.SymInt):
         return False
     return bool(size.node.expr.free_symbols & symbol.node.expr.free_symbols)
+
+
+def size_from(size: torch.SymInt, leaf: Callable[[Any], Any], combine: Callable[[Any, Any, Any], Any]) -> Any:
+    """A size as a sum of products: ``leaf(symbol)`` for its symbols, which print as their sizes do, and
+    ``combine(operator, one, other)`` for ``operator.add`` and ``operator.mul``. Raises ``ValueError`` for a
+    size that is made otherwise."""
+    import sympy
+
+    def of(expression: Any) -> Any:
+        if expression.is_Integer:
+            return int(expression)
+        if expression.is_Symbol:
+            return leaf(expression)
+        if not isinstance(expression, (sympy.Add, sympy.Mul)):
+            raise ValueError(f"the size {expression} is no sum of products")
+        function = operator.add if isinstance(expression, sympy.Add) else operator.mul
+        return functools.reduce(lambda a, b: combine(function, a, b), map(of, expression.args))
+
+    return of(size.node.expr)
 
 
 def is_same_size(one: Any, other: Any) -> bool:

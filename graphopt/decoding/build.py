@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +18,9 @@ from graphopt.decoding.decoder import Decoder
 from graphopt.decoding.insert import StepGraph, step_graph
 from graphopt.decoding.options import Generate
 from graphopt.decoding.record import DecodingRecord, site_records
+from graphopt.decoding.singles import Singles
 from graphopt.decoding.sites import Site, sites_of, stored_bytes, tensors_of
+from graphopt.decoding.sizes import compute_sizes
 from graphopt.errors import BudgetError, CaptureError
 from graphopt.program import InputSpec, Program
 from graphopt.schedule import Schedule
@@ -65,13 +67,15 @@ def build(model: torch.nn.Module, inputs: Any, options: Generate, session: Sessi
     weight_bytes = _torch.storage_bytes([*model.parameters(), *model.buffers()])
     arithmetic = _Arithmetic(uncached, sites, step, general, session, options, weight_bytes, cache_bytes)
     baseline = arithmetic.baseline()
-    chunk, predicted = arithmetic.fitted(session.budget.resolve(baseline.peak_bytes))
-    decoder = Decoder(
-        uncached, sites, options, step, general.gm, _singles(uncached, sites, options, session, device), chunk,
-        device,
-    )  # fmt: skip
-    _name(session, uncached, decoder)
+    budget = session.budget.resolve(baseline.peak_bytes)
+    chunk, predicted = arithmetic.fitted(budget)
+    decoder = Decoder(uncached, sites, options, step, general.gm, lambda *_: None, chunk, device)
     off = _check(decoder)
+    _name(session, uncached, decoder)
+    if budget is not None:
+        # A share was one of the step without a cache: compiled steps are held to what it came to.
+        session.budget = replace(session.budget, memory=budget, reserve=0)
+    decoder.single = Singles(session)
     record = DecodingRecord(
         capacity, batch, chunk, cache_bytes, bound, off, site_records(sites, batch, capacity)
     )
@@ -101,6 +105,8 @@ def _rewritten(name: str, step: StepGraph, uncached: Uncached, session: Session)
     """The step as a program at the semantic level, passes run over it."""
     program = semantic_program(name, step.gm, _specs(step, uncached))
     session._rewrite(program, ())
+    tokens = next(node for node in program.graph.nodes if node.name == uncached.tokens)
+    compute_sizes(program.graph, tokens)
     program.gm.recompile()
     return program
 
@@ -128,14 +134,6 @@ def _name(session: Session, uncached: Uncached, decoder: Decoder) -> None:
         session.names = {**session.names, id(tensor): (role, uncached.names.get(node, node))}
     session.names = {**session.names, **{id(t): ("buffer", name) for name, t in decoder.held.items()}}
     session.weight_bytes = _torch.storage_bytes([*decoder.step.weights.values(), *decoder.held.values()])
-
-
-def _singles(
-    uncached: Uncached, sites: tuple[Site, ...], options: Generate, session: Session, device: torch.device
-) -> Callable[[int, int], Callable[..., Any] | None]:
-    """Compiled programs of one token, made when first needed: one for a batch and for how much of the stores is
-    read. On the CPU an operator sees for itself how far they are filled."""
-    return lambda batch, length: None
 
 
 class _Arithmetic:

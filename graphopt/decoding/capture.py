@@ -18,6 +18,7 @@ import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.capture.inputs import bind_inputs
+from graphopt.decoding.einsum import write_einsum_out
 from graphopt.decoding.options import Generate
 from graphopt.errors import CaptureError, InputsError, brief
 
@@ -228,6 +229,12 @@ _CHECKS = ("aten._assert_tensor_metadata", "aten._assert_scalar", "aten.sym_cons
 """Operators that check what export assumed: they compute nothing and keep dead code alive."""
 
 
+def _inside(entry: Any) -> Any:
+    """An entry of a node's module stack, its path seen from the model rather than from what wraps it."""
+    path, *rest = entry
+    return (str(path).removeprefix("model").removeprefix("."), *rest)
+
+
 def _uncached(
     program: torch.export.ExportedProgram,
     eager: Callable[..., torch.Tensor],
@@ -249,6 +256,10 @@ def _uncached(
     for node in list(graph.nodes):
         if node.op == "call_function" and str(node.target).startswith(_CHECKS):
             graph.erase_node(node)
+    for node in graph.nodes:
+        if stack := node.meta.get("nn_module_stack"):
+            node.meta["nn_module_stack"] = {key: _inside(entry) for key, entry in stack.items()}
+    write_einsum_out(graph)
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     weights = {node.name: tensors[fqns[node.name]] for node in placeholders if node.name in fqns}
     user = [node for node in placeholders if node.name not in fqns]

@@ -23,8 +23,8 @@ Run = Callable[..., Any]
 class Decoder:
     """Stores for ``options.max_batch`` sequences of ``options.max_tokens`` positions, and what steps on them.
 
-    ``general`` runs any number of new tokens for any batch; ``single(batch, length)`` gives what runs one token
-    for a batch, none of whose positions is at or beyond ``length``, or ``None`` where ``general`` is to do it.
+    ``general`` runs any number of new tokens for any batch; ``single(decoder, length, arguments)`` gives what
+    runs one token where no position is at or beyond ``length``, or ``None`` where ``general`` is to do it.
     A prompt goes in at most ``chunk`` tokens at a time. Not for several threads at once: it has one set of
     stores.
     """
@@ -34,7 +34,7 @@ class Decoder:
     options: Generate
     step: StepGraph
     general: Run
-    single: Callable[[int, int], Run | None]
+    single: Callable[[Decoder, int, list[Any]], Run | None]
     chunk: int
     device: torch.device
     stores: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -117,17 +117,17 @@ class Decoder:
                 elif self.seen:
                     before = before + self.seen
                 positions = (before + shown.long().cumsum(1) - 1).masked_fill(shown == 0, 0)
-            given[uncached.positions] = positions[..., -count:].expand(rows, count)
+            given[uncached.positions] = _one_axis(positions)[..., -count:].expand(rows, count)
         return given
 
     def _step(self, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
         count = next(iter(given.values())).shape[1]
         slots = torch.arange(self.seen, self.seen + count, device=self.device)
         values = {**given, "slots": slots, **self.held}
-        run = self.single(self.batch, self.seen + 1) if count == 1 else None
-        arguments = [values[name] for name in self.step.inputs]
+        arguments = [*self.step.weights.values(), *(values[name] for name in self.step.inputs)]
+        run = self.single(self, self.seen + 1, arguments) if count == 1 else None
         with torch.no_grad():
-            (logits,) = (run or self.general)(*self.step.weights.values(), *arguments)
+            (logits,) = (run or self.general)(*arguments)
         self.seen += count
         result: torch.Tensor = logits
         return result
@@ -136,3 +136,12 @@ class Decoder:
         """Sequence i goes on from what sequence ``index[i]`` was, in place."""
         for tensor in self.held.values():
             tensor[: len(index)] = tensor.index_select(0, index.to(tensor.device))
+
+
+def _one_axis(positions: torch.Tensor) -> torch.Tensor:
+    """Positions [B, n] of those along several axes [axes, B, n], which are alike where there is text alone."""
+    if positions.dim() < 3:
+        return positions
+    if not bool((positions == positions[:1]).all()):
+        raise InputsError("positions differ from axis to axis: programs that decode take text alone")
+    return positions[0]

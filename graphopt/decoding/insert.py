@@ -90,7 +90,9 @@ class _Insertion:
                     tensors[index, name] = self._placeholder(f"store_{index}_{name}", shape, dtype)
             valid = None
             if uncached.mask is not None:
-                valid = self._placeholder("valid", (self.batch, self.capacity), torch.bool)
+                # Of the example's batch at least: taking its rows must not look impossible while tracing.
+                rows = max(self.batch, _torch.hint(uncached.batch))
+                valid = self._placeholder("valid", (rows, self.capacity), torch.bool)
             slots = self._placeholder("slots", (uncached.length,), torch.int64)
         self._place_slopes()
         first = next(n for n in self.graph.nodes if n.op == "call_function")
