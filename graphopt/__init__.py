@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from graphopt.candidate import Candidate, CostDelta, Declined, Frontier, FrontierPoint, NearMiss, Reason
     from graphopt.decoding.options import Generate
     from graphopt.decoding.stores import CacheStore
+    from graphopt.decoding.structure import explain_layers
     from graphopt.device import DeviceSpec
     from graphopt.errors import (
         BudgetError,
@@ -105,6 +106,7 @@ __all__ = [
     "WeightFormat",
     "__version__",
     "calibrate",
+    "explain_layers",
     "explain_memory",
     "hookimpl",
     "load_weights",
@@ -131,6 +133,7 @@ _HOME = {
     ),
     "graphopt.decoding.options": ("Generate",),
     "graphopt.decoding.stores": ("CacheStore",),
+    "graphopt.decoding.structure": ("explain_layers",),
     "graphopt.device": ("DeviceSpec",),
     "graphopt.errors": (
         "BudgetError",

@@ -94,7 +94,8 @@ class Decoder:
         given = self._inputs(tokens, mask, positions)
         logits: torch.Tensor | None = None
         for start in range(0, count, self.chunk):
-            part = {name: value[:, start : start + self.chunk] for name, value in given.items()}
+            # Compiled steps are for one layout: parts of longer rows have another.
+            part = {name: value[:, start : start + self.chunk].contiguous() for name, value in given.items()}
             logits = self._step(part)
         assert logits is not None
         return logits
