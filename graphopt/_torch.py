@@ -428,7 +428,7 @@ def size_from(size: torch.SymInt, leaf: Callable[[Any], Any], combine: Callable[
     """A size as a sum of products: ``leaf(symbol)`` for its symbols, which print as their sizes do, and
     ``combine(operator, one, other)`` for ``operator.add`` and ``operator.mul``. Raises ``ValueError`` for a
     size that is made otherwise."""
-    import sympy
+    import sympy  # type: ignore[import-untyped]
 
     def of(expression: Any) -> Any:
         if expression.is_Integer:

@@ -91,8 +91,8 @@ def optimize(
 
     ``generate``: optimize generation, not a step: ``Optimized.generate`` runs on programs that decode, with
     stores of keys and values for ``max_tokens`` positions of ``max_batch`` sequences (docs/decoding.md).
-    ``inputs`` are example tokens. The budget bounds weights, stores and the largest step; ``Budget(cache=...)``
-    the stores alone.
+    ``inputs`` are example tokens. The budget bounds weights, stores and the largest step;
+    ``Budget(cache=...)`` the stores alone.
 
     Gradients that the parameters carry when ``optimize`` is called count as held throughout (as in
     gradient accumulation); without them a step is taken to begin with none.

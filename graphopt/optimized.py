@@ -136,9 +136,9 @@ class Optimized(torch.nn.Module):
     def generate(self, *args: Any, **options: Any) -> Any:
         """What the model's own ``generate`` does, as it takes it.
 
-        With ``optimize(generate=...)`` its steps are programs that decode: the same tokens, from stores of keys
-        and values that are made once and counted. A model without a ``generate`` of its own then has that of
-        ``graphopt.decoding.generation.plain_generate``.
+        With ``optimize(generate=...)`` its steps are programs that decode: the same tokens, from stores of
+        keys and values that are made once and counted. A model without a ``generate`` of its own then has
+        that of ``graphopt.decoding.generation.plain_generate``.
 
         Raises ``InputsError`` for more sequences or positions than there are stores for, and for options that
         bring a cache of their own.

@@ -78,8 +78,9 @@ class Report:
     ``declined`` are rewrites that were offered and not chosen, ``near_misses`` places where a rule
     matched and its guard said no; ``str()`` shows a few of each. ``groups`` are groups of operators that a
     kernel was predicted for, kept or not. ``quantization`` says which weights are packed, and how far off
-    they are. ``decoding`` says what is kept from token to token where the model was optimized to generate; costs
-    are then of one token, its peak that of the largest part of a prompt. ``print(report)`` shows a table; ``to_json`` and ``from_json`` keep all of it.
+    they are. ``decoding`` says what is kept from token to token where the model was optimized to generate;
+    costs are then of one token, its peak that of the largest part of a prompt. ``print(report)`` shows a
+    table; ``to_json`` and ``from_json`` keep all of it.
     """
 
     environment: Environment

@@ -1,7 +1,7 @@
 """What attention over stores takes: the stores of these sequences are read once, new rows are written.
 
-Where in its stores a step is, the host does not know: as many positions are counted as the call says that there
-may be, so that what is predicted is a sequence's last step.
+Where in its stores a step is, the host does not know: as many positions are counted as the call says that
+there may be, so that what is predicted is a sequence's last step.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def attend_phases(call: Call) -> tuple[Phase, ...]:
 
 def attend_workspace(call: Call) -> int:
     """Bytes that a call on the CPU takes beyond its outputs, at most: masks by row and key, and the scores
-    where they are written out. Counted in the source (``graphopt_kernels.attend_reference``) and compared with
-    what it takes."""
+    where they are written out. Counted in the source (``graphopt_kernels.attend_reference``) and compared
+    with what it takes."""
     batch, heads, rows, seen = _sizes(call)
     groups, width, value_width = _widths(call)
     size = call.argument("query").dtype.itemsize

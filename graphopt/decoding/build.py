@@ -52,8 +52,8 @@ class Built:
 def build(model: torch.nn.Module, inputs: Any, options: Generate, session: Session) -> Built:
     """Capture ``model``, give every attention a store, rewrite, check.
 
-    Raises ``InputsError``, ``CaptureError``, ``VerificationError`` with what is in the way, and ``BudgetError``
-    where stores, or the least step, do not fit.
+    Raises ``InputsError``, ``CaptureError``, ``VerificationError`` with what is in the way, and
+    ``BudgetError`` where stores, or the least step, do not fit.
     """
     uncached = capture_uncached(model, inputs, options)
     batch, capacity = options.max_batch, options.max_tokens
@@ -82,7 +82,9 @@ def build(model: torch.nn.Module, inputs: Any, options: Generate, session: Sessi
     return Built(decoder, record, baseline, predicted, (general,))
 
 
-def _check_cache(session: Session, sites: tuple[Site, ...], cache_bytes: int, options: Generate) -> int | None:
+def _check_cache(
+    session: Session, sites: tuple[Site, ...], cache_bytes: int, options: Generate
+) -> int | None:
     """The bound on stores alone, which they keep. Raises ``BudgetError``, naming the largest."""
     if session.budget.cache is None:
         return None
@@ -92,9 +94,10 @@ def _check_cache(session: Session, sites: tuple[Site, ...], cache_bytes: int, op
     records = site_records(sites, options.max_batch, options.max_tokens)
     largest = max(records, key=lambda record: record.bytes)
     raise BudgetError(
-        f"the stores of keys and values take {format_bytes(cache_bytes)} ({cache_bytes} bytes) for max_tokens="
-        f"{options.max_tokens} and max_batch={options.max_batch}, {format_bytes(bound)} are allowed; the largest "
-        f"is that of {largest.layer or 'the first attention'}: {largest.store}, {format_bytes(largest.bytes)}",
+        f"the stores of keys and values take {format_bytes(cache_bytes)} ({cache_bytes} bytes) for "
+        f"max_tokens={options.max_tokens} and max_batch={options.max_batch}, {format_bytes(bound)} are "
+        f"allowed; the largest is that of {largest.layer or 'the first attention'}: {largest.store}, "
+        f"{format_bytes(largest.bytes)}",
         least_bytes=cache_bytes,
         budget_bytes=bound,
         hint=f"allow Budget(cache={cache_bytes}), or ask for fewer tokens or sequences",
@@ -159,13 +162,14 @@ class _Arithmetic:
     def baseline(self) -> Cost:
         """A token without a cache: the whole sequence again."""
         batch, length = self.options.max_batch, self.options.max_tokens
-        shapes = {name: ((batch, length), torch.int64) for name in self.uncached.inputs}
+        shapes = dict.fromkeys(self.uncached.inputs, ((batch, length), torch.int64))
         weights = self.uncached.weights
         program = _sized("uncached", self.uncached.gm, weights, shapes)
         return self._cost(program, self.base - self.cache_bytes, 0)
 
     def fitted(self, budget: int | None) -> tuple[int, Cost]:
-        """The most tokens of a prompt at once whose step fits, and what one token takes, at the peak of all."""
+        """The most tokens of a prompt at once whose step fits, and what one token takes, at the peak of
+        all."""
         single = self._step(1)
         chunk = self.options.max_tokens
         peak = self._step(chunk).peak_bytes
@@ -189,9 +193,9 @@ class _Arithmetic:
     def _refuse(self, peak: int, budget: int) -> None:
         stores = format_bytes(self.cache_bytes)
         raise BudgetError(
-            f"decoding one token takes {format_bytes(peak)} ({peak} bytes), {format_bytes(budget)} are allowed: "
-            f"{format_bytes(self.weight_bytes)} are parameters and buffers, {stores} stores of keys and values for "
-            f"max_tokens={self.options.max_tokens} and max_batch={self.options.max_batch}",
+            f"decoding one token takes {format_bytes(peak)} ({peak} bytes), {format_bytes(budget)} are "
+            f"allowed: {format_bytes(self.weight_bytes)} are parameters and buffers, {stores} stores of keys "
+            f"and values for max_tokens={self.options.max_tokens} and max_batch={self.options.max_batch}",
             least_bytes=peak,
             budget_bytes=budget,
             hint=f"ask for budget={peak} or more, for fewer tokens or sequences, or pack weights "
@@ -200,9 +204,9 @@ class _Arithmetic:
 
     def _step(self, count: int) -> Cost:
         batch = self.options.max_batch
-        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            name: ((batch, count), torch.int64) for name in self.uncached.inputs
-        }
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = dict.fromkeys(
+            self.uncached.inputs, ((batch, count), torch.int64)
+        )
         shapes["slots"] = ((count,), torch.int64)
         shapes["valid"] = ((batch, self.options.max_tokens), torch.bool)
         kinds = tensors_of(self.sites, batch, self.options.max_tokens)
@@ -216,8 +220,8 @@ class _Arithmetic:
         profile = self.cost.memory([(program, Schedule(calls))], base_bytes=base)
         prices = [self.cost.node(node) for node in program.nodes()]
         return Cost(
-            profile.peak_bytes, self.weight_bytes, sum(p.seconds for p in prices), sum(p.flops for p in prices),
-            cache_bytes,
+            profile.peak_bytes, self.weight_bytes, sum(p.seconds for p in prices), sum(p.flops for p in
+            prices), cache_bytes,
         )  # fmt: skip
 
 

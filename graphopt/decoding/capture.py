@@ -25,16 +25,18 @@ from graphopt.errors import CaptureError, InputsError, brief
 __all__ = ["Uncached", "capture_uncached", "logits_of"]
 
 _BATCH, _LENGTH = 3, 7
-"""Sizes of the example that is captured: unlike each other, unlike 0 and 1, which export takes for constants."""
+"""Sizes of the example that is captured: unlike each other, unlike 0 and 1, which export takes for
+constants."""
 
 
 @dataclass(frozen=True)
 class Uncached:
     """A captured model: placeholders are its weights, then ``inputs``; the output is logits [B, S, V].
 
-    ``eager(tokens, mask, positions)``, those that it takes, is the model itself, in evaluation. ``weights``: what the placeholders of weights stand for, by their names; ``names``: their dotted names in
-    the model. ``tokens``, ``mask`` and ``positions`` are placeholders, the last two ``None`` where the model
-    takes none. ``batch`` and ``length`` are the symbols.
+    ``eager(tokens, mask, positions)``, those that it takes, is the model itself, in evaluation. ``weights``:
+    what the placeholders of weights stand for, by their names; ``names``: their dotted names in the model.
+    ``tokens``, ``mask`` and ``positions`` are placeholders, the last two ``None`` where the model takes
+    none. ``batch`` and ``length`` are the symbols.
     """
 
     gm: fx.GraphModule
@@ -53,7 +55,8 @@ class Uncached:
         return tuple(name for name in (self.tokens, self.mask, self.positions) if name is not None)
 
     def placeholder(self, name: str) -> fx.Node:
-        return next(node for node in self.gm.graph.nodes if node.name == name)
+        found: fx.Node = next(node for node in self.gm.graph.nodes if node.name == name)
+        return found
 
     def run(
         self,
@@ -116,15 +119,17 @@ def logits_of(output: Any) -> torch.Tensor:
         leaves = torch.utils._pytree.tree_leaves(output)
         found = next((leaf for leaf in leaves if isinstance(leaf, torch.Tensor)), None)
     if not isinstance(found, torch.Tensor):
-        raise CaptureError(f"the model returns a {type(output).__name__} without logits: nothing to decode from")
+        raise CaptureError(
+            f"the model returns a {type(output).__name__} without logits: nothing to decode from"
+        )
     return found
 
 
 def capture_uncached(model: torch.nn.Module, inputs: Any, options: Generate) -> Uncached:
     """Capture ``model`` on an example like ``inputs``.
 
-    Raises ``InputsError`` for inputs that are not tokens, and ``CaptureError``, naming what is in the way, for
-    a model that is no decoder over tokens or cannot be captured with a symbolic length.
+    Raises ``InputsError`` for inputs that are not tokens, and ``CaptureError``, naming what is in the way,
+    for a model that is no decoder over tokens or cannot be captured with a symbolic length.
     """
     with _evaluating(model):
         names, fixed, example = _example(model, inputs, options)
@@ -208,8 +213,8 @@ def _example(
     varying = [n for n, v in given.items() if isinstance(v, torch.Tensor)]
     if varying:
         raise InputsError(
-            f"argument {varying[0]!r} is a tensor besides the tokens: generation takes tokens, their mask and "
-            "positions alone",
+            f"argument {varying[0]!r} is a tensor besides the tokens: generation takes tokens, their mask "
+            "and positions alone",
             hint=f"leave it out, or name it as Generate(mask={varying[0]!r}) or Generate(positions=...)",
         )
     if "use_cache" in signature.parameters:

@@ -29,9 +29,7 @@ def tolerance(logits: torch.Tensor) -> float:
     return _TOLERANCE.get(logits.dtype, 1e-4) * max(1.0, float(logits.abs().max()))
 
 
-def check_captured(
-    uncached: Uncached, tokens: torch.Tensor, mask: torch.Tensor | None
-) -> torch.Tensor:
+def check_captured(uncached: Uncached, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """The logits [B, S, V] of the captured graph, those of the model being the same.
 
     Raises ``VerificationError`` where they differ.
@@ -68,8 +66,8 @@ def check_steps(
         if not off <= allowed:
             raise VerificationError(
                 f"decoding gives other logits than the model without a cache at position {stop - 1}"
-                f"{' with padding' if mask is not None and bool((mask == 0).any()) else ''}: off by {off:.3g}, "
-                f"at most {allowed:.3g} is allowed{_first_off(decoder, tokens, mask, start, stop)}"
+                f"{' with padding' if mask is not None and bool((mask == 0).any()) else ''}: off by "
+                f"{off:.3g}, at most {allowed:.3g} is allowed{_first_off(decoder, tokens, mask, start, stop)}"
             )
         start = stop
     return worst
@@ -121,9 +119,13 @@ def first_difference(
         other.run(*step_inputs)
     for node in step.graph.nodes:
         before, after = one.values.get(node.name), other.values.get(node.name)
-        if node.op != "call_function" or not isinstance(after, torch.Tensor):
+        if not isinstance(node, fx.Node) or node.op != "call_function" or not isinstance(after, torch.Tensor):
             continue
-        if not isinstance(before, torch.Tensor) or before.dim() != after.dim() or not before.is_floating_point():
+        if (
+            not isinstance(before, torch.Tensor)
+            or before.dim() != after.dim()
+            or not before.is_floating_point()
+        ):
             continue
         rows = _rows(before, after, start)
         if rows is not None and not torch.allclose(rows, after, rtol=1e-2, atol=1e-3):

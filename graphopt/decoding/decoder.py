@@ -79,8 +79,8 @@ class Decoder:
     ) -> torch.Tensor:
         """Logits [B, 1, V] behind ``tokens`` [B, n], which follow those seen before.
 
-        ``mask`` [B, n] or, with those before, [B, seen + n]: 0 where a token is padding. ``positions`` [B, n];
-        without, tokens that are no padding are counted. Raises ``InputsError`` beyond ``max_tokens``.
+        ``mask`` [B, n] or, with those before, [B, seen + n]: 0 where a token is padding. ``positions`` [B,
+        n]; without, tokens that are no padding are counted. Raises ``InputsError`` beyond ``max_tokens``.
         """
         rows, count = tokens.shape
         if rows != self.batch:
@@ -140,7 +140,8 @@ class Decoder:
 
 
 def _one_axis(positions: torch.Tensor) -> torch.Tensor:
-    """Positions [B, n] of those along several axes [axes, B, n], which are alike where there is text alone."""
+    """Positions [B, n] of those along several axes [axes, B, n], which are alike where there is text
+    alone."""
     if positions.dim() < 3:
         return positions
     if not bool((positions == positions[:1]).all()):

@@ -11,7 +11,7 @@ import torch.fx as fx
 from graphopt.capture.aliasing import Aliases, written_inputs
 from graphopt.decoding.capture import Uncached, arguments_of
 from graphopt.decoding.layouts import name_of
-from graphopt.decoding.regions import Added, Region
+from graphopt.decoding.regions import Region
 from graphopt.errors import CaptureError, brief
 
 __all__ = ["added_by", "closure", "numbers_in", "values_of"]
@@ -90,7 +90,8 @@ def numbers_in(nodes: Sequence[fx.Node], aliases: Aliases) -> set[int]:
 def added_by(
     uncached: Uncached, region: Region, aliases: Aliases
 ) -> tuple[Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor], set[int]]:
-    """What ``region`` adds to its scores, as ``graphopt.decoding.masks`` wants to be told, and the numbers in it."""
+    """What ``region`` adds to its scores, as ``graphopt.decoding.masks`` wants to be told, and the numbers
+    in it."""
     nodes = [entry.node for entry in region.added if entry.node is not None]
     numbers = numbers_in(nodes, aliases)
 
@@ -140,5 +141,5 @@ def _sum_of(region: Region, values: Mapping[fx.Node, Any], positions: torch.Tens
 def _four_dimensions(value: torch.Tensor, region: Region) -> torch.Tensor:
     """[B * H, ..] and less as [B, H, .., ..]."""
     if value.dim() == 3 and value.shape[0] == 2 * region.heads:
-        return value.unflatten(0, (2, region.heads))
+        return value.view(2, region.heads, *value.shape[1:])
     return value.reshape((1,) * (4 - value.dim()) + tuple(value.shape))

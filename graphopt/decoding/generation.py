@@ -52,15 +52,19 @@ class _Output(dict[str, Any]):
         return self.get(name)
 
 
-def generate_with(model: torch.nn.Module, decoder: Decoder, args: Sequence[Any], options: dict[str, Any]) -> Any:
+def generate_with(
+    model: torch.nn.Module, decoder: Decoder, args: Sequence[Any], options: dict[str, Any]
+) -> Any:
     """``model.generate(*args, **options)`` with the steps of ``decoder``.
 
-    Raises ``InputsError`` for options that need another cache, hidden states or attention weights, and for more
-    sequences or positions than there are stores for.
+    Raises ``InputsError`` for options that need another cache, hidden states or attention weights, and for
+    more sequences or positions than there are stores for.
     """
     for name in _ALONE:
         if options.get(name) is not None:
-            raise InputsError(f"generate({name}=...) brings a cache of its own: the stores cannot be used with it")
+            raise InputsError(
+                f"generate({name}=...) brings a cache of its own: the stores cannot be used with it"
+            )
     for name in ("output_attentions", "output_hidden_states"):
         if options.get(name):
             raise InputsError(f"generate({name}=True): programs that decode give logits alone")
@@ -137,10 +141,9 @@ def plain_generate(
     following = tokens
     for count in range(new):
         logits = decoder(following, attention_mask if count == 0 else None)[:, -1].float()
-        if do_sample:
-            chosen = _sampled(logits / temperature, top_k, top_p, generator)
-        else:
-            chosen = logits.argmax(-1)
+        chosen = (
+            _sampled(logits / temperature, top_k, top_p, generator) if do_sample else logits.argmax(-1)
+        )
         chosen = torch.where(running, chosen, fill)
         following = chosen[:, None]
         tokens = torch.cat([tokens, following], 1)

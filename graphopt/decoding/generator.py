@@ -47,7 +47,11 @@ class Generator:
         except (CaptureError, VerificationError) as error:
             budget = self.session.budget
             bounded = budget.memory is not None or budget.cache is not None
-            if self.session.on_error == "raise" or bounded or not callable(getattr(self.model, "generate", None)):
+            if (
+                self.session.on_error == "raise"
+                or bounded
+                or not callable(getattr(self.model, "generate", None))
+            ):
                 raise
             self._refused = f"generates as it did: {error.message}"
 
@@ -60,7 +64,8 @@ class Generator:
         return self._built
 
     def generate(self, *args: Any, **options: Any) -> Any:
-        """What the model's own ``generate`` takes and gives; for models without one see ``plain_generate``."""
+        """What the model's own ``generate`` takes and gives; for models without one see
+        ``plain_generate``."""
         self.prepare()
         own = callable(getattr(self.model, "generate", None))
         if self._built is None:
@@ -96,5 +101,3 @@ class Generator:
             diagnostics=(*session.diagnostics, *([self._refused] if self._refused else [])),
             decoding=built.record if built is not None else None,
         )
-
-

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -41,9 +42,9 @@ aten = torch.ops.aten
 class StepGraph:
     """A graph over new rows: placeholders are the weights, then ``inputs``; the output is logits [B, 1, V].
 
-    ``inputs``: tokens [B, n], mask [B, n] and positions [B, n] where the model takes them, ``slots`` int64 [n],
-    ``valid`` bool [max batch, capacity] where it takes a mask, then the stores' tensors, ``stores``: names and
-    ``(site, tensor)``.
+    ``inputs``: tokens [B, n], mask [B, n] and positions [B, n] where the model takes them, ``slots`` int64
+    [n], ``valid`` bool [max batch, capacity] where it takes a mask, then the stores' tensors, ``stores``:
+    names and ``(site, tensor)``.
     """
 
     gm: fx.GraphModule
@@ -55,8 +56,8 @@ class StepGraph:
 def step_graph(
     uncached: Uncached, sites: Sequence[Site], batch: int, capacity: int, length: int
 ) -> StepGraph:
-    """The graph of one step for stores of ``batch`` sequences of ``capacity`` positions, none of which is at or
-    beyond ``length``. Raises ``CaptureError`` for what is left that mixes positions."""
+    """The graph of one step for stores of ``batch`` sequences of ``capacity`` positions, none of which is at
+    or beyond ``length``. Raises ``CaptureError`` for what is left that mixes positions."""
     return _Insertion(uncached, sites, batch, capacity, length).result()
 
 
@@ -86,7 +87,7 @@ class _Insertion:
                 if site.source != index:
                     continue
                 kinds = site.store.tensors(site.spec, self.batch, self.capacity)
-                for name, (shape, dtype) in reversed(kinds.items()):
+                for name, (shape, dtype) in reversed(list(kinds.items())):
                     tensors[index, name] = self._placeholder(f"store_{index}_{name}", shape, dtype)
             valid = None
             if uncached.mask is not None:
@@ -136,7 +137,8 @@ class _Insertion:
     def call(self, target: object, *args: object, **kwargs: object) -> fx.Node:
         """A new call at the place of insertion, its value known."""
         node = self.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
-        values = fx.node.map_arg((args, kwargs), lambda ref: ref.meta["val"])
+        given: Any = (args, kwargs)
+        values = fx.node.map_arg(given, lambda ref: ref.meta["val"])
         with self.mode, torch.no_grad():
             node.meta["val"] = target(*values[0], **values[1])  # type: ignore[operator]
         return node
@@ -225,9 +227,7 @@ class _Insertion:
                 size = self.call(aten.sym_size.int, mask, 0)
                 rows = self.call(aten.narrow.default, valid, 0, 0, size)
                 dtype = node.meta["val"].dtype
-                counted = self.call(
-                    aten.cumsum.default, self.call(aten.to.dtype, rows, dtype), -1
-                )
+                counted = self.call(aten.cumsum.default, self.call(aten.to.dtype, rows, dtype), -1)
                 here = self.call(aten.index_select.default, counted, 1, slots)
             node.replace_all_uses_with(here)
             self.graph.erase_node(node)
@@ -242,8 +242,8 @@ class _Insertion:
                 start, step = _from_and_by(node)
                 if start != 0 or step != 1:
                     raise CaptureError(
-                        f"{_where(node)}: positions {start}, {start} + {step}, ..: only those that count from 0 are "
-                        "understood"
+                        f"{_where(node)}: positions {start}, {start} + {step}, ..: only those that count "
+                        "from 0 are understood"
                     )
                 with self.graph.inserting_before(node):
                     made = slots
@@ -252,7 +252,7 @@ class _Insertion:
                 node.replace_all_uses_with(made)
                 self.graph.erase_node(node)
             elif name_of(node) in ("slice", "narrow") and self._takes_rows(node):
-                dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[call-overload]
+                dim = _dimension(node)
                 with self.graph.inserting_before(node):
                     made = self.call(aten.index_select.default, node.args[0], dim, slots)
                 node.replace_all_uses_with(made)
@@ -261,7 +261,7 @@ class _Insertion:
     def _takes_rows(self, node: fx.Node) -> bool:
         """Whether ``node`` is the first rows, as many as the sequence has, of a table of fixed length."""
         source = node.args[0]
-        dim = int(node.args[1]) if len(node.args) > 1 else 0  # type: ignore[call-overload]
+        dim = _dimension(node)
         if not isinstance(source, fx.Node):
             return False
         before, after = source.meta["val"].shape[dim], node.meta["val"].shape[dim]
@@ -270,8 +270,8 @@ class _Insertion:
         start = node.args[2] if len(node.args) > 2 else 0
         if start not in (0, None) or not self.uncached.is_length(after):
             raise CaptureError(
-                f"{_where(node)}: takes {after} rows of a table from {start} on: only the first ones, as many as "
-                "the sequence has, are understood"
+                f"{_where(node)}: takes {after} rows of a table from {start} on: only the first ones, as "
+                "many as the sequence has, are understood"
             )
         return True
 
@@ -286,16 +286,28 @@ class _Insertion:
                 continue
             if sum(self._has_length(size) for size in value.shape) > 1:
                 raise CaptureError(
-                    f"{_where(node)} makes a value of {list(map(str, value.shape))}: positions are mixed there in "
-                    "a way that was not recognised as attention",
-                    hint="recognised are scaled_dot_product_attention and softmax(q @ k.mT * scale + mask) @ v",
+                    f"{_where(node)} makes a value of {list(map(str, value.shape))}: positions are mixed "
+                    "there in a way that was not recognised as attention",
+                    hint="recognised are scaled_dot_product_attention and softmax(q @ k.mT * scale + mask) "
+                    "@ v",
                 )
 
 
-_VIEWS = {"slice", "select", "view", "transpose", "permute", "unsqueeze", "squeeze", "expand", "narrow", "alias"}
+_VIEWS = {
+    "slice",
+    "select",
+    "view",
+    "transpose",
+    "permute",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "narrow",
+    "alias",
+}
 _FRESH = {
-    "new_empty", "empty", "zeros", "new_zeros", "full", "ones", "new_ones", "new_full", "zeros_like", "ones_like",
-    "empty_like", "full_like", "clone", "where", "triu", "tril", "expand", "mul", "add", "to", "lift_fresh_copy",
+    "new_empty", "empty", "zeros", "new_zeros", "full", "ones", "new_ones", "new_full", "zeros_like",
+    "ones_like", "empty_like", "full_like", "clone", "where", "triu", "tril", "mul", "add", "lift_fresh_copy",
 }  # fmt: skip
 
 
@@ -307,6 +319,12 @@ def _must_stay(node: fx.Node) -> bool:
     if name_of(node) == "dropout" and node.args[1:] and (node.args[1] == 0 or node.args[-1] is False):
         return False  # draws nothing
     return node.op == "placeholder" or has_effect(node)
+
+
+def _dimension(node: fx.Node) -> int:
+    """Along which dimension a slice is taken."""
+    dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return int(dim)
 
 
 def _from_and_by(node: fx.Node) -> tuple[object, object]:

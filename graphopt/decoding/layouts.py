@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx as fx
@@ -79,7 +79,7 @@ def base_of_keys(node: fx.Node, heads: int) -> fx.Node:
             return _whole(found) if isinstance(found, fx.Node) else node
         if name_of(narrow) != "slice" or not _whole_slice(narrow):
             return node
-        narrow = narrow.args[0]  # type: ignore[assignment]
+        narrow = narrow.args[0]
     return node
 
 
@@ -105,11 +105,11 @@ def transposed(key: fx.Node) -> tuple[fx.Node, bool]:
     """Keys [.., S, D] of the operand [.., D, S], and whether they still have to be transposed to be that."""
     dims = key.meta["val"].dim()
     if name_of(key) in ("transpose", "permute") and isinstance(key.args[0], fx.Node):
+        given: Any = key.args
         if name_of(key) == "transpose":
-            swapped = {int(d) % dims for d in key.args[1:3]} == {dims - 2, dims - 1}  # type: ignore[call-overload]
+            swapped = {int(d) % dims for d in given[1:3]} == {dims - 2, dims - 1}
         else:
-            order = [int(d) % dims for d in key.args[1]]  # type: ignore[union-attr, arg-type]
-            swapped = order == [*range(dims - 2), dims - 1, dims - 2]
+            swapped = [int(d) % dims for d in given[1]] == [*range(dims - 2), dims - 1, dims - 2]
         if swapped:
             return key.args[0], False
     if name_of(key) in ("mT", "t") and isinstance(key.args[0], fx.Node):

@@ -1,9 +1,10 @@
 """What a mask means, found by looking at what it allows.
 
-How masks are written differs from model to model (comparisons of positions, ``tril``, slices of buffers, minus
-infinity added, ``where``); what they allow does not. So the part of a captured graph that makes a mask is run
-on small sequences, once without padding and once with, and what comes out is compared with what the known
-kinds would give. What fits none is refused: dropping a mask that was not understood would be wrong quietly.
+How masks are written differs from model to model (comparisons of positions, ``tril``, slices of buffers,
+minus infinity added, ``where``); what they allow does not. So the part of a captured graph that makes a mask
+is run on small sequences, once without padding and once with, and what comes out is compared with what the
+known kinds would give. What fits none is refused: dropping a mask that was not understood would be wrong
+quietly.
 
 A window of 4,096 does not show in a sequence of 48. Numbers that the graph compares positions with are where
 something may change, so the positions around them are looked at as well: every ``arange`` of the sequence's
@@ -23,12 +24,13 @@ __all__ = ["MaskSpec", "meaning"]
 
 Rows = torch.Tensor
 Evaluate = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
-"""``evaluate(positions, mask)``: what is added to scores, float64 [B, H or 1, S, S], -inf where nothing may be
-read, for tokens at ``positions`` [S] and ``mask`` [B, S] (``None``: the model takes none)."""
+"""``evaluate(positions, mask)``: what is added to scores, float64 [B, H or 1, S, S], -inf where nothing may
+be read, for tokens at ``positions`` [S] and ``mask`` [B, S] (``None``: the model takes none)."""
 
 _SMALL = 48
 _MASKED = -1e4
-"""What is added to a score that is not to count: models write the least number of a dtype, or -1e4, or -inf."""
+"""What is added to a score that is not to count: models write the least number of a dtype, or -1e4, or
+-inf."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,8 @@ class MaskSpec:
     """What rows may read, and what is added to scores.
 
     Rows read keys up to themselves; with ``window`` w the last w of them, themselves included (0: all).
-    ``padding``: keys that the caller's mask leaves out are not read. ``slopes``: ALiBi, a number for each head
-    times the place of the key among those that are no padding.
+    ``padding``: keys that the caller's mask leaves out are not read. ``slopes``: ALiBi, a number for each
+    head times the place of the key among those that are no padding.
     """
 
     window: int = 0
@@ -110,9 +112,11 @@ def _window(allowed: torch.Tensor, positions: torch.Tensor) -> int:
     expected = (distance >= 0) & (distance < window)
     if window == 0 or not torch.equal(seen, expected):
         row, key = (int(positions[i]) for i in (seen != expected).nonzero()[0])
-        reads = "reads" if seen[(seen != expected).nonzero()[0].tolist()[0]][
-            (seen != expected).nonzero()[0].tolist()[1]
-        ] else "does not read"
+        reads = (
+            "reads"
+            if seen[(seen != expected).nonzero()[0].tolist()[0]][(seen != expected).nonzero()[0].tolist()[1]]
+            else "does not read"
+        )
         raise CaptureError(
             f"the mask is neither causal nor a sliding window: position {row} {reads} position {key}"
         )
@@ -125,8 +129,8 @@ def _check_alike(allowed: torch.Tensor) -> None:
     if len(different):
         batch, head = different[0][:2].tolist()
         raise CaptureError(
-            f"the mask of sequence {batch}, head {head} is another than that of the first, without padding: it "
-            "is not made of positions alone"
+            f"the mask of sequence {batch}, head {head} is another than that of the first, without padding: "
+            "it is not made of positions alone"
         )
 
 

@@ -8,8 +8,8 @@ or written out, with what models put around it::
 
     softmax(cat([softcap(q @ k.mT * s) + mask, sinks]) - max) -> dropout -> slice -> @ v
 
-After, either way, a ``Region``: the nodes of q [B, H, S, D], k [B, Hkv, S, D] and v [B, Hkv, S, Dv] with heads of
-keys not repeated, how scores are scaled and capped, and what is added to them or hidden from them.
+After, either way, a ``Region``: the nodes of q [B, H, S, D], k [B, Hkv, S, D] and v [B, Hkv, S, Dv] with
+heads of keys not repeated, how scores are scaled and capped, and what is added to them or hidden from them.
 
 A softmax is attention if its input leads back to a product of two values that depend on the tokens and its
 output on to a product with a third. Softmaxes of routers and samplers do not.
@@ -44,8 +44,9 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Added:
-    """Something between scores and softmax. ``kind``: ``"bias"``: ``factor * node`` is added; ``"keep"``: scores
-    count where ``node`` is true; ``"hide"``: where it is false; ``"causal"``: rows do not read later keys."""
+    """Something between scores and softmax. ``kind``: ``"bias"``: ``factor * node`` is added; ``"keep"``:
+    scores count where ``node`` is true; ``"hide"``: where it is false; ``"causal"``: rows do not read later
+    keys."""
 
     kind: str
     node: fx.Node | None = None
@@ -54,8 +55,8 @@ class Added:
 
 @dataclass(frozen=True)
 class Region:
-    """One place where a program attends. ``output`` is the node whose value the region makes: [B, H, S, Dv], or
-    [B * H, S, Dv] with ``flat``. ``query``, ``key``, ``value`` may be flat in the same way.
+    """One place where a program attends. ``output`` is the node whose value the region makes: [B, H, S, Dv],
+    or [B * H, S, Dv] with ``flat``. ``query``, ``key``, ``value`` may be flat in the same way.
 
     ``nodes``: what lies between, first to last.
     """
@@ -88,14 +89,13 @@ def token_values(uncached: Uncached) -> set[fx.Node]:
     """Nodes whose numbers depend on the tokens; sizes do not."""
     found = {uncached.placeholder(uncached.tokens)}
     for node in uncached.gm.graph.nodes:
-        if node.op == "call_function" and name_of(node) not in ("sym_size", "size"):
-            if not isinstance(node.meta.get("val"), (int, torch.SymInt)) and any(
-                source in found for source in node.all_input_nodes
-            ):
-                found.add(node)
-                # What is written into carries on what is written.
-                if name_of(node).endswith("_") and isinstance(node.args[0], fx.Node):
-                    found.update(_roots(node.args[0]))
+        if node.op != "call_function" or isinstance(node.meta.get("val"), (int, torch.SymInt)):
+            continue
+        if any(source in found for source in node.all_input_nodes):
+            found.add(node)
+            # What is written into carries on what is written.
+            if name_of(node).endswith("_") and isinstance(node.args[0], fx.Node):
+                found.update(_roots(node.args[0]))
     return found
 
 
@@ -306,7 +306,9 @@ def _written_out(softmax: fx.Node, index: int, uncached: Uncached, values: set[f
         kv_heads = heads
     sinks = peeled(scores.sinks) if scores.sinks is not None else None
     if sinks is not None and _torch.hint(sinks.meta["val"].numel()) != heads:
-        raise CaptureError(f"{_where(softmax)}: sinks have {sinks.meta['val'].numel()} numbers for {heads} heads")
+        raise CaptureError(
+            f"{_where(softmax)}: sinks have {sinks.meta['val'].numel()} numbers for {heads} heads"
+        )
     scale = scores.scale
     if scores.softcap and scores.softcap < 0:
         return None

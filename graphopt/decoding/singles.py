@@ -68,8 +68,8 @@ class Singles:
             off = float((found - expected).abs().max())
             if not off <= tolerance(expected):
                 raise VerificationError(
-                    f"the compiled step gives other logits than its operators one by one: off by {off:.3g}, at "
-                    f"most {tolerance(expected):.3g} is allowed"
+                    f"the compiled step gives other logits than its operators one by one: off by {off:.3g}, "
+                    f"at most {tolerance(expected):.3g} is allowed"
                 )
         except Exception as error:
             if self.session.on_error == "raise":

@@ -40,8 +40,8 @@ def sites_of(
     regions = attention_regions(uncached)
     if not regions:
         raise CaptureError(
-            "no attention was found in the model: there is nothing to keep between tokens, or it is a state of "
-            "another kind (a recurrence, a convolution), which is not kept yet"
+            "no attention was found in the model: there is nothing to keep between tokens, or it is a state "
+            "of another kind (a recurrence, a convolution), which is not kept yet"
         )
     specs = _specs(uncached, regions, capacity)
     source = [_source(regions, specs, index) for index in range(len(regions))]
@@ -120,7 +120,9 @@ def _least(
             taken.append((store.stored_bytes(readers[0], batch, capacity), name, store))
     if not taken:
         where = region.layer or region.output.name
-        raise CaptureError(f"{where}: no store takes its keys and values ({'; '.join(reasons) or 'none is known'})")
+        raise CaptureError(
+            f"{where}: no store takes its keys and values ({'; '.join(reasons) or 'none is known'})"
+        )
     return min(taken, key=lambda entry: entry[:2])[2]
 
 

@@ -14,6 +14,7 @@ example that was traced.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,13 +44,15 @@ def compute_sizes(graph: fx.Graph, tokens: fx.Node) -> None:
             raise ValueError(f"the size {symbol} is not one of the tokens'")
         return sizes[str(symbol)]
 
+    def combine(function: Callable[..., Any], one: Any, other: Any) -> fx.Node:
+        return graph.call_function(function, (one, other))
+
     for node in list(graph.nodes):
         if node.op != "call_function" or not _symbols_in((node.args, node.kwargs)):
             continue
         with graph.inserting_before(node):
-            combine = graph.call_function
-            node.args = _replaced(node.args, leaf, lambda f, a, b: combine(f, (a, b)))
-            node.kwargs = _replaced(dict(node.kwargs), leaf, lambda f, a, b: combine(f, (a, b)))
+            node.args = _replaced(node.args, leaf, combine)
+            node.kwargs = _replaced(dict(node.kwargs), leaf, combine)
 
 
 def _symbols_in(value: Any) -> bool:

@@ -43,7 +43,8 @@ class CacheStore:
     first dimension of each being the batch. ``attend_op`` is the qualified name of a ``torch.library``
     operator that writes new rows into them, in place, and attends::
 
-        attend_op(query, key, value, *tensors, positions, valid, slopes, sinks, scale, softcap, window, length,
+        attend_op(query, key, value, *tensors, positions, valid, slopes, sinks, scale, softcap, window,
+        length,
                   *constants(site))
 
     ``query`` [B, H, n, D], ``key`` [B, Hkv, n, D] and ``value`` [B, Hkv, n, Dv] of the rows at ``positions``
@@ -60,7 +61,8 @@ class CacheStore:
     attend_op: ClassVar[str]
 
     def refuses(self, site: SiteSpec, capacity: int) -> Reason | None:
-        """``None``, or why this store cannot serve a site whose sequences have up to ``capacity`` positions."""
+        """``None``, or why this store cannot serve a site whose sequences have up to ``capacity``
+        positions."""
         return None
 
     def tensors(

@@ -1,7 +1,8 @@
-"""What a decoder is made of, read off its graph: layers that repeat, what makes keys and values, what is kept.
+"""What a decoder is made of, read off its graph: layers that repeat, what makes keys and values, what is
+kept.
 
-Nothing here goes by names of modules; those of weights and layers are there for people to read. Records of this
-module are what passes over stores decide by: who produces a key, who consumes it, what stands between.
+Nothing here goes by names of modules; those of weights and layers are there for people to read. Records of
+this module are what passes over stores decide by: who produces a key, who consumes it, what stands between.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ __all__ = ["AttentionRecord", "Operand", "RepeatRecord", "StackRecord", "explain
 
 _PRODUCTS = ("linear", "addmm", "mm", "matmul", "bmm")
 _LAYOUT = {
-    "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "contiguous", "clone", "slice", "alias",
-    "_unsafe_view", "select", "split", "split_with_sizes", "chunk", "unbind", "t", "unflatten", "flatten", "to",
-    "expand", "narrow",
+    "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "contiguous", "clone", "slice",
+    "alias", "_unsafe_view", "select", "split", "split_with_sizes", "chunk", "unbind", "t", "unflatten",
+    "flatten", "to", "expand", "narrow",
 }  # fmt: skip
 _NORMS = ("rsqrt", "layer_norm", "rms_norm", "native_layer_norm", "row_norm", "group_norm")
 _LEAST_LAYER = 8
@@ -41,8 +42,8 @@ class Operand:
     """What makes the queries, keys or values of an attention, from what all three are made of.
 
     ``weights``: dotted names, those read last first; ``columns``: which columns of the last one's result they
-    are, where others are used elsewhere (``"64:96"``), empty where all are. ``rotary``: multiplied by something
-    that depends on positions; ``normed``: normalised after the projection.
+    are, where others are used elsewhere (``"64:96"``), empty where all are. ``rotary``: multiplied by
+    something that depends on positions; ``normed``: normalised after the projection.
     """
 
     weights: tuple[str, ...]
@@ -80,8 +81,8 @@ class AttentionRecord:
 
 @dataclass(frozen=True)
 class RepeatRecord:
-    """``count`` stretches of ``nodes`` operators, one behind the other, that compute the same on other values;
-    ``attentions``: indices of those that they hold."""
+    """``count`` stretches of ``nodes`` operators, one behind the other, that compute the same on other
+    values; ``attentions``: indices of those that they hold."""
 
     count: int
     nodes: int
@@ -239,11 +240,17 @@ def _positional(uncached: Uncached, values: set[fx.Node]) -> set[fx.Node]:
     for node in uncached.gm.graph.nodes:
         if node.name == uncached.positions:
             found.add(node)
-        elif node.op == "call_function" and node not in values and isinstance(node.meta.get("val"), torch.Tensor):
+        elif (
+            node.op == "call_function"
+            and node not in values
+            and isinstance(node.meta.get("val"), torch.Tensor)
+        ):
             counted = name_of(node) == "arange" and uncached.is_length(node.meta["val"].shape[0])
-            if counted or any(source in found for source in node.all_input_nodes):
-                found.add(node)
-            elif name_of(node) == "slice" and any(map(uncached.has_length, node.meta["val"].shape)):
+            if (
+                counted
+                or any(source in found for source in node.all_input_nodes)
+                or (name_of(node) == "slice" and any(map(uncached.has_length, node.meta["val"].shape)))
+            ):
                 found.add(node)
     return found
 
@@ -289,7 +296,7 @@ def _moved(node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
 
     arguments = fx.node.map_aggregate(node.args, plain)
     try:
-        return node.target(*arguments)  # type: ignore[operator, misc]
+        return node.target(*arguments)  # type: ignore[operator]
     except (RuntimeError, IndexError, TypeError):
         return None
 

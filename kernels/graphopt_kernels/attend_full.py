@@ -38,8 +38,8 @@ def attend_full(
 
     ``key`` [B, Hkv, n, D] and ``value`` [B, Hkv, n, Dv] go to ``positions`` int64 [n], which ascend, of the
     stores [at least B, Hkv, capacity, D or Dv]; ``None``: they are there already, as where layers share a
-    store. ``valid`` bool [at least B, capacity]: which positions are no padding. ``length``: no position is at
-    or beyond it, so that no more of the store needs to be read. ``slopes``, ``sinks`` [H]. There is no
+    store. ``valid`` bool [at least B, capacity]: which positions are no padding. ``length``: no position is
+    at or beyond it, so that no more of the store needs to be read. ``slopes``, ``sinks`` [H]. There is no
     gradient.
     """
     return attend_full_reference(

@@ -7,7 +7,7 @@ What every store's operator computes, once it has keys, values and the position 
     s[q, k] = -inf unless position[k] <= position[q]
                           and position[k] > position[q] - window        window 0: all before
                           and valid[position[k]]                        padding
-    output[q] = sum_k softmax(s[q, :], sink[head])[k] * value[k]        sink: a logit that adds nothing (gpt-oss)
+    output[q] = sum_k softmax(s[q, :], sink[head])[k] * value[k]     sink: a logit without a value (gpt-oss)
 
 ``place[k]`` counts the valid keys before k, so that padding does not shift a bias. A row whose own key is
 padding reads itself: what it gives is read by nobody, but it must not be NaN.

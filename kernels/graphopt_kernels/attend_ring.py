@@ -35,10 +35,10 @@ def attend_ring(
 ) -> torch.Tensor:
     """[B, H, n, Dv] of ``query`` [B, H, n, D] over the last positions, dense.
 
-    ``key`` [B, Hkv, n, D] and ``value`` [B, Hkv, n, Dv] are of consecutive ``positions`` int64 [n], those right
-    behind what the stores [at least B, Hkv, W, D or Dv] hold; they are written where they are not overtaken
-    by later ones of the same call. ``valid`` is by position, as for ``graphopt::attend_full``; 0 < ``window``
-    <= W. There is no gradient.
+    ``key`` [B, Hkv, n, D] and ``value`` [B, Hkv, n, Dv] are of consecutive ``positions`` int64 [n], those
+    right behind what the stores [at least B, Hkv, W, D or Dv] hold; they are written where they are not
+    overtaken by later ones of the same call. ``valid`` is by position, as for ``graphopt::attend_full``; 0 <
+    ``window`` <= W. There is no gradient.
     """
     return attend_ring_reference(
         query, key, value, key_store, value_store, positions, valid, slopes, sinks, scale, softcap, window,

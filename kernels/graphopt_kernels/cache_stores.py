@@ -49,7 +49,9 @@ class Ring(CacheStore):
         if not site.mask.window:
             return Reason("a ring keeps a window, and rows of this site read all positions before them")
         if site.mask.window >= capacity:
-            return Reason(f"the window of {site.mask.window} is no less than the {capacity} positions there are")
+            return Reason(
+                f"the window of {site.mask.window} is no less than the {capacity} positions there are"
+            )
         if site.shares:
             return Reason("a site that reads another's store may read what a ring has lost by then")
         return None

@@ -18,7 +18,11 @@ __all__ = ["command"]
 @click.option("--memory", is_flag=True, help="What is alive at the peak, and where that is.")
 @click.option("--layers", is_flag=True, help="Layers of a decoder: what makes keys and values, what is read.")
 @click.option(
-    "--max-tokens", type=click.IntRange(min=2), default=4096, show_default=True, help="Positions, for --layers."
+    "--max-tokens",
+    type=click.IntRange(min=2),
+    default=4096,
+    show_default=True,
+    help="Positions of a sequence, for --layers.",
 )
 @click.option("--top", type=click.IntRange(min=1), default=12, show_default=True, help="Values to list.")
 @click.option("--output", "-o", type=PICTURE_FILE, help="Draw memory over the step into this SVG file.")
