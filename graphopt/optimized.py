@@ -76,17 +76,21 @@ class Optimized(torch.nn.Module):
             return getattr(self.__dict__["_model"], name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimized:
-        example = self._generator.inputs if self._generator is not None else self._driver.example
+        example = self._driver.example if self._generator is None else self._generator.inputs
         made = self._remaking()(copy.deepcopy(self._model, memo), example)
         memo[id(self)] = made
         vars(made).update(copy.deepcopy(self._own_state(), memo))
         return made
 
     def __copy__(self) -> Optimized:
-        return _remade(self._remaking(), self._model, self._own_state())
+        return _remade(self._remaking(), self._model, self._own_state(), self._prompt())
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _remade, (self._remaking(), self._model, self._own_state())
+        return _remade, (self._remaking(), self._model, self._own_state(), self._prompt())
+
+    def _prompt(self) -> Any:
+        """Example tokens, where there is generation to be captured with them."""
+        return None if self._generator is None else self._generator.inputs
 
     def _remaking(self) -> Callable[..., Optimized]:
         """What makes the same of another model. A share of what this one took before its weights were packed
@@ -239,8 +243,10 @@ _MADE = frozenset(
 """Attributes of an ``Optimized`` that follow from its model and its options."""
 
 
-def _remade(again: Callable[..., Optimized], model: torch.nn.Module, own: dict[str, Any]) -> Optimized:
-    made = again(model, None)
+def _remade(
+    again: Callable[..., Optimized], model: torch.nn.Module, own: dict[str, Any], example: Any = None
+) -> Optimized:
+    made = again(model, example)
     vars(made).update(own)
     return made
 

@@ -6,6 +6,8 @@ there may be, so that what is predicted is a sequence's last step.
 
 from __future__ import annotations
 
+import torch
+
 from graphopt_cost_model.call import Call, TensorSpec
 from graphopt_cost_model.phase import Phase
 
@@ -66,6 +68,7 @@ def attend_workspace(call: Call) -> int:
         attending += batch * heads * rows * (width + value_width) * size
     else:
         mask = known * heads * rows * seen * (4 + (size if size != 4 else 0)) if slopes else 0
-        # What torch's own attention turns a boolean mask into, and its blocks of scores.
-        attending = (mask or known * rows * seen * size) + 5 * min(rows, 64) * min(seen, 512)
+        # What torch's own attention turns a boolean mask into, and a block of scores for each thread.
+        blocks = torch.get_num_threads() * 5 * min(rows, 64) * min(seen, 512)
+        attending = (mask or known * rows * seen * size) + blocks
     return int(held + max(masking, attending))

@@ -21,7 +21,7 @@ from graphopt.decoding.record import DecodingRecord, site_records
 from graphopt.decoding.singles import Singles
 from graphopt.decoding.sites import Site, sites_of, stored_bytes, tensors_of
 from graphopt.decoding.sizes import compute_sizes
-from graphopt.errors import BudgetError, CaptureError
+from graphopt.errors import BudgetError, CaptureError, InputsError, brief
 from graphopt.program import InputSpec, Program
 from graphopt.schedule import Schedule
 
@@ -164,7 +164,12 @@ class _Arithmetic:
         batch, length = self.options.max_batch, self.options.max_tokens
         shapes = dict.fromkeys(self.uncached.inputs, ((batch, length), torch.int64))
         weights = self.uncached.weights
-        program = _sized("uncached", self.uncached.gm, weights, shapes)
+        try:
+            program = _sized("uncached", self.uncached.gm, weights, shapes)
+        except (RuntimeError, IndexError) as error:
+            raise InputsError(
+                f"the model does not take sequences of max_tokens={length} positions: {brief(error)}"
+            ) from error
         return self._cost(program, self.base - self.cache_bytes, 0)
 
     def fitted(self, budget: int | None) -> tuple[int, Cost]:

@@ -8,6 +8,7 @@ can be run without. What is cached is decided afterwards, on the graph (``grapho
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -237,7 +238,8 @@ _CHECKS = ("aten._assert_tensor_metadata", "aten._assert_scalar", "aten.sym_cons
 def _inside(entry: Any) -> Any:
     """An entry of a node's module stack, its path seen from the model rather than from what wraps it."""
     path, *rest = entry
-    return (str(path).removeprefix("model").removeprefix("."), *rest)
+    # A part of a list of layers is named by its slice.
+    return (re.sub(r"slice\([^)]*\)\.", "", str(path).removeprefix("model").removeprefix(".")), *rest)
 
 
 def _uncached(

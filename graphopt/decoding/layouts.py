@@ -12,7 +12,15 @@ from graphopt import _torch
 if TYPE_CHECKING:
     from graphopt.decoding.capture import Uncached
 
-__all__ = ["base_of_keys", "heads_first", "name_of", "peeled", "scalar", "transposed"]
+__all__ = [
+    "base_of_keys",
+    "heads_first",
+    "name_of",
+    "peeled",
+    "same_numbers",
+    "scalar",
+    "transposed",
+]
 
 
 def name_of(node: object) -> str:
@@ -87,6 +95,19 @@ def _whole(node: fx.Node) -> fx.Node:
     """What slices that take everything are taken of."""
     while name_of(node) == "slice" and _whole_slice(node) and isinstance(node.args[0], fx.Node):
         node = node.args[0]
+    return node
+
+
+_PASSING = ("to", "_to_copy", "alias", "detach", "contiguous", "clone", "slice")
+
+
+def same_numbers(node: fx.Node) -> fx.Node:
+    """The value that ``node`` is a copy of, or a cast to what it is already."""
+    while name_of(node) in _PASSING and isinstance(source := node.args[0], fx.Node):
+        before, after = source.meta["val"], node.meta["val"]
+        if before.dtype is not after.dtype or before.dim() != after.dim() or not _whole_slice(node):
+            break
+        node = source
     return node
 
 

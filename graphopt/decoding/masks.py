@@ -66,7 +66,7 @@ def meaning(
     allowed, bias = _parts(plain)
     window = _window(allowed, dense)
     slopes = _slopes(bias, allowed, dense)
-    critical = sorted({n for n in numbers if len(dense) - 2 <= n < capacity})
+    critical = sorted({n for n in numbers if len(dense) - 2 <= n < capacity + 3})
     for number in critical:
         near = {p for k in (number, 2 * number) for p in range(k - 2, k + 3)} | {0, 1, 2, 3, capacity - 1}
         spots = torch.tensor(sorted(p for p in near if 0 <= p < capacity), device=device)
@@ -111,16 +111,12 @@ def _window(allowed: torch.Tensor, positions: torch.Tensor) -> int:
     window = int(distance[hidden].min())
     expected = (distance >= 0) & (distance < window)
     if window == 0 or not torch.equal(seen, expected):
-        row, key = (int(positions[i]) for i in (seen != expected).nonzero()[0])
-        reads = (
-            "reads"
-            if seen[(seen != expected).nonzero()[0].tolist()[0]][(seen != expected).nonzero()[0].tolist()[1]]
-            else "does not read"
-        )
+        unread = [int(positions[i]) for i in (hidden & (distance == window)).nonzero()[0]]
+        read = [int(positions[i]) for i in (seen & (distance >= window)).nonzero()[0]]
         raise CaptureError(
-            f"the mask is neither causal nor a sliding window: position {row} {reads} position {key}"
+            f"the mask is neither causal nor a sliding window: position {unread[0]} does not read position "
+            f"{unread[1]}, but position {read[0]} reads position {read[1]}"
         )
-    # The least distance that is hidden is one more than was looked at just below it.
     return window
 
 

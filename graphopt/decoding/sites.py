@@ -10,6 +10,7 @@ import torch
 from graphopt.capture.aliasing import alias_map
 from graphopt.decoding.capture import Uncached
 from graphopt.decoding.evaluate import added_by
+from graphopt.decoding.layouts import same_numbers
 from graphopt.decoding.masks import MaskSpec, meaning
 from graphopt.decoding.regions import Region, attention_regions
 from graphopt.decoding.stores import CacheStore, SiteSpec
@@ -44,16 +45,15 @@ def sites_of(
             "of another kind (a recurrence, a convolution), which is not kept yet"
         )
     specs = _specs(uncached, regions, capacity)
-    source = [_source(regions, specs, index) for index in range(len(regions))]
-    specs = [replace(spec, shares=source[i] != i) for i, spec in enumerate(specs)]
-    chosen: dict[int, CacheStore] = {}
-    for index in sorted(set(source)):
-        readers = [specs[i] for i in range(len(regions)) if source[i] == index]
-        chosen[index] = _least(regions[index], readers, stores, batch, capacity)
-    return tuple(
-        Site(region, spec, chosen[source[i]], source[i])
-        for i, (region, spec) in enumerate(zip(regions, specs, strict=True))
-    )
+    groups: dict[int, list[int]] = {}
+    for index in range(len(regions)):
+        groups.setdefault(_source(regions, index), []).append(index)
+    sites: dict[int, Site] = {}
+    for members in groups.values():
+        for index, source, store in _least(regions, specs, members, stores, batch, capacity):
+            spec = replace(specs[index], shares=source != index)
+            sites[index] = Site(regions[index], spec, store, source)
+    return tuple(sites[index] for index in range(len(regions)))
 
 
 def _specs(uncached: Uncached, regions: Sequence[Region], capacity: int) -> list[SiteSpec]:
@@ -90,23 +90,46 @@ def _specs(uncached: Uncached, regions: Sequence[Region], capacity: int) -> list
     return specs
 
 
-def _source(regions: Sequence[Region], specs: Sequence[SiteSpec], index: int) -> int:
-    """The first site that reads the same keys and values."""
-    here = regions[index]
-    for earlier in range(index):
-        there = regions[earlier]
-        if there.key is here.key and there.value is here.value and there.flat == here.flat:
-            return earlier
-    return index
+def _source(regions: Sequence[Region], index: int) -> int:
+    """The first region that reads the same keys and values."""
+    here = _read(regions[index])
+    return next(earlier for earlier in range(index + 1) if _read(regions[earlier]) == here)
+
+
+def _read(region: Region) -> tuple[object, ...]:
+    return same_numbers(region.key), same_numbers(region.value), region.flat, region.key_transposed
 
 
 def _least(
+    regions: Sequence[Region],
+    specs: Sequence[SiteSpec],
+    members: Sequence[int],
+    stores: Mapping[str, type[CacheStore]],
+    batch: int,
+    capacity: int,
+) -> list[tuple[int, int, CacheStore]]:
+    """Index, source and store of regions that read the same keys and values: one store for all of them, or one
+    for each where that takes fewer bytes, as rings of short windows do."""
+    apart = [(i, i, _taking(regions[i], [specs[i]], stores, batch, capacity)) for i in members]
+    if len(members) == 1:
+        return apart
+    first = members[0]
+    readers = [specs[first], *(replace(specs[i], shares=True) for i in members[1:])]
+    shared = _taking(regions[first], readers, stores, batch, capacity)
+    separately = sum(store.stored_bytes(specs[i], batch, capacity) for i, _, store in apart)
+    if separately < shared.stored_bytes(specs[first], batch, capacity):
+        return apart
+    return [(i, first, shared) for i in members]
+
+
+def _taking(
     region: Region,
     readers: Sequence[SiteSpec],
     stores: Mapping[str, type[CacheStore]],
     batch: int,
     capacity: int,
 ) -> CacheStore:
+    """The exact store of least bytes that serves all ``readers``."""
     reasons: list[str] = []
     taken: list[tuple[int, str, CacheStore]] = []
     for name, kind in stores.items():
@@ -120,9 +143,8 @@ def _least(
             taken.append((store.stored_bytes(readers[0], batch, capacity), name, store))
     if not taken:
         where = region.layer or region.output.name
-        raise CaptureError(
-            f"{where}: no store takes its keys and values ({'; '.join(reasons) or 'none is known'})"
-        )
+        why = "; ".join(reasons) or "none is known"
+        raise CaptureError(f"{where}: no store takes its keys and values ({why})")
     return min(taken, key=lambda entry: entry[:2])[2]
 
 
