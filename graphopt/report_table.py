@@ -104,8 +104,8 @@ def store_lines(record: DecodingRecord, shown: int = GROUPS_SHOWN) -> list[str]:
     bound = f" of {format_bytes(record.budget)} allowed" if record.budget is not None else ""
     lines = [
         f"{format_bytes(record.cache_bytes)}{bound} for {record.max_batch} sequences of {record.max_tokens} "
-        f"positions; prompts go in {record.chunk} tokens at a time; logits differ from those without stores by "
-        f"at most {record.off:.1e}"
+        f"positions; prompts go in {record.chunk} tokens at a time; logits differ from those without stores "
+        f"by at most {record.off:.1e}"
     ]
     kinds: dict[tuple[str, str], list[SiteRecord]] = {}
     for index, site in enumerate(record.sites):

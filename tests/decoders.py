@@ -11,8 +11,8 @@ from torch import nn
 VOCABULARY, WIDTH, HEADS, POSITIONS = 128, 64, 4, 512
 _COMMON = {
     "num_hidden_layers": 2, "hidden_size": WIDTH, "num_attention_heads": HEADS, "num_key_value_heads": 2,
-    "intermediate_size": 96, "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS, "pad_token_id": 0,
-    "bos_token_id": 1, "eos_token_id": 2,
+    "intermediate_size": 96, "vocab_size": VOCABULARY, "max_position_embeddings": POSITIONS,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _MIXTURE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _WINDOWS = {"head_dim": 16, "sliding_window": 32}
@@ -26,8 +26,9 @@ _MODERN: dict[str, dict[str, Any]] = {
     "gemma2": {**_WINDOWS, "layer_types": ["sliding_attention", "full_attention"]},
     "gemma3_text": {**_WINDOWS, "layer_types": ["sliding_attention", "full_attention"]},
     "gemma3n_text": {
-        **_WINDOWS, "num_hidden_layers": 4, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCABULARY,
-        "layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 16,
+        **_WINDOWS, "num_hidden_layers": 4, "num_kv_shared_layers": 2,
+        "vocab_size_per_layer_input": VOCABULARY, "hidden_size_per_layer_input": 16,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
         "laurel_rank": 8, "altup_num_inputs": 2, "activation_sparsity_pattern": [0.0] * 4,
         "intermediate_size": [96] * 4,
     },
@@ -53,13 +54,34 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Model types of transformers and what to build each from."""
 
+_RECURRENT = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": VOCABULARY, "pad_token_id": 0}
+OTHERS: dict[str, dict[str, Any]] = {
+    "mamba": {**_RECURRENT, "state_size": 4},
+    "jamba": {
+        **_COMMON, "num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
+        "mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False,
+    },
+    "recurrent_gemma": {
+        **_LONG, "num_hidden_layers": 3, "intermediate_size": 96, "lru_width": WIDTH,
+        "attention_window_size": 32, "num_key_value_heads": 1,
+    },
+    "rwkv": {**_RECURRENT, "attention_hidden_size": 32},
+    "qwen3_next": {
+        **_COMMON, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention"],
+    },
+}  # fmt: skip
+"""Decoders that keep states besides keys and values, or instead of them."""
+
 
 def family(name: str, attention: str | None = None, **changes: Any) -> nn.Module:
     """The model of a family, its weights drawn with one seed; sequences of it have no end."""
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = CONFIG_MAPPING[name](**{**FAMILIES[name], **changes})
+    config = CONFIG_MAPPING[name](**{**FAMILIES, **OTHERS}[name] | changes)
     torch.manual_seed(0)
     kwargs = {} if attention is None else {"attn_implementation": attention}
     model: Any = transformers.AutoModelForCausalLM.from_config(config, **kwargs)
@@ -135,7 +157,8 @@ class Block(nn.Module):
             case "linear-bias":
                 slopes = 2.0 ** -torch.arange(1, HEADS + 1)
                 bias = -slopes[:, None, None] * distance
-                return F.scaled_dot_product_attention(q, k, v, bias.masked_fill(distance < 0, float("-inf")))
+                bias = bias.masked_fill(distance < 0, float("-inf"))
+                return F.scaled_dot_product_attention(q, k, v, bias)
             case "both-ways":
                 return F.scaled_dot_product_attention(q, k, v)
             case "prefix":
@@ -160,8 +183,10 @@ class Plain(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         length = ids.shape[1]
-        table = self.places.weight[:length] if self.positions == "table" else self.places(torch.arange(length))
-        x = self.words(ids) + table
+        if self.positions == "table":
+            x = self.words(ids) + self.places.weight[:length]
+        else:
+            x = self.words(ids) + self.places(torch.arange(length))
         for block in self.blocks:
             x = block(x)
         logits: torch.Tensor = self.head(self.norm(x))

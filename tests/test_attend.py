@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.library import opcheck
 
-from graphopt_kernels.cache_stores import Full, Ring
 from graphopt.decoding.masks import MaskSpec
 from graphopt.decoding.stores import SiteSpec
+from graphopt_kernels.cache_stores import Full, Ring
 
 ops = torch.ops.graphopt
 BATCH, HEADS, FEW, WIDTH, VALUE, PLACES = 2, 4, 2, 8, 6, 12
@@ -109,13 +109,18 @@ def test_full_stores_give_what_loops_give(case: str, parts: list[int]) -> None:
     shown = rows[:, None, :, None]
     torch.testing.assert_close(found.double() * shown, expected * shown, atol=2e-6, rtol=1e-5)
     assert torch.isfinite(found).all()
-    assert torch.equal(held[0][:BATCH, :, :11], drawn(11)[1]) and torch.equal(held[1][:BATCH, :, :11], drawn(11)[2])
+    for store, new in zip(held, drawn(11)[1:], strict=True):
+        assert torch.equal(store[:BATCH, :, :11], new)
     assert not held[0][BATCH:].any() and not held[0][:, :, 11:].any()
 
 
 @pytest.mark.parametrize("parts", [[11], [2, 6, 1, 1, 1], [1] * 11], ids=["whole", "parts", "single"])
 @pytest.mark.parametrize("slots", [4, 6])
-@pytest.mark.parametrize("extra", [{}, {"padded": 3, "slopes": True}, {"sinks": True, "softcap": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "extra",
+    [{}, {"padded": 3, "slopes": True}, {"sinks": True, "softcap": 2.0}],
+    ids=["plain", "bias", "sinks"],
+)
 def test_rings_give_what_full_stores_give(extra: dict[str, Any], slots: int, parts: list[int]) -> None:
     given = arguments({**extra, "window": 4})
     expected = in_parts(ops.attend_full, parts, stores(), given)
@@ -128,9 +133,7 @@ def test_what_is_beyond_the_length_is_not_read() -> None:
     held = stores()
     held[0].fill_(float("nan"))
     held[0][:, :, :5] = 0.0
-    made = ops.attend_full(
-        query, key, value, *held, torch.tensor([4]), None, None, None, 0.4, 0.0, 0, 5
-    )
+    made = ops.attend_full(query, key, value, *held, torch.tensor([4]), None, None, None, 0.4, 0.0, 0, 5)
     assert torch.isfinite(made).all()
 
 
@@ -149,9 +152,7 @@ def test_a_site_that_shares_reads_what_another_wrote() -> None:
 def test_other_dtypes_are_near_loops(dtype: torch.dtype) -> None:
     query, key, value = drawn(6, dtype)
     given = arguments({})
-    made = ops.attend_full(
-        query, key, value, *stores(dtype=dtype), torch.arange(6), *given.values(), PLACES
-    )
+    made = ops.attend_full(query, key, value, *stores(dtype=dtype), torch.arange(6), *given.values(), PLACES)
     assert made.dtype is dtype
     # Weights are rounded to the dtype before they meet values of about 3.
     off = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float64: 1e-12}[dtype]
@@ -174,8 +175,8 @@ def _change(name: str, value: Any) -> dict[str, Any]:
     held = stores()
     given = {
         "query": query, "key": key, "value": new, "key_store": held[0], "value_store": held[1],
-        "positions": torch.arange(2), "valid": None, "slopes": None, "sinks": None, "scale": 0.4, "softcap": 0.0,
-        "window": 4, "length": PLACES,
+        "positions": torch.arange(2), "valid": None, "slopes": None, "sinks": None, "scale": 0.4,
+        "softcap": 0.0, "window": 4, "length": PLACES,
     }  # fmt: skip
     return {**given, name: value}
 
@@ -183,21 +184,19 @@ def _change(name: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("name", "value", "text"),
     [
-        ("query", torch.zeros(2, 4, 8), "the query has shape [2, 4, 8]: expected [batch, heads, rows, width]"),
+        ("query", torch.zeros(2, 4, 8), "the query has shape [2, 4, 8]: expected [batch, heads, rows, w"),
         ("query", torch.zeros(2, 3, 2, 8), "3 heads of queries do not share 2 heads of keys evenly"),
         ("query", torch.zeros(2, 4, 2, 9), "queries have 9 elements a head, the store of keys 8"),
         ("key", None, "keys and values come together: one of them is missing"),
         ("value", torch.zeros(2, 2, 2, 5), "the new value has shape [2, 2, 2, 5]: expected [2, 2, 2, 6]"),
         ("positions", torch.arange(3), "positions are torch.int64 [3]: expected torch.int64 of shape [2]"),
-        ("valid", torch.zeros(3, 12), "valid is torch.float32 [3, 12]: expected torch.bool [batch, positions]"),
+        ("valid", torch.zeros(3, 12), "valid is torch.float32 [3, 12]: expected torch.bool [batch, pos"),
         ("slopes", torch.zeros(3), "slopes have shape [3]: expected [4]"),
         ("sinks", torch.zeros(2), "sinks have shape [2]: expected [4]"),
     ],
 )
 def test_what_operators_do_not_take_is_said(name: str, value: Any, text: str) -> None:
-    meta = {
-        k: v.to("meta") if isinstance(v, Tensor) else v for k, v in _change(name, value).items()
-    }
+    meta = {k: v.to("meta") if isinstance(v, Tensor) else v for k, v in _change(name, value).items()}
     with pytest.raises(ValueError, match=re.escape(f"attend_full: {text}")):
         ops.attend_full(*meta.values())
 

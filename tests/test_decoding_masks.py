@@ -83,9 +83,9 @@ def test_slopes_are_found_and_constants_of_rows_are_not_seen() -> None:
     [
         (lambda r, k: k == k, [], "lets position 0 read position 1, which comes later"),
         (lambda r, k: (k <= r) | (k < 3), [], "lets position 0 read position 1, which comes later"),
-        (lambda r, k: (k <= r) & (r // 10 == k // 10), [], "position 10 does not read position 9, but position"),
+        (lambda r, k: (k <= r) & (r // 10 == k // 10), [], "position 10 does not read position 9, but pos"),
         (lambda r, k: (k <= r) & (r // 512 == k // 512), [512], "does not read position"),
-        (lambda r, k: (k <= r) & ((k > r - 9) | (k < 2)), [], "position 11 does not read position 2, but posit"),
+        (lambda r, k: (k <= r) & ((k > r - 9) | (k < 2)), [], "position 11 does not read position 2, but po"),
         (lambda r, k: (k <= r) & ((r - k) % 2 == 0), [], "position 1 does not read position 0, but position"),
     ],
     ids=["all", "prefix", "blocks", "long-blocks", "window-and-first", "strided"],

@@ -52,7 +52,7 @@ def test_positions_may_be_counted_or_be_the_first_rows_of_a_table() -> None:
         ("prefix", CaptureError, "blocks.0: the mask lets position 0 read position 1, which comes later"),
         ("blocks", CaptureError, "position 8 does not read position 7, but position 1 reads position 0"),
         ("logarithmic", CaptureError, "no slope times the position of a key (ALiBi)"),
-        ("convolution", VerificationError, "the first value that differs is pad (aten.pad.default) of blocks.0"),
+        ("convolution", VerificationError, "first value that differs is pad (aten.pad.default) of blocks.0"),
     ],
 )
 def test_what_is_not_understood_is_refused_with_the_reason(

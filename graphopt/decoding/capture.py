@@ -143,9 +143,13 @@ def capture_uncached(model: torch.nn.Module, inputs: Any, options: Generate) -> 
                     wrapped, tuple(example), dynamic_shapes=(dynamic,), strict=False
                 )
             except Exception as error:
-                raise CaptureError(
-                    f"the model could not be captured without a cache: {brief(error)}"
-                ) from error
+                why = brief(error)
+                if "specialized it to be a constant" in str(error):
+                    why = (
+                        f"its program is one for {_BATCH} sequences of {_LENGTH} tokens alone, as that of a "
+                        "recurrence which is run position by position"
+                    )
+                raise CaptureError(f"the model could not be captured without a cache: {why}") from error
 
     def eager(*values: torch.Tensor) -> torch.Tensor:
         with _evaluating(model), torch.no_grad():

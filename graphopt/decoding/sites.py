@@ -108,8 +108,8 @@ def _least(
     batch: int,
     capacity: int,
 ) -> list[tuple[int, int, CacheStore]]:
-    """Index, source and store of regions that read the same keys and values: one store for all of them, or one
-    for each where that takes fewer bytes, as rings of short windows do."""
+    """Index, source and store of regions that read the same keys and values: one store for all of them, or
+    one for each where that takes fewer bytes, as rings of short windows do."""
     apart = [(i, i, _taking(regions[i], [specs[i]], stores, batch, capacity)) for i in members]
     if len(members) == 1:
         return apart
