@@ -2,9 +2,9 @@
 
     python benchmarks/decoding.py [--models NAME ...] [--quick]
 
-Tiny models of transformers with random weights, float32. 256 greedy tokens of two prompts, and 32 each
-with padding on the left, in three beams, and drawn, by ``model.generate`` and by ``Optimized.generate``, op by
-op. Families that are refused are rows with the reason. Target: all tokens equal.
+Tiny models of transformers with random weights, float32. Of two prompts 256 greedy tokens, and 32 each with
+padding on the left, in three beams, and drawn, by ``model.generate`` and by ``Optimized.generate``, op by op.
+Families that are refused are rows with the reason. Target: all tokens equal.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from graphopt.capture.semantic import semantic_program
 from graphopt.cost import Cost
 from graphopt.decoding.capture import Uncached, capture_uncached
 from graphopt.decoding.check import check_captured, check_steps
-from graphopt.decoding.decoder import Decoder
+from graphopt.decoding.decoder import MOVED, Decoder
 from graphopt.decoding.insert import StepGraph, step_graph
 from graphopt.decoding.options import Generate
 from graphopt.decoding.record import DecodingRecord, site_records
@@ -191,6 +191,9 @@ class _Arithmetic:
             chunk, peak = fitting[-1]
             if peak > budget:
                 self._refuse(peak, budget)
+        if self.options.max_batch > 1:
+            # Sequences may change places.
+            peak = max(peak, self.base + min(MOVED, self.cache_bytes))
         return chunk, Cost(
             max(peak, single.peak_bytes), self.weight_bytes, single.seconds, single.flops, self.cache_bytes
         )

@@ -14,9 +14,12 @@ from graphopt.decoding.options import Generate
 from graphopt.decoding.sites import Site, tensors_of
 from graphopt.errors import InputsError
 
-__all__ = ["Decoder"]
+__all__ = ["MOVED", "Decoder"]
 
 Run = Callable[..., Any]
+
+MOVED = 64 << 20
+"""Bytes of a store that are copied at once as sequences change places: few launches, little memory."""
 
 
 @dataclass
@@ -134,9 +137,12 @@ class Decoder:
         return result
 
     def reorder(self, index: torch.Tensor) -> None:
-        """Sequence i goes on from what sequence ``index[i]`` was, in place."""
+        """Sequence i goes on from what sequence ``index[i]`` was, in place, ``MOVED`` bytes at a time."""
+        index = index.to(self.device)
         for tensor in self.held.values():
-            tensor[: len(index)] = tensor.index_select(0, index.to(tensor.device))
+            parts = -(-tensor.numel() * tensor.element_size() // MOVED)
+            for part in tensor.chunk(parts, 1):
+                part[: len(index)] = part.index_select(0, index)
 
 
 def _one_axis(positions: torch.Tensor) -> torch.Tensor:
