@@ -85,6 +85,20 @@ def test_models_without_attention_are_refused() -> None:
         generating(Recurrent())
 
 
+class Keeping(Recurrent):
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        self.state = self.words(ids).cumsum(1)
+        logits: torch.Tensor = self.head(self.state)
+        return logits
+
+
+def test_what_a_module_keeps_of_being_captured_is_taken_back() -> None:
+    model = Keeping()
+    with pytest.raises(CaptureError):
+        generating(model)
+    assert not hasattr(model, "state")
+
+
 class Pooled(Recurrent):
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self.head(self.words(ids).mean(1))

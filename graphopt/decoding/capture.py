@@ -132,7 +132,7 @@ def capture_uncached(model: torch.nn.Module, inputs: Any, options: Generate) -> 
     Raises ``InputsError`` for inputs that are not tokens, and ``CaptureError``, naming what is in the way,
     for a model that is no decoder over tokens or cannot be captured with a symbolic length.
     """
-    with _evaluating(model):
+    with _evaluating(model), _attributes_kept(model):
         names, fixed, example = _example(model, inputs, options)
         wrapped = _Logits(model, names, fixed)
         dynamic = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},) * len(names)
@@ -171,6 +171,18 @@ def _runs(wrapped: _Logits, example: Sequence[torch.Tensor]) -> None:
             f"the model gives {list(logits.shape)} for tokens {list(example[0].shape)}: expected logits "
             f"[batch, length, vocabulary], one row for every token"
         )
+
+
+@contextmanager
+def _attributes_kept(model: torch.nn.Module) -> Iterator[None]:
+    """What modules assign to themselves as they are traced (states of recurrences) is taken back."""
+    before = [(module, dict(vars(module))) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes in before:
+            vars(module).clear()
+            vars(module).update(attributes)
 
 
 @contextmanager
