@@ -106,3 +106,17 @@ def test_other_biases_are_refused() -> None:
     # A bias that turns where the sequence is long.
     with pytest.raises(CaptureError, match="no slope times the position of a key"):
         spec_of(causal, [300], bias=lambda rows, keys: 0.5 * keys.clamp(max=300).double())
+
+
+def test_masks_that_cannot_be_looked_at_at_chosen_positions_are_looked_at_whole() -> None:
+    def evaluate(positions: Tensor, mask: Tensor | None) -> Tensor:
+        if not torch.equal(positions, torch.arange(len(positions))):
+            raise CaptureError("made of a table")
+        allowed = window(200)(positions[:, None], positions[None, :])
+        added = torch.zeros(2, 1, len(positions), len(positions), dtype=torch.float64)
+        return added.masked_fill(~allowed, float("-inf"))
+
+    found = meaning(evaluate, [200], 4096, torch.device("cpu"), takes_mask=False)
+    assert found == MaskSpec(window=200)
+    with pytest.raises(CaptureError, match="made of a table"):
+        meaning(evaluate, [2000], 4096, torch.device("cpu"), takes_mask=False)

@@ -105,8 +105,7 @@ def added_by(
             values = values_of(uncached, nodes, aliases, given, chosen)
         except Exception as error:
             raise CaptureError(
-                f"{region.layer or region.output.name}: the mask could not be looked at at chosen positions: "
-                f"{brief(error)}"
+                f"the mask could not be looked at at {len(positions)} chosen positions: {brief(error)}"
             ) from error
         return _sum_of(region, dict(zip(nodes, values, strict=True)), positions)
 

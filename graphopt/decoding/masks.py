@@ -28,6 +28,9 @@ Evaluate = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 be read, for tokens at ``positions`` [S] and ``mask`` [B, S] (``None``: the model takes none)."""
 
 _SMALL = 48
+_MANY = 1024
+"""Positions that are all looked at where some cannot be chosen: a mask of each with each is made."""
+
 _MASKED = -1e4
 """What is added to a score that is not to count: models write the least number of a dtype, or -1e4, or
 -inf."""
@@ -70,7 +73,15 @@ def meaning(
     for number in critical:
         near = {p for k in (number, 2 * number) for p in range(k - 2, k + 3)} | {0, 1, 2, 3, capacity - 1}
         spots = torch.tensor(sorted(p for p in near if 0 <= p < capacity), device=device)
-        allowed, bias = _parts(_added(evaluate, spots, takes_mask, capacity))
+        try:
+            added = _added(evaluate, spots, takes_mask, capacity)
+        except CaptureError:
+            # Made in another way than of positions alone: all of them are looked at, where they are not many.
+            if number > _MANY:
+                raise
+            spots = torch.arange(min(number + 3, capacity), device=device)
+            added = _added(evaluate, spots, takes_mask)
+        allowed, bias = _parts(added)
         found = _window(allowed, spots)
         if window and found != window:
             raise CaptureError(f"the mask has a window of {window} positions at first and of {found} later")
