@@ -22,8 +22,8 @@ __all__ = [
     "read_pipelines",
     "read_records",
     "read_schemes",
-    "read_weight_formats",
     "read_stores",
+    "read_weight_formats",
 ]
 
 T = TypeVar("T")

@@ -383,6 +383,8 @@ def graphopt_weight_formats() -> Iterable[str]:
         "graphopt_kernels.formats.torchao:TorchAo",
     )
 
+
+@hookimpl
 def graphopt_stores() -> Iterable[str]:
     """Ways to keep keys and values between steps of decoding."""
     return ("graphopt_kernels.cache_stores:Full", "graphopt_kernels.cache_stores:Ring")
