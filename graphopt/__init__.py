@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from graphopt.api import explain_memory, optimize, pareto, plan
     from graphopt.budget import Budget
     from graphopt.candidate import Candidate, CostDelta, Declined, Frontier, FrontierPoint, NearMiss, Reason
+    from graphopt.decoding.options import Generate
+    from graphopt.decoding.stores import CacheStore
+    from graphopt.decoding.structure import explain_layers
     from graphopt.device import DeviceSpec
     from graphopt.errors import (
         BudgetError,
@@ -61,6 +64,7 @@ __all__ = [
     "Budget",
     "BudgetError",
     "BudgetSyntaxError",
+    "CacheStore",
     "Calibration",
     "Candidate",
     "CaptureError",
@@ -70,6 +74,7 @@ __all__ = [
     "DeviceSpec",
     "Frontier",
     "FrontierPoint",
+    "Generate",
     "GraphoptError",
     "InputsError",
     "Level",
@@ -101,6 +106,7 @@ __all__ = [
     "WeightFormat",
     "__version__",
     "calibrate",
+    "explain_layers",
     "explain_memory",
     "hookimpl",
     "load_weights",
@@ -125,6 +131,9 @@ _HOME = {
         "NearMiss",
         "Reason",
     ),
+    "graphopt.decoding.options": ("Generate",),
+    "graphopt.decoding.stores": ("CacheStore",),
+    "graphopt.decoding.structure": ("explain_layers",),
     "graphopt.device": ("DeviceSpec",),
     "graphopt.errors": (
         "BudgetError",

@@ -11,6 +11,7 @@ import inspect
 import itertools
 import logging
 import math
+import operator
 import os
 import shutil
 import sys
@@ -163,6 +164,33 @@ def retrace(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
             exit_autocast()(region)
         torch.set_autocast_cache_enabled(cached)
         mode.allow_non_fake_inputs = allowed
+
+
+def static_context() -> TracingContext:
+    """A tracing context of its own, in which every size is a number."""
+    return TracingContext(FakeTensorMode())
+
+
+def retraced_at(
+    gm: fx.GraphModule,
+    weights: Sequence[torch.Tensor],
+    shapes: Sequence[tuple[tuple[int, ...], torch.dtype]],
+) -> fx.GraphModule:
+    """``gm``, whose placeholders are for ``weights`` and tensors of ``shapes``, traced for these sizes alone.
+    Nothing is allocated."""
+    context = static_context()
+    mode = context.fake_mode
+    assert mode is not None
+    device = next((weight.device for weight in weights), torch.device("cpu"))
+    with mode:
+        given = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in shapes]
+    bare = fx.GraphModule(gm, fx.Graph())
+    bare.graph.output(bare.graph.graph_copy(gm.graph, {}))
+    for node in bare.graph.nodes:
+        node.meta = {}
+    bare.recompile()
+    with tracing(context), torch.no_grad():
+        return retrace(bare, [*weights, *given])
 
 
 def transforms_functions(gm: fx.GraphModule) -> bool:
@@ -387,6 +415,39 @@ def hint(size: Any) -> int:
         value = size.node.hint
         return int(value) if value is not None else 1
     return int(size)
+
+
+def depends_on(size: Any, symbol: torch.SymInt) -> bool:
+    """Whether a size is made of the symbol that ``symbol`` is."""
+    if not isinstance(size, torch.SymInt):
+        return False
+    return bool(size.node.expr.free_symbols & symbol.node.expr.free_symbols)
+
+
+def size_from(size: torch.SymInt, leaf: Callable[[Any], Any], combine: Callable[[Any, Any, Any], Any]) -> Any:
+    """A size as a sum of products: ``leaf(symbol)`` for its symbols, which print as their sizes do, and
+    ``combine(operator, one, other)`` for ``operator.add`` and ``operator.mul``. Raises ``ValueError`` for a
+    size that is made otherwise."""
+    import sympy  # type: ignore[import-untyped]
+
+    def of(expression: Any) -> Any:
+        if expression.is_Integer:
+            return int(expression)
+        if expression.is_Symbol:
+            return leaf(expression)
+        if not isinstance(expression, (sympy.Add, sympy.Mul)):
+            raise ValueError(f"the size {expression} is no sum of products")
+        function = operator.add if isinstance(expression, sympy.Add) else operator.mul
+        return functools.reduce(lambda a, b: combine(function, a, b), map(of, expression.args))
+
+    return of(size.node.expr)
+
+
+def is_same_size(one: Any, other: Any) -> bool:
+    """Whether two sizes are the same number or the same expression of symbols, without guarding on it."""
+    if isinstance(one, torch.SymInt) and isinstance(other, torch.SymInt):
+        return bool(one.node.expr == other.node.expr)
+    return type(one) is int and type(other) is int and one == other
 
 
 def describe_joint(gm: fx.GraphModule) -> tuple[list[tuple[str, str, int]], list[tuple[str, str, int]]]:

@@ -14,6 +14,8 @@ from graphopt.budget import Budget
 from graphopt.capture.driver import Driver
 from graphopt.capture.inputs import bind_inputs
 from graphopt.cost import CostModel
+from graphopt.decoding.generator import Generator
+from graphopt.decoding.options import Generate
 from graphopt.emit import resolve_emitter
 from graphopt.emit.eager import EagerEmitter
 from graphopt.emit.replacing import proposed
@@ -53,6 +55,7 @@ def optimize(
     step: Callable[[torch.nn.Module], object] | None = None,
     cuda_graphs: bool = True,
     cache: bool = True,
+    generate: Generate | None = None,
 ) -> Optimized:
     """The fastest version of ``model`` whose step fits ``budget``, with the same call.
 
@@ -86,6 +89,11 @@ def optimize(
     the same program under the same options. The report says which. ``False``, and ``GRAPHOPT_CACHE=0`` for a
     whole process, neither reads nor writes.
 
+    ``generate``: optimize generation, not a step: ``Optimized.generate`` runs on programs that decode, with
+    stores of keys and values for ``max_tokens`` positions of ``max_batch`` sequences (docs/decoding.md).
+    ``inputs`` are example tokens. The budget bounds weights, stores and the largest step;
+    ``Budget(cache=...)`` the stores alone.
+
     Gradients that the parameters carry when ``optimize`` is called count as held throughout (as in
     gradient accumulation); without them a step is taken to begin with none.
 
@@ -111,6 +119,7 @@ def optimize(
         step=step,
         cuda_graphs=cuda_graphs,
         cache=cache,
+        generate=generate,
     )
 
 
@@ -142,6 +151,8 @@ def explain_memory(model: torch.nn.Module, inputs: Any, **options: Any) -> Memor
 
 def _dry_run(model: torch.nn.Module, inputs: Any, options: dict[str, Any], caller: str) -> Optimized:
     """``optimize`` up to the point where code would be generated."""
+    if options.get("generate") is not None:
+        raise InputsError(f"{caller}() takes no generate=: plans are of steps, not of generation")
     if inputs is None and options.get("step") is None:
         raise InputsError(
             f"{caller}() needs inputs: a tuple of positional arguments or a dict of keyword arguments"
@@ -164,7 +175,7 @@ def _prepared(
     step: Callable[[torch.nn.Module], object] | None,
     **options: Any,
 ) -> Optimized:
-    _check_kinds(model, options["loss_fn"], options["replay"])
+    _check_kinds(model, options["loss_fn"], options["replay"], options["generate"])
     if step is not None and not callable(step):
         raise InputsError(f"step is {step!r}: expected a function of the module that runs one whole step")
     if verify not in _VERIFY:
@@ -174,6 +185,11 @@ def _prepared(
             'verify="numeric" needs inputs: a tuple of positional arguments or a dict of keyword arguments'
         )
     optimized = _uncaptured(model, inputs, **options)
+    if optimized._generator is not None:
+        if step is not None:
+            raise InputsError("step= and generate= exclude each other: a step is not what generates")
+        optimized._generator.prepare()
+        return optimized
     if step is not None:
         optimized._driver.prepare_step(partial(step, optimized))
     if inputs is not None:
@@ -194,6 +210,7 @@ def _uncaptured(
     dynamic_shapes: bool | None,
     replay: Plan | None,
     dry_run: bool,
+    generate: Generate | None = None,
     **choices: Any,
 ) -> Optimized:
     """An optimized module that captures on its first call; its copies are made the same way."""
@@ -227,9 +244,11 @@ def _uncaptured(
         dynamic_shapes=dynamic_shapes,
         replay=replay,
         dry_run=dry_run,
+        generate=generate,
         **choices,
     )
-    return Optimized(model, driver, loss_fn, again)
+    generator = Generator(model, example, generate, fresh(model, budget)) if generate is not None else None
+    return Optimized(model, driver, loss_fn, again, generator)
 
 
 def _see_model(session: Session, model: torch.nn.Module) -> None:
@@ -288,11 +307,15 @@ def cost_model_for(
     return host.cost_model("roofline").build(_device_spec(host, where if device is None else device))
 
 
-def _check_kinds(model: object, loss_fn: object, replay: object) -> None:
+def _check_kinds(model: object, loss_fn: object, replay: object, generate: object) -> None:
     if isinstance(model, type):
         raise InputsError(f"model is the class {model.__name__}: expected a torch.nn.Module, not its class")
     if not isinstance(model, torch.nn.Module):
         raise InputsError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
+    if generate is not None and not isinstance(generate, Generate):
+        raise InputsError(
+            f"generate is {generate!r}: expected graphopt.Generate(max_tokens=..., max_batch=...)"
+        )
     if loss_fn is not None and not callable(loss_fn):
         raise InputsError(f"loss_fn is {loss_fn!r}: expected a function of the model's output")
     if replay is not None and not isinstance(replay, Plan):

@@ -88,11 +88,15 @@ class Budget:
 
     ``weights`` bounds parameters and buffers alone, in the same forms, ``"40%"`` of what they take. It is met
     by passes that keep weights in fewer bytes (docs/quantization.md).
+
+    ``cache`` bounds what a model that generates keeps of keys and values alone, in bytes (docs/decoding.md);
+    ``memory`` counts it too.
     """
 
     memory: int | str | None = None
     reserve: int | str = 0
     weights: int | str | None = None
+    cache: int | str | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.memory, str) and _PERCENT.fullmatch(self.memory):
@@ -102,6 +106,8 @@ class Budget:
             parse_bytes(self.memory)
         if self.weights is not None:
             weight_bound(self.weights, 100)
+        if self.cache is not None:
+            parse_bytes(self.cache)
         if self.reserve != 0:
             try:
                 parse_bytes(self.reserve)

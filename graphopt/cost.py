@@ -38,12 +38,16 @@ class NodeCost:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a whole step takes: peak and weight bytes, seconds. ``None``: not known."""
+    """What a whole step takes: peak and weight bytes, seconds. ``None``: not known.
+
+    ``cache_bytes``, part of the peak: what is kept of keys and values from token to token.
+    """
 
     peak_bytes: int
     weight_bytes: int
     seconds: float | None = None
     flops: int | None = None
+    cache_bytes: int = 0
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from graphopt import _torch
 from graphopt.capture.driver import Driver
 from graphopt.cost import Cost, MemoryProfile
+from graphopt.decoding.generator import Generator
 from graphopt.errors import UnknownNameError
 from graphopt.explanation import MemoryExplanation
 from graphopt.loss import is_differentiable, loss_of
@@ -42,6 +43,7 @@ class Optimized(torch.nn.Module):
     _driver: Driver
     _loss_fn: Callable[[Any], torch.Tensor] | None
     _again: Callable[..., Optimized]
+    _generator: Generator | None
 
     def __init__(
         self,
@@ -49,6 +51,7 @@ class Optimized(torch.nn.Module):
         driver: Driver,
         loss_fn: Callable[[Any], torch.Tensor] | None,
         again: Callable[..., Optimized],
+        generator: Generator | None = None,
     ) -> None:
         """``again(model, example)`` makes an optimized module with the same options, not captured yet."""
         super().__init__()
@@ -61,6 +64,7 @@ class Optimized(torch.nn.Module):
         object.__setattr__(self, "_driver", driver)
         object.__setattr__(self, "_loss_fn", loss_fn)
         object.__setattr__(self, "_again", again)
+        object.__setattr__(self, "_generator", generator)
         object.__setattr__(self, "forward", _forward_like(model, driver))
         self.training = model.training
         self._measured: tuple[Plan | None, Cost] | None = None
@@ -72,16 +76,21 @@ class Optimized(torch.nn.Module):
             return getattr(self.__dict__["_model"], name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimized:
-        made = self._remaking()(copy.deepcopy(self._model, memo), self._driver.example)
+        example = self._driver.example if self._generator is None else self._generator.inputs
+        made = self._remaking()(copy.deepcopy(self._model, memo), example)
         memo[id(self)] = made
         vars(made).update(copy.deepcopy(self._own_state(), memo))
         return made
 
     def __copy__(self) -> Optimized:
-        return _remade(self._remaking(), self._model, self._own_state())
+        return _remade(self._remaking(), self._model, self._own_state(), self._prompt())
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _remade, (self._remaking(), self._model, self._own_state())
+        return _remade, (self._remaking(), self._model, self._own_state(), self._prompt())
+
+    def _prompt(self) -> Any:
+        """Example tokens, where there is generation to be captured with them."""
+        return None if self._generator is None else self._generator.inputs
 
     def _remaking(self) -> Callable[..., Optimized]:
         """What makes the same of another model. A share of what this one took before its weights were packed
@@ -116,13 +125,31 @@ class Optimized(torch.nn.Module):
         workspace in the first), by the allocator's own statistics, whose peak is reset for it. On the CPU
         that would cost time: ``measure()`` fills it in.
 
+        Of a module that was optimized to generate: of one token.
+
         Raises ``CaptureError`` before anything was captured (no inputs given, not yet called).
         """
+        if self._generator is not None:
+            return self._generator.report()
         report = self._driver.report()
         if self._measured is not None and self._measured[0] is report.plan:
             return report.with_measured(self._measured[1])
         first = self._driver.measured()
         return report if first is None else report.with_measured(first)
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """What the model's own ``generate`` does, as it takes it.
+
+        With ``optimize(generate=...)`` its steps are programs that decode: the same tokens, from stores of
+        keys and values that are made once and counted. A model without a ``generate`` of its own then has
+        that of ``graphopt.decoding.generation.plain_generate``.
+
+        Raises ``InputsError`` for more sequences or positions than there are stores for, and for options that
+        bring a cache of their own.
+        """
+        if self._generator is not None:
+            return self._generator.generate(*args, **options)
+        return self._model.generate(*args, **options)  # type: ignore[operator]
 
     @property
     def plan(self) -> Plan:
@@ -132,6 +159,8 @@ class Optimized(torch.nn.Module):
     @property
     def programs(self) -> tuple[Program, ...]:
         """Every captured program at every level: semantic, joint, then the lowered halves."""
+        if self._generator is not None:
+            return self._generator.programs()
         return self._driver.programs()
 
     def memory(self) -> tuple[MemoryProfile, MemoryProfile]:
@@ -209,13 +238,15 @@ class Optimized(torch.nn.Module):
 
 _MADE = frozenset(
     ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set", "_measured")
-    + ("_model", "_driver", "_loss_fn", "_again", "forward")
+    + ("_model", "_driver", "_loss_fn", "_again", "_generator", "forward")
 )
 """Attributes of an ``Optimized`` that follow from its model and its options."""
 
 
-def _remade(again: Callable[..., Optimized], model: torch.nn.Module, own: dict[str, Any]) -> Optimized:
-    made = again(model, None)
+def _remade(
+    again: Callable[..., Optimized], model: torch.nn.Module, own: dict[str, Any], example: Any = None
+) -> Optimized:
+    made = again(model, example)
     vars(made).update(own)
     return made
 

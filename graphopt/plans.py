@@ -196,8 +196,11 @@ class Plan:
                 f"the plan has schema {data['schema']!r}, this graphopt reads {PLAN_VERSION!r}", hint=_REPLAN
             )
         body = {key: value for key, value in data.items() if key not in ("schema", "gap")}
-        # Plans stored before weights could be packed do not say so.
+        # Plans stored before weights could be packed, or keys and values kept, do not say so.
         body.setdefault("quantization", None)
+        for name in ("baseline", "predicted"):
+            if isinstance(body.get(name), Mapping):
+                body[name] = {"cache_bytes": 0, **body[name]}
         try:
             return decode(cls, body, where="plan")
         except RecordFormatError as error:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 from graphopt.budget import format_bytes
 from graphopt.candidate import Declined, NearMiss
 from graphopt.cost import Cost
+from graphopt.decoding.record import DecodingRecord
 from graphopt.errors import StaleReportError
 from graphopt.group_record import GroupRecord
 from graphopt.packing.plan import QuantizationPlan
@@ -77,7 +78,9 @@ class Report:
     ``declined`` are rewrites that were offered and not chosen, ``near_misses`` places where a rule
     matched and its guard said no; ``str()`` shows a few of each. ``groups`` are groups of operators that a
     kernel was predicted for, kept or not. ``quantization`` says which weights are packed, and how far off
-    they are. ``print(report)`` shows a table; ``to_json`` and ``from_json`` keep all of it.
+    they are. ``decoding`` says what is kept from token to token where the model was optimized to generate;
+    costs are then of one token, its peak that of the largest part of a prompt. ``print(report)`` shows a
+    table; ``to_json`` and ``from_json`` keep all of it.
     """
 
     environment: Environment
@@ -95,6 +98,7 @@ class Report:
     earlier: tuple[ProgramSummary, ...] = ()
     groups: tuple[GroupRecord, ...] = ()
     quantization: QuantizationPlan | None = None
+    decoding: DecodingRecord | None = None
     schema_version: str = field(default=REPORT_VERSION, init=False)
 
     def with_measured(self, measured: Cost) -> Report:
@@ -142,8 +146,12 @@ class Report:
             )
         plan = Plan.from_json(data["plan"]) if data.get("plan") is not None else None
         body = {key: value for key, value in data.items() if key != "schema"}
-        # Reports stored before weights could be packed do not say so.
+        # Reports stored before weights could be packed, or keys and values kept, do not say so.
         body.setdefault("quantization", None)
+        body.setdefault("decoding", None)
+        for name in ("baseline", "predicted", "measured"):
+            if isinstance(body.get(name), Mapping):
+                body[name] = {"cache_bytes": 0, **body[name]}
         try:
             return replace(decode(cls, {**body, "plan": None}, where="report"), plan=plan)
         except RecordFormatError as error:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from graphopt.budget import format_bytes
 from graphopt.cost import Cost
+from graphopt.decoding.record import DecodingRecord, SiteRecord
 from graphopt.duration import format_seconds
 from graphopt.plans import Plan, count_text, gap_text
 from graphopt.price import PriceGroup, price_groups
@@ -28,6 +29,7 @@ __all__ = [
     "program_lines",
     "report_renderable",
     "report_text",
+    "store_lines",
     "undone_lines",
     "weight_lines",
 ]
@@ -63,6 +65,9 @@ def report_renderable(report: Report) -> RenderableType:
     if report.quantization is not None:
         parts.append(Text("weights", style="bold"))
         parts += [Padding(Text(line), (0, 0, 0, 2)) for line in weight_lines(report)]
+    if report.decoding is not None:
+        parts.append(Text("stores of keys and values", style="bold"))
+        parts += [Padding(Text(line), (0, 0, 0, 2)) for line in store_lines(report.decoding)]
     programs = program_lines(report)
     if programs:
         parts.append(Text("programs", style="bold"))
@@ -91,6 +96,25 @@ def group_lines(report: Report) -> list[str]:
             lines.append(f"{group.kernel}: {', '.join(group.operators)}: {saved:.1f} us, {group.reason}")
     reasons = Counter(group.reason for group in report.groups if not group.kept)
     lines += [f"not {count}: {reason}" for reason, count in sorted(reasons.items())]
+    return lines
+
+
+def store_lines(record: DecodingRecord, shown: int = GROUPS_SHOWN) -> list[str]:
+    """What is kept from token to token: a sum, then a line for each kind of store and mask."""
+    bound = f" of {format_bytes(record.budget)} allowed" if record.budget is not None else ""
+    lines = [
+        f"{format_bytes(record.cache_bytes)}{bound} for {record.max_batch} sequences of {record.max_tokens} "
+        f"positions; prompts go in {record.chunk} tokens at a time; logits differ from those without stores "
+        f"by at most {record.off:.1e}"
+    ]
+    kinds: dict[tuple[str, str], list[SiteRecord]] = {}
+    for index, site in enumerate(record.sites):
+        store = site.store if site.source == index else "shared"
+        kinds.setdefault((store, site.mask), []).append(site)
+    for (store, mask), sites in list(kinds.items())[:shown]:
+        layers = ", ".join(site.layer or "-" for site in sites[:2]) + (", ..." if len(sites) > 2 else "")
+        total = format_bytes(sum(site.bytes for site in sites))
+        lines.append(f"{store}: {len(sites)} attentions ({layers}), {mask}, {total}")
     return lines
 
 

@@ -171,6 +171,7 @@ def test_cost_is_of_the_step_as_it_is(api: Api, invoke: Any) -> None:
         "weight_bytes": 4096,
         "seconds": 0.002,
         "flops": 1_000_000,
+        "cache_bytes": 0,
     }
 
 

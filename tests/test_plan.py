@@ -60,6 +60,13 @@ def test_json_round_trip(original: Plan) -> None:
     assert Plan.from_json(json.loads(text)) == original
 
 
+def test_plans_from_before_keys_and_values_were_kept_come_back() -> None:
+    data = plan().to_json()
+    for name in ("baseline", "predicted"):
+        del data[name]["cache_bytes"]
+    assert Plan.from_json(data) == plan()
+
+
 def test_save_and_load(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     plan().save(path)

@@ -590,3 +590,51 @@ def test_products_of_float8_are_scaled_by_row() -> None:
         pytest.skip(str(error).splitlines()[0])
     expected = (x.float() @ w.float().t()) * by_row * by_column
     torch.testing.assert_close(found.float(), expected, rtol=0.02, atol=0.02)
+
+
+def _dynamic(function: Callable[..., Any], *args: torch.Tensor) -> fx.GraphModule:
+    """``function`` exported with symbolic sizes of its first argument."""
+
+    class Module(nn.Module):
+        def forward(self, *values: torch.Tensor) -> Any:
+            return function(*values)
+
+    sizes = tuple({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC} for _ in args)
+    return torch.export.export(Module(), args, dynamic_shapes=(sizes,)).graph_module
+
+
+def test_sizes_are_told_apart_without_guarding_on_them() -> None:
+    gm = _dynamic(lambda x: torch.cat([x, x], 1), torch.randn(3, 5))
+    (x,) = gm.graph.find_nodes(op="placeholder")
+    (doubled,) = _calls(gm, torch.ops.aten.cat.default)
+    batch, length = x.meta["val"].shape
+    twice = doubled.meta["val"].shape[1]
+    assert _torch.depends_on(twice, length) and not _torch.depends_on(twice, batch)
+    assert not _torch.depends_on(10, length)
+    assert _torch.is_same_size(doubled.meta["val"].shape[0], batch) and not _torch.is_same_size(twice, length)
+    assert _torch.is_same_size(4, 4) and not _torch.is_same_size(5, length)
+
+
+def test_sizes_are_taken_apart_into_sums_of_products() -> None:
+    gm = _dynamic(lambda x: x.new_zeros(x.shape[0] * x.shape[1] + 2), torch.randn(3, 5))
+    (x,) = gm.graph.find_nodes(op="placeholder")
+    (made,) = _calls(gm, torch.ops.aten.new_zeros.default)
+    known = dict(zip(map(str, x.meta["val"].shape), (3, 5), strict=True))
+    size = made.meta["val"].shape[0]
+    assert _torch.size_from(size, lambda s: known[str(s)], lambda f, a, b: f(a, b)) == 17
+    half = x.meta["val"].shape[0] // 2
+    with pytest.raises(ValueError, match="is no sum of products"):
+        _torch.size_from(half, lambda s: known[str(s)], lambda f, a, b: f(a, b))
+
+
+def test_graphs_are_traced_again_for_other_sizes() -> None:
+    gm = _dynamic(lambda x: x.reshape(x.shape[0] * x.shape[1]), torch.randn(3, 5))
+    again = _torch.retraced_at(gm, [], [((2, 70_000_000_000), torch.float32)])
+    (made,) = [node for node in again.graph.nodes if node.op == "call_function"][-1:]
+    assert made.meta["val"].shape == (140_000_000_000,)
+
+
+def test_a_context_of_ones_own_has_sizes_that_are_numbers() -> None:
+    with _torch.within(_torch.static_context()):
+        fake = _torch.context_fake_mode().from_tensor(torch.randn(3, 5))
+    assert type(fake.shape[0]) is int

@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from graphopt_cost_model.attend_cost import attend_phases
 from graphopt_cost_model.attention_cost import attention_backward_phases, attention_phases
 from graphopt_cost_model.call import Call, TensorSpec
 from graphopt_cost_model.class_blocks import PREFIX, block_phases
@@ -159,6 +160,8 @@ def _converted(passes: int) -> Callable[[Call], tuple[Phase, ...]]:
 
 
 _FORMULAS: dict[str, Callable[[Call], tuple[Phase, ...]]] = {
+    "graphopt.attend_full": attend_phases,
+    "graphopt.attend_ring": attend_phases,
     "graphopt.attention": attention_phases,
     "graphopt.attention_backward": attention_backward_phases,
     "graphopt.linear_cross_entropy": _loss,

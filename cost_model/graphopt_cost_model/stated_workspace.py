@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from graphopt.collectives import is_collective, staged_bytes
+from graphopt_cost_model.attend_cost import attend_workspace
 from graphopt_cost_model.attention_cost import attention_workspace
 from graphopt_cost_model.call import Call, TensorSpec
 from graphopt_cost_model.class_blocks import BLOCK_ELEMENTS, block_workspace
@@ -19,6 +20,7 @@ from graphopt_cost_model.dropout_cost import dropout_workspace
 __all__ = ["stated_workspace"]
 
 _ATTENTION = ("graphopt.attention", "graphopt.attention_backward")
+_STORES = ("graphopt.attend_full", "graphopt.attend_ring")
 _PREFIX = "graphopt.linear_cross_entropy"
 
 
@@ -35,6 +37,8 @@ def stated_workspace(call: Call) -> int | None:
         return block_workspace(call)
     if name in _ATTENTION:
         return attention_workspace(call)
+    if name in _STORES:
+        return attend_workspace(call)
     if name == "graphopt.dropout_add":
         return dropout_workspace(call)
     if not name.startswith(_PREFIX):

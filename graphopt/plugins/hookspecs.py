@@ -33,6 +33,7 @@ from graphopt.plugins.records import (
 )
 
 if TYPE_CHECKING:
+    from graphopt.decoding.stores import CacheStore
     from graphopt.device import DeviceSpec
     from graphopt.packing import Scheme
     from graphopt.packing.formats import WeightFormat
@@ -76,6 +77,10 @@ class HookSpecs:
     @_hookspec
     def graphopt_weight_formats(self) -> Iterable[type[WeightFormat] | str]:  # type: ignore[empty-body]
         """Ways in which checkpoints hold packed weights: classes, or ``"package.module:Class"``."""
+
+    @_hookspec
+    def graphopt_stores(self) -> Iterable[type[CacheStore] | str]:  # type: ignore[empty-body]
+        """Ways to keep keys and values between steps of decoding: classes, or ``"package.module:Class"``."""
 
     @_hookspec
     def graphopt_scorers(self) -> Iterable[ScorerSpec]:  # type: ignore[empty-body]

@@ -31,10 +31,12 @@ from graphopt.plugins.returned import (
     read_pipelines,
     read_records,
     read_schemes,
+    read_stores,
     read_weight_formats,
 )
 
 if TYPE_CHECKING:
+    from graphopt.decoding.stores import CacheStore
     from graphopt.device import DeviceSpec
     from graphopt.packing import Scheme
     from graphopt.packing.formats import WeightFormat
@@ -51,6 +53,7 @@ _FACADE = {
     "graphopt_codecs": "codecs",
     "graphopt_schemes": "schemes",
     "graphopt_weight_formats": "weight_formats",
+    "graphopt_stores": "stores",
     "graphopt_scorers": "scorers",
     "graphopt_tunables": "tunables",
     "graphopt_pipelines": "pipelines",
@@ -110,6 +113,10 @@ class PluginHost:
     def weight_formats(self) -> Mapping[str, type[WeightFormat]]:
         """Classes of ways in which checkpoints hold packed weights, by name."""
         return self._values("graphopt_weight_formats", read_weight_formats, "weight format")
+
+    def stores(self) -> Mapping[str, type[CacheStore]]:
+        """Classes of ways to keep keys and values, by name."""
+        return self._values("graphopt_stores", read_stores, "store")
 
     def scorers(self) -> Mapping[str, ScorerSpec]:
         """Ways to say how much a packed weight is off, by name."""

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from graphopt.errors import PluginError
 
 if TYPE_CHECKING:
+    from graphopt.decoding.stores import CacheStore
     from graphopt.packing import Scheme
     from graphopt.packing.formats import WeightFormat
     from graphopt.passes import Pass
@@ -21,6 +22,7 @@ __all__ = [
     "read_pipelines",
     "read_records",
     "read_schemes",
+    "read_stores",
     "read_weight_formats",
 ]
 
@@ -94,6 +96,22 @@ def read_weight_formats(returned: object) -> Iterator[tuple[str, type[WeightForm
         if not isinstance(name, str) or not name:
             raise PluginError(f"format {cls.__name__} needs a class variable `name`, got {name!r}")
         yield name, cls
+
+def read_stores(returned: object) -> Iterator[tuple[str, type[CacheStore]]]:
+    """Store classes, those given as ``"package.module:Class"`` imported."""
+    from graphopt.decoding.stores import CacheStore
+
+    for item in _iterate(returned, "CacheStore class"):
+        cls = import_named(item) if isinstance(item, str) else item
+        if not isinstance(cls, type) or not issubclass(cls, CacheStore):
+            raise PluginError(f"expected subclasses of graphopt.CacheStore, got {item!r}")
+        if "__dataclass_fields__" not in vars(cls):
+            raise PluginError(f"store {cls.__name__} must be a frozen dataclass: its fields are its options")
+        for attribute in ("name", "attend_op"):
+            value = getattr(cls, attribute, None)
+            if not isinstance(value, str) or not value:
+                raise PluginError(f"store {cls.__name__} needs a class variable `{attribute}`, got {value!r}")
+        yield cls.name, cls
 
 
 def read_pipelines(returned: object) -> Iterator[tuple[str, Traversable]]:

@@ -24,6 +24,7 @@ __all__ = [
     "graphopt_kernels",
     "graphopt_replacements",
     "graphopt_schemes",
+    "graphopt_stores",
     "graphopt_tunables",
     "graphopt_weight_formats",
 ]
@@ -38,6 +39,8 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
     # Imported when asked: they need torch, and `graphopt --help` loads this module.
     from graphopt_kernels import (
         add_product,
+        attend_full,
+        attend_ring,
         attention,
         bandwidth,
         convolution_relu,
@@ -192,6 +195,20 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=rotary_reference.rotary_backward_reference,
             supports=rotary.rotary_backward_supports,
             summary="gradients of a packed projection and of norms' weights through rotary embeddings",
+        ),
+        KernelSpec(
+            name="attend-full",
+            op="graphopt::attend_full",
+            reference=attend_full.attend_full_reference,
+            supports=attend_full.attend_full_supports,
+            summary="writes new keys and values into stores of all positions, and attends over them",
+        ),
+        KernelSpec(
+            name="attend-ring",
+            op="graphopt::attend_ring",
+            reference=attend_ring.attend_ring_reference,
+            supports=attend_ring.attend_ring_supports,
+            summary="writes new keys and values into stores of a window's positions, and attends over them",
         ),
         KernelSpec(
             name="rotary-to-cache",
@@ -365,6 +382,12 @@ def graphopt_weight_formats() -> Iterable[str]:
         "graphopt_kernels.formats.bitsandbytes:BitsAndBytes",
         "graphopt_kernels.formats.torchao:TorchAo",
     )
+
+
+@hookimpl
+def graphopt_stores() -> Iterable[str]:
+    """Ways to keep keys and values between steps of decoding."""
+    return ("graphopt_kernels.cache_stores:Full", "graphopt_kernels.cache_stores:Ring")
 
 
 @hookimpl

@@ -1,4 +1,4 @@
-"""``graphopt explain``: what holds the peak of a step, of a target as it is and as planned."""
+"""``graphopt explain``: what holds the peak of a step, of a target as it is and as planned; or its layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,15 @@ __all__ = ["command"]
 @click.command("explain")
 @target_argument
 @optimize_options
-@click.option("--memory", is_flag=True, required=True, help="What is alive at the peak, and where that is.")
+@click.option("--memory", is_flag=True, help="What is alive at the peak, and where that is.")
+@click.option("--layers", is_flag=True, help="Layers of a decoder: what makes keys and values, what is read.")
+@click.option(
+    "--max-tokens",
+    type=click.IntRange(min=2),
+    default=4096,
+    show_default=True,
+    help="Positions of a sequence, for --layers.",
+)
 @click.option("--top", type=click.IntRange(min=1), default=12, show_default=True, help="Values to list.")
 @click.option("--output", "-o", type=PICTURE_FILE, help="Draw memory over the step into this SVG file.")
 @json_option
@@ -29,11 +37,18 @@ def command(
     pipeline: str | None,
     allow: tuple[str, ...],
     memory: bool,
+    layers: bool,
+    max_tokens: int,
     top: int,
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Explain what holds the peak of TARGET."""
+    """Explain what holds the peak of TARGET, or which layers it has."""
+    if memory == layers:
+        raise click.UsageError("say what to explain: one of --memory and --layers")
+    if layers:
+        _explain_layers(target, max_tokens, as_json)
+        return
     from graphopt.api import explain_memory
     from graphopt.cli.target import load_loss, load_target, step_mode
 
@@ -56,3 +71,16 @@ def command(
         write_json({"target": target, **found.to_json()})
         return
     click.echo(found.text(top))
+
+
+def _explain_layers(target: str, max_tokens: int, as_json: bool) -> None:
+    from graphopt.cli.target import load_target
+    from graphopt.decoding.structure import explain_layers
+
+    with talking(f"capturing {target}"):
+        loaded = load_target(target)
+        found = explain_layers(loaded.model, loaded.inputs, max_tokens=max_tokens)
+    if as_json:
+        write_json({"target": target, **found.to_json()})
+        return
+    click.echo(found.text())

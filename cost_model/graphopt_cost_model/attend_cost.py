@@ -1,0 +1,74 @@
+"""What attention over stores takes: the stores of these sequences are read once, new rows are written.
+
+Where in its stores a step is, the host does not know: as many positions are counted as the call says that
+there may be, so that what is predicted is a sequence's last step.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from graphopt_cost_model.call import Call, TensorSpec
+from graphopt_cost_model.phase import Phase
+
+__all__ = ["attend_phases", "attend_workspace"]
+
+
+def _sizes(call: Call) -> tuple[int, int, int, int]:
+    """Batch, heads, rows, and keys that are read."""
+    batch, heads, rows, _ = call.argument("query").shape
+    slots = call.argument("key_store").shape[2]
+    return batch, heads, rows, min(int(slots), int(call.argument("length")))
+
+
+def _widths(call: Call) -> tuple[int, int, int]:
+    """Heads of keys, elements of a key and of a value."""
+    keys, values = call.argument("key_store"), call.argument("value_store")
+    return keys.shape[1], keys.shape[3], values.shape[3]
+
+
+def attend_phases(call: Call) -> tuple[Phase, ...]:
+    """One kernel: new rows to their places, two products over what is there."""
+    batch, heads, rows, seen = _sizes(call)
+    groups, width, value_width = _widths(call)
+    query: TensorSpec = call.argument("query")
+    stored = batch * groups * (width + value_width) * call.argument("key_store").dtype.itemsize
+    pairs = batch * heads * rows * seen
+    read = query.stored_bytes + stored * seen
+    written = sum(spec.stored_bytes for spec in call.outputs)
+    if call.argument("key") is not None:
+        read, written = read + stored * rows, written + stored * rows
+    dtype = str(query.dtype).removeprefix("torch.")
+    return (Phase(2 * pairs * (width + value_width), pairs, read, written, dtype),)
+
+
+def attend_workspace(call: Call) -> int:
+    """Bytes that a call on the CPU takes beyond its outputs, at most: masks by row and key, and the scores
+    where they are written out. Counted in the source (``graphopt_kernels.attend_reference``) and compared
+    with what it takes."""
+    batch, heads, rows, seen = _sizes(call)
+    groups, width, value_width = _widths(call)
+    size = call.argument("query").dtype.itemsize
+    copies = 0
+    if str(call.packet).endswith("attend_ring") and rows > 1:
+        seen += rows
+        copies = batch * groups * seen * (width + value_width) * size
+    valid = call.argument("valid")
+    known = batch if valid is not None else 1
+    scores = batch * heads * rows * seen
+    slopes = call.argument("slopes") is not None
+    # Positions of keys, what a mask says of each, places and what they add.
+    held = copies + 24 * seen + 8 * rows + known * rows * seen
+    if slopes:
+        held += (16 * known * valid.shape[1] if valid is not None else 0) + known * (heads + 1) * seen * 4
+    masking = rows * seen * 3 + known * rows * seen
+    capped = bool(call.argument("softcap"))
+    if capped or call.argument("sinks") is not None:
+        attending = scores * max((3 if capped else 2) * size, 8 + (size if size < 4 else 0))
+        attending += batch * heads * rows * (width + value_width) * size
+    else:
+        mask = known * heads * rows * seen * (4 + (size if size != 4 else 0)) if slopes else 0
+        # What torch's own attention turns a boolean mask into, and a block of scores for each thread.
+        blocks = torch.get_num_threads() * 5 * min(rows, 64) * min(seen, 512)
+        attending = (mask or known * rows * seen * size) + blocks
+    return int(held + max(masking, attending))

@@ -1,0 +1,152 @@
+"""Whether a program that decodes gives what the model gives without a cache: looked at, token by token.
+
+A prompt goes in, then one token after another, and each row of logits is compared with the one that the model
+itself makes of the whole sequence. Where they differ, both graphs are run side by side until a value differs:
+that node does not work row by row, or reads something that was not told apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from graphopt.decoding.capture import Uncached, arguments_of
+from graphopt.decoding.decoder import Decoder
+from graphopt.errors import VerificationError
+from graphopt.program import layer_of
+
+__all__ = ["check_captured", "check_steps", "first_difference", "place_of", "tolerance"]
+
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+"""By how much of the largest logit rows may be off: products of other shapes add in another order, at each of
+many layers; what reads a wrong position is off by as much as logits differ."""
+
+
+def tolerance(logits: torch.Tensor) -> float:
+    """By how much logits may be off."""
+    return _TOLERANCE.get(logits.dtype, 1e-4) * max(1.0, float(logits.abs().max()))
+
+
+def check_captured(uncached: Uncached, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The logits [B, S, V] of the captured graph, those of the model being the same.
+
+    Raises ``VerificationError`` where they differ.
+    """
+    expected = uncached.eager(*arguments_of(uncached, tokens, mask, None).values())
+    found = uncached.run(tokens, mask)
+    off = float(_shown(found - expected, mask).abs().max())
+    if not off <= tolerance(expected):
+        raise VerificationError(
+            f"the captured graph gives other logits than the model for {list(tokens.shape)} tokens: off by "
+            f"{off:.3g}, at most {tolerance(expected):.3g} is allowed"
+        )
+    return found
+
+
+def _shown(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """``values`` [B, S, V], 0 where a token is padding."""
+    return values if mask is None else values.masked_fill((mask == 0)[..., None], 0.0)
+
+
+def check_steps(
+    expected: torch.Tensor, decoder: Decoder, tokens: torch.Tensor, mask: torch.Tensor | None, prompt: int
+) -> float:
+    """Compare what ``decoder`` gives for a prompt, and for each token behind it, with rows of ``expected``
+    [B, S, V]; the largest difference. Raises ``VerificationError`` for the first row that is off."""
+    allowed = tolerance(expected)
+    decoder.reset(tokens.shape[0])
+    start, worst = 0, 0.0
+    for stop in range(prompt, tokens.shape[1] + 1):
+        shown = mask[:, start:stop] if mask is not None else None
+        found = decoder(tokens[:, start:stop], shown)
+        off = float((found[:, -1] - expected[:, stop - 1]).abs().max())
+        worst = max(worst, off)
+        if not off <= allowed:
+            raise VerificationError(
+                f"decoding gives other logits than the model without a cache at position {stop - 1}"
+                f"{' with padding' if mask is not None and bool((mask == 0).any()) else ''}: off by "
+                f"{off:.3g}, at most {allowed:.3g} is allowed{_first_off(decoder, tokens, mask, start, stop)}"
+            )
+        start = stop
+    return worst
+
+
+def _first_off(
+    decoder: Decoder, tokens: torch.Tensor, mask: torch.Tensor | None, start: int, stop: int
+) -> str:
+    """Where the values of a step come to differ from those without a cache, as a half-sentence."""
+    uncached, step = decoder.uncached, decoder.step
+    whole = arguments_of(uncached, tokens[:, :stop], mask[:, :stop] if mask is not None else None, None)
+    decoder.reset(tokens.shape[0])
+    if start:
+        decoder(tokens[:, :start], mask[:, :start] if mask is not None else None)
+    given = {name: value[:, start:] for name, value in whole.items()}
+    slots = torch.arange(start, stop, device=tokens.device)
+    held = {**given, "slots": slots, **decoder.held}
+    node = first_difference(
+        uncached.gm,
+        [*uncached.weights.values(), *(whole[name] for name in uncached.inputs)],
+        step.gm,
+        [*step.weights.values(), *(held[name] for name in step.inputs)],
+        start,
+    )
+    return f"; the first value that differs is {place_of(node)}" if node is not None else ""
+
+
+class _Recording(fx.Interpreter):
+    """Keeps the value of every node."""
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        super().__init__(gm, garbage_collect_values=False)
+        self.values: dict[str, Any] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        self.values[n.name] = value.clone() if isinstance(value, torch.Tensor) else value
+        return value
+
+
+def first_difference(
+    whole: fx.GraphModule, whole_inputs: list[Any], step: fx.GraphModule, step_inputs: list[Any], start: int
+) -> fx.Node | None:
+    """The first node of ``step`` whose rows are not those from ``start`` on of the node of that name in
+    ``whole``; ``None`` where all are."""
+    one, other = _Recording(whole), _Recording(step)
+    with torch.no_grad():
+        one.run(*whole_inputs)
+        other.run(*step_inputs)
+    for node in step.graph.nodes:
+        before, after = one.values.get(node.name), other.values.get(node.name)
+        if not isinstance(node, fx.Node) or node.op != "call_function" or not isinstance(after, torch.Tensor):
+            continue
+        if (
+            not isinstance(before, torch.Tensor)
+            or before.dim() != after.dim()
+            or not before.is_floating_point()
+        ):
+            continue
+        rows = _rows(before, after, start)
+        if rows is not None and not torch.allclose(rows, after, rtol=1e-2, atol=1e-3):
+            return node
+    return None
+
+
+def _rows(before: torch.Tensor, after: torch.Tensor, start: int) -> torch.Tensor | None:
+    """``before`` from row ``start`` on, in the one dimension in which its size is another."""
+    different = [d for d in range(before.dim()) if before.shape[d] != after.shape[d]]
+    if len(different) != 1:
+        return before if not different else None
+    (dim,) = different
+    if before.shape[dim] != after.shape[dim] + start:
+        return None
+    return before.narrow(dim, start, after.shape[dim])
+
+
+def place_of(node: fx.Node | None) -> str:
+    """``"cumsum_1 (aten.cumsum.default) of model.layers.0"``."""
+    if node is None:
+        return ""
+    layer = layer_of(node)
+    return f"{node.name} ({node.target})" + (f" of {layer}" if layer else "")

@@ -1,0 +1,155 @@
+"""Runs a model that decodes: stores that are made once, a program for prompts and one for single tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from graphopt.decoding.capture import Uncached
+from graphopt.decoding.insert import StepGraph
+from graphopt.decoding.options import Generate
+from graphopt.decoding.sites import Site, tensors_of
+from graphopt.errors import InputsError
+
+__all__ = ["MOVED", "Decoder"]
+
+Run = Callable[..., Any]
+
+MOVED = 64 << 20
+"""Bytes of a store that are copied at once as sequences change places: few launches, little memory."""
+
+
+@dataclass
+class Decoder:
+    """Stores for ``options.max_batch`` sequences of ``options.max_tokens`` positions, and what steps on them.
+
+    ``general`` runs any number of new tokens for any batch; ``single(decoder, length, arguments)`` gives what
+    runs one token where no position is at or beyond ``length``, or ``None`` where ``general`` is to do it.
+    A prompt goes in at most ``chunk`` tokens at a time. Not for several threads at once: it has one set of
+    stores.
+    """
+
+    uncached: Uncached
+    sites: tuple[Site, ...]
+    options: Generate
+    step: StepGraph
+    general: Run
+    single: Callable[[Decoder, int, list[Any]], Run | None]
+    chunk: int
+    device: torch.device
+    stores: dict[str, torch.Tensor] = field(default_factory=dict)
+    valid: torch.Tensor | None = None
+    seen: int = 0
+    batch: int = 0
+
+    def __post_init__(self) -> None:
+        batch, capacity = self.options.max_batch, self.options.max_tokens
+        kinds: Mapping[tuple[int, str], Any] = tensors_of(self.sites, batch, capacity)
+        for name, key in self.step.stores.items():
+            shape, dtype = kinds[key]
+            # Zeros: a place that was never written is masked, but NaN times zero is NaN.
+            self.stores[name] = torch.zeros(shape, dtype=dtype, device=self.device)
+        if self.uncached.mask is not None:
+            self.valid = torch.zeros(batch, capacity, dtype=torch.bool, device=self.device)
+
+    @property
+    def held(self) -> dict[str, torch.Tensor]:
+        """All that lasts from step to step, by name."""
+        return self.stores if self.valid is None else {**self.stores, "valid": self.valid}
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.held.values())
+
+    def reset(self, batch: int) -> None:
+        """Begin anew with ``batch`` sequences. Raises ``InputsError`` for more than there are stores for."""
+        if batch > self.options.max_batch:
+            raise InputsError(
+                f"{batch} sequences at once, each beam counted: the stores are for max_batch="
+                f"{self.options.max_batch}",
+                hint=f"optimize with generate=graphopt.Generate(max_batch={batch}, ...)",
+            )
+        self.seen, self.batch = 0, batch
+
+    def __call__(
+        self,
+        tokens: torch.Tensor,
+        mask: torch.Tensor | None = None,
+        positions: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Logits [B, 1, V] behind ``tokens`` [B, n], which follow those seen before.
+
+        ``mask`` [B, n] or, with those before, [B, seen + n]: 0 where a token is padding. ``positions`` [B,
+        n]; without, tokens that are no padding are counted. Raises ``InputsError`` beyond ``max_tokens``.
+        """
+        rows, count = tokens.shape
+        if rows != self.batch:
+            raise InputsError(f"{rows} sequences: the ones before were {self.batch}")
+        if self.seen + count > self.options.max_tokens:
+            raise InputsError(
+                f"{self.seen + count} positions are needed: the stores are for max_tokens="
+                f"{self.options.max_tokens}",
+                hint="ask for fewer new tokens, or optimize with a larger max_tokens",
+            )
+        given = self._inputs(tokens, mask, positions)
+        logits: torch.Tensor | None = None
+        for start in range(0, count, self.chunk):
+            # Compiled steps are for one layout: parts of longer rows have another.
+            part = {name: value[:, start : start + self.chunk].contiguous() for name, value in given.items()}
+            logits = self._step(part)
+        assert logits is not None
+        return logits
+
+    def _inputs(
+        self, tokens: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
+    ) -> dict[str, torch.Tensor]:
+        uncached, (rows, count) = self.uncached, tokens.shape
+        given = {uncached.tokens: tokens}
+        shown = mask[:, -count:] if mask is not None else torch.ones_like(tokens)
+        if uncached.mask is not None:
+            given[uncached.mask] = shown.to(tokens.dtype)
+        elif mask is not None and not bool(shown.all()):
+            raise InputsError("a mask that leaves tokens out: the model takes none, so padding would be read")
+        if uncached.positions is not None:
+            if positions is None:
+                before = torch.zeros(rows, 1, dtype=torch.int64, device=tokens.device)
+                if self.valid is not None:
+                    before = self.valid[:rows, : self.seen].sum(1, keepdim=True)
+                elif self.seen:
+                    before = before + self.seen
+                positions = (before + shown.long().cumsum(1) - 1).masked_fill(shown == 0, 0)
+            given[uncached.positions] = _one_axis(positions)[..., -count:].expand(rows, count)
+        return given
+
+    def _step(self, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        count = next(iter(given.values())).shape[1]
+        slots = torch.arange(self.seen, self.seen + count, device=self.device)
+        values = {**given, "slots": slots, **self.held}
+        arguments = [*self.step.weights.values(), *(values[name] for name in self.step.inputs)]
+        run = self.single(self, self.seen + 1, arguments) if count == 1 else None
+        with torch.no_grad():
+            (logits,) = (run or self.general)(*arguments)
+        self.seen += count
+        result: torch.Tensor = logits
+        return result
+
+    def reorder(self, index: torch.Tensor) -> None:
+        """Sequence i goes on from what sequence ``index[i]`` was, in place, ``MOVED`` bytes at a time."""
+        index = index.to(self.device)
+        for tensor in self.held.values():
+            parts = -(-tensor.numel() * tensor.element_size() // MOVED)
+            for part in tensor.chunk(parts, 1):
+                part[: len(index)] = part.index_select(0, index)
+
+
+def _one_axis(positions: torch.Tensor) -> torch.Tensor:
+    """Positions [B, n] of those along several axes [axes, B, n], which are alike where there is text
+    alone."""
+    if positions.dim() < 3:
+        return positions
+    if not bool((positions == positions[:1]).all()):
+        raise InputsError("positions differ from axis to axis: programs that decode take text alone")
+    return positions[0]

@@ -1,0 +1,173 @@
+"""``generate``: the model's own loop with our steps in it, or a plain one for models that have none.
+
+transformers' ``generate`` knows about beams, sampling, stopping and streaming, and calls the model's forward
+with a cache object. Both are ours here: a copy of the model that shares everything with it but its forward,
+and an object that stands for the stores. So all that ``generate`` takes stays what it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from graphopt.decoding.decoder import Decoder
+from graphopt.errors import InputsError
+
+__all__ = ["StoredCache", "generate_with", "plain_generate"]
+
+_ALONE = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "cache_implementation")
+"""Options of transformers' ``generate`` that bring a cache or a second model of their own."""
+
+
+class StoredCache:
+    """What ``generate`` takes for a cache: how much is in the stores, and how to move sequences."""
+
+    is_compileable = False
+    is_croppable = False
+    is_initialized = True
+    layers: Sequence[Any] = ()
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.decoder.seen
+
+    def get_max_cache_shape(self, layer_idx: int = 0) -> int:
+        return self.decoder.options.max_tokens
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        self.decoder.reorder(beam_idx)
+
+
+class _Output(dict[str, Any]):
+    """What a forward returns: by key and by attribute."""
+
+    def __getattr__(self, name: str) -> Any:
+        # What transformers' outputs have whether or not it was asked for.
+        return self.get(name)
+
+
+def generate_with(
+    model: torch.nn.Module, decoder: Decoder, args: Sequence[Any], options: dict[str, Any]
+) -> Any:
+    """``model.generate(*args, **options)`` with the steps of ``decoder``.
+
+    Raises ``InputsError`` for options that need another cache, hidden states or attention weights, and for
+    more sequences or positions than there are stores for.
+    """
+    for name in _ALONE:
+        if options.get(name) is not None:
+            raise InputsError(
+                f"generate({name}=...) brings a cache of its own: the stores cannot be used with it"
+            )
+    for name in ("output_attentions", "output_hidden_states"):
+        if options.get(name):
+            raise InputsError(f"generate({name}=True): programs that decode give logits alone")
+    if options.get("past_key_values") is not None:
+        raise InputsError("generate(past_key_values=...): the stores are the cache")
+    given = dict(options)
+    given.pop("use_cache", None)
+    driven = copy.copy(model)
+    vars(driven)["forward"] = _forward(model, decoder)
+    decoder.seen = 0
+    return driven.generate(*args, past_key_values=StoredCache(decoder), use_cache=True, **given)  # type: ignore[operator]
+
+
+def _forward(model: torch.nn.Module, decoder: Decoder) -> Callable[..., Any]:
+    """A forward with the signature of the model's, which ``generate`` looks at."""
+    names = decoder.options
+
+    def forward(**given: Any) -> Any:
+        cache = given.pop("past_key_values", None)
+        tokens, mask = given.pop(names.tokens, None), given.pop(names.mask, None)
+        positions = given.pop(names.positions, None)
+        others = [name for name, value in given.items() if isinstance(value, torch.Tensor)]
+        if others:
+            raise InputsError(f"argument {others[0]!r} of a step: programs that decode take tokens alone")
+        if not isinstance(tokens, torch.Tensor):
+            raise InputsError(f"argument {names.tokens!r} is {tokens!r}: programs that decode take tokens")
+        if decoder.seen == 0:
+            decoder.reset(tokens.shape[0])
+        return _Output(logits=decoder(tokens, mask, positions), past_key_values=cache)
+
+    forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
+    return forward
+
+
+def plain_generate(
+    decoder: Decoder,
+    tokens: torch.Tensor,
+    *,
+    max_new_tokens: int | None = None,
+    attention_mask: torch.Tensor | None = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    generator: torch.Generator | None = None,
+    streamer: Any = None,
+    stopping_criteria: Sequence[Callable[[torch.Tensor, Any], Any]] = (),
+) -> torch.Tensor:
+    """``tokens`` [B, S] with what follows, greedy or sampled: for models without a ``generate`` of their own.
+
+    It ends after ``max_new_tokens`` (by default when the stores are full), when every sequence had one of
+    ``eos_token_id`` (then ``pad_token_id``, by default that, follows), or when one of ``stopping_criteria``,
+    called with all tokens and the last logits [B, V], says so for all. ``streamer.put(tokens)`` is called
+    for the prompt and for each token, ``streamer.end()`` at the end. Sampling keeps the ``top_k`` likeliest
+    tokens and the fewest whose probabilities sum up to ``top_p``.
+    """
+    room = decoder.options.max_tokens - tokens.shape[1]
+    new = room if max_new_tokens is None else max_new_tokens
+    if new > room:
+        raise InputsError(
+            f"a prompt of {tokens.shape[1]} tokens and {new} new ones: the stores are for max_tokens="
+            f"{decoder.options.max_tokens}"
+        )
+    if do_sample and not temperature > 0:
+        raise InputsError(f"temperature={temperature!r}: expected a positive number")
+    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
+    fill = pad_token_id if pad_token_id is not None else (ends[0] if ends else 0)
+    decoder.reset(tokens.shape[0])
+    if streamer is not None:
+        streamer.put(tokens)
+    running = torch.ones(tokens.shape[0], dtype=torch.bool, device=tokens.device)
+    following = tokens
+    for count in range(new):
+        logits = decoder(following, attention_mask if count == 0 else None)[:, -1].float()
+        chosen = (
+            _sampled(logits / temperature, top_k, top_p, generator) if do_sample else logits.argmax(-1)
+        )
+        chosen = torch.where(running, chosen, fill)
+        following = chosen[:, None]
+        tokens = torch.cat([tokens, following], 1)
+        if streamer is not None:
+            streamer.put(chosen)
+        for end in ends:
+            running = running & (chosen != end)
+        stops = any(torch.as_tensor(stop(tokens, logits)).all() for stop in stopping_criteria)
+        if stops or (ends and not bool(running.any())):
+            break
+    if streamer is not None:
+        streamer.end()
+    return tokens
+
+
+def _sampled(
+    logits: torch.Tensor, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> torch.Tensor:
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[-1]), -1).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(-1, descending=True)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)
+        dropped = torch.zeros_like(before, dtype=torch.bool).scatter(1, order, before >= top_p)
+        logits = logits.masked_fill(dropped, float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

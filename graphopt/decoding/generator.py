@@ -1,0 +1,103 @@
+"""The part of an optimized module that generates: built when first needed, and what the report says of it."""
+
+from __future__ import annotations
+
+import platform
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import graphopt
+from graphopt.decoding.build import Built, build
+from graphopt.decoding.generation import generate_with, plain_generate
+from graphopt.decoding.options import Generate
+from graphopt.errors import CaptureError, InputsError, VerificationError
+from graphopt.report import Environment, Report
+
+if TYPE_CHECKING:
+    from graphopt.program import Program
+    from graphopt.session import Session
+
+__all__ = ["Generator"]
+
+
+class Generator:
+    """Generates with ``model``.
+
+    A model that cannot be captured for decoding generates as it did, and ``report`` says why; with
+    ``on_error="raise"``, for a model without a ``generate`` of its own, and where a budget would not be kept,
+    the reason is raised.
+    """
+
+    def __init__(self, model: torch.nn.Module, inputs: Any, options: Generate, session: Session) -> None:
+        self.model, self.inputs, self.options, self.session = model, inputs, options, session
+        self._built: Built | None = None
+        self._refused = ""
+
+    def prepare(self) -> None:
+        """Capture and check, if that has not happened yet."""
+        if self._built is not None or self._refused:
+            return
+        if self.inputs is None:
+            raise InputsError(
+                "optimize(generate=...) needs inputs: example tokens, as a tuple or a dict of arguments"
+            )
+        try:
+            self._built = build(self.model, self.inputs, self.options, self.session)
+        except (CaptureError, VerificationError) as error:
+            budget = self.session.budget
+            bounded = budget.memory is not None or budget.cache is not None
+            if (
+                self.session.on_error == "raise"
+                or bounded
+                or not callable(getattr(self.model, "generate", None))
+            ):
+                raise
+            self._refused = f"generates as it did: {error.message}"
+
+    @property
+    def built(self) -> Built:
+        """What was captured. Raises ``CaptureError`` where the model generates as it did."""
+        self.prepare()
+        if self._built is None:
+            raise CaptureError(self._refused)
+        return self._built
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """What the model's own ``generate`` takes and gives; for models without one see
+        ``plain_generate``."""
+        self.prepare()
+        own = callable(getattr(self.model, "generate", None))
+        if self._built is None:
+            return self.model.generate(*args, **options)  # type: ignore[operator]
+        training = self.model.training
+        self.model.eval()
+        try:
+            if own:
+                return generate_with(self.model, self._built.decoder, args, options)
+            return plain_generate(self._built.decoder, *args, **options)
+        finally:
+            self.model.train(training)
+
+    def programs(self) -> tuple[Program, ...]:
+        return self.built.programs
+
+    def report(self) -> Report:
+        self.prepare()
+        session, built = self.session, self._built
+        environment = Environment(
+            torch.__version__, platform.python_version(), graphopt.__version__, session.cost.device.name
+        )
+        budget = session.budget.resolve(built.baseline.peak_bytes) if built is not None else None
+        return Report(
+            environment,
+            built.baseline if built is not None else None,
+            built.predicted if built is not None else None,
+            budget=budget,
+            plugins=session.host.records(),
+            steps=tuple(session.records),
+            declined=tuple(session.declined),
+            near_misses=tuple(session.near_misses),
+            diagnostics=(*session.diagnostics, *([self._refused] if self._refused else [])),
+            decoding=built.record if built is not None else None,
+        )

@@ -1,0 +1,339 @@
+"""From a graph over whole sequences to one over new rows that reads and writes stores.
+
+Before, for tokens [B, S]::
+
+    attention(q[B,H,S,D], k[B,Hkv,S,D], v, mask[S,S])        arange(S)        table[:S]      logits [B,S,V]
+
+After, for the n tokens at ``slots`` [n]::
+
+    attend_full(q[B,H,n,D], k[B,Hkv,n,D], v, stores.., slots) slots            table[slots]   logits [B,1,V]
+
+What makes the masks is dead then. All else works row by row, or the numbers will not be those of the captured
+graph, which ``graphopt.decoding.check`` finds out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from graphopt import _torch
+from graphopt.capture.aliasing import written_inputs
+from graphopt.decoding.capture import Uncached
+from graphopt.decoding.last_row import keep_last_row
+from graphopt.decoding.layouts import name_of
+from graphopt.decoding.regions import Region
+from graphopt.decoding.sites import Site
+from graphopt.errors import CaptureError
+from graphopt.order import has_effect
+from graphopt.packing.scheme import operator_named
+from graphopt.program import layer_of
+
+__all__ = ["StepGraph", "step_graph"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class StepGraph:
+    """A graph over new rows: placeholders are the weights, then ``inputs``; the output is logits [B, 1, V].
+
+    ``inputs``: tokens [B, n], mask [B, n] and positions [B, n] where the model takes them, ``slots`` int64
+    [n], ``valid`` bool [max batch, capacity] where it takes a mask, then the stores' tensors, ``stores``:
+    names and ``(site, tensor)``.
+    """
+
+    gm: fx.GraphModule
+    inputs: tuple[str, ...]
+    stores: dict[str, tuple[int, str]]
+    weights: dict[str, torch.Tensor]
+
+
+def step_graph(
+    uncached: Uncached, sites: Sequence[Site], batch: int, capacity: int, length: int
+) -> StepGraph:
+    """The graph of one step for stores of ``batch`` sequences of ``capacity`` positions, none of which is at
+    or beyond ``length``. Raises ``CaptureError`` for what is left that mixes positions."""
+    return _Insertion(uncached, sites, batch, capacity, length).result()
+
+
+class _Insertion:
+    def __init__(
+        self, uncached: Uncached, sites: Sequence[Site], batch: int, capacity: int, length: int
+    ) -> None:
+        self.uncached, self.sites = uncached, sites
+        self.batch, self.capacity, self.length = batch, capacity, length
+        self.graph = fx.Graph()
+        self.copies: dict[fx.Node, fx.Node] = {}
+        self.graph.output(self.graph.graph_copy(uncached.gm.graph, self.copies))
+        self.mode = _torch.fake_mode_of([self.node(uncached.placeholder(uncached.tokens)).meta["val"]])
+        self.stores: dict[str, tuple[int, str]] = {}
+        self.slopes: dict[tuple[float, ...], fx.Node] = {}
+        self.weights = dict(uncached.weights)
+
+    def node(self, of: fx.Node) -> fx.Node:
+        return self.copies[of]
+
+    def result(self) -> StepGraph:
+        uncached = self.uncached
+        last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
+        tensors: dict[tuple[int, str], fx.Node] = {}
+        with self.graph.inserting_after(last):
+            for index, site in reversed(list(enumerate(self.sites))):
+                if site.source != index:
+                    continue
+                kinds = site.store.tensors(site.spec, self.batch, self.capacity)
+                for name, (shape, dtype) in reversed(list(kinds.items())):
+                    tensors[index, name] = self._placeholder(f"store_{index}_{name}", shape, dtype)
+            valid = None
+            if uncached.mask is not None:
+                # Of the example's batch at least: taking its rows must not look impossible while tracing.
+                rows = max(self.batch, _torch.hint(uncached.batch))
+                valid = self._placeholder("valid", (rows, self.capacity), torch.bool)
+            slots = self._placeholder("slots", (uncached.length,), torch.int64)
+        self._place_slopes()
+        first = next(n for n in self.graph.nodes if n.op == "call_function")
+        with self.graph.inserting_before(first):
+            if valid is not None:
+                self._note_valid(valid, slots)
+        uses_padding = any(site.spec.mask.padding for site in self.sites)
+        for index, site in enumerate(self.sites):
+            held = [tensors[site.source, name] for name in site.store.tensors(site.spec, 1, self.capacity)]
+            self._attend(index, site, held, slots, valid if uses_padding else None)
+        self._remove_dead()
+        self._count_padding(valid, slots)
+        self._take_positions(slots)
+        keep_last_row(self.graph, self._has_length)
+        self._remove_dead()
+        self._refuse_rest()
+        self.graph.lint()
+        self.stores = {tensors[key].name: key for key in sorted(tensors)}
+        names = [*uncached.inputs, slots.name, *([valid.name] if valid is not None else []), *self.stores]
+        gm = fx.GraphModule(torch.nn.Module(), self.graph)
+        return StepGraph(gm, tuple(names), self.stores, self.weights)
+
+    def _place_slopes(self) -> None:
+        """What heads add for each position, as a weight: once for all sites that add the same."""
+        tokens = self.node(self.uncached.placeholder(self.uncached.tokens))
+        for site in self.sites:
+            slopes = site.spec.mask.slopes
+            if slopes and slopes not in self.slopes:
+                with self.graph.inserting_before(tokens):
+                    node = self._placeholder(f"slopes_{len(self.slopes)}", (len(slopes),), torch.float32)
+                self.slopes[slopes] = node
+                self.weights[node.name] = torch.tensor(slopes, device=tokens.meta["val"].device)
+
+    def _placeholder(self, name: str, shape: Sequence[int | torch.SymInt], dtype: torch.dtype) -> fx.Node:
+        node = self.graph.placeholder(name)
+        device = self.node(self.uncached.placeholder(self.uncached.tokens)).meta["val"].device
+        with self.mode:
+            node.meta["val"] = torch.empty(tuple(shape), dtype=dtype, device=device)
+        return node
+
+    def call(self, target: object, *args: object, **kwargs: object) -> fx.Node:
+        """A new call at the place of insertion, its value known."""
+        node = self.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
+        given: Any = (args, kwargs)
+        values = fx.node.map_arg(given, lambda ref: ref.meta["val"])
+        with self.mode, torch.no_grad():
+            node.meta["val"] = target(*values[0], **values[1])  # type: ignore[operator]
+        return node
+
+    def _note_valid(self, valid: fx.Node, slots: fx.Node) -> None:
+        """Keep which of the new tokens are padding."""
+        assert self.uncached.mask is not None
+        mask = self.node(self.uncached.placeholder(self.uncached.mask))
+        size = self.call(aten.sym_size.int, mask, 0)
+        rows = self.call(aten.narrow.default, valid, 0, 0, size)
+        self.call(aten.index_copy_.default, rows, 1, slots, self.call(aten.ne.Scalar, mask, 0))
+
+    def _attend(
+        self, index: int, site: Site, held: Sequence[fx.Node], slots: fx.Node, valid: fx.Node | None
+    ) -> None:
+        region, spec = site.region, site.spec
+        output = self.node(region.output)
+        with self.graph.inserting_before(output):
+            query = self._heads_apart(self.node(region.query), region)
+            key = value = None
+            if site.source == index:
+                key = self.node(region.key)
+                if region.key_transposed:
+                    key = self.call(aten.transpose.int, key, -2, -1)
+                key = self._heads_apart(key, region)
+                value = self._heads_apart(self.node(region.value), region)
+            sinks = slopes = None
+            if region.sinks is not None:
+                sinks = self.call(aten.reshape.default, self.node(region.sinks), [spec.heads])
+            if spec.mask.slopes:
+                slopes = self.slopes[spec.mask.slopes]
+            made = self.call(
+                operator_named(site.store.attend_op), query, key, value, *held, slots,
+                valid if spec.mask.padding or spec.mask.slopes else None, slopes, sinks, spec.scale,
+                spec.softcap, spec.mask.window, self.length, *site.store.constants(spec),
+            )  # fmt: skip
+            made.meta["nn_module_stack"] = output.meta.get("nn_module_stack")
+            if region.flat:
+                made = self.call(aten.flatten.using_ints, made, 0, 1)
+        output.replace_all_uses_with(made)
+        self.graph.erase_node(output)
+
+    def _heads_apart(self, node: fx.Node, region: Region) -> fx.Node:
+        if not region.flat:
+            return node
+        return self.call(aten.unflatten.int, node, 0, [-1, region.heads])
+
+    def _remove_dead(self) -> None:
+        """Drop what nobody reads, writes into memory that nobody reads included."""
+        while True:
+            _drop_unread(self.graph)
+            dead = [node for node in self.graph.nodes if self._writes_in_vain(node)]
+            if not dead:
+                return
+            for node in reversed(dead):
+                self.graph.erase_node(node)
+
+    def _writes_in_vain(self, node: fx.Node) -> bool:
+        """Whether a write goes to memory that this graph made and that nothing but writes reads."""
+        written = written_inputs(node)
+        if not written or node.users:
+            return False
+        root = written[0]
+        path = {node}
+        while name_of(root) in _VIEWS and isinstance(root.args[0], fx.Node):
+            path.add(root)
+            root = root.args[0]
+        if root.op != "call_function" or name_of(root) not in _FRESH:
+            return False
+        return all(user in path for user in root.users) and all(
+            user in path for step in path for user in step.users
+        )
+
+    def _count_padding(self, valid: fx.Node | None, slots: fx.Node) -> None:
+        """``cumsum(mask)`` counts from the start of the sequence, not of the step."""
+        if valid is None or self.uncached.mask is None:
+            return
+        mask = self.node(self.uncached.placeholder(self.uncached.mask))
+        for node in list(self.graph.nodes):
+            source = node.args[0] if name_of(node) == "cumsum" else None
+            while isinstance(source, fx.Node) and name_of(source) in ("to", "_to_copy", "ne", "long", "int"):
+                source = source.args[0]
+            if source is not mask or source is None:
+                continue
+            with self.graph.inserting_before(node):
+                size = self.call(aten.sym_size.int, mask, 0)
+                rows = self.call(aten.narrow.default, valid, 0, 0, size)
+                dtype = node.meta["val"].dtype
+                counted = self.call(aten.cumsum.default, self.call(aten.to.dtype, rows, dtype), -1)
+                here = self.call(aten.index_select.default, counted, 1, slots)
+            node.replace_all_uses_with(here)
+            self.graph.erase_node(node)
+
+    def _take_positions(self, slots: fx.Node) -> None:
+        """Positions that were counted from 0 are those of the step's rows."""
+        for node in list(self.graph.nodes):
+            value = node.meta.get("val")
+            if not isinstance(value, torch.Tensor):
+                continue
+            if name_of(node) == "arange" and self.uncached.is_length(value.shape[0]):
+                start, step = _from_and_by(node)
+                if start != 0 or step != 1:
+                    raise CaptureError(
+                        f"{_where(node)}: positions {start}, {start} + {step}, ..: only those that count "
+                        "from 0 are understood"
+                    )
+                with self.graph.inserting_before(node):
+                    made = slots
+                    if value.dtype is not torch.int64:
+                        made = self.call(aten.to.dtype, slots, value.dtype)
+                node.replace_all_uses_with(made)
+                self.graph.erase_node(node)
+            elif name_of(node) in ("slice", "narrow") and self._takes_rows(node):
+                dim = _dimension(node)
+                with self.graph.inserting_before(node):
+                    made = self.call(aten.index_select.default, node.args[0], dim, slots)
+                node.replace_all_uses_with(made)
+                self.graph.erase_node(node)
+
+    def _takes_rows(self, node: fx.Node) -> bool:
+        """Whether ``node`` is the first rows, as many as the sequence has, of a table of fixed length."""
+        source = node.args[0]
+        dim = _dimension(node)
+        if not isinstance(source, fx.Node):
+            return False
+        before, after = source.meta["val"].shape[dim], node.meta["val"].shape[dim]
+        if not self._has_length(after) or self._has_length(before):
+            return False
+        start = node.args[2] if len(node.args) > 2 else 0
+        if start not in (0, None) or not self.uncached.is_length(after):
+            raise CaptureError(
+                f"{_where(node)}: takes {after} rows of a table from {start} on: only the first ones, as "
+                "many as the sequence has, are understood"
+            )
+        return True
+
+    def _has_length(self, size: object) -> bool:
+        return self.uncached.has_length(size)
+
+    def _refuse_rest(self) -> None:
+        """Values of length times length are left of what was not understood as attention."""
+        for node in self.graph.nodes:
+            value = node.meta.get("val")
+            if node.op != "call_function" or not isinstance(value, torch.Tensor):
+                continue
+            if sum(self._has_length(size) for size in value.shape) > 1:
+                raise CaptureError(
+                    f"{_where(node)} makes a value of {list(map(str, value.shape))}: positions are mixed "
+                    "there in a way that was not recognised as attention",
+                    hint="recognised are scaled_dot_product_attention and softmax(q @ k.mT * scale + mask) "
+                    "@ v",
+                )
+
+
+_VIEWS = {
+    "slice",
+    "select",
+    "view",
+    "transpose",
+    "permute",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "narrow",
+    "alias",
+}
+_FRESH = {
+    "new_empty", "empty", "zeros", "new_zeros", "full", "ones", "new_ones", "new_full", "zeros_like",
+    "ones_like", "empty_like", "full_like", "clone", "where", "triu", "tril", "mul", "add", "lift_fresh_copy",
+}  # fmt: skip
+
+
+def _drop_unread(graph: fx.Graph) -> None:
+    graph.eliminate_dead_code(is_impure_node=_must_stay)
+
+
+def _must_stay(node: fx.Node) -> bool:
+    if name_of(node) == "dropout" and node.args[1:] and (node.args[1] == 0 or node.args[-1] is False):
+        return False  # draws nothing
+    return node.op == "placeholder" or has_effect(node)
+
+
+def _dimension(node: fx.Node) -> int:
+    """Along which dimension a slice is taken."""
+    dim: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+    return int(dim)
+
+
+def _from_and_by(node: fx.Node) -> tuple[object, object]:
+    overload = str(node.target).rsplit(".", 1)[-1]
+    if overload == "default":
+        return 0, 1
+    return node.args[0], node.args[2] if len(node.args) > 2 else 1
+
+
+def _where(node: fx.Node) -> str:
+    layer = layer_of(node)
+    return f"{node.name} of {layer}" if layer else node.name

@@ -1,0 +1,169 @@
+"""From what was captured to what is kept: every attention with its mask understood, and a store for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from graphopt.capture.aliasing import alias_map
+from graphopt.decoding.capture import Uncached
+from graphopt.decoding.evaluate import added_by
+from graphopt.decoding.layouts import same_numbers
+from graphopt.decoding.masks import MaskSpec, meaning
+from graphopt.decoding.regions import Region, attention_regions
+from graphopt.decoding.stores import CacheStore, SiteSpec
+from graphopt.errors import CaptureError
+
+__all__ = ["Site", "sites_of", "stored_bytes", "tensors_of"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """A region, what a store needs to know of it, and the store. ``source``: index of the site whose store it
+    reads, its own or an earlier one's."""
+
+    region: Region
+    spec: SiteSpec
+    store: CacheStore
+    source: int
+
+
+def sites_of(
+    uncached: Uncached, stores: Mapping[str, type[CacheStore]], batch: int, capacity: int
+) -> tuple[Site, ...]:
+    """Every place where the program attends, each with the exact store of least bytes that takes it.
+
+    Sites that read the same keys and values share one store. Raises ``CaptureError`` for a program that
+    attends nowhere, a mask that is not understood, and a site that no store takes.
+    """
+    regions = attention_regions(uncached)
+    if not regions:
+        raise CaptureError(
+            "no attention was found in the model: there is nothing to keep between tokens, or it is a state "
+            "of another kind (a recurrence, a convolution), which is not kept yet"
+        )
+    specs = _specs(uncached, regions, capacity)
+    groups: dict[int, list[int]] = {}
+    for index in range(len(regions)):
+        groups.setdefault(_source(regions, index), []).append(index)
+    sites: dict[int, Site] = {}
+    for members in groups.values():
+        for index, source, store in _least(regions, specs, members, stores, batch, capacity):
+            spec = replace(specs[index], shares=source != index)
+            sites[index] = Site(regions[index], spec, store, source)
+    return tuple(sites[index] for index in range(len(regions)))
+
+
+def _specs(uncached: Uncached, regions: Sequence[Region], capacity: int) -> list[SiteSpec]:
+    aliases = alias_map(uncached.gm.graph)
+    device = uncached.placeholder(uncached.tokens).meta["val"].device
+    known: dict[object, MaskSpec] = {}
+    specs = []
+    for region in regions:
+        # Layers of one kind read one mask.
+        key = (region.added, region.heads)
+        if key not in known:
+            evaluate, numbers = added_by(uncached, region, aliases)
+            try:
+                known[key] = meaning(
+                    evaluate, sorted(numbers), capacity, device, takes_mask=uncached.mask is not None
+                )
+            except CaptureError as error:
+                where = region.layer or region.output.name
+                raise CaptureError(f"{where}: {error.message}", hint=error.hint) from None
+        key_value = region.key.meta["val"]
+        specs.append(
+            SiteSpec(
+                heads=region.heads,
+                kv_heads=region.kv_heads,
+                key_width=int(key_value.shape[-2 if region.key_transposed else -1]),
+                value_width=int(region.value.meta["val"].shape[-1]),
+                dtype=key_value.dtype,
+                mask=known[key],
+                scale=region.scale,
+                softcap=region.softcap,
+                sinks=region.sinks is not None,
+            )
+        )
+    return specs
+
+
+def _source(regions: Sequence[Region], index: int) -> int:
+    """The first region that reads the same keys and values."""
+    here = _read(regions[index])
+    return next(earlier for earlier in range(index + 1) if _read(regions[earlier]) == here)
+
+
+def _read(region: Region) -> tuple[object, ...]:
+    return same_numbers(region.key), same_numbers(region.value), region.flat, region.key_transposed
+
+
+def _least(
+    regions: Sequence[Region],
+    specs: Sequence[SiteSpec],
+    members: Sequence[int],
+    stores: Mapping[str, type[CacheStore]],
+    batch: int,
+    capacity: int,
+) -> list[tuple[int, int, CacheStore]]:
+    """Index, source and store of regions that read the same keys and values: one store for all of them, or
+    one for each where that takes fewer bytes, as rings of short windows do."""
+    apart = [(i, i, _taking(regions[i], [specs[i]], stores, batch, capacity)) for i in members]
+    if len(members) == 1:
+        return apart
+    first = members[0]
+    readers = [specs[first], *(replace(specs[i], shares=True) for i in members[1:])]
+    shared = _taking(regions[first], readers, stores, batch, capacity)
+    separately = sum(store.stored_bytes(specs[i], batch, capacity) for i, _, store in apart)
+    if separately < shared.stored_bytes(specs[first], batch, capacity):
+        return apart
+    return [(i, first, shared) for i in members]
+
+
+def _taking(
+    region: Region,
+    readers: Sequence[SiteSpec],
+    stores: Mapping[str, type[CacheStore]],
+    batch: int,
+    capacity: int,
+) -> CacheStore:
+    """The exact store of least bytes that serves all ``readers``."""
+    reasons: list[str] = []
+    taken: list[tuple[int, str, CacheStore]] = []
+    for name, kind in stores.items():
+        store = kind()
+        if not kind.exact:
+            continue
+        reason = next(filter(None, (store.refuses(spec, capacity) for spec in readers)), None)
+        if reason is not None:
+            reasons.append(f"{name}: {reason}")
+        else:
+            taken.append((store.stored_bytes(readers[0], batch, capacity), name, store))
+    if not taken:
+        where = region.layer or region.output.name
+        why = "; ".join(reasons) or "none is known"
+        raise CaptureError(f"{where}: no store takes its keys and values ({why})")
+    return min(taken, key=lambda entry: entry[:2])[2]
+
+
+def stored_bytes(sites: Sequence[Site], batch: int, capacity: int) -> int:
+    """Bytes of the stores of all sites."""
+    return sum(
+        site.store.stored_bytes(site.spec, batch, capacity)
+        for index, site in enumerate(sites)
+        if site.source == index
+    )
+
+
+def tensors_of(
+    sites: Sequence[Site], batch: int, capacity: int
+) -> Mapping[tuple[int, str], tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of all stores' tensors, by site and name."""
+    return {
+        (index, name): kind
+        for index, site in enumerate(sites)
+        if site.source == index
+        for name, kind in site.store.tensors(site.spec, batch, capacity).items()
+    }

@@ -1,0 +1,93 @@
+"""What a way to keep keys and values between steps has to say about itself."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+import torch
+
+from graphopt.candidate import Reason
+from graphopt.decoding.masks import MaskSpec
+from graphopt.options import format_value
+
+__all__ = ["CacheStore", "SiteSpec", "store_text"]
+
+
+@dataclass(frozen=True)
+class SiteSpec:
+    """One place where a program attends, as far as a store needs to know it.
+
+    ``heads`` of queries share ``kv_heads`` of keys [.., ``key_width``] and values [.., ``value_width``].
+    ``softcap`` 0: none. ``shares``: the site reads the store of an earlier one and writes nothing.
+    """
+
+    heads: int
+    kv_heads: int
+    key_width: int
+    value_width: int
+    dtype: torch.dtype
+    mask: MaskSpec
+    scale: float
+    softcap: float = 0.0
+    sinks: bool = False
+    shares: bool = False
+
+
+class CacheStore:
+    """Base of all stores: subclass as a frozen dataclass whose fields are the options.
+
+    A store is a few tensors for a site, made once for ``batch`` sequences of ``capacity`` positions, the
+    first dimension of each being the batch. ``attend_op`` is the qualified name of a ``torch.library``
+    operator that writes new rows into them, in place, and attends::
+
+        attend_op(query, key, value, *tensors, positions, valid, slopes, sinks, scale, softcap, window,
+        length,
+                  *constants(site))
+
+    ``query`` [B, H, n, D], ``key`` [B, Hkv, n, D] and ``value`` [B, Hkv, n, Dv] of the rows at ``positions``
+    int64 [n], or both ``None`` where the site shares a store; ``valid`` bool [at least B, capacity] or
+    ``None``: what is no padding; ``slopes``, ``sinks`` [H] or ``None``; ``window`` 0 where there is none;
+    ``length``: no position is at or beyond it. It gives [B, H, n, Dv], declares which tensors it writes, and
+    never looks at the numbers of ``positions`` from the host on an accelerator. ``exact``: it gives what the
+    program gives without a cache.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str] = ""
+    exact: ClassVar[bool] = False
+    attend_op: ClassVar[str]
+
+    def refuses(self, site: SiteSpec, capacity: int) -> Reason | None:
+        """``None``, or why this store cannot serve a site whose sequences have up to ``capacity``
+        positions."""
+        return None
+
+    def tensors(
+        self, site: SiteSpec, batch: int, capacity: int
+    ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor, in the order in which the operator takes them."""
+        raise NotImplementedError(f"{type(self).__name__} does not define tensors()")
+
+    def constants(self, site: SiteSpec) -> tuple[Any, ...]:
+        """What the operator takes besides what all take."""
+        return ()
+
+    def stored_bytes(self, site: SiteSpec, batch: int, capacity: int) -> int:
+        """Bytes of all tensors; none for a site that shares."""
+        if site.shares:
+            return 0
+        kinds = self.tensors(site, batch, capacity).values()
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds)
+
+    def __str__(self) -> str:
+        return store_text(self)
+
+
+def store_text(store: CacheStore) -> str:
+    """``ring{slots=64}``: the one spelling of a configured store."""
+    values = [(f.name, getattr(store, f.name), f.default) for f in fields(store)]  # type: ignore[arg-type]
+    options = [f"{name}={format_value(value)}" for name, value, default in values if value != default]
+    return store.name + (f"{{{','.join(options)}}}" if options else "")

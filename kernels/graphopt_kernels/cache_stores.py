@@ -1,0 +1,66 @@
+"""Stores of keys and values that keep rows as they are: all of them, or the last ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from graphopt.candidate import Reason
+from graphopt.decoding.stores import CacheStore, SiteSpec
+from graphopt_kernels.attend_full import attend_full
+from graphopt_kernels.attend_ring import attend_ring
+
+__all__ = ["Full", "Ring"]
+
+OPERATORS = (attend_full, attend_ring)
+"""Loaded with the stores that name them."""
+
+
+@dataclass(frozen=True)
+class Full(CacheStore):
+    """Every position, [batch, heads, capacity, width]."""
+
+    name = "full"
+    summary = "keeps every position"
+    exact = True
+    attend_op = "graphopt::attend_full"
+
+    def tensors(
+        self, site: SiteSpec, batch: int, capacity: int
+    ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {
+            "key": ((batch, site.kv_heads, capacity, site.key_width), site.dtype),
+            "value": ((batch, site.kv_heads, capacity, site.value_width), site.dtype),
+        }
+
+
+@dataclass(frozen=True)
+class Ring(CacheStore):
+    """The last positions of a site with a sliding window, [batch, heads, window, width]."""
+
+    name = "ring"
+    summary = "keeps the positions of a sliding window"
+    exact = True
+    attend_op = "graphopt::attend_ring"
+
+    def refuses(self, site: SiteSpec, capacity: int) -> Reason | None:
+        if not site.mask.window:
+            return Reason("a ring keeps a window, and rows of this site read all positions before them")
+        if site.mask.window >= capacity:
+            return Reason(
+                f"the window of {site.mask.window} is no less than the {capacity} positions there are"
+            )
+        if site.shares:
+            return Reason("a site that reads another's store may read what a ring has lost by then")
+        return None
+
+    def tensors(
+        self, site: SiteSpec, batch: int, capacity: int
+    ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        slots = site.mask.window
+        return {
+            "key": ((batch, site.kv_heads, slots, site.key_width), site.dtype),
+            "value": ((batch, site.kv_heads, slots, site.value_width), site.dtype),
+        }
