@@ -3,14 +3,14 @@
     python benchmarks/gpu_decode.py --out benchmarks/results/gpu_decode.json
 
 Greedy, ``--context`` tokens before, bf16 but for packed weights. ``graphopt`` generates with
-``optimize(generate=...)``; ``graphopt-SCHEME`` the same with weights packed by ``graphopt.quantize`` before (the
-head and the table of embeddings too where the scheme has rows). ``compile`` is torch.compile
+``optimize(generate=...)``; ``graphopt-SCHEME`` the same with weights packed by ``graphopt.quantize`` before
+(the head and the table of embeddings too where the scheme has rows). ``compile`` is torch.compile
 (``reduce-overhead``) of a step of transformers with a static cache, ``ao-int8`` that after torchao's int8
-weight-only quantization, where torchao is installed. ``ms`` is of one more token: the difference of two lengths of
-generation over the tokens between, median of ``--repeats``, host included. ``floor`` is the part of that in which the
-weights alone are read at the read bandwidth of the device table. ``same`` is how many of the tokens are those
-that the model gives without compilation, of as many as were asked for. Processes get ready side by side and measure
-one after another.
+weight-only quantization, where torchao is installed. ``ms`` is of one more token: the difference of two
+lengths of generation over the tokens between, median of ``--repeats``, host included. ``floor`` is the part
+of that in which the weights alone are read at the read bandwidth of the device table. ``same`` is how many of
+the first ``--checked`` tokens are those that the model gives before anything is compiled or packed. Processes
+get ready side by side and measure one after another.
 """
 
 from __future__ import annotations
@@ -123,6 +123,11 @@ def decoding(given: argparse.Namespace, model: Any, scheme: str) -> tuple[Callab
     return lambda prompt, new: fast.generate(prompt, max_new_tokens=new), fast
 
 
+def same_tokens(found: torch.Tensor, plain: torch.Tensor) -> int:
+    """How many come before the first difference."""
+    return int((found[:, : plain.shape[1]] == plain).all(0).cumprod(0).sum())
+
+
 def one(given: argparse.Namespace) -> dict[str, Any]:
     mode, report = given.one, None
     model = built(given)
@@ -161,12 +166,7 @@ def one(given: argparse.Namespace) -> dict[str, Any]:
         "tokens_per_s": round(given.batch / seconds_each, 1),
         "weight_gib": round(held / 2**30, 2),
         "floor": round(held / READ / seconds_each, 3),
-        "same": int(
-            (found[:, given.context :][:, : given.checked] == plain[:, given.context :])
-            .all(0)
-            .cumprod(0)
-            .sum()
-        ),
+        "same": same_tokens(found[:, given.context :], plain[:, given.context :]),
         "ready_s": round(ready, 1),
         "compiled_s": round(compiled, 1),
     }
