@@ -334,8 +334,8 @@ def gpu_quantized(record: dict[str, Any]) -> str:
     return (
         "## Products that read packed weights\n\n"
         "Times as fast as a dense product in bf16, by rows of x, in a CUDA graph, weights from memory. "
-        f"`read`: packed bytes a second with {counts[0]} row, as a part of the read bandwidth of the same run, "
-        f"{record['read_gb_per_second']:,.0f} GB/s. The error is the largest, relative to float64 with "
+        f"`read`: packed bytes a second with {counts[0]} row, as a part of the read bandwidth of the same "
+        f"run, {record['read_gb_per_second']:,.0f} GB/s. The error is the largest, relative to float64 with "
         f"unpacked weights; that of dense products is {dense:.2g}.\n\n"
         + table(("weight", "scheme", *map(str, counts), "read", "error"), cells)
     )

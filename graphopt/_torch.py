@@ -5,6 +5,7 @@ Each function is tested on every supported torch version in ``tests/test_private
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._functorch import config as functorch_config
 from torch._functorch import partitioners
 from torch._guards import TracingContext, tracing
@@ -262,11 +264,18 @@ def decomposed(
     return graph
 
 
+def python_dispatcher() -> contextlib.AbstractContextManager[Any]:
+    """Operators are taken apart by torch's decompositions in Python, which know sizes that are symbols; those
+    in C++ do not all (``linear`` in torch 2.11)."""
+    context: contextlib.AbstractContextManager[Any] = enable_python_dispatcher()
+    return context
+
+
 def call_on_fakes(
     like: torch.Tensor, target: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
     """What a call gives under the mode of the fake tensor ``like``."""
-    with fake_mode_of([like]), torch.no_grad():
+    with fake_mode_of([like]), torch.no_grad(), python_dispatcher():
         return target(*args, **kwargs)
 
 

@@ -64,6 +64,7 @@ def _value(node: fx.Node, ambient: Ambient, mode: Any, origin: str) -> Any:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
         stack.enter_context(mode)
+        stack.enter_context(_torch.python_dispatcher())
         for enter in ambient.autocast:
             stack.enter_context(_torch.autocast_of(enter))
         try:

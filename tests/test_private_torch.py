@@ -308,6 +308,24 @@ def test_a_call_gives_a_fake_of_the_mode_that_is_named() -> None:
     assert made.fake_mode is mode and tuple(made.shape) == (2, 2) and made.dtype is torch.int64
 
 
+def test_calls_with_symbolic_sizes_give_symbolic_sizes() -> None:
+    sizes = ({0: torch.export.Dim.AUTO},)
+    exported = torch.export.export(
+        torch.nn.Identity(), (torch.randn(3, 5, 8),), dynamic_shapes=sizes, strict=False
+    )
+    x = next(node for node in exported.graph.nodes if node.op == "placeholder").meta["val"]
+    mode = _torch.fake_mode_of([x])
+    weight = mode.from_tensor(torch.randn(4, 8))
+    assert isinstance(x.shape[0], torch.SymInt)
+    for made in (
+        _torch.call_on_fakes(x, torch.ops.aten.linear.default, (x, weight), {}),
+        _torch.call_on_fakes(x, torch.ops.aten.matmul.default, (x, weight.t()), {}),
+    ):
+        assert isinstance(made.shape[0], torch.SymInt) and made.shape[1:] == (5, 4)
+    with mode, _torch.python_dispatcher():
+        assert torch.ops.aten.linear.default(x, weight).shape[1:] == (5, 4)
+
+
 def test_operators_run_for_real_outside_of_a_fake_mode() -> None:
     with _torch.fake_mode():
         assert _torch.is_fake(torch.empty(2))

@@ -79,6 +79,6 @@ def _turned(graph: fx.Graph, node: object, labels: str, wanted: list[str]) -> fx
 def _call(graph: fx.Graph, target: object, *args: object) -> fx.Node:
     node = graph.call_function(target, args)  # type: ignore[arg-type]
     values = [arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args]
-    with _torch.fake_mode_of([v for v in values if isinstance(v, torch.Tensor)]), torch.no_grad():
-        node.meta["val"] = target(*values)  # type: ignore[operator]
+    like = next(value for value in values if isinstance(value, torch.Tensor))
+    node.meta["val"] = _torch.call_on_fakes(like, target, values, {})  # type: ignore[arg-type]
     return node

@@ -139,7 +139,7 @@ class _Insertion:
         node = self.graph.call_function(target, args, kwargs)  # type: ignore[arg-type]
         given: Any = (args, kwargs)
         values = fx.node.map_arg(given, lambda ref: ref.meta["val"])
-        with self.mode, torch.no_grad():
+        with self.mode, torch.no_grad(), _torch.python_dispatcher():
             node.meta["val"] = target(*values[0], **values[1])  # type: ignore[operator]
         return node
 

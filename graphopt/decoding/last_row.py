@@ -69,5 +69,5 @@ def _source(node: fx.Node, has_length: Callable[[object], bool]) -> fx.Node | No
 
 def _set_value(node: fx.Node) -> None:
     values = fx.node.map_arg((node.args, node.kwargs), lambda ref: ref.meta["val"])
-    with _torch.fake_mode_of([v for v in values[0] if isinstance(v, torch.Tensor)]), torch.no_grad():
-        node.meta["val"] = node.target(*values[0], **values[1])  # type: ignore[operator]
+    like = next(value for value in values[0] if isinstance(value, torch.Tensor))
+    node.meta["val"] = _torch.call_on_fakes(like, node.target, *values)  # type: ignore[arg-type]
