@@ -426,6 +426,14 @@ def hint(size: Any) -> int:
     return int(size)
 
 
+def hinted(value: Any) -> Any:
+    """A number, in place of a symbolic one that which it had while tracing, without guarding on it."""
+    if not isinstance(value, torch.SymInt | torch.SymFloat):
+        return value
+    number = value.node.hint
+    return type(number)(number) if number is not None else 1
+
+
 def depends_on(size: Any, symbol: torch.SymInt) -> bool:
     """Whether a size is made of the symbol that ``symbol`` is."""
     if not isinstance(size, torch.SymInt):

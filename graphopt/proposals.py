@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
+from graphopt import _torch
 from graphopt.candidate import Candidate, CostDelta, Declined, Frontier, NearMiss
 from graphopt.errors import PassError, brief, nearest
 from graphopt.passes import Pass, PassContext
@@ -49,7 +50,7 @@ def read_proposals(step: Pass, program: Program, ctx: PassContext) -> Proposals:
             )
         if isinstance(item, Frontier):
             _check_frontier(step, program, item)
-    candidates = tuple(item for item in items if isinstance(item, Candidate))
+    candidates = tuple(_numbered(item) for item in items if isinstance(item, Candidate))
     _check(step, program, candidates)
     return Proposals(
         candidates,
@@ -57,6 +58,18 @@ def read_proposals(step: Pass, program: Program, ctx: PassContext) -> Proposals:
         tuple(item for item in items if isinstance(item, Declined)),
         tuple(item for item in items if isinstance(item, NearMiss)),
     )
+
+
+def _numbered(candidate: Candidate) -> Candidate:
+    """The same with numbers of the sizes while tracing where the pass made symbols of them."""
+    delta = candidate.delta
+    if not isinstance(delta, CostDelta):
+        return candidate
+    values = {field.name: getattr(delta, field.name) for field in fields(delta)}
+    numbers = {name: _torch.hinted(value) for name, value in values.items()}
+    if all(numbers[name] is value for name, value in values.items()):
+        return candidate
+    return replace(candidate, delta=replace(delta, **numbers))
 
 
 def _check_frontier(step: Pass, program: Program, frontier: Frontier) -> None:
