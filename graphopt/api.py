@@ -31,7 +31,7 @@ from graphopt.plans import Plan
 from graphopt.plugins.host import PluginHost, default_host
 from graphopt.session import Session
 
-__all__ = ["cost_model_for", "explain_memory", "make_session", "optimize", "pareto", "plan"]
+__all__ = ["cost_model_for", "dry_run", "explain_memory", "make_session", "optimize", "pareto", "plan"]
 
 _VERIFY = ("off", "structure", "numeric")
 _ON_ERROR = ("rollback", "raise")
@@ -125,7 +125,7 @@ def optimize(
 
 def plan(model: torch.nn.Module, inputs: Any, **options: Any) -> Plan:
     """What ``optimize`` would do, without compiling anything. Same arguments; ``inputs`` needed."""
-    return _dry_run(model, inputs, options, "plan").plan
+    return dry_run(model, inputs, options, "plan").plan
 
 
 def pareto(model: torch.nn.Module, inputs: Any, **options: Any) -> Pareto:
@@ -136,7 +136,7 @@ def pareto(model: torch.nn.Module, inputs: Any, **options: Any) -> Pareto:
     for name in ("budget", "plan"):
         if name in options:
             raise InputsError(f"pareto() takes no {name}=: it shows what every budget gives")
-    optimized = _dry_run(model, inputs, options, "pareto")
+    optimized = dry_run(model, inputs, options, "pareto")
     plan = optimized.plan
     return Pareto(optimized.frontier(), plan.device, plan.emit)
 
@@ -146,11 +146,14 @@ def explain_memory(model: torch.nn.Module, inputs: Any, **options: Any) -> Memor
 
     Same arguments as ``optimize``; nothing is compiled.
     """
-    return _dry_run(model, inputs, options, "explain_memory").explain_memory()
+    return dry_run(model, inputs, options, "explain_memory").explain_memory()
 
 
-def _dry_run(model: torch.nn.Module, inputs: Any, options: dict[str, Any], caller: str) -> Optimized:
-    """``optimize`` up to the point where code would be generated."""
+def dry_run(
+    model: torch.nn.Module, inputs: Any, options: dict[str, Any], caller: str = "dry_run"
+) -> Optimized:
+    """``optimize`` up to the point where code would be generated: programs, plan and report are there, it
+    cannot be called. ``caller`` names it in errors."""
     if options.get("generate") is not None:
         raise InputsError(f"{caller}() takes no generate=: plans are of steps, not of generation")
     if inputs is None and options.get("step") is None:

@@ -12,7 +12,7 @@ import torch
 
 from graphopt import _torch
 from graphopt.capture.driver import Driver
-from graphopt.cost import Cost, MemoryProfile
+from graphopt.cost import Cost, CostModel, MemoryProfile
 from graphopt.decoding.generator import Generator
 from graphopt.errors import UnknownNameError
 from graphopt.explanation import MemoryExplanation
@@ -162,6 +162,11 @@ class Optimized(torch.nn.Module):
         if self._generator is not None:
             return self._generator.programs()
         return self._driver.programs()
+
+    @property
+    def cost_model(self) -> CostModel:
+        """What costs were predicted with: the cost model of the device that was planned for."""
+        return self._driver.session.cost
 
     def memory(self) -> tuple[MemoryProfile, MemoryProfile]:
         """Simulated live bytes over the step: of the baseline, and of the plan."""
