@@ -29,6 +29,7 @@ from graphopt.passes import Pass
 from graphopt.pipeline import Pipeline, parse_items
 from graphopt.plans import Plan
 from graphopt.plugins.host import PluginHost, default_host
+from graphopt.rewrites import checked_rewrites
 from graphopt.session import Session
 
 __all__ = ["cost_model_for", "dry_run", "explain_memory", "make_session", "optimize", "pareto", "plan"]
@@ -56,6 +57,7 @@ def optimize(
     cuda_graphs: bool = True,
     cache: bool = True,
     generate: Generate | None = None,
+    rewrites: Sequence[str] | None = None,
 ) -> Optimized:
     """The fastest version of ``model`` whose step fits ``budget``, with the same call.
 
@@ -94,6 +96,9 @@ def optimize(
     ``inputs`` are example tokens. The budget bounds weights, stores and the largest step;
     ``Budget(cache=...)`` the stores alone.
 
+    ``rewrites``: apply these alone of what passes would choose, by the names in ``report.rewrites``; passes
+    that programs cannot do without run anyway. ``None`` applies all.
+
     Gradients that the parameters carry when ``optimize`` is called count as held throughout (as in
     gradient accumulation); without them a step is taken to begin with none.
 
@@ -120,6 +125,7 @@ def optimize(
         cuda_graphs=cuda_graphs,
         cache=cache,
         generate=generate,
+        rewrites=rewrites,
     )
 
 
@@ -277,6 +283,7 @@ def make_session(
     on_error: str = "rollback",
     cuda_graphs: bool = True,
     cache: bool = True,
+    rewrites: Sequence[str] | None = None,
     runs_on: torch.device | None = None,
 ) -> Session:
     """A session with everything looked up by name; raises before any work is done."""
@@ -288,14 +295,16 @@ def make_session(
     spec = _device_spec(host, device)
     runs_on = runs_on or (device if isinstance(device, torch.device) else torch.device("cpu"))
     cost = host.cost_model("roofline").build(spec)
+    only = checked_rewrites(rewrites, {step.name for step in steps}, host.replacements())
     return Session(
         budget=Budget.of(budget),
         cost=cost,
-        emitter=resolve_emitter(emit, runs_on, lambda gm: proposed(gm, host, cost), cost),
+        emitter=resolve_emitter(emit, runs_on, lambda gm: proposed(gm, host, cost, only), cost),
         provisional_emitter=EagerEmitter(),
         host=host,
         passes=steps,
         allow=names,
+        only=only,
         on_error=on_error,
         cuda_graphs=cuda_graphs,
         keeps=cache,

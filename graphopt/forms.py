@@ -31,7 +31,7 @@ def weigh_forms(session: Session, captured: Captured, inputs: Sequence[Any], mod
     ``mode`` is "train" or "infer". Does nothing where no pass of the semantic level offers an alternative.
     A replayed plan says which form it is of: that alone is looked at.
     """
-    ctx = PassContext(session.cost, mode, session.emitter.name, None, session.allow)
+    ctx = session.context(mode)
     if not any(offers(captured.semantic, step, ctx, _nothing) for step in session.passes):
         return
     see(session, captured, inputs)

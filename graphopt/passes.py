@@ -25,6 +25,7 @@ class PassContext:
     ``budget_bytes`` the resolved budget, ``None`` without one. ``curve``: the schedules that passes
     before this one offer for the program, for one that adds to them (``Frontier.extends``). ``bounded`` is
     false where the fastest program alone is asked for: what only frees memory need not be looked at.
+    ``only``: the rewrites that may be applied, where not all may; passes need not look at it.
     """
 
     cost: CostModel
@@ -34,6 +35,7 @@ class PassContext:
     allow: frozenset[str] = frozenset()
     curve: Frontier | None = None
     bounded: bool = True
+    only: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)

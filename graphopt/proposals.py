@@ -11,6 +11,7 @@ from graphopt.candidate import Candidate, CostDelta, Declined, Frontier, NearMis
 from graphopt.errors import PassError, brief, nearest
 from graphopt.passes import Pass, PassContext
 from graphopt.program import Level, Program
+from graphopt.rewrites import rewrite_id
 from graphopt.schedule import Schedule
 
 __all__ = ["Proposals", "read_proposals"]
@@ -52,10 +53,20 @@ def read_proposals(step: Pass, program: Program, ctx: PassContext) -> Proposals:
             _check_frontier(step, program, item)
     candidates = tuple(_numbered(item) for item in items if isinstance(item, Candidate))
     _check(step, program, candidates)
+    frontiers = tuple(item for item in items if isinstance(item, Frontier))
+    withheld: list[Declined] = []
+    # A mandatory pass makes programs what others expect: without it nothing would be told by what fails.
+    if ctx.only is not None and not step.mandatory:
+        offered = (*candidates, *frontiers)
+        refused = [item for item in offered if rewrite_id(program.name, step.name, item) not in ctx.only]
+        candidates = tuple(c for c in candidates if not any(c is item for item in refused))
+        frontiers = tuple(f for f in frontiers if not any(f is item for item in refused))
+        why = "not among the rewrites that were asked for"
+        withheld = [Declined(_title(step, item), why) for item in refused]
     return Proposals(
         candidates,
-        tuple(item for item in items if isinstance(item, Frontier)),
-        tuple(item for item in items if isinstance(item, Declined)),
+        frontiers,
+        (*(item for item in items if isinstance(item, Declined)), *withheld),
         tuple(item for item in items if isinstance(item, NearMiss)),
     )
 
@@ -70,6 +81,10 @@ def _numbered(candidate: Candidate) -> Candidate:
     if all(numbers[name] is value for name, value in values.items()):
         return candidate
     return replace(candidate, delta=replace(delta, **numbers))
+
+
+def _title(step: Pass, proposal: Candidate | Frontier) -> str:
+    return proposal.id if isinstance(proposal, Candidate) else f"schedules of {step.name}"
 
 
 def _check_frontier(step: Pass, program: Program, frontier: Frontier) -> None:

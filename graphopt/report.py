@@ -16,6 +16,7 @@ from graphopt.packing.plan import QuantizationPlan
 from graphopt.plans import Plan
 from graphopt.plugins.records import PluginRecord
 from graphopt.record_json import RecordFormatError, decode, encode
+from graphopt.rewrites import Rewrite
 
 __all__ = ["REPORT_VERSION", "Environment", "PassRecord", "PassStatus", "ProgramSummary", "Report"]
 
@@ -79,8 +80,9 @@ class Report:
     matched and its guard said no; ``str()`` shows a few of each. ``groups`` are groups of operators that a
     kernel was predicted for, kept or not. ``quantization`` says which weights are packed, and how far off
     they are. ``decoding`` says what is kept from token to token where the model was optimized to generate;
-    costs are then of one token, its peak that of the largest part of a prompt. ``print(report)`` shows a
-    table; ``to_json`` and ``from_json`` keep all of it.
+    costs are then of one token, its peak that of the largest part of a prompt. ``rewrites`` are those that
+    were chosen, by the names that ``optimize(rewrites=...)`` takes. ``print(report)`` shows a table;
+    ``to_json`` and ``from_json`` keep all of it.
     """
 
     environment: Environment
@@ -99,6 +101,7 @@ class Report:
     groups: tuple[GroupRecord, ...] = ()
     quantization: QuantizationPlan | None = None
     decoding: DecodingRecord | None = None
+    rewrites: tuple[Rewrite, ...] = ()
     schema_version: str = field(default=REPORT_VERSION, init=False)
 
     def with_measured(self, measured: Cost) -> Report:
@@ -146,9 +149,11 @@ class Report:
             )
         plan = Plan.from_json(data["plan"]) if data.get("plan") is not None else None
         body = {key: value for key, value in data.items() if key != "schema"}
-        # Reports stored before weights could be packed, or keys and values kept, do not say so.
+        # Reports stored before weights could be packed, keys and values kept, or rewrites had names,
+        # do not say so.
         body.setdefault("quantization", None)
         body.setdefault("decoding", None)
+        body.setdefault("rewrites", [])
         for name in ("baseline", "predicted", "measured"):
             if isinstance(body.get(name), Mapping):
                 body[name] = {"cache_bytes": 0, **body[name]}

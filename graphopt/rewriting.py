@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
-from graphopt.candidate import Declined, Frontier, NearMiss
+from graphopt.candidate import Candidate, Declined, Frontier, NearMiss
 from graphopt.conversion import Conversion
 from graphopt.duration import format_seconds
 from graphopt.edit import Edit
@@ -15,9 +15,10 @@ from graphopt.packing.plan import QuantizationPlan
 from graphopt.passes import Pass, PassContext, pass_text
 from graphopt.plans import count_text
 from graphopt.plugins.host import PluginHost
-from graphopt.program import Level, Program
+from graphopt.program import Level, Program, layer_of
 from graphopt.proposals import Proposals, read_proposals
 from graphopt.report import PassRecord, PassStatus
+from graphopt.rewrites import Rewrite, rewrite_id
 from graphopt.selection import choose, worth
 from graphopt.verify import verify_values
 
@@ -36,6 +37,8 @@ class Rewriting:
     """Whether the program is another than before."""
     offering: frozenset[str] = frozenset()
     """Passes that offered something to be weighed as an alternative."""
+    rewrites: tuple[Rewrite, ...] = ()
+    """What was chosen; schedules and alternatives are for the planner to choose."""
 
     def __add__(self, other: Rewriting) -> Rewriting:
         return Rewriting(
@@ -45,6 +48,7 @@ class Rewriting:
             self.frontiers + other.frontiers,
             self.changed or other.changed,
             self.offering | other.offering,
+            self.rewrites + other.rewrites,
         )
 
 
@@ -172,6 +176,8 @@ def run_pass(
     start = time.perf_counter()
     host.notify_before(ctx, step, program)
     proposals = Proposals()
+    chosen: list[Candidate] = []
+    taken: tuple[Rewrite, ...] = ()
     refused: list[Declined] = []
     status: PassStatus
     edit = program.edit(step.name)
@@ -184,12 +190,15 @@ def run_pass(
             chosen, refused = choose(step, offered, ctx, budgeted=budgeted)
             if closed:
                 refused = [Declined(candidate.id, closed) for candidate in proposals.candidates]
+            # Before anything is applied: their nodes may be gone afterwards.
+            taken = _rewrites(program, step, chosen)
             for candidate in chosen:
                 _apply(step, candidate.id, candidate.apply, edit)
     except GraphoptError as error:
         if on_error == "raise":
             raise
         status, reason = "rolled-back", error.message.removeprefix(f"{step.name}: ")
+        taken = tuple(replace(rewrite, applied=False) for rewrite in taken)
         proposals, refused = Proposals(), []
     else:
         gain = sum(worth(candidate, ctx, budgeted=False) for candidate in chosen)
@@ -203,7 +212,24 @@ def run_pass(
         proposals.frontiers,
         edit.committed,
         frozenset({step.name} if any(c.alternative for c in proposals.candidates) else ()),
+        (*taken, *_for_the_planner(program, step, proposals)),
     )
+
+
+def _rewrites(program: Program, step: Pass, chosen: Sequence[Candidate]) -> tuple[Rewrite, ...]:
+    if step.mandatory or not chosen:
+        return ()
+    layers = {node.name: layer_of(node) for node in program.graph.nodes}
+    return tuple(
+        Rewrite(rewrite_id(program.name, step.name, c), layers.get(c.nodes[0], ""), c.delta) for c in chosen
+    )
+
+
+def _for_the_planner(program: Program, step: Pass, proposals: Proposals) -> tuple[Rewrite, ...]:
+    offered: list[Candidate | Frontier] = [c for c in proposals.candidates if c.alternative]
+    offered += proposals.frontiers
+    names = dict.fromkeys(rewrite_id(program.name, step.name, item) for item in offered)
+    return () if step.mandatory else tuple(map(Rewrite, names))
 
 
 def _apply(step: Pass, candidate: str, apply: object, edit: Edit) -> None:

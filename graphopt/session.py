@@ -53,6 +53,7 @@ from graphopt.program import InputSpec, Program, layer_of
 from graphopt.recording import Recorder
 from graphopt.replay import make_random_states_explicit, plain_call
 from graphopt.report import PassRecord
+from graphopt.rewrites import Rewrite, kernels_id
 from graphopt.rewriting import Rewriting, conversion_records, left_out, run_joint_passes, run_passes
 from graphopt.schedule import Schedule
 from graphopt.several import compile_together
@@ -85,6 +86,7 @@ class Session:
     throughout, and a step's own are added to them and go, unless hooks wait for them
     (``watched_gradients``); ``all_gradients_held``: every trained parameter has one. ``dry_run``: plan,
     compile no code.
+    ``only``: the rewrites that may be applied (``graphopt.rewrites``), ``None`` for all.
     ``chain``: the present programs as calls that hand values to each other, where they are;
     ``reruns``: rows of them that the plan runs again. ``cuda_graphs``: replay steps where they can be
     recorded; ``recorders`` do that. ``keeps``: keep plan and code for later processes, and take over what
@@ -99,6 +101,7 @@ class Session:
     host: PluginHost
     passes: Sequence[Pass]
     allow: frozenset[str] = frozenset()
+    only: frozenset[str] | None = None
     on_error: str = "rollback"
     replay: Plan | None = None
     names: Mapping[int, tuple[str, str]] = field(default_factory=dict)
@@ -114,6 +117,7 @@ class Session:
     records: list[PassRecord] = field(default_factory=list)
     declined: list[Declined] = field(default_factory=list)
     near_misses: list[NearMiss] = field(default_factory=list)
+    rewrites: list[Rewrite] = field(default_factory=list)
     diagnostics: list[str] = field(default_factory=list)
     differentiated: set[str] = field(default_factory=set)
     held_gradient_bytes: int = 0
@@ -276,7 +280,7 @@ class Session:
     def _rewrite(self, program: Program, inputs: Sequence[Any]) -> None:
         """Run the semantic-level passes over a captured program."""
         mode = "train" if _trained(inputs) else "infer"
-        ctx = PassContext(self.cost, mode, self.emitter.name, None, self.allow)
+        ctx = self.context(mode)
         budgeted = self.budget.memory is not None
         if not self.captured:
             self.records.extend(left_out(self.passes, self.host))
@@ -293,7 +297,26 @@ class Session:
         )
         self._note(done)
 
+    def context(self, mode: str, *, bounded: bool = True) -> PassContext:
+        """What passes are told in ``mode``, ``"train"`` or ``"infer"``."""
+        emit, allow = self.emitter.name, self.allow
+        return PassContext(self.cost, mode, emit, None, allow, bounded=bounded, only=self.only)
+
+    def chosen_rewrites(self) -> tuple[Rewrite, ...]:
+        """What was chosen so far, each once; of kernels, those of every provider where any are used."""
+        known = {rewrite.id: rewrite for rewrite in self.rewrites}
+        if any(group.kept for group in self.emitter.groups):
+            known |= {name: Rewrite(name) for name in map(kernels_id, self.host.replacements())}
+        return tuple(known.values())
+
+    def missing_rewrites(self) -> list[str]:
+        """A note on rewrites that were asked for by name and not chosen."""
+        gone = sorted((self.only or frozenset()) - {rewrite.id for rewrite in self.chosen_rewrites()})
+        more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
+        return [f"rewrites that were asked for and not applied: {', '.join(gone[:3])}{more}"] if gone else []
+
     def _note(self, done: Rewriting) -> None:
+        self.rewrites.extend(done.rewrites)
         self.records.extend(done.records)
         self.declined.extend(done.declined)
         self.near_misses.extend(done.near_misses)
@@ -317,7 +340,7 @@ class Session:
 
     def alternatives(self, make: Callable[[], Program], mode: str) -> Iterator[tuple[Offer, Program]]:
         """What the passes offer instead of the semantic program that ``make`` copies."""
-        ctx = PassContext(self.cost, mode, self.emitter.name, None, self.allow, bounded=self.bounded)
+        ctx = self.context(mode, bounded=self.bounded)
         return alternatives(make, self.passes, ctx, self._fail)
 
     def _segmented(
@@ -388,7 +411,7 @@ class Session:
         noted_on = [(node, dict(node.meta)) for graph in graphs for node in graph.nodes]
 
         def unfold() -> None:
-            noted = (self.records, self.declined, self.near_misses, self.diagnostics)
+            noted = (self.records, self.declined, self.near_misses, self.rewrites, self.diagnostics)
             before = [list(notes) for notes in noted]
             groups, misses = list(self.emitter.groups), list(self.emitter.near_misses)
             decided = self.plan, self.reruns, self.planning_seconds
@@ -635,7 +658,7 @@ class Session:
     def _frontier(self, captured: Captured) -> Frontier:
         """The curve of schedules that the joint-level passes offer; the baseline is always on it."""
         assert captured.joint is not None and captured.baseline is not None
-        ctx = PassContext(self.cost, captured.mode, self.emitter.name, None, self.allow, bounded=self.bounded)
+        ctx = self.context(captured.mode, bounded=self.bounded)
         done = run_joint_passes(
             captured.joint,
             self.passes,
@@ -873,7 +896,7 @@ class Session:
     def _disallowed(self, missing_bytes: int) -> list[str]:
         """What to say of passes that would free what is missing, were they allowed."""
         mode = "train" if any(c.mode == "train" for c in self.current) else "infer"
-        ctx = PassContext(self.cost, mode, self.emitter.name, None, self.allow)
+        ctx = self.context(mode)
         programs = [p for c in self.current for p in (c.semantic, c.joint) if p is not None]
         return advice_on_disallowed(programs, self.passes, ctx, missing_bytes)
 

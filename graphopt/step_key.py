@@ -186,7 +186,8 @@ def session_lines(session: Session, name: str) -> Iterator[str]:
     yield f"graphopt {graphopt.__version__} python {platform.python_version()} {sys.platform}"
     yield f"torch {torch.__version__} triton {_version('triton')}"
     yield from _plugin_lines(session)
-    yield f"budget {session.budget!r} allow {sorted(session.allow)} on_error {session.on_error}"
+    only = None if session.only is None else sorted(session.only)
+    yield f"budget {session.budget!r} allow {sorted(session.allow)} on_error {session.on_error} only {only}"
     yield f"device {session.cost.device!r}"
     yield f"emit {session.emitter.name} cuda_graphs {session.cuda_graphs}"
     yield f"bytes {session.static_bytes} {session.weight_bytes} {session.replay_bytes}"

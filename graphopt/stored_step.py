@@ -20,6 +20,7 @@ from graphopt.group_record import GroupRecord
 from graphopt.plans import Plan
 from graphopt.record_json import RecordFormatError, decode, encode
 from graphopt.report import PassRecord, ProgramSummary
+from graphopt.rewrites import Rewrite
 
 __all__ = [
     "StepFormatError",
@@ -35,7 +36,7 @@ __all__ = [
     "stored_code",
 ]
 
-SCHEMA = "graphopt/step@1"
+SCHEMA = "graphopt/step@2"
 
 
 class StepFormatError(ValueError):
@@ -114,6 +115,7 @@ class StoredStep:
     steps: tuple[PassRecord, ...]
     declined: tuple[Declined, ...]
     near_misses: tuple[NearMiss, ...]
+    rewrites: tuple[Rewrite, ...]
     diagnostics: tuple[str, ...]
     groups: tuple[GroupRecord, ...]
     left: tuple[NearMiss, ...]

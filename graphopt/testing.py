@@ -26,7 +26,7 @@ from graphopt.candidate import Declined, NearMiss
 from graphopt.dump.text import program_text
 from graphopt.errors import VerificationError
 from graphopt.optimized import Optimized
-from graphopt.passes import Pass, PassContext
+from graphopt.passes import Pass
 from graphopt.pipeline import Pipeline
 from graphopt.program import Level, Program
 from graphopt.provenance import note_of
@@ -124,7 +124,7 @@ def _check_idempotence(pass_: Pass, optimized: Optimized, programs: Sequence[Pro
     for program in programs:
         before = program.fingerprint
         mode = "train" if optimized._driver.training_step() else "infer"
-        ctx = PassContext(session.cost, mode, session.emitter.name, None, session.allow)
+        ctx = session.context(mode)
         again = run_pass(program, pass_, ctx, session.host, on_error="raise")
         if program.fingerprint != before:
             raise VerificationError(

@@ -46,7 +46,9 @@ class _Observed:
     random: bool
 
 
-def verify_numerically(model: torch.nn.Module, optimized: Optimized, inputs: Any) -> None:
+def verify_numerically(
+    model: torch.nn.Module, optimized: Optimized, inputs: Any, *, rtol: float | None = None
+) -> None:
     """Compare one step of ``optimized`` with one of ``model``, from the same random state.
 
     Outputs, buffers, parameters that the step writes, and, in training, the gradients of all parameters
@@ -54,7 +56,8 @@ def verify_numerically(model: torch.nn.Module, optimized: Optimized, inputs: Any
     more than the tolerance of the least precise type that the programs compute in is held against the same
     step in float64, if the model can run in it and draws no random numbers: it passes if it is about as
     close to that as the model itself. Gradients, buffers, written parameters and random states are put
-    back. Raises ``VerificationError`` naming what differs, by how much, and the tolerance.
+    back. ``rtol``: allow that share of the largest element instead, whatever float64 says. Raises
+    ``VerificationError`` naming what differs, by how much, and the tolerance.
     """
     args, kwargs = bind_inputs(model, inputs)
     training = optimized._driver.training_step()
@@ -73,7 +76,7 @@ def verify_numerically(model: torch.nn.Module, optimized: Optimized, inputs: Any
     precise: _Observed | None = None
     for name, expected in reference.values.items():
         actual = found.values[name]
-        wrong = _difference(name, actual, expected, dtype)
+        wrong = _difference(actual, expected, dtype, rtol)
         if not wrong:
             continue
         if reference.random and optimized._driver.session.emitter.name != "eager":
@@ -81,6 +84,8 @@ def verify_numerically(model: torch.nn.Module, optimized: Optimized, inputs: Any
                 f"{name}: {wrong}; the model draws random numbers, and compiled code draws others",
                 hint='verify with emit="eager", or after model.eval()',
             )
+        if rtol is not None:
+            raise VerificationError(f"{name}: {wrong}")
         if precise is None and not reference.random:
             precise = _in_float64(observe, model, (args, kwargs))
         if precise is None or not _as_close(actual, expected, precise.values.get(name)):
@@ -148,7 +153,7 @@ def _compare_structure(reference: _Observed, found: _Observed) -> None:
         )
 
 
-def _difference(name: str, actual: Any, expected: Any, coarsest: torch.dtype) -> str:
+def _difference(actual: Any, expected: Any, coarsest: torch.dtype, rtol: float | None) -> str:
     """What is wrong with ``actual``, or ``""``."""
     if not isinstance(actual, torch.Tensor) or not isinstance(expected, torch.Tensor):
         if actual is None or expected is None:
@@ -164,11 +169,12 @@ def _difference(name: str, actual: Any, expected: Any, coarsest: torch.dtype) ->
         return f"{count} of {expected.numel()} elements differ; none may" if count else ""
     distance, scale = _distance(actual, expected)
     dtype = min(coarsest, _real(expected.dtype), key=_rank)
-    allowed = TOLERANCES[dtype] * scale
+    share = TOLERANCES[dtype] if rtol is None else rtol
+    allowed = share * scale
     if distance <= allowed:
         return ""
     return (
-        f"the largest difference is {distance:.3g}, allowed is {allowed:.3g} ({TOLERANCES[dtype]:g} of the "
+        f"the largest difference is {distance:.3g}, allowed is {allowed:.3g} ({share:g} of the "
         f"largest element, {scale:.3g}, for {str(dtype).removeprefix('torch.')})"
     )
 

@@ -35,6 +35,7 @@ from graphopt.program import InputSpec, Level, Program, Signature
 from graphopt.recording import Roles
 from graphopt.replayed_steps import replayed, roles_of
 from graphopt.report import PassRecord
+from graphopt.rewrites import Rewrite
 from graphopt.step_key import NoKey, step_key
 from graphopt.step_store import code_prefix, find_step, store_step
 from graphopt.stored_step import (
@@ -158,6 +159,7 @@ class WarmStart:
         session.records.extend(step.steps)
         session.declined.extend(step.declined)
         session.near_misses.extend(step.near_misses)
+        session.rewrites.extend(step.rewrites)
         session.diagnostics.extend(step.diagnostics)
         emitter = session.emitter
         emitter.note([*emitter.groups, *step.groups], [*emitter.near_misses, *step.left])
@@ -231,6 +233,7 @@ class WarmStart:
             tuple(new.records),
             tuple(new.declined),
             tuple(new.near_misses),
+            tuple(new.rewrites),
             tuple(new.diagnostics),
             tuple(new.groups),
             tuple(new.left),
@@ -238,17 +241,27 @@ class WarmStart:
 
     def _counts(self) -> tuple[int, ...]:
         session = self.session
-        lists = (session.records, session.declined, session.near_misses, session.diagnostics)
+        lists = (
+            session.records,
+            session.declined,
+            session.near_misses,
+            session.rewrites,
+            session.diagnostics,
+        )
         said = session.emitter.groups, session.emitter.near_misses
         return (*(len(notes) for notes in lists), *map(len, said))
 
     def _new(self) -> _News:
         """What the session noted since this start began."""
-        session, (records, declined, misses, diagnostics, groups, left) = self.session, self._before
+        session, (records, declined, misses, rewrites, diagnostics, groups, left) = (
+            self.session,
+            self._before,
+        )
         return _News(
             session.records[records:],
             session.declined[declined:],
             session.near_misses[misses:],
+            session.rewrites[rewrites:],
             session.diagnostics[diagnostics:],
             list(session.emitter.groups)[groups:],
             list(session.emitter.near_misses)[left:],
@@ -259,6 +272,7 @@ class _News(NamedTuple):
     records: list[PassRecord]
     declined: list[Declined]
     near_misses: list[NearMiss]
+    rewrites: list[Rewrite]
     diagnostics: list[str]
     groups: list[GroupRecord]
     left: list[NearMiss]

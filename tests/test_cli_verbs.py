@@ -123,6 +123,7 @@ def test_dump_passes_its_flags_on(api: Api, invoke: Any, tmp_path: Path) -> None
         "emit": "eager",
         "device": "h200",
         "loss_fn": None,
+        "rewrites": None,
     }
     code, out, err = invoke("dump", "tiny_model:make", "-o", "graph.txt")
     assert (code, out, err) == (0, "", "wrote graph.txt\n")

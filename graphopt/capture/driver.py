@@ -420,9 +420,10 @@ class Driver:
             steps=tuple(session.records),
             declined=tuple(session.declined),
             near_misses=(*session.near_misses, *dict.fromkeys(session.emitter.near_misses)),
-            diagnostics=tuple(session.diagnostics),
+            diagnostics=(*session.diagnostics, *session.missing_rewrites()),
             groups=tuple(dict.fromkeys(session.emitter.groups)),
             quantization=session.quantization,
+            rewrites=session.chosen_rewrites(),
         )
 
     def memory(self) -> tuple[MemoryProfile, MemoryProfile]:

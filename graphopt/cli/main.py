@@ -36,6 +36,7 @@ _CORE = {
         _core("cost", "Say what one step of TARGET takes as it is."),
         _core("explain", "Explain what holds the peak of TARGET, or which layers it has."),
         _core("diff", "Compare two programs, or one before and after passes, by layer."),
+        _core("bisect", "Find the smallest set of rewrites of TARGET that fails."),
         _core("passes", "List passes, or show one with its options."),
         _core("plugins", "List plugins and what is wrong with them."),
         _core("quality", "Compare predictions of TARGET before and after its weights are packed."),

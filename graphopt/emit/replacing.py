@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ from graphopt.cost import CostModel
 from graphopt.errors import brief
 from graphopt.group_record import GroupRecord
 from graphopt.order import felt, has_effect
+from graphopt.rewrites import kernels_id
 
 if TYPE_CHECKING:
     from graphopt.plugins.host import PluginHost
@@ -47,14 +48,17 @@ Replacing = Callable[[fx.GraphModule], tuple[fx.GraphModule, list[GroupRecord]]]
 
 
 def proposed(
-    gm: fx.GraphModule, host: PluginHost, cost: CostModel
+    gm: fx.GraphModule, host: PluginHost, cost: CostModel, only: Set[str] | None = None
 ) -> tuple[fx.GraphModule, list[GroupRecord]]:
     """``gm`` with the kernels of all plugins for groups of its operators, and what is to be said of them.
 
-    A plugin that fails is left out, with the reason as a record.
+    A plugin that fails is left out, with the reason as a record; so is one that ``only`` (names of rewrites)
+    leaves out.
     """
     records: list[GroupRecord] = []
     for spec in host.replacements().values():
+        if only is not None and kernels_id(spec.name) not in only:
+            continue
         try:
             gm, found = replaced(gm, spec.propose(gm, cost))
         except Exception as error:  # whatever a plugin raises: the graph is compiled as it is

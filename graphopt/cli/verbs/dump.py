@@ -6,7 +6,13 @@ from pathlib import Path
 
 import click
 
-from graphopt.cli.options import json_option, optimize_options, output_option, target_argument
+from graphopt.cli.options import (
+    json_option,
+    optimize_options,
+    output_option,
+    rewrites_option,
+    target_argument,
+)
 from graphopt.cli.output import talking, write_json
 from graphopt.errors import UnknownNameError
 from graphopt.plugins import default_host
@@ -17,6 +23,7 @@ __all__ = ["command"]
 @click.command("dump")
 @target_argument
 @optimize_options
+@rewrites_option
 @click.option(
     "--stage",
     type=click.Choice(["semantic", "joint", "final"]),
@@ -38,6 +45,7 @@ def command(
     loss: str | None,
     emit: str,
     infer: bool,
+    rewrites: str | None,
     stage: str,
     form: str,
     output: Path | None,
@@ -46,6 +54,7 @@ def command(
     """Write the graphs of TARGET, rewritten, as text, JSON, Python or DOT."""
     from graphopt.api import optimize
     from graphopt.atomic import write_atomically
+    from graphopt.cli.rewrites import named_rewrites
     from graphopt.cli.target import load_loss, load_target, step_mode
 
     known = default_host().formats()
@@ -62,6 +71,7 @@ def command(
             emit=emit,
             device=device,
             loss_fn=load_loss(loss),
+            rewrites=named_rewrites(rewrites),
         )
         text = optimized.dump(format=form, stage=stage)
     if output is not None:
