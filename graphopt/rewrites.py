@@ -19,6 +19,7 @@ __all__ = [
     "KERNELS",
     "SCHEDULES",
     "Rewrite",
+    "again_id",
     "checked_rewrites",
     "kernels_id",
     "rewrite_id",
@@ -47,6 +48,11 @@ def rewrite_id(program: str, pass_id: str, proposal: Candidate | Frontier) -> st
         return f"{pass_id}/{ALTERNATIVES}"
     # Lists of names are separated by commas.
     return f"{program}/{pass_id}/{proposal.id.replace(',', '+')}"
+
+
+def again_id(name: str, number: int) -> str:
+    """The name of a rewrite of the first program (``g0``) in the program that was captured as ``number``."""
+    return f"g{number}{name[2:]}" if name.startswith(("g0/", "g0.")) else name
 
 
 def kernels_id(provider: str) -> str:

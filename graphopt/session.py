@@ -53,7 +53,7 @@ from graphopt.program import InputSpec, Program, layer_of
 from graphopt.recording import Recorder
 from graphopt.replay import make_random_states_explicit, plain_call
 from graphopt.report import PassRecord
-from graphopt.rewrites import Rewrite, kernels_id
+from graphopt.rewrites import Rewrite, again_id, kernels_id
 from graphopt.rewriting import Rewriting, conversion_records, left_out, run_joint_passes, run_passes
 from graphopt.schedule import Schedule
 from graphopt.several import compile_together
@@ -299,8 +299,12 @@ class Session:
 
     def context(self, mode: str, *, bounded: bool = True) -> PassContext:
         """What passes are told in ``mode``, ``"train"`` or ``"infer"``."""
-        emit, allow = self.emitter.name, self.allow
-        return PassContext(self.cost, mode, emit, None, allow, bounded=bounded, only=self.only)
+        emit, allow, only = self.emitter.name, self.allow, self.only
+        if only is not None and self.whole:
+            # Captured again for other inputs, the whole model is another program of the same rewrites.
+            again = range(1, len(self.captured) + 1)
+            only |= {again_id(name, number) for name in only for number in again}
+        return PassContext(self.cost, mode, emit, None, allow, bounded=bounded, only=only)
 
     def chosen_rewrites(self) -> tuple[Rewrite, ...]:
         """What was chosen so far, each once; of kernels, those of every provider where any are used."""

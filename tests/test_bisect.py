@@ -121,6 +121,18 @@ def test_only_the_rewrites_that_are_named_are_applied(invoke: Invoke) -> None:
     assert "rewrites that were asked for and not applied: g0/spoil/spoil@9" in gone.report.diagnostics
 
 
+def test_named_rewrites_are_those_of_every_capture_of_the_model(invoke: Invoke) -> None:
+    from faulty_targets import small
+
+    model, inputs = small()
+    options = {"emit": "eager", "pipeline": "spoil", "dynamic_shapes": False}
+    some = graphopt.optimize(model, inputs, rewrites=("g0/spoil/spoil@1",), **options)
+    some(torch.randn(7, 8))
+    (program,) = [p for p in some.programs if p.level == "semantic"]
+    assert program.name == "g1"
+    assert sum("clamp_min" in str(node.target) for node in program.nodes()) == 1
+
+
 def test_schedules_and_kernels_are_rewrites_of_their_own() -> None:
     torch.manual_seed(0)
     layers = [layer for _ in range(4) for layer in (torch.nn.Linear(16, 16), torch.nn.SiLU())]

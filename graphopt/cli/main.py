@@ -37,6 +37,7 @@ _CORE = {
         _core("explain", "Explain what holds the peak of TARGET, or which layers it has."),
         _core("diff", "Compare two programs, or one before and after passes, by layer."),
         _core("bisect", "Find the smallest set of rewrites of TARGET that fails."),
+        _core("repro", "Write a folder that reproduces a failure of TARGET with one command."),
         _core("passes", "List passes, or show one with its options."),
         _core("plugins", "List plugins and what is wrong with them."),
         _core("quality", "Compare predictions of TARGET before and after its weights are packed."),

@@ -6,14 +6,24 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from graphopt.errors import BudgetError, TargetError, VerificationError, brief
+from graphopt.errors import BudgetError, VerificationError, brief
 
 if TYPE_CHECKING:
     from graphopt.bisection import Outcome
     from graphopt.optimized import Optimized
     from graphopt.rewrites import Rewrite
 
-__all__ = ["Trial"]
+__all__ = ["Ran", "Trial"]
+
+
+@dataclass(frozen=True)
+class Ran:
+    """How a step fared, why it did not pass, and which rewrites were chosen (``None``: it did not come to
+    that)."""
+
+    outcome: Outcome
+    why: str = ""
+    chosen: frozenset[str] | None = None
 
 
 @dataclass(frozen=True)
@@ -42,27 +52,32 @@ class Trial:
 
     def outcome(self, some: Sequence[str] | None) -> tuple[Outcome, str]:
         """How a step fares with these rewrites alone, and why it does not pass."""
+        ran = self.run(some)
+        return ran.outcome, ran.why
+
+    def run(self, some: Sequence[str] | None) -> Ran:
+        """A step with these rewrites alone, ``None`` for all; raises ``TargetError``."""
         from graphopt.cli.target import load_target, step_mode
         from graphopt.verify import verify_numerically
 
         with step_mode(self.options["infer"]):
             # Packed weights change the model in place: every run has its own.
             loaded = load_target(self.target)
+            chosen: frozenset[str] | None = None
             try:
                 optimized = self._optimized(loaded.model, loaded.inputs, some)
+                chosen = frozenset(rewrite.id for rewrite in optimized.report.rewrites)
                 verify_numerically(loaded.model, optimized, loaded.inputs, rtol=self.rtol)
             except BudgetError as error:
-                return "untested", error.message.partition(":")[0]
-            except TargetError:
-                raise
+                return Ran("untested", error.message.partition(":")[0], chosen)
             except VerificationError as error:
-                return "fails", error.message
+                return Ran("fails", error.message, chosen)
             except Exception as error:
-                return "fails", brief(error)
+                return Ran("fails", brief(error), chosen)
         undone = [r for r in optimized.report.steps if r.status in ("rolled-back", "failed")]
         if undone:
-            return "fails", f"{undone[0].id} was rolled back: {undone[0].reason}"
-        return "passes", ""
+            return Ran("fails", f"{undone[0].id} was rolled back: {undone[0].reason}", chosen)
+        return Ran("passes", "", chosen)
 
     def _optimized(self, model: Any, inputs: Any, some: Sequence[str] | None) -> Optimized:
         from graphopt.api import optimize
