@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +26,7 @@ from graphopt.program import Level
 if TYPE_CHECKING:
     from graphopt.plugins import PluginHost
 
-__all__ = ["Pipeline", "parse_items"]
+__all__ = ["Pipeline", "order_facts", "parse_items"]
 
 _LEVELS = list(Level)
 _TOKEN = re.compile(r'(?P<punct>[{}\[\],=])|(?P<string>"(?:[^"\\]|\\.)*")|(?P<word>[^\s{}\[\],="]+)')
@@ -125,29 +125,33 @@ def _named(name: str, options: dict[str, Any], host: PluginHost) -> Sequence[Pas
         raise
 
 
+def order_facts(passes: Sequence[Pass]) -> Iterator[tuple[int, int, str]]:
+    """Indices of two passes of which the first runs before the second, and why: levels first."""
+    for here, instance in enumerate(passes):
+        for there, other in enumerate(passes):
+            if _LEVELS.index(instance.level) < _LEVELS.index(other.level):
+                yield (
+                    here,
+                    there,
+                    f"{instance.name} is at level {instance.level}, {other.name} at level {other.level}",
+                )
+    for here, instance in enumerate(passes):
+        for there, other in enumerate(passes):
+            if other.name in instance.after:
+                fact = f"{instance.name} runs after {other.name}"
+                yield there, here, _because(fact, instance.after[other.name])
+            if other.name in instance.before:
+                fact = f"{instance.name} runs before {other.name}"
+                yield here, there, _because(fact, instance.before[other.name])
+
+
 def _run_order(passes: Sequence[Pass]) -> list[int]:
     """Indices of ``passes`` in the order in which they run; raises ``PipelineError`` for a cycle."""
     graph = nx.DiGraph()
     graph.add_nodes_from(range(len(passes)))
-    for here, instance in enumerate(passes):
-        for there, other in enumerate(passes):
-            if _LEVELS.index(instance.level) < _LEVELS.index(other.level):
-                why = f"{instance.name} is at level {instance.level}, {other.name} at level {other.level}"
-                graph.add_edge(here, there, why=why)
-    for here, instance in enumerate(passes):
-        for there, other in enumerate(passes):
-            if other.name in instance.after:
-                _constrain(
-                    graph, there, here, f"{instance.name} runs after {other.name}", instance.after[other.name]
-                )
-            if other.name in instance.before:
-                _constrain(
-                    graph,
-                    here,
-                    there,
-                    f"{instance.name} runs before {other.name}",
-                    instance.before[other.name],
-                )
+    for first, second, why in order_facts(passes):
+        if not graph.has_edge(first, second):
+            graph.add_edge(first, second, why=why)
     try:
         cycle = nx.find_cycle(graph)
     except nx.NetworkXNoCycle:
@@ -157,9 +161,8 @@ def _run_order(passes: Sequence[Pass]) -> list[int]:
     raise PipelineError(f"no order satisfies these passes: {names}", hint=reasons)
 
 
-def _constrain(graph: nx.DiGraph, first: int, second: int, fact: str, reason: str) -> None:
-    if not graph.has_edge(first, second):
-        graph.add_edge(first, second, why=f"{fact} ({reason})" if reason else fact)
+def _because(fact: str, reason: str) -> str:
+    return f"{fact} ({reason})" if reason else fact
 
 
 def parse_items(text: str, whole: str, item: str) -> list[tuple[str, dict[str, Any]]]:

@@ -26,11 +26,11 @@ from graphopt.pipeline import Pipeline
 if TYPE_CHECKING:
     from graphopt.plugins import PluginHost
 
-__all__ = ["SCHEMA", "load_pipeline"]
+__all__ = ["KEYS", "SCHEMA", "STEP_KEYS", "base_of", "load_pipeline"]
 
 SCHEMA = "graphopt/pipeline@1"
-_KEYS = ("schema", "extends", "drop", "passes")
-_STEP_KEYS = ("use", "with")
+KEYS = ("schema", "extends", "drop", "passes")
+STEP_KEYS = ("use", "with")
 
 
 def load_pipeline(source: Path | Traversable, host: PluginHost) -> Pipeline:
@@ -45,7 +45,7 @@ def _passes(source: Path | Traversable, host: PluginHost, within: tuple[str, ...
     document = _document(source)
     inherited: tuple[Pass, ...] = ()
     if "extends" in document:
-        inherited = _passes(_base(document["extends"], source, host), host, (*within, where))
+        inherited = _passes(base_of(document["extends"], source, host), host, (*within, where))
     kept = _without(inherited, document.get("drop", []), where)
     listed = _sequence(document.get("passes", []), "passes", where)
     return kept + tuple(_step(item, f"{where}: passes[{index}]", host) for index, item in enumerate(listed))
@@ -59,15 +59,16 @@ def _document(source: Path | Traversable) -> Mapping[str, Any]:
     except yaml.YAMLError as error:
         raise PipelineError(f"{source} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(document, Mapping):
-        raise PipelineError(f"{source}: expected a mapping with the keys {', '.join(_KEYS)}")
-    _closed(document, _KEYS, str(source))
+        raise PipelineError(f"{source}: expected a mapping with the keys {', '.join(KEYS)}")
+    _closed(document, KEYS, str(source))
     if document.get("schema") != SCHEMA:
         raise PipelineError(f"{source}: expected `schema: {SCHEMA}`, got {document.get('schema')!r}")
     return document
 
 
-def _base(name: object, source: Path | Traversable, host: PluginHost) -> Path | Traversable:
-    """What ``extends`` names: a preset, or a file relative to the one that extends it."""
+def base_of(name: object, source: Path | Traversable, host: PluginHost) -> Path | Traversable:
+    """What ``extends`` names: a preset, or a file relative to the one that extends it. Raises
+    ``PipelineError`` and ``UnknownNameError``."""
     if not isinstance(name, str):
         raise PipelineError(f"{source}: extends is a preset's name or a file, got {name!r}")
     presets = host.pipelines()
@@ -97,7 +98,7 @@ def _without(inherited: tuple[Pass, ...], drop: object, where: str) -> tuple[Pas
 def _step(item: object, where: str, host: PluginHost) -> Pass:
     name, options = item, {}
     if isinstance(item, Mapping):
-        _closed(item, _STEP_KEYS, where)
+        _closed(item, STEP_KEYS, where)
         name, options = item.get("use"), item.get("with", {})
     if not isinstance(name, str):
         raise PipelineError(f"{where}: expected a pass's name or {{use: name, with: {{...}}}}, got {item!r}")

@@ -39,6 +39,8 @@ _CORE = {
         _core("bisect", "Find the smallest set of rewrites of TARGET that fails."),
         _core("repro", "Write a folder that reproduces a failure of TARGET with one command."),
         _core("passes", "List passes, or show one with its options."),
+        _core("lint", "Say what is wrong with pipeline files."),
+        _core("schema", "Write the JSON Schema of pipeline files, for editors."),
         _core("plugins", "List plugins and what is wrong with them."),
         _core("quality", "Compare predictions of TARGET before and after its weights are packed."),
         _core("weights", "List the packed weights of a checkpoint."),
