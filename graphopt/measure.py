@@ -12,7 +12,7 @@ import torch
 
 from graphopt import _torch
 
-__all__ = ["Measurement", "allocator_peak", "measure"]
+__all__ = ["Measurement", "allocator_peak", "measure", "synchronize"]
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ def measure(
     seconds = []
     for _ in range(repeats):
         before()
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         step()
-        _synchronize(device)
+        synchronize(device)
         seconds.append(time.perf_counter() - start)
     before()
     return Measurement(peak, statistics.median(seconds))
@@ -75,6 +75,7 @@ def allocator_peak(step: Callable[[], object], device: torch.device) -> int:
     return peak
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait for what was launched on ``device``."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -187,6 +188,11 @@ class Optimized(torch.nn.Module):
         if stage not in stages:
             raise UnknownNameError("stage", stage, stages)
         return self._driver.dump(format, stage)
+
+    def launching(self) -> AbstractContextManager[None]:
+        """In the block, steps launch kernels one by one rather than replay a graph, whose memory no
+        allocator's statistics show."""
+        return self._driver.launching()
 
     def measure(self, inputs: Any = None, *, repeats: int = 3) -> Measurement:
         """Run whole steps and measure them: forward and backward in training, else forward.

@@ -84,7 +84,10 @@ def invoke(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
 def test_help_lists_verbs_and_stays_light(graphopt_command: Run) -> None:
     done = graphopt_command("--help")
     assert done.returncode == 0
-    for verb in ("dump", "run", "cost", "passes", "plugins", "pareto", "calibrate"):
+    for verb in (
+        "dump", "run", "cost", "passes", "plugins", "pareto", "calibrate",
+        "diff", "bisect", "repro", "lint", "schema", "bench",
+    ):  # fmt: skip
         assert f"\n  {verb} " in done.stdout
     code = (
         "import sys\nfrom graphopt.cli.main import main\ntry:\n    main(['--help'])\nexcept SystemExit:\n"

@@ -36,6 +36,7 @@ _CORE = {
         _core("cost", "Say what one step of TARGET takes as it is."),
         _core("explain", "Explain what holds the peak of TARGET, or which layers it has."),
         _core("diff", "Compare two programs, or one before and after passes, by layer."),
+        _core("bench", "Measure TARGET as it is, optimized, and as peers make it."),
         _core("bisect", "Find the smallest set of rewrites of TARGET that fails."),
         _core("repro", "Write a folder that reproduces a failure of TARGET with one command."),
         _core("passes", "List passes, or show one with its options."),
