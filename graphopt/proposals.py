@@ -57,7 +57,7 @@ def read_proposals(step: Pass, program: Program, ctx: PassContext) -> Proposals:
     withheld: list[Declined] = []
     # A mandatory pass makes programs what others expect: without it nothing would be told by what fails.
     if ctx.only is not None and not step.mandatory:
-        offered = (*candidates, *frontiers)
+        offered: list[Candidate | Frontier] = [*candidates, *frontiers]
         refused = [item for item in offered if rewrite_id(program.name, step.name, item) not in ctx.only]
         candidates = tuple(c for c in candidates if not any(c is item for item in refused))
         frontiers = tuple(f for f in frontiers if not any(f is item for item in refused))
