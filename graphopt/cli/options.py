@@ -19,6 +19,7 @@ __all__ = [
     "output_option",
     "pipeline_option",
     "plan_options",
+    "policy_option",
     "step_options",
     "target_argument",
     "write_options",
@@ -56,6 +57,9 @@ target_argument = click.argument("target", metavar="TARGET")
 json_option = click.option("--json", "as_json", is_flag=True, help="Write JSON instead of text.")
 pipeline_option = click.option(
     "--pipeline", "-p", metavar="PIPELINE", help="A preset, a .yaml file, or pass,pass{option=value}."
+)
+policy_option = click.option(
+    "--policy", metavar="NAME", help="Who picks within the budget (default: the planner, the fastest)."
 )
 output_option = click.option("--output", "-o", type=NEW_FILE, help="Write to this file.")
 

@@ -23,6 +23,7 @@ from graphopt.cost import CostModel
 from graphopt.errors import brief
 from graphopt.group_record import GroupRecord
 from graphopt.order import felt, has_effect
+from graphopt.plugins.loading import GUARDED
 
 if TYPE_CHECKING:
     from graphopt.plugins.host import PluginHost
@@ -57,7 +58,7 @@ def proposed(
     for spec in host.replacements().values():
         try:
             gm, found = replaced(gm, spec.propose(gm, cost))
-        except Exception as error:  # whatever a plugin raises: the graph is compiled as it is
+        except GUARDED as error:  # whatever a plugin raises: the graph is compiled as it is
             why = f"{spec.name} failed: {brief(error)}"
             found = [GroupRecord(spec.name, (), (), False, why, 0.0, 0.0)]
         records += found

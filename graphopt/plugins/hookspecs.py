@@ -27,6 +27,8 @@ from graphopt.plugins.records import (
     CostModelFactory,
     DumpFormat,
     KernelSpec,
+    OperatorCost,
+    PolicySpec,
     ReplacementSpec,
     ScorerSpec,
     TunableSpec,
@@ -102,11 +104,21 @@ class HookSpecs:
 
     @_hookspec
     def graphopt_cost_models(self) -> Iterable[CostModelFactory]:  # type: ignore[empty-body]
-        """Cost models by name."""
+        """Cost models by name, for ``optimize(cost_model=...)``."""
+
+    @_hookspec
+    def graphopt_costs(self) -> Iterable[OperatorCost]:  # type: ignore[empty-body]
+        """What operators that a plugin brings take, whichever cost model is used."""
 
     @_hookspec
     def graphopt_devices(self) -> Iterable[DeviceSpec]:  # type: ignore[empty-body]
         """Devices that a plan can be made for."""
+
+    # --- who decides -----------------------------------------------------------------------
+
+    @_hookspec
+    def graphopt_policies(self) -> Iterable[PolicySpec]:  # type: ignore[empty-body]
+        """Ways to pick schedules within the budget, for ``optimize(policy=...)``."""
 
     # --- what a person sees ----------------------------------------------------------------
 

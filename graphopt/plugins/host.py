@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import EntryPoint
 from importlib.resources.abc import Traversable
 from types import MappingProxyType
@@ -20,7 +21,9 @@ from graphopt.plugins.records import (
     CostModelFactory,
     DumpFormat,
     KernelSpec,
+    OperatorCost,
     PluginRecord,
+    PolicySpec,
     Registered,
     ReplacementSpec,
     ScorerSpec,
@@ -34,6 +37,7 @@ from graphopt.plugins.returned import (
     read_stores,
     read_weight_formats,
 )
+from graphopt.plugins.watch import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from graphopt.decoding.stores import CacheStore
@@ -56,12 +60,24 @@ _FACADE = {
     "graphopt_stores": "stores",
     "graphopt_scorers": "scorers",
     "graphopt_tunables": "tunables",
+    "graphopt_replacements": "replacements",
+    "graphopt_policies": "policies",
     "graphopt_pipelines": "pipelines",
     "graphopt_cost_models": "cost_models",
+    "graphopt_costs": "costs",
     "graphopt_devices": "devices",
     "graphopt_formats": "formats",
     "graphopt_commands": "commands",
 }
+_KIND = {
+    "graphopt_passes": "pass",
+    "graphopt_policies": "policy",
+    "graphopt_cost_models": "cost model",
+    "graphopt_costs": "cost of operator",
+    "graphopt_formats": "dump format",
+}
+"""What is registered through the hooks whose records the core runs itself."""
+
 _Reader = Callable[[object], Iterator[tuple[str, T]]]
 
 
@@ -75,6 +91,9 @@ class PluginHost:
     ``disabled`` defaults to the names in ``GRAPHOPT_DISABLE_PLUGINS`` (comma-separated, or
     ``all``); ``strict`` to ``GRAPHOPT_STRICT_PLUGINS=1``, which turns every such record into a
     ``PluginError``. An inline plugin that is no plugin raises either way: the caller named it.
+
+    Code of a plugin that takes ``patience`` seconds is named on the log ``graphopt`` while it runs, and in
+    ``PluginRecord.slow`` once it has ended.
     """
 
     def __init__(
@@ -84,12 +103,14 @@ class PluginHost:
         entry_points: Iterable[EntryPoint] | None = None,
         disabled: Iterable[str] | None = None,
         strict: bool | None = None,
+        patience: float = PATIENCE_SECONDS,
     ) -> None:
         self._inline = tuple(plugins)
         self._entry_points = None if entry_points is None else tuple(entry_points)
         named = os.environ.get("GRAPHOPT_DISABLE_PLUGINS", "").split(",") if disabled is None else disabled
         self._disabled = frozenset(name.strip() for name in named if name.strip())
         self._strict = os.environ.get("GRAPHOPT_STRICT_PLUGINS") == "1" if strict is None else strict
+        self._patience = patience
         self._registries: dict[str, Mapping[str, Registered[Any]]] = {}
 
     # --- what is registered ----------------------------------------------------------------
@@ -138,11 +159,19 @@ class PluginHost:
         """Cost models by name."""
         return self._values("graphopt_cost_models", read_records(CostModelFactory), "cost model")
 
+    def costs(self) -> Mapping[str, OperatorCost]:
+        """What operators of plugins take, by the operators' names."""
+        return self._values("graphopt_costs", read_records(OperatorCost), "cost of operator")
+
     def devices(self) -> Mapping[str, DeviceSpec]:
         """Devices by name; ``device`` also knows their aliases."""
         from graphopt.device import DeviceSpec
 
         return self._values("graphopt_devices", read_records(DeviceSpec), "device")
+
+    def policies(self) -> Mapping[str, PolicySpec]:
+        """Ways to pick schedules, by name."""
+        return self._values("graphopt_policies", read_records(PolicySpec), "policy")
 
     def formats(self) -> Mapping[str, DumpFormat]:
         """Dump formats by name."""
@@ -216,6 +245,14 @@ class PluginHost:
         except KeyError:
             raise self._unknown("cost model", name, self.cost_models()) from None
 
+    def policy(self, name: str) -> PolicySpec:
+        """The policy of that name, also spelled with its plugin's; raises ``UnknownNameError``."""
+        plugin, slash, bare = name.rpartition("/")
+        found = self.policies().get(bare)
+        if found is not None and (not slash or self.owner("graphopt_policies", bare).plugin == plugin):
+            return found
+        raise self._unknown("policy", name, self.policies())
+
     def owner(self, hook: str, name: str) -> Registered[Any]:
         """Who registered ``name`` through ``hook``.
 
@@ -243,6 +280,36 @@ class PluginHost:
             getattr(self, ask)()
         return self.records()
 
+    # --- what they registered, in use --------------------------------------------------------
+
+    def using(self, hook: str, name: str) -> AbstractContextManager[None]:
+        """The block runs what was registered as ``name`` through ``hook``: its time is that plugin's."""
+        plugin = self._registrant(hook, name)
+        return nullcontext() if plugin is None else plugin.watched(f"{_KIND[hook]} {name!r}")
+
+    def blame(self, hook: str, name: str, error: BaseException) -> str:
+        """Record that what was registered as ``name`` through ``hook`` failed in use, and say so.
+
+        Raises ``PluginError`` where the host is strict.
+        """
+        said = error.message if isinstance(error, PluginError) else f"raised {describe_error(error)}"
+        what = f"{_KIND[hook]} {name!r}"
+        what = said if said.startswith(what) else f"{what} {said}"
+        plugin = self._registrant(hook, name)
+        if plugin is None:
+            return what
+        if what not in plugin.error:
+            plugin.status = "failed"
+            plugin.error = f"{plugin.error}; {what}" if plugin.error else what
+        if self._strict:
+            raise PluginError(f"plugin {plugin} failed: {what}") from error
+        return f"plugin {plugin}: {what}"
+
+    def _registrant(self, hook: str, name: str) -> LoadedPlugin | None:
+        wanted = self.owner(hook, name)
+        same = (p for p in self._plugins if (p.name, p.distribution) == (wanted.plugin, wanted.distribution))
+        return next(same, None)
+
     # --- observers -------------------------------------------------------------------------
 
     def notify_before(self, ctx: PassContext, step: Pass, program: Program) -> None:
@@ -260,7 +327,9 @@ class PluginHost:
         found = self._entry_points
         if found is None:
             found = tuple(importlib.metadata.entry_points(group=GROUP))
-        return load_plugins(found, self._inline, self._disabled, strict=self._strict)
+        return load_plugins(
+            found, self._inline, self._disabled, strict=self._strict, patience=self._patience
+        )
 
     def _values(self, hook: str, read: _Reader[T], kind: str) -> Mapping[str, T]:
         if hook not in self._registries:

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import click
 
-from graphopt.cli.options import json_option, optimize_options, output_option, target_argument
+from graphopt.cli.options import (
+    json_option,
+    optimize_options,
+    output_option,
+    policy_option,
+    target_argument,
+)
 from graphopt.cli.output import talking, write_json
 from graphopt.errors import UnknownNameError
 from graphopt.plugins import default_host
@@ -17,6 +23,7 @@ __all__ = ["command"]
 @click.command("dump")
 @target_argument
 @optimize_options
+@policy_option
 @click.option(
     "--stage",
     type=click.Choice(["semantic", "joint", "final"]),
@@ -38,6 +45,7 @@ def command(
     loss: str | None,
     emit: str,
     infer: bool,
+    policy: str | None,
     stage: str,
     form: str,
     output: Path | None,
@@ -62,6 +70,7 @@ def command(
             emit=emit,
             device=device,
             loss_fn=load_loss(loss),
+            policy=policy,
         )
         text = optimized.dump(format=form, stage=stage)
     if output is not None:

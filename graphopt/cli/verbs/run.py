@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from graphopt.cli.options import NEW_FILE, OLD_FILE, json_option, optimize_options, target_argument
+from graphopt.cli.options import (
+    NEW_FILE,
+    OLD_FILE,
+    json_option,
+    optimize_options,
+    policy_option,
+    target_argument,
+)
 from graphopt.cli.output import talking, write_json
 
 __all__ = ["command"]
@@ -15,6 +22,7 @@ __all__ = ["command"]
 @click.command("run")
 @target_argument
 @optimize_options
+@policy_option
 @click.option(
     "--verify",
     type=click.Choice(["off", "structure", "numeric"]),
@@ -36,6 +44,7 @@ def command(
     loss: str | None,
     emit: str,
     infer: bool,
+    policy: str | None,
     verify: str,
     plan_file: Path | None,
     save_plan: Path | None,
@@ -58,6 +67,7 @@ def command(
             verify=verify,
             device=device,
             loss_fn=load_loss(loss),
+            policy=policy,
             plan=Plan.load(plan_file) if plan_file is not None else None,
         )
     with step_mode(infer), talking("running one step"):
