@@ -203,6 +203,38 @@ def test_inline_passes_by_class_and_by_name(tmp_path: Path, monkeypatch: pytest.
         host.pass_class("other/tidy")
 
 
+def test_rules_are_a_pass_of_their_plugin() -> None:
+    import torch
+
+    from graphopt.rules import Rule, operator
+
+    sine = operator(torch.ops.aten.sin.default)
+    # Wrong on purpose: its work can be seen.
+    rule = Rule("cosine", lambda x: sine(x), lambda x: torch.ops.aten.cos.default(x))
+
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sin()
+
+    plugin, x = inline(graphopt_rules=lambda: [rule]), torch.ones(3)
+    fast = graphopt.optimize(Model(), (x,), plugins=(plugin,), pipeline="Inline-rules", emit="eager")
+    assert torch.equal(fast(x), x.cos())
+    (step,) = fast.report.steps
+    assert (step.id, step.plugin, step.status) == ("Inline-rules", "Inline", "applied")
+    host = PluginHost([plugin], entry_points=())
+    assert host.pass_class("Inline/Inline-rules").summary == "rewrite by the rules of plugin Inline"
+    assert host.owner("graphopt_rules", "Inline-rules").plugin == "Inline"
+    assert dict(PluginHost([inline(graphopt_rules=list)], entry_points=()).passes()) == {}
+    for returned, error in (
+        ([3], "graphopt_rules: expected graphopt.rules.Rule records, got 3"),
+        ([rule, rule], "graphopt_rules: two rules have the name 'cosine'"),
+        (None, "graphopt_rules: expected an iterable of Rules, got None"),
+    ):
+        bad = inline(graphopt_rules=lambda returned=returned: returned, graphopt_passes=lambda: [Tidy])
+        host = PluginHost([bad], entry_points=(), strict=False)
+        assert list(host.passes()) == ["tidy"] and host.records()[0].error == error
+
+
 class NotFrozen(Pass):
     name: ClassVar[str] = "loose"
     level: ClassVar[Level] = Level.JOINT

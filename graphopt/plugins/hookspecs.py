@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from graphopt.passes import Pass, PassContext
     from graphopt.program import Program
     from graphopt.report import PassRecord
+    from graphopt.rules import Rule
 
 __all__ = ["API_VERSION", "GROUP", "HookSpecs", "hookimpl"]
 
@@ -63,6 +64,10 @@ class HookSpecs:
     @_hookspec
     def graphopt_passes(self) -> Iterable[type[Pass] | str]:  # type: ignore[empty-body]
         """Pass classes, or ``"package.module:Class"`` to import one when it is first needed."""
+
+    @_hookspec
+    def graphopt_rules(self) -> Iterable[Rule]:  # type: ignore[empty-body]
+        """Rules, which become the pass ``PLUGIN-rules`` at the semantic level, PLUGIN the plugin's name."""
 
     @_hookspec
     def graphopt_kernels(self) -> Iterable[KernelSpec]:  # type: ignore[empty-body]

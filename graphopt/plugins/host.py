@@ -33,6 +33,7 @@ from graphopt.plugins.returned import (
     read_passes,
     read_pipelines,
     read_records,
+    read_rules,
     read_schemes,
     read_stores,
     read_weight_formats,
@@ -53,6 +54,7 @@ __all__ = ["PluginHost", "default_host"]
 T = TypeVar("T")
 _FACADE = {
     "graphopt_passes": "passes",
+    "graphopt_rules": "passes",
     "graphopt_kernels": "kernels",
     "graphopt_codecs": "codecs",
     "graphopt_schemes": "schemes",
@@ -116,8 +118,15 @@ class PluginHost:
     # --- what is registered ----------------------------------------------------------------
 
     def passes(self) -> Mapping[str, type[Pass]]:
-        """Pass classes by name."""
-        return self._values("graphopt_passes", read_passes, "pass")
+        """Pass classes by name; rules that plugins give are a pass for each plugin, ``acme-rules``."""
+        if "graphopt_passes" not in self._registries:
+            found = self._ask("graphopt_passes", lambda plugin, given: read_passes(given), "pass")
+            of_rules = self._ask(
+                "graphopt_rules", lambda plugin, given: read_rules(given, plugin.name), "pass", found
+            )
+            self._registries["graphopt_rules"] = MappingProxyType(of_rules)
+            self._registries["graphopt_passes"] = MappingProxyType({**found, **of_rules})
+        return {name: registered.value for name, registered in self._registries["graphopt_passes"].items()}
 
     def kernels(self) -> Mapping[str, KernelSpec]:
         """Kernels by name."""
@@ -333,25 +342,35 @@ class PluginHost:
 
     def _values(self, hook: str, read: _Reader[T], kind: str) -> Mapping[str, T]:
         if hook not in self._registries:
-            self._registries[hook] = MappingProxyType(self._ask(hook, read, kind))
+            asked = self._ask(hook, lambda plugin, given: read(given), kind)
+            self._registries[hook] = MappingProxyType(asked)
         registry = cast("Mapping[str, Registered[T]]", self._registries[hook])
         return {name: registered.value for name, registered in registry.items()}
 
-    def _ask(self, hook: str, read: _Reader[T], kind: str) -> dict[str, Registered[T]]:
+    def _ask(
+        self,
+        hook: str,
+        read: Callable[[LoadedPlugin, object], Iterator[tuple[str, T]]],
+        kind: str,
+        taken: Mapping[str, Registered[T]] = MappingProxyType({}),
+    ) -> dict[str, Registered[T]]:
+        """What every plugin returns from ``hook``, by name; names that are ``taken`` count as registered."""
         registry: dict[str, Registered[T]] = {}
         for plugin in self._plugins:
             if hook not in plugin.hooks:
                 continue
             try:
                 new: dict[str, Registered[T]] = {}
-                for name, value in read(plugin.call(hook)):
-                    first = registry.get(name) or new.get(name)
-                    if first is not None:
-                        raise PluginError(
-                            f"{kind} {name!r} is registered twice: by {first.plugin!r} of "
-                            f"{first.distribution} and by {plugin}"
-                        )
-                    new[name] = Registered(value, plugin.name, plugin.distribution)
+                # Also what a generator does while it is read, and modules that are imported by name.
+                with plugin.watched(hook):
+                    for name, value in read(plugin, plugin.call(hook)):
+                        first = registry.get(name) or new.get(name) or taken.get(name)
+                        if first is not None:
+                            raise PluginError(
+                                f"{kind} {name!r} is registered twice: by {first.plugin!r} of "
+                                f"{first.distribution} and by {plugin}"
+                            )
+                        new[name] = Registered(value, plugin.name, plugin.distribution)
             except GUARDED as error:
                 self._fail(plugin, hook, error)
             else:
@@ -378,7 +397,8 @@ class PluginHost:
         for plugin in self._plugins:
             if hook in plugin.hooks and hook not in plugin.silenced:
                 try:
-                    plugin.call(hook, **arguments)
+                    with plugin.watched(hook):
+                        plugin.call(hook, **arguments)
                 except GUARDED as error:
                     plugin.silenced.add(hook)
                     self._fail(plugin, hook, error)
