@@ -73,12 +73,16 @@ _FACADE = {
 }
 _KIND = {
     "graphopt_passes": "pass",
+    "graphopt_kernels": "kernel",
+    "graphopt_pipelines": "pipeline",
+    "graphopt_devices": "device",
+    "graphopt_commands": "verb",
     "graphopt_policies": "policy",
     "graphopt_cost_models": "cost model",
     "graphopt_costs": "cost of operator",
     "graphopt_formats": "dump format",
 }
-"""What is registered through the hooks whose records the core runs itself."""
+"""What is registered through the hooks whose records are used or looked into one by one."""
 
 _Reader = Callable[[object], Iterator[tuple[str, T]]]
 
@@ -284,9 +288,13 @@ class PluginHost:
         )
 
     def check(self) -> tuple[PluginRecord, ...]:
-        """Ask every registration hook, then ``records()``."""
+        """Ask every registration hook and look into what is registered, then ``records()``."""
+        from graphopt.plugins.diagnosis import diagnosed
+
         for ask in _FACADE.values():
             getattr(self, ask)()
+        for hook, name, wrong in diagnosed(self):
+            self.blame(hook, name, PluginError(f"{_KIND[hook]} {name!r}: {wrong}"))
         return self.records()
 
     # --- what they registered, in use --------------------------------------------------------

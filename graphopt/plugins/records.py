@@ -159,8 +159,9 @@ class PolicySpec:
 class OperatorCost:
     """What a call of an operator takes: ``price(node, device)`` for ``name``, such as ``"acme::gate"``.
 
-    It goes by the metadata of the node (``node.meta["val"]``, also of its arguments) alone. Its
-    ``workspace_bytes`` are 0: those are said with ``graphopt.operator_scratch.state_scratch``.
+    It goes by the metadata of the node (``node.meta["val"]``, also of its arguments) alone. Sizes may be
+    symbols: ``graphopt.cost.known_size`` reads them, where ``int`` would fix them. ``workspace_bytes`` are 0:
+    those are said with ``graphopt.operator_scratch.state_scratch``.
     """
 
     name: str

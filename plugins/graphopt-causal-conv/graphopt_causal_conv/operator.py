@@ -74,11 +74,10 @@ def _weight_gradient(
     """Operators of torch: code generators make few kernels of them."""
     wide = _wide(grad.dtype)
     early, late = (input, grad) if not reverse else (grad, input)
-    length, sums = input.shape[-1], []
-    for k in range(weight.shape[-1]):
-        shift = min(weight.shape[-1] - 1 - k, length)
-        products = late[..., shift:].to(wide) * early[..., : length - shift].to(wide)
-        sums.append(products.sum((0, 2)))
+    taps, length = weight.shape[-1], input.shape[-1]
+    padded, sums = F.pad(early, (taps - 1, 0)), []
+    for k in range(taps):
+        sums.append((late.to(wide) * padded[..., k : k + length].to(wide)).sum((0, 2)))
     return torch.stack(sums, -1).unsqueeze(1).to(weight.dtype)
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.fx as fx
 
 from graphopt import DeviceSpec
-from graphopt.cost import NodeCost
+from graphopt.cost import NodeCost, known_size
 
 __all__ = ["price"]
 
@@ -14,14 +14,14 @@ __all__ = ["price"]
 def price(node: fx.Node, device: DeviceSpec) -> NodeCost:
     """Bytes move once, and every element takes a product and a sum for each tap, on vector units."""
     result = node.meta["val"]
-    taps = int(node.args[1].meta["val"].shape[-1])  # type: ignore[union-attr]
+    taps = known_size(node.args[1].meta["val"].shape[-1])  # type: ignore[union-attr]
     read = sum(_bytes(source.meta["val"]) for source in node.all_input_nodes)
     written = _bytes(result)
-    flops = 2 * taps * int(result.numel())
+    flops = 2 * taps * known_size(result.numel())
     moving = (read + written) / device.copy_bytes_per_second
     computing = flops / device.vector_flops["float32"]
     return NodeCost(flops, read, written, max(moving, computing) + device.launch_seconds)
 
 
 def _bytes(value: torch.Tensor) -> int:
-    return int(value.numel()) * value.element_size()
+    return known_size(value.numel()) * value.element_size()

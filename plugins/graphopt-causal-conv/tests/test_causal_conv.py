@@ -160,6 +160,22 @@ def test_what_it_leaves_alone_and_why(model: nn.Module, step: FuseCausalConvolut
     assert report.steps[0].status == "no-op"
 
 
+def test_lengths_that_change_stay_symbols() -> None:
+    torch._dynamo.reset()
+    model = Mixer()
+    fast = graphopt.optimize(
+        model, (torch.randn(2, 8, 16),), pipeline=[EVERYWHERE], emit="eager", dynamic_shapes=True
+    )
+    for length in (16, 23, 9):
+        x = torch.randn(2, 8, length)
+        found, right, wanted = fast(x), model(x), list(model.parameters())
+        torch.testing.assert_close(found, right)
+        for a, b in zip(torch.autograd.grad(found, wanted), torch.autograd.grad(right, wanted), strict=True):
+            torch.testing.assert_close(a, b)
+    semantic = [program for program in fast.programs if program.level is graphopt.Level.SEMANTIC]
+    assert len(semantic) == 1 and semantic[0].has_symbolic_sizes
+
+
 def test_the_planner_goes_by_the_price_of_the_kernel() -> None:
     from graphopt.plugins import default_host
 
