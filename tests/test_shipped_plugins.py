@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -18,10 +18,12 @@ from graphopt import InputsError
 from graphopt.plugins.scaffold import new_plugin, project_files
 
 ROOT = Path(__file__).parent.parent
+# Not looked for with find_spec: that of pip makes setuptools unusable in this process.
+BUILDERS = {"pip", "setuptools"}
 PLUGINS = sorted(path.parent for path in (ROOT / "plugins").glob("*/pyproject.toml"))
 each = pytest.mark.parametrize("project", PLUGINS, ids=lambda path: path.name)
 needs_builder = pytest.mark.skipif(
-    find_spec("setuptools") is None or find_spec("pip") is None, reason="needs pip and setuptools"
+    not BUILDERS.issubset(packages_distributions()), reason="needs pip and setuptools"
 )
 
 PUBLIC = (
