@@ -54,6 +54,7 @@ if TYPE_CHECKING:
     from graphopt.pipeline import Pipeline
     from graphopt.plans import Plan
     from graphopt.plugins import hookimpl
+    from graphopt.policy import PolicyQuestion, Selection
     from graphopt.program import Level, Program
     from graphopt.report import Report
     from graphopt.schedule import Schedule
@@ -91,6 +92,7 @@ __all__ = [
     "PipelineError",
     "Plan",
     "PluginError",
+    "PolicyQuestion",
     "Program",
     "QuantizationError",
     "QuantizationPlan",
@@ -98,6 +100,7 @@ __all__ = [
     "Report",
     "Schedule",
     "Scheme",
+    "Selection",
     "StalePlanError",
     "StaleReportError",
     "TargetError",
@@ -159,6 +162,7 @@ _HOME = {
     "graphopt.pipeline": ("Pipeline",),
     "graphopt.plans": ("Plan",),
     "graphopt.plugins": ("hookimpl",),
+    "graphopt.policy": ("PolicyQuestion", "Selection"),
     "graphopt.program": ("Level", "Program"),
     "graphopt.packing": ("Scheme",),
     "graphopt.packing.api": ("quantize", "weight_frontier"),

@@ -16,12 +16,14 @@ from graphopt.capture.inputs import bind_inputs
 from graphopt.cost import CostModel
 from graphopt.decoding.generator import Generator
 from graphopt.decoding.options import Generate
+from graphopt.device import DeviceSpec
 from graphopt.emit import resolve_emitter
 from graphopt.emit.eager import EagerEmitter
 from graphopt.emit.replacing import proposed
-from graphopt.errors import InputsError, PipelineError, UnknownNameError
+from graphopt.errors import InputsError, PipelineError, PluginError, UnknownNameError
 from graphopt.explanation import MemoryExplanation
 from graphopt.hand_over import is_watched
+from graphopt.operator_costs import with_operator_costs
 from graphopt.optimized import Optimized
 from graphopt.packing.fit import WeightFit
 from graphopt.pareto_front import Pareto
@@ -29,6 +31,7 @@ from graphopt.passes import Pass
 from graphopt.pipeline import Pipeline, parse_items
 from graphopt.plans import Plan
 from graphopt.plugins.host import PluginHost, default_host
+from graphopt.plugins.loading import GUARDED
 from graphopt.rewrites import checked_rewrites
 from graphopt.session import Session
 
@@ -53,6 +56,8 @@ def optimize(
     plugins: Sequence[object] = (),
     on_error: str = "rollback",
     plan: Plan | None = None,
+    policy: str | None = None,
+    cost_model: str = "roofline",
     step: Callable[[torch.nn.Module], object] | None = None,
     cuda_graphs: bool = True,
     cache: bool = True,
@@ -75,7 +80,9 @@ def optimize(
     the start, ``False`` makes a program for each shape (as ``torch.compile``'s ``dynamic``). A plan with
     symbolic sizes is made for those it was captured with: larger ones may take more.
     ``on_error``: ``"rollback"`` records what failed and goes on, ``"raise"`` raises. ``plan`` replays a
-    stored plan.
+    stored plan. ``policy`` names who picks a schedule for each program within the budget, by default the
+    planner, which takes the fastest (docs/plugins.md); the names come from plugins.
+    ``cost_model`` names what prices operators and steps, likewise.
 
     ``step(module)`` runs one whole step where that is more than one call and its backward: several calls
     before a backward (``loss(module(a), module(b)).backward()``), several backwards (gradient
@@ -103,7 +110,7 @@ def optimize(
     gradient accumulation); without them a step is taken to begin with none.
 
     Raises ``BudgetError`` if nothing allowed fits, ``BudgetSyntaxError``, ``InputsError``,
-    ``UnknownNameError`` (pass, option, device, emitter), ``StalePlanError``, and with
+    ``UnknownNameError`` (pass, option, device, emitter, policy, cost model), ``StalePlanError``, and with
     ``on_error="raise"`` ``CaptureError`` and whatever a pass raises.
     """
     return _prepared(
@@ -121,6 +128,8 @@ def optimize(
         emit=emit,
         plugins=plugins,
         on_error=on_error,
+        policy=policy,
+        cost_model=cost_model,
         step=step,
         cuda_graphs=cuda_graphs,
         cache=cache,
@@ -137,9 +146,9 @@ def plan(model: torch.nn.Module, inputs: Any, **options: Any) -> Plan:
 def pareto(model: torch.nn.Module, inputs: Any, **options: Any) -> Pareto:
     """Peak bytes of the whole step against predicted seconds, over all plans found.
 
-    Same arguments as ``optimize`` but ``budget`` and ``plan``.
+    Same arguments as ``optimize`` but ``budget``, ``plan`` and ``policy``.
     """
-    for name in ("budget", "plan"):
+    for name in ("budget", "plan", "policy"):
         if name in options:
             raise InputsError(f"pareto() takes no {name}=: it shows what every budget gives")
     optimized = dry_run(model, inputs, options, "pareto")
@@ -185,6 +194,8 @@ def _prepared(
     **options: Any,
 ) -> Optimized:
     _check_kinds(model, options["loss_fn"], options["replay"], options["generate"])
+    if options["replay"] is not None and options["policy"] is not None:
+        raise InputsError("plan= replays what was chosen: policy= would choose again; give one of them")
     if step is not None and not callable(step):
         raise InputsError(f"step is {step!r}: expected a function of the module that runs one whole step")
     if verify not in _VERIFY:
@@ -281,6 +292,8 @@ def make_session(
     emit: str = "auto",
     plugins: Sequence[object] = (),
     on_error: str = "rollback",
+    policy: str | None = None,
+    cost_model: str = "roofline",
     cuda_graphs: bool = True,
     cache: bool = True,
     rewrites: Sequence[str] | None = None,
@@ -294,8 +307,8 @@ def make_session(
     names, steps = _allowed(allow, chosen, host)
     spec = _device_spec(host, device)
     runs_on = runs_on or (device if isinstance(device, torch.device) else torch.device("cpu"))
-    cost = host.cost_model("roofline").build(spec)
     only = checked_rewrites(rewrites, {step.name for step in steps}, host.replacements())
+    cost = _cost_model(host, cost_model, spec)
     return Session(
         budget=Budget.of(budget),
         cost=cost,
@@ -306,6 +319,7 @@ def make_session(
         allow=names,
         only=only,
         on_error=on_error,
+        policy=None if policy is None else host.policy(policy),
         cuda_graphs=cuda_graphs,
         keeps=cache,
     )
@@ -316,7 +330,22 @@ def cost_model_for(
 ) -> CostModel:
     """The cost model of ``device``, by default the one that the model is on."""
     where = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-    return host.cost_model("roofline").build(_device_spec(host, where if device is None else device))
+    return _cost_model(host, "roofline", _device_spec(host, where if device is None else device))
+
+
+def _cost_model(host: PluginHost, name: str, device: DeviceSpec) -> CostModel:
+    """The cost model of that name with plugins' prices. Raises ``UnknownNameError``, ``PluginError``."""
+    factory = host.cost_model(name)
+    try:
+        with host.using("graphopt_cost_models", name):
+            cost = factory.build(device)
+        missing = [what for what in ("device", "node", "memory", "observed") if not hasattr(cost, what)]
+        if missing:
+            expected = "expected a graphopt.cost.CostModel"
+            raise PluginError(f"cost model {name!r} gives {cost!r}, without {missing[0]!r}: {expected}")
+    except GUARDED as error:
+        raise PluginError(host.blame("graphopt_cost_models", name, error)) from error
+    return with_operator_costs(cost, host)
 
 
 def _check_kinds(model: object, loss_fn: object, replay: object, generate: object) -> None:

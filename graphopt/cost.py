@@ -13,13 +13,22 @@ from typing import TYPE_CHECKING, Protocol
 from graphopt.device import DeviceSpec
 
 if TYPE_CHECKING:
+    import torch
     import torch.fx as fx
 
     from graphopt.observed import ObservedStep, StepMemory
     from graphopt.program import Program
     from graphopt.schedule import Schedule
 
-__all__ = ["Cost", "CostModel", "LiveTensor", "MemoryProfile", "MemoryStep", "NodeCost"]
+__all__ = ["Cost", "CostModel", "LiveTensor", "MemoryProfile", "MemoryStep", "NodeCost", "known_size"]
+
+
+def known_size(size: int | torch.SymInt) -> int:
+    """What a size that may be a symbol was when the program was captured. ``int(size)`` would fix it: the
+    program would then be for that size alone."""
+    from graphopt import _torch
+
+    return _torch.hint(size)
 
 
 @dataclass(frozen=True)

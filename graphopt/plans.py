@@ -92,7 +92,8 @@ class Plan:
     proven lower bound, in seconds, on the predicted time of any plan within the budget;
     ``seconds_to_plan`` is how long choosing took. ``reruns`` are rows of the programs, counted as in
     ``choices``, that keep nothing of their forward but what enters them and run again. ``quantization`` says
-    which weights of the model were packed for it.
+    which weights of the model were packed for it, ``policy`` who chose in the planner's place (``""``: nobody
+    did).
     """
 
     budget_bytes: int | None
@@ -105,6 +106,7 @@ class Plan:
     choices: tuple[Choice, ...] = ()
     reruns: tuple[Rerun, ...] = ()
     quantization: QuantizationPlan | None = None
+    policy: str = ""
 
     @property
     def budget(self) -> int | None:
@@ -177,6 +179,8 @@ class Plan:
         lines.append(f"  {bound} ({gap_text(self.gap)})")
         lines += [f"  {choice}" for choice in self.choices]
         lines += [f"  {row}" for row in self.reruns]
+        if self.policy:
+            lines.append(f"  chosen by policy {self.policy}")
         if self.quantization is not None:
             lines.append(f"  {self.quantization.summary}")
         return "\n".join(lines)
@@ -201,6 +205,8 @@ class Plan:
         for name in ("baseline", "predicted"):
             if isinstance(body.get(name), Mapping):
                 body[name] = {"cache_bytes": 0, **body[name]}
+        # Nor, before policies, who chose.
+        body.setdefault("policy", "")
         try:
             return decode(cls, body, where="plan")
         except RecordFormatError as error:

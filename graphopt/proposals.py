@@ -10,6 +10,7 @@ from graphopt import _torch
 from graphopt.candidate import Candidate, CostDelta, Declined, Frontier, NearMiss
 from graphopt.errors import PassError, brief, nearest
 from graphopt.passes import Pass, PassContext
+from graphopt.plugins.loading import GUARDED
 from graphopt.program import Level, Program
 from graphopt.rewrites import rewrite_id
 from graphopt.schedule import Schedule
@@ -36,7 +37,7 @@ def read_proposals(step: Pass, program: Program, ctx: PassContext) -> Proposals:
         items = list(returned) if isinstance(returned, Iterable) else None
     except PassError:
         raise
-    except Exception as error:
+    except GUARDED as error:
         raise PassError(f"{step.name}: propose() raised {brief(error)}") from error
     if items is None:
         raise PassError(f"{step.name}: propose() returned {returned!r}: expected an iterable of proposals")

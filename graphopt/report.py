@@ -157,6 +157,11 @@ class Report:
         for name in ("baseline", "predicted", "measured"):
             if isinstance(body.get(name), Mapping):
                 body[name] = {"cache_bytes": 0, **body[name]}
+        if isinstance(body.get("plugins"), (list, tuple)):
+            # Nor, before plugins were timed, what of them took long.
+            body["plugins"] = [
+                {"slow": [], **row} if isinstance(row, Mapping) else row for row in body["plugins"]
+            ]
         try:
             return replace(decode(cls, {**body, "plan": None}, where="report"), plan=plan)
         except RecordFormatError as error:

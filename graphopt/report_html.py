@@ -75,7 +75,7 @@ def report_html(report: Report) -> str:
     if undone:
         items = "".join(f"<li>{escape(line)}</li>" for line in undone)
         parts.append(_folded("not done", f"<ul>{items}</ul>"))
-    plugins = [f"plugin {plugin}" for plugin in report.plugins if plugin.status != "active"]
+    plugins = [f"plugin {plugin}" for plugin in report.plugins if plugin.status != "active" or plugin.slow]
     notes = [f"<li>{escape(note)}</li>" for note in (*plugins, *report.diagnostics)]
     if notes:
         parts.append(f"<b>notes</b><ul>{''.join(notes)}</ul>")

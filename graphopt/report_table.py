@@ -76,7 +76,7 @@ def report_renderable(report: Report) -> RenderableType:
     if undone:
         parts.append(Text("not done", style="bold"))
         parts += [Padding(Text(line), (0, 0, 0, 2)) for line in undone]
-    troubled = [plugin for plugin in report.plugins if plugin.status != "active"]
+    troubled = [plugin for plugin in report.plugins if plugin.status != "active" or plugin.slow]
     notes = [f"plugin {plugin}" for plugin in troubled] + list(report.diagnostics)
     if report.groups:
         parts.append(Text("kernels in place of Inductor's", style="bold"))
@@ -200,6 +200,8 @@ def plan_lines(plan: Plan) -> list[str]:
         f"{format_seconds(plan.lower_bound)} ({gap_text(plan.gap)})",
         f"saved for the backward: {count_text(len(saved), 'value')}, {kept}",
     ]
+    if plan.policy:
+        lines.append(f"chosen by policy {plan.policy}")
     taken: dict[str, list[str]] = {}
     for choice in plan.choices:
         if choice.alternative:

@@ -15,6 +15,7 @@ from graphopt.packing.plan import QuantizationPlan
 from graphopt.passes import Pass, PassContext, pass_text
 from graphopt.plans import count_text
 from graphopt.plugins.host import PluginHost
+from graphopt.plugins.loading import GUARDED
 from graphopt.program import Level, Program, layer_of
 from graphopt.proposals import Proposals, read_proposals
 from graphopt.report import PassRecord, PassStatus
@@ -182,7 +183,7 @@ def run_pass(
     status: PassStatus
     edit = program.edit(step.name)
     try:
-        with edit:
+        with edit, host.using("graphopt_passes", step.name):
             proposals = read_proposals(step, program, ctx)
             if edit.differs:
                 raise PassError(f"{step.name}: propose() changed the program: only apply() may")
@@ -238,7 +239,7 @@ def _apply(step: Pass, candidate: str, apply: object, edit: Edit) -> None:
         apply(edit)
     except GraphoptError:
         raise
-    except Exception as error:
+    except GUARDED as error:
         raise PassError(f"{step.name}: candidate {candidate!r}: apply() raised {brief(error)}") from error
 
 

@@ -127,8 +127,8 @@ class SegmentedStep:
             chosen = plan_chain(self.links(), budget - base)
             if chosen is None:
                 raise session._infeasible(self.captured, budget)
-            session.reruns = chosen.reruns
-            for captured, point in zip(self.captured, chosen.points, strict=True):
+            picked = session.take(self.captured, chosen, budget - base)
+            for captured, point in zip(self.captured, picked.points, strict=True):
                 captured.run_at(point)
         session._record_plan(self.captured)
         functions = [

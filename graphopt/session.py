@@ -31,7 +31,7 @@ from graphopt.capture.semantic import (
 )
 from graphopt.capture.structure import attribute
 from graphopt.captured import Captured
-from graphopt.chain_plan import Link, Rerun, chain_peak, least_chain, plan_chain, rerun_calls
+from graphopt.chain_plan import ChainPlan, Link, Rerun, chain_peak, least_chain, plan_chain, rerun_calls
 from graphopt.chain_rows import written_names
 from graphopt.collection import uncollected
 from graphopt.cost import Cost, CostModel, MemoryProfile
@@ -49,6 +49,8 @@ from graphopt.passes import Pass, PassContext
 from graphopt.planner import seconds_bound
 from graphopt.plans import Choice, Plan, Recomputed, SavedValue
 from graphopt.plugins.host import PluginHost
+from graphopt.plugins.records import PolicySpec
+from graphopt.policy import Selection, decide
 from graphopt.program import InputSpec, Program, layer_of
 from graphopt.recording import Recorder
 from graphopt.replay import make_random_states_explicit, plain_call
@@ -90,7 +92,8 @@ class Session:
     ``chain``: the present programs as calls that hand values to each other, where they are;
     ``reruns``: rows of them that the plan runs again. ``cuda_graphs``: replay steps where they can be
     recorded; ``recorders`` do that. ``keeps``: keep plan and code for later processes, and take over what
-    earlier ones kept. ``quantization``: how the weights of the model were packed for it, and
+    earlier ones kept. ``policy``: who picks within the budget in the planner's place, ``chosen_by``: its name
+    where it did. ``quantization``: how the weights of the model were packed for it, and
     ``dense_baseline`` what a step took before.
     """
 
@@ -103,6 +106,8 @@ class Session:
     allow: frozenset[str] = frozenset()
     only: frozenset[str] | None = None
     on_error: str = "rollback"
+    policy: PolicySpec | None = None
+    chosen_by: str = ""
     replay: Plan | None = None
     names: Mapping[int, tuple[str, str]] = field(default_factory=dict)
     static_bytes: int | None = None
@@ -340,6 +345,7 @@ class Session:
         """Whether memory counts: there is a budget, or every budget's plan is asked for. Op by op it always
         does, for the frontier that is shown."""
         asked = self.budget.memory is not None or self.dry_run or self.replay is not None
+        asked = asked or self.policy is not None
         return asked or not self.emitter.by_segments
 
     def alternatives(self, make: Callable[[], Program], mode: str) -> Iterator[tuple[Offer, Program]]:
@@ -810,17 +816,25 @@ class Session:
             self.reruns = self.replay.reruns
         else:
             resolution = [_RESOLUTION * c.reference_seconds for c in group] if self.emitter.fuses else ()
+            chosen: Sequence[FrontierPoint] | None
             if observed := self._observed(group):
                 room = None if budget is None else budget - self._base
                 chosen = observed.choose(room, sum(resolution))
-                if chosen is None and tentative:
+                if chosen is not None:
+                    chosen = decide(self, group, Selection(tuple(chosen)), room).points
+                elif tentative:
                     chosen = list(observed.front[0].points)
             else:
                 links = self.links(group)
-                plan = plan_chain(links, None if budget is None else budget - base, resolution)
-                if plan is None and tentative:
+                room = None if budget is None else budget - base
+                plan = plan_chain(links, room, resolution)
+                if plan is not None:
+                    chosen = self.take(group, plan, room).points
+                elif tentative:
                     plan = least_chain(links)
-                chosen, self.reruns = (list(plan.points), plan.reruns) if plan is not None else (None, ())
+                    chosen, self.reruns = plan.points, plan.reruns
+                else:
+                    chosen, self.reruns = None, ()
             if chosen is None:
                 assert budget is not None
                 raise self._infeasible(group, budget)
@@ -828,6 +842,12 @@ class Session:
                 captured.run_at(point)
         self.planning_seconds += time.perf_counter() - start
         self._record_plan(group)
+
+    def take(self, group: Sequence[Captured], plan: ChainPlan, room: int | None) -> Selection:
+        """What ``plan``, which fits ``room``, comes to: itself, or what the policy picks in its place."""
+        picked = decide(self, group, Selection(plan.points, plan.reruns), room)
+        self.reruns = picked.reruns
+        return picked
 
     def _record_plan(self, group: Sequence[Captured]) -> None:
         """Write down the present choice as ``plan``."""
@@ -854,6 +874,7 @@ class Session:
             choices,
             self.reruns,
             self.quantization,
+            self.chosen_by if self.replay is None else self.replay.policy,
         )
 
     def _unavoidable(self, group: Sequence[Captured]) -> float:

@@ -27,6 +27,7 @@ import torch.fx as fx
 import graphopt
 from graphopt import _torch
 from graphopt.cache_folder import cache_folder
+from graphopt.operator_costs import PricedByPlugins
 from graphopt.options import OptionError
 from graphopt.passes import pass_text
 from graphopt.program import InputSpec, layer_of, tensor_leaves
@@ -189,6 +190,8 @@ def session_lines(session: Session, name: str) -> Iterator[str]:
     only = None if session.only is None else sorted(session.only)
     yield f"budget {session.budget!r} allow {sorted(session.allow)} on_error {session.on_error} only {only}"
     yield f"device {session.cost.device!r}"
+    base = session.cost.base if isinstance(session.cost, PricedByPlugins) else session.cost
+    yield f"cost {type(base).__module__}.{type(base).__qualname__}"
     yield f"emit {session.emitter.name} cuda_graphs {session.cuda_graphs}"
     yield f"bytes {session.static_bytes} {session.weight_bytes} {session.replay_bytes}"
     yield (
@@ -202,12 +205,17 @@ def session_lines(session: Session, name: str) -> Iterator[str]:
 def _plugin_lines(session: Session) -> Iterator[str]:
     """Passes with their options, every plugin, and the sources of all of them."""
     modules = {"graphopt", type(session.cost).__module__, type(session.emitter).__module__}
+    if isinstance(session.cost, PricedByPlugins):
+        modules.add(type(session.cost.base).__module__)
     for step in session.passes:
         try:
             yield f"pass {type(step).__module__}.{type(step).__qualname__} {pass_text(step)}"
         except OptionError as error:
             raise NoKey(f"pass {step.name}: {error}") from error
         modules.add(type(step).__module__)
+    if session.policy is not None:
+        yield f"policy {session.policy.name}"
+        modules.add(getattr(session.policy.choose, "__module__", ""))
     for record, hooked in session.host.sources():
         if record.distribution == "inline":
             raise NoKey(f"plugin {record.name} was given as an object")

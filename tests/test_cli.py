@@ -112,7 +112,7 @@ def test_a_plugin_adds_verbs_and_cannot_break_the_others(graphopt_command: Run, 
     install(tmp_path, "badly", "raise ImportError('needs libbad')")
     listed = graphopt_command("--help")
     assert listed.returncode == 0
-    assert "greet      Greet somebody." in listed.stdout
+    assert "greet       Greet somebody." in listed.stdout
     assert "Run away." not in listed.stdout
     assert "plugin 'acme' offers 'run', which is graphopt's own verb" in listed.stderr
     assert graphopt_command("greet", "you").stdout == "hello you\n"

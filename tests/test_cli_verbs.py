@@ -111,9 +111,8 @@ def invoke(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, 
 
 def test_dump_passes_its_flags_on(api: Api, invoke: Any, tmp_path: Path) -> None:
     flags = ["--budget", "60%", "-p", "default", "--allow", "a", "--allow", "b", "--emit", "eager"]
-    code, out, err = invoke(
-        "dump", "tiny_model:make", *flags, "--device", "h200", "--stage", "joint", "-f", "dot"
-    )
+    flags += ["--device", "h200", "--policy", "lean"]
+    code, out, err = invoke("dump", "tiny_model:make", *flags, "--stage", "joint", "-f", "dot")
     assert (code, out, err) == (0, "the joint graphs as dot\n", "")
     assert api.asked == {
         "inputs": (3,),
@@ -124,6 +123,7 @@ def test_dump_passes_its_flags_on(api: Api, invoke: Any, tmp_path: Path) -> None
         "device": "h200",
         "loss_fn": None,
         "rewrites": None,
+        "policy": "lean",
     }
     code, out, err = invoke("dump", "tiny_model:make", "-o", "graph.txt")
     assert (code, out, err) == (0, "", "wrote graph.txt\n")
@@ -143,7 +143,7 @@ def test_run_reports_what_was_measured_and_keeps_the_plan(api: Api, invoke: Any)
     assert (code, err) == (0, "wrote plan.json\n")
     report = Report.from_json(json.loads(out))
     assert report.measured == Cost(5999, 4096, 0.004)
-    assert api.asked["verify"] == "structure"
+    assert api.asked["verify"] == "structure" and api.asked["policy"] is None
     code, out, _ = invoke("run", "tiny_model:make", "--plan", "plan.json", "--loss", "tiny_model:loss")
     assert code == 0
     assert out == str(report) + "\n"

@@ -13,7 +13,7 @@ import pytest
 
 import graphopt
 from graphopt import Level, Pass, PluginError, UnknownNameError
-from graphopt.plugins import CostModelFactory, DumpFormat, PluginHost, hookimpl
+from graphopt.plugins import CostModelFactory, DumpFormat, KernelSpec, OperatorCost, PluginHost, hookimpl
 from graphopt.plugins.records import PluginRecord
 
 
@@ -203,6 +203,38 @@ def test_inline_passes_by_class_and_by_name(tmp_path: Path, monkeypatch: pytest.
         host.pass_class("other/tidy")
 
 
+def test_rules_are_a_pass_of_their_plugin() -> None:
+    import torch
+
+    from graphopt.rules import Rule, operator
+
+    sine = operator(torch.ops.aten.sin.default)
+    # Wrong on purpose: its work can be seen.
+    rule = Rule("cosine", lambda x: sine(x), lambda x: torch.ops.aten.cos.default(x))
+
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.sin()
+
+    plugin, x = inline(graphopt_rules=lambda: [rule]), torch.ones(3)
+    fast = graphopt.optimize(Model(), (x,), plugins=(plugin,), pipeline="Inline-rules", emit="eager")
+    assert torch.equal(fast(x), x.cos())
+    (step,) = fast.report.steps
+    assert (step.id, step.plugin, step.status) == ("Inline-rules", "Inline", "applied")
+    host = PluginHost([plugin], entry_points=())
+    assert host.pass_class("Inline/Inline-rules").summary == "rewrite by the rules of plugin Inline"
+    assert host.owner("graphopt_rules", "Inline-rules").plugin == "Inline"
+    assert dict(PluginHost([inline(graphopt_rules=list)], entry_points=()).passes()) == {}
+    for returned, error in (
+        ([3], "graphopt_rules: expected graphopt.rules.Rule records, got 3"),
+        ([rule, rule], "graphopt_rules: two rules have the name 'cosine'"),
+        (None, "graphopt_rules: expected an iterable of Rules, got None"),
+    ):
+        bad = inline(graphopt_rules=lambda returned=returned: returned, graphopt_passes=lambda: [Tidy])
+        host = PluginHost([bad], entry_points=(), strict=False)
+        assert list(host.passes()) == ["tidy"] and host.records()[0].error == error
+
+
 class NotFrozen(Pass):
     name: ClassVar[str] = "loose"
     level: ClassVar[Level] = Level.JOINT
@@ -313,6 +345,55 @@ def test_devices_are_found_by_alias_and_nearest() -> None:
     assert host.device("nvidia h200") is spec
     with pytest.raises(UnknownNameError, match=r"unknown device 'h20'; did you mean 'h200'\?"):
         host.device("h20")
+
+
+@dataclass(frozen=True)
+class Listing(Pass):
+    """A default that it does not take itself, an order that is none."""
+
+    name: ClassVar[str] = "listing"
+    level: ClassVar[Level] = Level.JOINT
+    after: ClassVar[Any] = ["normalize"]
+    value: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.value:
+            raise ValueError("value is 0")
+
+
+def test_check_looks_into_what_is_registered(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("schema: graphopt/pipeline@1\npasses: [tidi]\n")
+    device = graphopt.DeviceSpec("slow", "cuda", 1, 0.0, 1.0, {"float32": 1.0}, {}, 0.0, 1.0)
+
+    def refuse(x: Any) -> None:
+        return None
+
+    plugin = inline(
+        graphopt_passes=lambda: [Tidy, Listing],
+        graphopt_pipelines=lambda: {"p": tmp_path / "p.yaml"},
+        graphopt_devices=lambda: [device],
+        graphopt_formats=lambda: [DumpFormat("x", ".x", "write")],  # type: ignore[arg-type]
+        graphopt_costs=lambda: [OperatorCost("gate", refuse)],  # type: ignore[arg-type]
+        graphopt_kernels=lambda: [
+            KernelSpec("a", "acme::absent", refuse, refuse), KernelSpec("b", "absent", refuse, refuse),
+        ],
+    )  # fmt: skip
+    (record,) = PluginHost([plugin], entry_points=(), strict=False).check()
+    assert record.status == "failed"
+    assert record.error.split("; ") == [
+        "dump format 'x': write is 'write': expected a function",
+        "kernel 'a': there is no operator 'acme::absent': the hook has to import the module that defines it",
+        "kernel 'b': op is 'absent': expected the name of an operator, such as 'acme::gate'",
+        "cost of operator 'gate': expected the name of an operator, such as 'acme::gate'",
+        "device 'slow': vector_flops has no 'float32', which stands for the dtypes that it lacks",
+        "device 'slow': copy_bytes_per_second is 0.0: expected a positive number",
+        "pass 'tidy': it does not define propose()",
+        "pass 'listing': after is ['normalize']: expected a mapping of names of passes to reasons",
+        "pass 'listing': it does not define propose()",
+        "pass 'listing': it cannot be made with its defaults: ValueError: value is 0",
+        f"pipeline 'p': {tmp_path / 'p.yaml'}: passes[0]: unknown pass 'tidi'",
+        "did you mean 'tidy'?",
+    ]
 
 
 def test_the_installed_plugins_all_work() -> None:

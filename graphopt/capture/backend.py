@@ -20,7 +20,9 @@ _SESSIONS: list[tuple[Mapping[str, Any], Session]] = []
 """Sessions by the options object that dynamo hands to every graph of one torch.compile call: the
 only thing that those graphs have in common."""
 
-_OPTIONS = ("allow", "budget", "cache", "device", "emit", "on_error", "pipeline", "plugins")
+_OPTIONS = (
+    "allow", "budget", "cache", "cost_model", "device", "emit", "on_error", "pipeline", "plugins", "policy",
+)  # fmt: skip
 
 
 def graphopt_backend(

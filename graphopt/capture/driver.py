@@ -16,12 +16,21 @@ from graphopt.capture.inputs import bind_inputs
 from graphopt.capture.observe import Observer
 from graphopt.capture.timeline import statistics_of, timeline_of
 from graphopt.cost import Cost, MemoryProfile
-from graphopt.errors import BudgetError, CaptureError, GraphoptError, InputsError, UnknownNameError, brief
+from graphopt.errors import (
+    BudgetError,
+    CaptureError,
+    GraphoptError,
+    InputsError,
+    PluginError,
+    UnknownNameError,
+    brief,
+)
 from graphopt.explanation import MemoryExplanation
 from graphopt.first_step import FirstStep
 from graphopt.loss import is_differentiable, loss_of
 from graphopt.pareto_front import ParetoPoint
 from graphopt.plans import Plan
+from graphopt.plugins.loading import GUARDED
 from graphopt.program import Level, Program, Signature, layer_of
 from graphopt.report import Environment, Report
 from graphopt.restored import restored
@@ -478,7 +487,13 @@ class Driver:
         out = StringIO()
         for program in self.programs():
             if program.level is level:
-                formats[form].write(program, out)
+                try:
+                    with self.session.host.using("graphopt_formats", form):
+                        formats[form].write(program, out)
+                except GUARDED as error:
+                    if isinstance(error, GraphoptError):
+                        raise
+                    raise PluginError(self.session.host.blame("graphopt_formats", form, error)) from error
         return out.getvalue()
 
 

@@ -23,7 +23,8 @@ __all__ = ["cli", "main"]
 
 def _core(name: str, summary: str) -> Command:
     def load() -> click.Command:
-        return cast(click.Command, importlib.import_module(f"graphopt.cli.verbs.{name}").command)
+        module = f"graphopt.cli.verbs.{name.replace('-', '_')}"
+        return cast(click.Command, importlib.import_module(module).command)
 
     return Command(name, summary, load)
 
@@ -43,6 +44,7 @@ _CORE = {
         _core("lint", "Say what is wrong with pipeline files."),
         _core("schema", "Write the JSON Schema of pipeline files, for editors."),
         _core("plugins", "List plugins and what is wrong with them."),
+        _core("new-plugin", "Write a plugin NAME: a project with a pass, its entry point and a test."),
         _core("quality", "Compare predictions of TARGET before and after its weights are packed."),
         _core("weights", "List the packed weights of a checkpoint."),
         _core("pareto", "Show peak bytes against time of TARGET."),

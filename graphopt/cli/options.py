@@ -19,6 +19,7 @@ __all__ = [
     "output_option",
     "pipeline_option",
     "plan_options",
+    "policy_option",
     "rewrites_option",
     "step_options",
     "target_argument",
@@ -60,6 +61,9 @@ pipeline_option = click.option(
 )
 rewrites_option = click.option(
     "--rewrites", metavar="NAMES", help="Apply these alone: a,b or @FILE with one a line."
+)
+policy_option = click.option(
+    "--policy", metavar="NAME", help="Who picks within the budget (default: the planner, the fastest)."
 )
 output_option = click.option("--output", "-o", type=NEW_FILE, help="Write to this file.")
 

@@ -23,6 +23,7 @@ from graphopt.cost import CostModel
 from graphopt.errors import brief
 from graphopt.group_record import GroupRecord
 from graphopt.order import felt, has_effect
+from graphopt.plugins.loading import GUARDED
 from graphopt.rewrites import kernels_id
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def proposed(
             continue
         try:
             gm, found = replaced(gm, spec.propose(gm, cost))
-        except Exception as error:  # whatever a plugin raises: the graph is compiled as it is
+        except GUARDED as error:  # whatever a plugin raises: the graph is compiled as it is
             why = f"{spec.name} failed: {brief(error)}"
             found = [GroupRecord(spec.name, (), (), False, why, 0.0, 0.0)]
         records += found

@@ -27,6 +27,8 @@ from graphopt.plugins.records import (
     CostModelFactory,
     DumpFormat,
     KernelSpec,
+    OperatorCost,
+    PolicySpec,
     ReplacementSpec,
     ScorerSpec,
     TunableSpec,
@@ -40,6 +42,7 @@ if TYPE_CHECKING:
     from graphopt.passes import Pass, PassContext
     from graphopt.program import Program
     from graphopt.report import PassRecord
+    from graphopt.rules import Rule
 
 __all__ = ["API_VERSION", "GROUP", "HookSpecs", "hookimpl"]
 
@@ -61,6 +64,10 @@ class HookSpecs:
     @_hookspec
     def graphopt_passes(self) -> Iterable[type[Pass] | str]:  # type: ignore[empty-body]
         """Pass classes, or ``"package.module:Class"`` to import one when it is first needed."""
+
+    @_hookspec
+    def graphopt_rules(self) -> Iterable[Rule]:  # type: ignore[empty-body]
+        """Rules, which become the pass ``PLUGIN-rules`` at the semantic level, PLUGIN the plugin's name."""
 
     @_hookspec
     def graphopt_kernels(self) -> Iterable[KernelSpec]:  # type: ignore[empty-body]
@@ -102,11 +109,21 @@ class HookSpecs:
 
     @_hookspec
     def graphopt_cost_models(self) -> Iterable[CostModelFactory]:  # type: ignore[empty-body]
-        """Cost models by name."""
+        """Cost models by name, for ``optimize(cost_model=...)``."""
+
+    @_hookspec
+    def graphopt_costs(self) -> Iterable[OperatorCost]:  # type: ignore[empty-body]
+        """What operators that a plugin brings take, whichever cost model is used."""
 
     @_hookspec
     def graphopt_devices(self) -> Iterable[DeviceSpec]:  # type: ignore[empty-body]
         """Devices that a plan can be made for."""
+
+    # --- who decides -----------------------------------------------------------------------
+
+    @_hookspec
+    def graphopt_policies(self) -> Iterable[PolicySpec]:  # type: ignore[empty-body]
+        """Ways to pick schedules within the budget, for ``optimize(policy=...)``."""
 
     # --- what a person sees ----------------------------------------------------------------
 

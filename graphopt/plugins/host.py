@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import EntryPoint
 from importlib.resources.abc import Traversable
 from types import MappingProxyType
@@ -20,7 +21,9 @@ from graphopt.plugins.records import (
     CostModelFactory,
     DumpFormat,
     KernelSpec,
+    OperatorCost,
     PluginRecord,
+    PolicySpec,
     Registered,
     ReplacementSpec,
     ScorerSpec,
@@ -30,10 +33,12 @@ from graphopt.plugins.returned import (
     read_passes,
     read_pipelines,
     read_records,
+    read_rules,
     read_schemes,
     read_stores,
     read_weight_formats,
 )
+from graphopt.plugins.watch import PATIENCE_SECONDS
 
 if TYPE_CHECKING:
     from graphopt.decoding.stores import CacheStore
@@ -49,6 +54,7 @@ __all__ = ["PluginHost", "default_host"]
 T = TypeVar("T")
 _FACADE = {
     "graphopt_passes": "passes",
+    "graphopt_rules": "passes",
     "graphopt_kernels": "kernels",
     "graphopt_codecs": "codecs",
     "graphopt_schemes": "schemes",
@@ -56,12 +62,28 @@ _FACADE = {
     "graphopt_stores": "stores",
     "graphopt_scorers": "scorers",
     "graphopt_tunables": "tunables",
+    "graphopt_replacements": "replacements",
+    "graphopt_policies": "policies",
     "graphopt_pipelines": "pipelines",
     "graphopt_cost_models": "cost_models",
+    "graphopt_costs": "costs",
     "graphopt_devices": "devices",
     "graphopt_formats": "formats",
     "graphopt_commands": "commands",
 }
+_KIND = {
+    "graphopt_passes": "pass",
+    "graphopt_kernels": "kernel",
+    "graphopt_pipelines": "pipeline",
+    "graphopt_devices": "device",
+    "graphopt_commands": "verb",
+    "graphopt_policies": "policy",
+    "graphopt_cost_models": "cost model",
+    "graphopt_costs": "cost of operator",
+    "graphopt_formats": "dump format",
+}
+"""What is registered through the hooks whose records are used or looked into one by one."""
+
 _Reader = Callable[[object], Iterator[tuple[str, T]]]
 
 
@@ -75,6 +97,9 @@ class PluginHost:
     ``disabled`` defaults to the names in ``GRAPHOPT_DISABLE_PLUGINS`` (comma-separated, or
     ``all``); ``strict`` to ``GRAPHOPT_STRICT_PLUGINS=1``, which turns every such record into a
     ``PluginError``. An inline plugin that is no plugin raises either way: the caller named it.
+
+    Code of a plugin that takes ``patience`` seconds is named on the log ``graphopt`` while it runs, and in
+    ``PluginRecord.slow`` once it has ended.
     """
 
     def __init__(
@@ -84,19 +109,28 @@ class PluginHost:
         entry_points: Iterable[EntryPoint] | None = None,
         disabled: Iterable[str] | None = None,
         strict: bool | None = None,
+        patience: float = PATIENCE_SECONDS,
     ) -> None:
         self._inline = tuple(plugins)
         self._entry_points = None if entry_points is None else tuple(entry_points)
         named = os.environ.get("GRAPHOPT_DISABLE_PLUGINS", "").split(",") if disabled is None else disabled
         self._disabled = frozenset(name.strip() for name in named if name.strip())
         self._strict = os.environ.get("GRAPHOPT_STRICT_PLUGINS") == "1" if strict is None else strict
+        self._patience = patience
         self._registries: dict[str, Mapping[str, Registered[Any]]] = {}
 
     # --- what is registered ----------------------------------------------------------------
 
     def passes(self) -> Mapping[str, type[Pass]]:
-        """Pass classes by name."""
-        return self._values("graphopt_passes", read_passes, "pass")
+        """Pass classes by name; rules that plugins give are a pass for each plugin, ``acme-rules``."""
+        if "graphopt_passes" not in self._registries:
+            found = self._ask("graphopt_passes", lambda plugin, given: read_passes(given), "pass")
+            of_rules = self._ask(
+                "graphopt_rules", lambda plugin, given: read_rules(given, plugin.name), "pass", found
+            )
+            self._registries["graphopt_rules"] = MappingProxyType(of_rules)
+            self._registries["graphopt_passes"] = MappingProxyType({**found, **of_rules})
+        return {name: registered.value for name, registered in self._registries["graphopt_passes"].items()}
 
     def kernels(self) -> Mapping[str, KernelSpec]:
         """Kernels by name."""
@@ -138,11 +172,19 @@ class PluginHost:
         """Cost models by name."""
         return self._values("graphopt_cost_models", read_records(CostModelFactory), "cost model")
 
+    def costs(self) -> Mapping[str, OperatorCost]:
+        """What operators of plugins take, by the operators' names."""
+        return self._values("graphopt_costs", read_records(OperatorCost), "cost of operator")
+
     def devices(self) -> Mapping[str, DeviceSpec]:
         """Devices by name; ``device`` also knows their aliases."""
         from graphopt.device import DeviceSpec
 
         return self._values("graphopt_devices", read_records(DeviceSpec), "device")
+
+    def policies(self) -> Mapping[str, PolicySpec]:
+        """Ways to pick schedules, by name."""
+        return self._values("graphopt_policies", read_records(PolicySpec), "policy")
 
     def formats(self) -> Mapping[str, DumpFormat]:
         """Dump formats by name."""
@@ -216,6 +258,14 @@ class PluginHost:
         except KeyError:
             raise self._unknown("cost model", name, self.cost_models()) from None
 
+    def policy(self, name: str) -> PolicySpec:
+        """The policy of that name, also spelled with its plugin's; raises ``UnknownNameError``."""
+        plugin, slash, bare = name.rpartition("/")
+        found = self.policies().get(bare)
+        if found is not None and (not slash or self.owner("graphopt_policies", bare).plugin == plugin):
+            return found
+        raise self._unknown("policy", name, self.policies())
+
     def owner(self, hook: str, name: str) -> Registered[Any]:
         """Who registered ``name`` through ``hook``.
 
@@ -238,10 +288,44 @@ class PluginHost:
         )
 
     def check(self) -> tuple[PluginRecord, ...]:
-        """Ask every registration hook, then ``records()``."""
+        """Ask every registration hook and look into what is registered, then ``records()``."""
+        from graphopt.plugins.diagnosis import diagnosed
+
         for ask in _FACADE.values():
             getattr(self, ask)()
+        for hook, name, wrong in diagnosed(self):
+            self.blame(hook, name, PluginError(f"{_KIND[hook]} {name!r}: {wrong}"))
         return self.records()
+
+    # --- what they registered, in use --------------------------------------------------------
+
+    def using(self, hook: str, name: str) -> AbstractContextManager[None]:
+        """The block runs what was registered as ``name`` through ``hook``: its time is that plugin's."""
+        plugin = self._registrant(hook, name)
+        return nullcontext() if plugin is None else plugin.watched(f"{_KIND[hook]} {name!r}")
+
+    def blame(self, hook: str, name: str, error: BaseException) -> str:
+        """Record that what was registered as ``name`` through ``hook`` failed in use, and say so.
+
+        Raises ``PluginError`` where the host is strict.
+        """
+        said = error.message if isinstance(error, PluginError) else f"raised {describe_error(error)}"
+        what = f"{_KIND[hook]} {name!r}"
+        what = said if said.startswith(what) else f"{what} {said}"
+        plugin = self._registrant(hook, name)
+        if plugin is None:
+            return what
+        if what not in plugin.error:
+            plugin.status = "failed"
+            plugin.error = f"{plugin.error}; {what}" if plugin.error else what
+        if self._strict:
+            raise PluginError(f"plugin {plugin} failed: {what}") from error
+        return f"plugin {plugin}: {what}"
+
+    def _registrant(self, hook: str, name: str) -> LoadedPlugin | None:
+        wanted = self.owner(hook, name)
+        same = (p for p in self._plugins if (p.name, p.distribution) == (wanted.plugin, wanted.distribution))
+        return next(same, None)
 
     # --- observers -------------------------------------------------------------------------
 
@@ -260,29 +344,41 @@ class PluginHost:
         found = self._entry_points
         if found is None:
             found = tuple(importlib.metadata.entry_points(group=GROUP))
-        return load_plugins(found, self._inline, self._disabled, strict=self._strict)
+        return load_plugins(
+            found, self._inline, self._disabled, strict=self._strict, patience=self._patience
+        )
 
     def _values(self, hook: str, read: _Reader[T], kind: str) -> Mapping[str, T]:
         if hook not in self._registries:
-            self._registries[hook] = MappingProxyType(self._ask(hook, read, kind))
+            asked = self._ask(hook, lambda plugin, given: read(given), kind)
+            self._registries[hook] = MappingProxyType(asked)
         registry = cast("Mapping[str, Registered[T]]", self._registries[hook])
         return {name: registered.value for name, registered in registry.items()}
 
-    def _ask(self, hook: str, read: _Reader[T], kind: str) -> dict[str, Registered[T]]:
+    def _ask(
+        self,
+        hook: str,
+        read: Callable[[LoadedPlugin, object], Iterator[tuple[str, T]]],
+        kind: str,
+        taken: Mapping[str, Registered[T]] = MappingProxyType({}),
+    ) -> dict[str, Registered[T]]:
+        """What every plugin returns from ``hook``, by name; names that are ``taken`` count as registered."""
         registry: dict[str, Registered[T]] = {}
         for plugin in self._plugins:
             if hook not in plugin.hooks:
                 continue
             try:
                 new: dict[str, Registered[T]] = {}
-                for name, value in read(plugin.call(hook)):
-                    first = registry.get(name) or new.get(name)
-                    if first is not None:
-                        raise PluginError(
-                            f"{kind} {name!r} is registered twice: by {first.plugin!r} of "
-                            f"{first.distribution} and by {plugin}"
-                        )
-                    new[name] = Registered(value, plugin.name, plugin.distribution)
+                # Also what a generator does while it is read, and modules that are imported by name.
+                with plugin.watched(hook):
+                    for name, value in read(plugin, plugin.call(hook)):
+                        first = registry.get(name) or new.get(name) or taken.get(name)
+                        if first is not None:
+                            raise PluginError(
+                                f"{kind} {name!r} is registered twice: by {first.plugin!r} of "
+                                f"{first.distribution} and by {plugin}"
+                            )
+                        new[name] = Registered(value, plugin.name, plugin.distribution)
             except GUARDED as error:
                 self._fail(plugin, hook, error)
             else:
@@ -309,7 +405,8 @@ class PluginHost:
         for plugin in self._plugins:
             if hook in plugin.hooks and hook not in plugin.silenced:
                 try:
-                    plugin.call(hook, **arguments)
+                    with plugin.watched(hook):
+                        plugin.call(hook, **arguments)
                 except GUARDED as error:
                     plugin.silenced.add(hook)
                     self._fail(plugin, hook, error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint
 from typing import Any
@@ -12,6 +13,7 @@ import pluggy
 from graphopt.errors import PluginError, nearest
 from graphopt.plugins.hookspecs import API_VERSION, GROUP, HookSpecs
 from graphopt.plugins.records import PluginRecord, Status
+from graphopt.plugins.watch import PATIENCE_SECONDS, watched
 
 __all__ = ["GUARDED", "LoadedPlugin", "describe_error", "load_plugins"]
 
@@ -33,15 +35,36 @@ class LoadedPlugin:
     error: str = ""
     hooks: dict[str, pluggy.HookImpl] = field(default_factory=dict)
     silenced: set[str] = field(default_factory=set)
+    slow: list[str] = field(default_factory=list)
+    patience: float = PATIENCE_SECONDS
 
     def call(self, hook: str, **arguments: Any) -> Any:
         """Call one hook with those of the arguments that its function names."""
         implementation = self.hooks[hook]
         return implementation.function(*(arguments[name] for name in implementation.argnames))
 
+    def watched(self, what: str) -> AbstractContextManager[None]:
+        """The block is code of this plugin: if it takes long, the plugin is named, and ``slow`` says so."""
+        if self.distribution == _OWN:
+            # The report times graphopt's own passes; there is nobody else to name.
+            return nullcontext()
+        return watched(f"plugin {self}: {what}", self.patience, lambda text: self._note(what, text))
+
+    def _note(self, what: str, text: str) -> None:
+        said = text.removeprefix(f"plugin {self}: ")
+        # What is called again and again is told once.
+        if all(not known.startswith(f"{what} took") for known in self.slow):
+            self.slow.append(said)
+
     def record(self) -> PluginRecord:
         return PluginRecord(
-            self.name, self.distribution, self.version, self.status, self.error, tuple(sorted(self.hooks))
+            self.name,
+            self.distribution,
+            self.version,
+            self.status,
+            self.error,
+            tuple(sorted(self.hooks)),
+            tuple(self.slow),
         )
 
     def __str__(self) -> str:
@@ -49,7 +72,12 @@ class LoadedPlugin:
 
 
 def load_plugins(
-    entry_points: Iterable[EntryPoint], inline: Sequence[object], disabled: frozenset[str], *, strict: bool
+    entry_points: Iterable[EntryPoint],
+    inline: Sequence[object],
+    disabled: frozenset[str],
+    *,
+    strict: bool,
+    patience: float = PATIENCE_SECONDS,
 ) -> list[LoadedPlugin]:
     """Every plugin of the entry points and then the inline ones, failed and disabled included.
 
@@ -81,10 +109,12 @@ def load_plugins(
     unique = {(_distribution(e), e.name, e.value): e for e in entry_points}
     for entry in sorted(unique.values(), key=lambda e: (_distribution(e) != _OWN, _distribution(e), e.name)):
         version = entry.dist.version if entry.dist is not None else ""
-        load(LoadedPlugin(entry.name, _distribution(entry), version), entry.load, required=strict)
-    for plugin in inline:
-        name = str(getattr(plugin, "__name__", type(plugin).__name__))
-        load(LoadedPlugin(name, _INLINE, ""), lambda plugin=plugin: plugin, required=True)  # type: ignore[misc]
+        plugin = LoadedPlugin(entry.name, _distribution(entry), version, patience=patience)
+        load(plugin, entry.load, required=strict)
+    for given in inline:
+        name = str(getattr(given, "__name__", type(given).__name__))
+        plugin = LoadedPlugin(name, _INLINE, "", patience=patience)
+        load(plugin, lambda given=given: given, required=True)  # type: ignore[misc]
 
     for name in sorted(disabled - {"all"} - {plugin.name for plugin in plugins}):
         close = nearest(name, [plugin.name for plugin in plugins])
@@ -107,7 +137,8 @@ def _distribution(entry: EntryPoint) -> str:
 def _read_hooks(manager: pluggy.PluginManager, plugin: LoadedPlugin, get: Callable[[], object]) -> None:
     """Fill ``plugin.hooks``, or its status and error."""
     try:
-        found = get()
+        with plugin.watched("its import"):
+            found = get()
         version = getattr(found, "graphopt_api", None)
         if version != API_VERSION:
             plugin.status = "incompatible"

@@ -15,9 +15,10 @@ if TYPE_CHECKING:
     import torch.fx as fx
 
     from graphopt.candidate import Reason
-    from graphopt.cost import CostModel
+    from graphopt.cost import CostModel, NodeCost
     from graphopt.device import DeviceSpec
     from graphopt.emit.replacing import Group
+    from graphopt.policy import PolicyQuestion, Selection
     from graphopt.program import Program
 
 __all__ = [
@@ -26,7 +27,9 @@ __all__ = [
     "CostModelFactory",
     "DumpFormat",
     "KernelSpec",
+    "OperatorCost",
     "PluginRecord",
+    "PolicySpec",
     "Registered",
     "ReplacementSpec",
     "ScorerSpec",
@@ -43,7 +46,8 @@ class PluginRecord:
     """One plugin and how it fared.
 
     ``hooks`` are the hooks that it implements. A ``failed`` plugin has ``error``; hooks of it that
-    did not fail still count. ``disabled`` and ``incompatible`` plugins contribute nothing.
+    did not fail still count. ``disabled`` and ``incompatible`` plugins contribute nothing. ``slow`` says
+    what of it took long, which is no failure.
     """
 
     name: str
@@ -52,10 +56,12 @@ class PluginRecord:
     status: Status
     error: str = ""
     hooks: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         source = f"{self.distribution} {self.version}".strip()
-        return f"{self.name} ({source}): {self.status}" + (f": {self.error}" if self.error else "")
+        said = "; ".join(filter(None, (self.error, *self.slow)))
+        return f"{self.name} ({source}): {self.status}" + (f": {said}" if said else "")
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,35 @@ class CostModelFactory:
 
     name: str
     build: Callable[[DeviceSpec], CostModel]
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class PolicySpec:
+    """A way to pick a schedule for each program of a step, for ``optimize(policy=name)``.
+
+    ``choose(question)`` gives a ``graphopt.Selection`` from what the ``graphopt.PolicyQuestion`` offers, or
+    ``None`` for the planner's own choice. It may be asked several times for one step, as its code turns out
+    to take more or less than was expected, must answer the same to the same question, and keeps nothing in
+    between.
+    """
+
+    name: str
+    choose: Callable[[PolicyQuestion], Selection | None]
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class OperatorCost:
+    """What a call of an operator takes: ``price(node, device)`` for ``name``, such as ``"acme::gate"``.
+
+    It goes by the metadata of the node (``node.meta["val"]``, also of its arguments) alone. Sizes may be
+    symbols: ``graphopt.cost.known_size`` reads them, where ``int`` would fix them. ``workspace_bytes`` are 0:
+    those are said with ``graphopt.operator_scratch.state_scratch``.
+    """
+
+    name: str
+    price: Callable[[fx.Node, DeviceSpec], NodeCost]
     summary: str = ""
 
 

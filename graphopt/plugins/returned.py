@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -21,6 +22,7 @@ __all__ = [
     "read_passes",
     "read_pipelines",
     "read_records",
+    "read_rules",
     "read_schemes",
     "read_stores",
     "read_weight_formats",
@@ -62,6 +64,32 @@ def read_passes(returned: object) -> Iterator[tuple[str, type[Pass]]]:
         if not isinstance(level, Level):
             raise PluginError(f"pass {name!r} needs a class variable `level` (a Level), got {level!r}")
         yield name, cls
+
+
+def read_rules(returned: object, plugin: str) -> Iterator[tuple[str, type[Pass]]]:
+    """The pass ``PLUGIN-rules`` of the rules, none without rules."""
+    from graphopt.program import Level
+    from graphopt.rules import RewritePass, Rule
+
+    rules = tuple(_iterate(returned, "Rule"))
+    names: set[str] = set()
+    for rule in rules:
+        if not isinstance(rule, Rule):
+            raise PluginError(f"expected graphopt.rules.Rule records, got {rule!r}")
+        if rule.name in names:
+            raise PluginError(f"two rules have the name {rule.name!r}")
+        names.add(rule.name)
+    if rules:
+        name = f"{plugin}-rules"
+        members = {
+            "__doc__": f"Rewrites by the rules of plugin {plugin}: {', '.join(sorted(names))}.",
+            "__module__": __name__,
+            "name": name,
+            "level": Level.SEMANTIC,
+            "summary": f"rewrite by the rules of plugin {plugin}",
+            "rules": rules,
+        }
+        yield name, dataclass(frozen=True)(type("PluginRules", (RewritePass,), members))
 
 
 def read_schemes(returned: object) -> Iterator[tuple[str, type[Scheme]]]:

@@ -17,8 +17,9 @@ from graphopt.candidate import Candidate, CostDelta, NearMiss, Reason
 from graphopt.capture.aliasing import written_inputs
 from graphopt.capture.structure import Line, line_of
 from graphopt.edit import Edit
-from graphopt.errors import PassError, RuleError
+from graphopt.errors import PassError, RuleError, brief
 from graphopt.passes import Pass, PassContext, Proposal
+from graphopt.plugins.loading import GUARDED
 from graphopt.program import Program
 from graphopt.rules.matching import Found, Missed, match_pattern
 from graphopt.rules.pattern import Pattern
@@ -184,7 +185,10 @@ def _guarded(match: Match, step: Pass, program: Program, ctx: PassContext) -> Re
     if rule.guard is None:
         return None
     context = {"match": match, "options": step, "program": program, "ctx": ctx}
-    reason = _bound(rule.guard, {**match.captures, **context})
+    try:
+        reason = _bound(rule.guard, {**match.captures, **context})
+    except GUARDED as error:
+        raise RuleError(f"{step.name}: the guard of rule {rule.name!r} raised {brief(error)}") from error
     if reason is not None and not isinstance(reason, Reason):
         raise RuleError(f"rule {rule.name}: the guard returned {reason!r}: expected a Reason or None")
     return reason

@@ -10,6 +10,7 @@ from graphopt.cli.options import (
     json_option,
     optimize_options,
     output_option,
+    policy_option,
     rewrites_option,
     target_argument,
 )
@@ -24,6 +25,7 @@ __all__ = ["command"]
 @target_argument
 @optimize_options
 @rewrites_option
+@policy_option
 @click.option(
     "--stage",
     type=click.Choice(["semantic", "joint", "final"]),
@@ -46,6 +48,7 @@ def command(
     emit: str,
     infer: bool,
     rewrites: str | None,
+    policy: str | None,
     stage: str,
     form: str,
     output: Path | None,
@@ -72,6 +75,7 @@ def command(
             device=device,
             loss_fn=load_loss(loss),
             rewrites=named_rewrites(rewrites),
+            policy=policy,
         )
         text = optimized.dump(format=form, stage=stage)
     if output is not None:

@@ -31,5 +31,7 @@ def command(ctx: click.Context, check: bool, as_json: bool) -> None:
     for record in records:
         if record.error:
             click.echo(f"graphopt: plugin {record.name!r} ({record.status}): {record.error}", err=True)
+        for slow in record.slow:
+            click.echo(f"graphopt: plugin {record.name!r}: {slow}", err=True)
     if check and any(record.status in ("failed", "incompatible") for record in records):
         ctx.exit(1)

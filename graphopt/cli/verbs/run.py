@@ -11,6 +11,7 @@ from graphopt.cli.options import (
     OLD_FILE,
     json_option,
     optimize_options,
+    policy_option,
     rewrites_option,
     target_argument,
 )
@@ -23,6 +24,7 @@ __all__ = ["command"]
 @target_argument
 @optimize_options
 @rewrites_option
+@policy_option
 @click.option(
     "--verify",
     type=click.Choice(["off", "structure", "numeric"]),
@@ -45,6 +47,7 @@ def command(
     emit: str,
     infer: bool,
     rewrites: str | None,
+    policy: str | None,
     verify: str,
     plan_file: Path | None,
     save_plan: Path | None,
@@ -69,6 +72,7 @@ def command(
             device=device,
             loss_fn=load_loss(loss),
             rewrites=named_rewrites(rewrites),
+            policy=policy,
             plan=Plan.load(plan_file) if plan_file is not None else None,
         )
     with step_mode(infer), talking("running one step"):

@@ -1,0 +1,1 @@
+"""A planner policy for graphopt that frees memory where time is cheap."""
