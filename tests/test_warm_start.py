@@ -117,6 +117,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kept]:
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("GRAPHOPT_CACHE")
         patch.setenv("GRAPHOPT_CACHE_DIR", str(folder / "graphopt"))
+        # Its own for each process that runs tests: some of them take code away.
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
         plain, plain_code = generated(lambda: optimized(cache=False))
         first, code = generated(optimized)
         (file,) = (folder / "graphopt" / "steps").glob("*.json")
