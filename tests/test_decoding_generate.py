@@ -15,7 +15,7 @@ from tests.decoders import FAMILIES, family, tokens
 
 transformers = pytest.importorskip("transformers")
 
-QUICK = ("gemma2", "gpt2", "bloom", "deepseek_v3")
+QUICK = ("gemma2", "bloom")
 
 
 def generating(model: nn.Module, max_tokens: int, max_batch: int = 6, **options: Any) -> graphopt.Optimized:
