@@ -221,7 +221,8 @@ def test_one_weight_at_a_time_is_in_memory(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(TensorsFile, "read", watched)
     graphopt.load_weights(nn.Sequential(*(nn.Linear(64, 64) for _ in range(8))), path)
-    assert len(reads) == 4 * 2 + 4 + 8
+    # Packed ones are read twice: their numbers are checked before anything changes.
+    assert len(reads) == 2 * 4 * 2 + 4 + 8
 
 
 # --- what is refused --------------------------------------------------------------------------------
@@ -311,6 +312,14 @@ def test_files_that_do_not_hold_together_are_refused(tmp_path: Path, change: Any
     changed(path, change)
     with pytest.raises(CheckpointError, match=re.escape(reason)):
         graphopt.load_weights(on_meta(), path)
+    torch.manual_seed(7)
+    model = Net()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=re.escape(reason)):
+        graphopt.load_weights(model, path)
+    after = model.state_dict()
+    assert after.keys() == before.keys(), "no weight was packed"
+    assert all(torch.equal(after[name], before[name]) for name in before)
 
 
 def test_damaged_files_are_refused(tmp_path: Path) -> None:

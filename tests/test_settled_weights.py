@@ -29,6 +29,12 @@ def test_what_was_written_since_is_waited_for() -> None:
     assert not settled(weight), "it is another memory"
 
 
+def test_kernels_that_are_recorded_do_not_count_as_started() -> None:
+    weight = torch.zeros(8, dtype=torch.int8)
+    assert [settled(weight, runs=False), settled(weight, runs=False)] == [False, False]
+    assert [settled(weight), settled(weight, runs=False)] == [False, True]
+
+
 def test_memory_that_is_given_again_is_not_taken_for_the_weight_that_was_there() -> None:
     for _ in range(50):
         weight = torch.zeros(4096, dtype=torch.int8)

@@ -95,8 +95,8 @@ def load_weights(
     ``device`` is where tensors of a model on the meta device go, the CPU by default. With ``strict=False``
     missing and unexpected tensors are listed in the result and no error.
 
-    Names, shapes and dtypes are checked before anything changes. Tensors are read one at a time; where one
-    turns out to be damaged the error says so, and the model is loaded in part.
+    Names, shapes, dtypes and the numbers of packed weights are checked before anything changes: packed weights
+    are read twice for it, one at a time.
 
     Raises ``CheckpointError`` for a file that cannot be read, does not fit the model or holds what no scheme
     does; ``UnknownNameError`` for a format; ``OSError`` as ``open``; with ``inputs``, as ``quantize`` does.
@@ -129,6 +129,8 @@ def load_weights(
     if strict:
         _check_meta(model, places)
     where = torch.device("cpu" if device is None else device)
+    for target in packed.values():
+        _packed(target, checkpoint, own, torch.device("meta"))
     loaded = []
     for target in packed.values():
         weight = _packed(target, checkpoint, own, where)
@@ -334,7 +336,7 @@ def _difference(
 
 
 def _packed(target: _Target, checkpoint: Checkpoint, own: Artefact, where: torch.device) -> PackedWeight:
-    device = where if target.device.type == "meta" else target.device
+    device = where if "meta" in (target.device.type, where.type) else target.device
     name = target.stored.parameter
     read = target.format.read(target.stored, checkpoint)
     statistics = own.statistics(name, checkpoint) if target.format is own else {}

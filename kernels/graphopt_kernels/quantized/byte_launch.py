@@ -44,6 +44,12 @@ _WARP_GROUPS, _ROUNDED, _WARPS = 0.6, 0.88, 0.45
 """Shares of that: of the library for eight-bit numbers and for dense operands, of tiles that warp groups
 multiply, with operands from registers and from shared memory, of what single warps do."""
 
+_TILE = 128
+"""Rows and columns of a tile of the library's product of eight-bit numbers."""
+
+_LIBRARY_READ = ((32, 0.8), (64, 0.5))
+"""Of memory's rate, what the library's product of integers reads a weight with, up to so many rows."""
+
 _LAUNCH = 2e-6
 """Seconds from a kernel to the next one of the same product, in a queue that is not empty."""
 
@@ -264,11 +270,16 @@ def predicted_seconds(problem: Problem, launch: Launch, processors: int) -> floa
         if not rounded:
             unpacked = columns * inner * (1 + dtype.itemsize) / _COPY + _unaligned(problem) / _SLOTS
             return unpacked + dense_seconds(problem) + _LAUNCH
-        seconds = max(flops / (rate * _LIBRARY[codes]), moved / _READ) + _STARTS["library"]
+        # Few tiles leave multiprocessors idle, each of them takes its whole sum.
+        turns = -(-(-(-rows // _TILE) * -(-columns // _TILE)) // processors)
+        filled = turns * 2 * _TILE * _TILE * inner / (rate * _LIBRARY[torch.float8_e4m3fn] / processors)
+        shares = () if codes is torch.float8_e4m3fn else _LIBRARY_READ
+        read = moved / (_READ * next((share for most, share in shares if rows <= most), 1.0))
+        seconds = max(flops / (rate * _LIBRARY[codes]), read, filled) + _STARTS["library"]
         if codes is torch.float8_e4m3fn:
             return seconds
         # Sums of 32 bits are written and read again, by a kernel of its own.
-        return seconds + 8 * rows * columns / _COPY + _STARTS["library"]
+        return seconds + 8 * rows * columns / _COPY + _LAUNCH
     across = -(-rows // launch.rows)
     slots = across * (columns * inner * _slots(problem, launch) + _unaligned(problem))
     padded = 0.0 if launch.kind == "row" else 2 * across * launch.rows * columns * inner / rate
@@ -283,9 +294,11 @@ def kernel_seconds(
     multiplying: float,
     processors: int,
     each: int = 1,
+    many: float = 1.6,
 ) -> float:
     """Seconds of kernels that move ``moved`` bytes and issue ``slots`` instructions of lanes, and would
-    take tensor cores ``multiplying`` seconds at their full rate. ``each``: bytes for a unit of ``inner``."""
+    take tensor cores ``multiplying`` seconds at their full rate. ``each``: bytes for a unit of ``inner``.
+    ``many``: how many times as long slices of more than 16 rows were measured to take."""
     programs = _programs(problem, launch) * launch.parts
     grouped = launch.kind == "tiles" and launch.warps >= 4
     share = (_ROUNDED if problem.rounded else _WARP_GROUPS) if grouped else _WARPS
@@ -299,7 +312,8 @@ def kernel_seconds(
         staged = launch.columns * launch.inner * launch.slices * launch.stages * each
         waited = streamed_seconds(problem, launch, moved, programs, staged, processors)
     starts = _STARTS[launch.kind] + _LAUNCH * (launch.parts > 1)
-    return max(computed, waited) + _BESIDE * min(computed, waited) + starts
+    slower = many if launch.kind == "slices" and launch.rows > 16 else 1.0
+    return slower * (max(computed, waited) + _BESIDE * min(computed, waited)) + starts
 
 
 def streamed_seconds(

@@ -108,4 +108,4 @@ def predicted_seconds(problem: Exponents, launch: Launch, processors: int) -> fl
     each = _SLOTS + (5 if launch.kind == "tiles" else 1 + launch.rows * (0.03 + 0.8 / launch.columns))
     slots = across * (columns * inner * each + unaligned)
     multiplying = 2 * across * launch.rows * columns * inner / _TENSOR
-    return kernel_seconds(problem.steps, launch, moved, slots, multiplying, processors, each=3)
+    return kernel_seconds(problem.steps, launch, moved, slots, multiplying, processors, each=3, many=2.2)

@@ -44,8 +44,11 @@ _WARP_GROUPS, _WARPS = 0.45, 0.45
 """Shares of that: of tiles, which wait for each group's sum, and of what single warps do."""
 
 _LAUNCH, _START = 2e-6, 4.5e-6
+_MANY = 2.0
+"""How many times as long slices of more than 16 rows were measured to take."""
+
 _BESIDE = 0.1
-"""As in ``byte_launch``."""
+"""As in ``byte_launch``, as the two before."""
 
 _AHEAD = 5
 """Stages where extra bits wait for words: two steps are on their way."""
@@ -237,7 +240,8 @@ def predicted_seconds(problem: GroupProblem, launch: GroupLaunch, processors: in
     step = launch.columns * launch.slices * problem.block * problem.bits // 8 * launch.stages
     waited = streamed_seconds(problem, launch, moved, programs, step, processors)
     starts = _START + _LAUNCH * (launch.parts > 1)
-    return max(computed, waited) + _BESIDE * min(computed, waited) + starts
+    slower = _MANY if launch.kind == "slices" and launch.rows > 16 else 1.0
+    return slower * (max(computed, waited) + _BESIDE * min(computed, waited)) + starts
 
 
 def _slots(problem: GroupProblem, launch: GroupLaunch) -> float:

@@ -24,9 +24,11 @@ _seen: dict[int, tuple[Callable[[], bool], int]] = {}
 _MOST = 4096
 
 
-def settled(weight: torch.Tensor) -> bool:
+def settled(weight: torch.Tensor, *, runs: bool = True) -> bool:
     """Whether this was asked of ``weight`` before, and nothing was written to it since, by what torch counts
-    (views share the count). The first kernel to read a weight is to wait for all that is ahead of it."""
+    (views share the count). The first kernel to read a weight is to wait for all that is ahead of it.
+    ``runs``: whether the kernel that asks is started now. One that a graph records is started who knows when:
+    it may go by what was seen, and is not what others go by."""
     written = _torch.writes(weight)
     if written is None:
         return False
@@ -35,6 +37,8 @@ def settled(weight: torch.Tensor) -> bool:
     # A key is not given to another storage while it is watched.
     if found is not None and found[1] == written:
         return True
+    if not runs:
+        return False
     if len(_seen) >= _MOST:
         for gone in [key for key, (expired, _) in _seen.items() if expired()]:
             del _seen[gone]
@@ -47,4 +51,4 @@ def reads_early(weight: torch.Tensor) -> bool:
     """``settled``, on devices that let kernels in early."""
     if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (9, 0):
         return False
-    return settled(weight)
+    return settled(weight, runs=not torch.cuda.is_current_stream_capturing())
