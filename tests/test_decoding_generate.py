@@ -188,6 +188,21 @@ def test_models_that_cannot_be_captured_generate_as_they_did() -> None:
         generating(model, 40, on_error="rollback", budget="1GiB")
 
 
+def test_what_goes_wrong_unforeseen_leaves_generating_to_the_model(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any) -> None:
+        raise TypeError("lost its way\nand more")
+
+    monkeypatch.setattr("graphopt.decoding.generator.build", fails)
+    fast = generating(llama, 40, on_error="rollback")
+    agrees(llama, fast, tokens(), max_new_tokens=4, do_sample=False)
+    assert "generates as it did: TypeError: lost its way" in fast.report.diagnostics
+    for settings in ({"on_error": "raise"}, {"on_error": "rollback", "budget": "1GiB"}):
+        with pytest.raises(TypeError, match="lost its way"):
+            generating(llama, 40, **settings)
+
+
 def test_encoder_decoders_are_refused_with_the_reason() -> None:
     config = transformers.T5Config(
         vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0

@@ -11,7 +11,7 @@ import graphopt
 from graphopt.decoding.build import Built, build
 from graphopt.decoding.generation import generate_with, plain_generate
 from graphopt.decoding.options import Generate
-from graphopt.errors import CaptureError, InputsError, VerificationError
+from graphopt.errors import CaptureError, GraphoptError, InputsError, VerificationError, brief
 from graphopt.report import Environment, Report
 
 if TYPE_CHECKING:
@@ -45,15 +45,19 @@ class Generator:
         try:
             self._built = build(self.model, self.inputs, self.options, self.session)
         except (CaptureError, VerificationError) as error:
-            budget = self.session.budget
-            bounded = budget.memory is not None or budget.cache is not None
-            if (
-                self.session.on_error == "raise"
-                or bounded
-                or not callable(getattr(self.model, "generate", None))
-            ):
-                raise
-            self._refused = f"generates as it did: {error.message}"
+            self._give_up(error, error.message)
+        except GraphoptError:
+            raise
+        except Exception as error:  # what a capture, or a pass, may run into cannot be listed
+            self._give_up(error, brief(error))
+
+    def _give_up(self, error: Exception, why: str) -> None:
+        """Leave ``generate`` to the model, where that is what was asked for and is possible."""
+        bounded = self.session.budget.memory is not None or self.session.budget.cache is not None
+        own = callable(getattr(self.model, "generate", None))
+        if self.session.on_error == "raise" or bounded or not own:
+            raise error
+        self._refused = f"generates as it did: {why}"
 
     @property
     def built(self) -> Built:

@@ -95,8 +95,8 @@ def load_weights(
     ``device`` is where tensors of a model on the meta device go, the CPU by default. With ``strict=False``
     missing and unexpected tensors are listed in the result and no error.
 
-    Names, shapes, dtypes and the numbers of packed weights are checked before anything changes: packed weights
-    are read twice for it, one at a time.
+    Names, shapes, dtypes and the numbers of packed weights are checked before anything changes: packed
+    weights are read twice for it, one at a time.
 
     Raises ``CheckpointError`` for a file that cannot be read, does not fit the model or holds what no scheme
     does; ``UnknownNameError`` for a format; ``OSError`` as ``open``; with ``inputs``, as ``quantize`` does.
