@@ -12,6 +12,7 @@ from graphopt import _torch
 from graphopt.budget import format_bytes, parse_bytes
 from graphopt.capture.semantic import semantic_program
 from graphopt.cost import Cost
+from graphopt.decoding.beside import SideBySide
 from graphopt.decoding.capture import Uncached, capture_uncached
 from graphopt.decoding.check import check_captured, check_steps
 from graphopt.decoding.decoder import MOVED, Decoder
@@ -62,14 +63,18 @@ def build(model: torch.nn.Module, inputs: Any, options: Generate, session: Sessi
     padding = batch * capacity if uncached.mask is not None else 0
     cache_bytes = stored_bytes(sites, batch, capacity) + padding
     bound = _check_cache(session, sites, cache_bytes, options)
+    beside = None
+    if session.cost.device.multiprocessors:
+        beside = SideBySide(tuple(session.host.schemes().values()))
     step = step_graph(uncached, sites, batch, capacity, capacity)
+    step = step if beside is None else beside(step)
     general = _rewritten("decode", step, uncached, session)
     weight_bytes = _torch.storage_bytes([*model.parameters(), *model.buffers()])
     arithmetic = _Arithmetic(uncached, sites, step, general, session, options, weight_bytes, cache_bytes)
     baseline = arithmetic.baseline()
     budget = session.budget.resolve(baseline.peak_bytes)
     chunk, predicted = arithmetic.fitted(budget)
-    decoder = Decoder(uncached, sites, options, step, general.gm, lambda *_: None, chunk, device)
+    decoder = Decoder(uncached, sites, options, step, general.gm, lambda *_: None, chunk, device, beside)
     off = _check(decoder)
     _name(session, uncached, decoder)
     if budget is not None:
@@ -77,7 +82,14 @@ def build(model: torch.nn.Module, inputs: Any, options: Generate, session: Sessi
         session.budget = replace(session.budget, memory=budget, reserve=0)
     decoder.single = Singles(session)
     record = DecodingRecord(
-        capacity, batch, chunk, cache_bytes, bound, off, site_records(sites, batch, capacity)
+        capacity,
+        batch,
+        chunk,
+        cache_bytes,
+        bound,
+        off,
+        site_records(sites, batch, capacity),
+        0 if beside is None else beside.count,
     )
     return Built(decoder, record, baseline, predicted, (general,))
 

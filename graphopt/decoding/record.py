@@ -30,7 +30,8 @@ class SiteRecord:
 class DecodingRecord:
     """``max_tokens``, ``max_batch``: what the stores are for; ``chunk``: tokens of a prompt taken in at once;
     ``cache_bytes``: stores and what is kept of padding; ``budget``: the bound on them, if there is one;
-    ``off``: by how much logits differed most from those without a cache when it was checked."""
+    ``off``: by how much logits differed most from those without a cache when it was checked; ``beside``:
+    products whose weights were laid side by side, to be read by one."""
 
     max_tokens: int
     max_batch: int
@@ -39,6 +40,7 @@ class DecodingRecord:
     budget: int | None
     off: float
     sites: tuple[SiteRecord, ...]
+    beside: int = 0
 
 
 def site_records(sites: Sequence[Site], batch: int, capacity: int) -> tuple[SiteRecord, ...]:
