@@ -1,0 +1,264 @@
+"""Attention of one new token over what a store holds, on one GPU, beside ``scaled_dot_product_attention``.
+
+    python benchmarks/gpu_decode_attention.py --out benchmarks/results/gpu_decode_attention.json
+    python benchmarks/gpu_decode_attention.py --tune      # launches of graphopt's kernels, the best ones
+
+32 heads of queries and 8 of keys, of 128 elements, bf16. ``graphopt`` is ``graphopt::attend_full``, which
+writes the new key and value and attends; ``sdpa-gqa`` and ``sdpa-expanded`` do what a static cache does, two
+``index_copy_`` and ``scaled_dot_product_attention`` over the whole capacity with a boolean mask, heads of
+keys shared (``enable_gqa``) or repeated before. ``filled`` positions of ``capacity`` are there.
+
+``us`` is the time of a call in a CUDA graph of as many calls as it takes to go through ``COLD`` bytes of
+stores, so that none is read from the cache of the device; the median of replays. ``gb_per_second`` counts the
+keys and values of filled positions, once each, whatever a kernel reads, and ``of_read`` is its share of
+``read_gb_per_second``, which the same run measures by summing a vector of 1 GiB (``graphopt::probe_read``).
+``error`` is the distance of the output from float64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from graphopt.atomic import write_atomically
+from graphopt_kernels import attend_launch, bandwidth
+from graphopt_kernels.attend_full import attend_full
+from graphopt_kernels.attend_reference import allowed_keys, attention_over
+
+HEADS, GROUPS, WIDTH = 32, 8, 128
+COLD = 256 * 2**20
+MOST_COPIES = 24
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True)
+class Case:
+    """One token of ``batch`` sequences at the last of ``filled`` positions."""
+
+    batch: int
+    capacity: int
+    filled: int
+
+    @property
+    def held(self) -> int:
+        """Bytes of keys and values of the whole store."""
+        return 2 * self.batch * GROUPS * self.capacity * WIDTH * 2
+
+    @property
+    def filled_bytes(self) -> int:
+        return self.held // self.capacity * self.filled
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a call is given: new rows, stores, and where the token is."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+    positions: torch.Tensor
+    mask: torch.Tensor
+
+    @staticmethod
+    def drawn(case: Case) -> Held:
+        def numbers(heads: int, rows: int) -> torch.Tensor:
+            return torch.randn(case.batch, heads, rows, WIDTH, device="cuda", dtype=BF16)
+
+        positions = torch.tensor([case.filled - 1], device="cuda")
+        places = torch.arange(case.capacity, device="cuda")
+        return Held(
+            numbers(HEADS, 1), numbers(GROUPS, 1), numbers(GROUPS, 1), numbers(GROUPS, case.capacity),
+            numbers(GROUPS, case.capacity), positions, (places <= positions)[None, None, None],
+        )  # fmt: skip
+
+
+def graphopt_call(given: Held) -> torch.Tensor:
+    return attend_full(
+        given.query, given.key, given.value, given.keys, given.values, given.positions, None, None, None,
+        WIDTH**-0.5, 0.0, 0, given.keys.shape[2],
+    )  # fmt: skip
+
+
+def static_cache(given: Held, *, expanded: bool) -> torch.Tensor:
+    given.keys.index_copy_(2, given.positions, given.key)
+    given.values.index_copy_(2, given.positions, given.value)
+    keys, values = given.keys, given.values
+    if expanded:
+        keys, values = (x.repeat_interleave(HEADS // GROUPS, 1) for x in (keys, values))
+    return F.scaled_dot_product_attention(
+        given.query, keys, values, given.mask, scale=WIDTH**-0.5, enable_gqa=not expanded
+    )
+
+
+KINDS: dict[str, Callable[[Held], torch.Tensor]] = {
+    "graphopt": graphopt_call,
+    "sdpa-gqa": lambda given: static_cache(given, expanded=False),
+    "sdpa-expanded": lambda given: static_cache(given, expanded=True),
+}
+
+
+def microseconds(calls: Sequence[Callable[[], Any]], seconds: float = 0.05) -> float:
+    """Of one of ``calls``, all of them in one CUDA graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for call in (calls[0], calls[-1]):
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    taken: list[float] = []
+    started = time.perf_counter()
+    for number in range(40):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        if number:
+            taken.append(start.elapsed_time(end) * 1e3 / len(calls))
+        if len(taken) >= 5 and time.perf_counter() - started > seconds:
+            break
+    return statistics.median(taken)
+
+
+def read_bandwidth() -> float:
+    """Bytes a second."""
+    data = torch.empty(2**30 // 4, device="cuda")
+    return 2**30 / microseconds([lambda: bandwidth.probe_read(data)] * 4) * 1e6
+
+
+def exact(given: Held) -> torch.Tensor:
+    """The first sequence in float64, the new row written."""
+    filled = int(given.positions[0]) + 1
+    keys, values = (x[:1, :, :filled].double() for x in (given.keys, given.values))
+    for store, new in ((keys, given.key), (values, given.value)):
+        store[:, :, -1:] = new[:1].double()
+    allowed = allowed_keys(given.positions, torch.arange(filled, device="cuda"), None, 1, 0)
+    return attention_over(given.query[:1].double(), keys, values, allowed, None, None, WIDTH**-0.5, 0.0)
+
+
+def row_of(case: Case, kind: str, taken: float, bandwidth: float, **more: Any) -> dict[str, Any]:
+    reached = case.filled_bytes / taken * 1e6
+    return {
+        "batch": case.batch, "capacity": case.capacity, "filled": case.filled, "kind": kind,
+        "us": round(taken, 2), "gb_per_second": round(reached / 1e9, 1),
+        "of_read": round(reached / bandwidth, 3), **more,
+    }  # fmt: skip
+
+
+def measured(case: Case, kinds: Sequence[str], bandwidth: float) -> Iterator[dict[str, Any]]:
+    torch.manual_seed(0)
+    copies = max(2, min(MOST_COPIES, -(-COLD // case.held)))
+    given = [Held.drawn(case) for _ in range(copies)]
+    truth = exact(given[0])
+    for kind in kinds:
+        function = KINDS[kind]
+        try:
+            found = function(given[0])[:1].double()
+            error = float((found - truth).norm() / truth.norm())
+            taken = microseconds([lambda h=h, f=function: f(h) for h in given])  # type: ignore[misc]
+        except Exception as error_:  # the other cases are to be measured still
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            yield {**case.__dict__, "kind": kind, "failed": f"{type(error_).__name__}: {error_}"[:300]}
+            continue
+        yield row_of(case, kind, taken, bandwidth, error=float(f"{error:.2e}"))
+
+
+def tuned(case: Case, bandwidth: float) -> Iterator[dict[str, Any]]:
+    """The launches of the first kernel that take the least time, and the one that is taken by rule."""
+    copies = max(2, min(MOST_COPIES, -(-COLD // case.held)))
+    given = [Held.drawn(case) for _ in range(copies)]
+    problem = attend_launch.problem_of(given[0].query, given[0].keys, given[0].values, case.capacity)
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    usual = attend_launch.launch_for(problem, processors)
+    programs = case.batch * GROUPS
+    most = max(1, case.capacity // 64)
+    parts = {min(most, max(1, n * processors // programs)) for n in (1, 2, 3, 4, 6, 8)} | {usual.parts}
+    tiles = product((32, 64, 128), sorted(parts), (2, 4, 8), (2, 3, 4, 5))
+    found = []
+    for columns, count, warps, stages in tiles:
+        launch = attend_launch.AttendLaunch(16, columns, count, warps, stages)
+        if columns * WIDTH * 4 * (stages - 1) > 200 * 1024:
+            continue
+
+        def call(h: Held, launch: attend_launch.AttendLaunch = launch) -> torch.Tensor:
+            return attend_launch.attend_on_gpu(
+                attend_launch.jitted(), h.query, h.key, h.value, h.keys, h.values, h.positions, None, None,
+                None, WIDTH**-0.5, 0.0, 0, case.capacity, ring=False, launch=launch,
+            )  # fmt: skip
+
+        try:
+            taken = microseconds([lambda h=h, call=call: call(h) for h in given], 0.0)  # type: ignore[misc]
+        except Exception as error:  # launches that do not fit
+            yield {"launch": list(launch), "failed": f"{type(error).__name__}: {error}"[:200]}
+            continue
+        found.append((taken, launch))
+    for taken, launch in sorted(found)[:5] + [pair for pair in found if pair[1] == usual]:
+        yield row_of(case, "usual" if launch == usual else "tried", taken, bandwidth, launch=list(launch))
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    options.add_argument("--out", type=Path, default=Path("benchmarks/results/gpu_decode_attention.json"))
+    options.add_argument("--batches", default="1,4,16", help="numbers of sequences, by commas")
+    options.add_argument("--capacities", default="4096,32768", help="positions of stores, by commas")
+    options.add_argument("--kinds", default=",".join(KINDS), help="what is measured, by commas")
+    options.add_argument(
+        "--seconds", type=float, default=50, help="cases that would begin later are left out"
+    )
+    options.add_argument("--tune", action="store_true", help="try launches of graphopt's kernels instead")
+    given = options.parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_decode_attention needs a CUDA device")
+        return
+    started = time.perf_counter()
+    read = read_bandwidth()
+    document: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "versions": {name: version(name) for name in ("torch", "triton")},
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": "python benchmarks/gpu_decode_attention.py" + (" --tune" if given.tune else ""),
+        "read_gb_per_second": round(read / 1e9, 1),
+        "rows": [],
+        "left_out": [],
+    }
+    sizes = product(map(int, given.batches.split(",")), map(int, given.capacities.split(",")), (2, 1))
+    for batch, capacity, share in sizes:
+        case = Case(batch, capacity, capacity // share)
+        if time.perf_counter() - started > given.seconds:
+            document["left_out"].append({**case.__dict__, "why": "no time is left"})
+            continue
+        try:
+            for row in tuned(case, read) if given.tune else measured(case, given.kinds.split(","), read):
+                print(json.dumps(row), flush=True)
+                document["rows"].append(row)
+        except Exception as error:  # the other cases are to be measured still
+            document["left_out"].append({**case.__dict__, "why": f"{type(error).__name__}: {error}"[:300]})
+        torch.cuda.empty_cache()
+        if not given.tune:
+            write_atomically(given.out, json.dumps(document, indent=1) + "\n")
+    print(json.dumps({"seconds": round(time.perf_counter() - started, 1), "left_out": document["left_out"]}))
+
+
+if __name__ == "__main__":
+    main()
