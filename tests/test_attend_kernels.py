@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor
 
 import graphopt_kernels.attend_launch as launching
+from graphopt.decoding.masks import MaskSpec
+from graphopt.decoding.stores import SiteSpec
 from graphopt_kernels.attend_full import attend_full, attend_full_reference
 from graphopt_kernels.attend_launch import AttendProblem, kernels_take, launch_for, parts_for
 from graphopt_kernels.attend_ring import attend_ring, attend_ring_reference
+from graphopt_kernels.cache_stores import Full, Ring
 from graphopt_kernels.emit.machine_code import MachineCode, compile_function_for_sm90
 from graphopt_kernels.tuning.calls import Recorder
 from tests.interpreted import interpreted
@@ -161,6 +165,18 @@ def test_tiles_hold_the_rows_that_there_are() -> None:
 def test_what_kernels_do_not_take_is_said(query: Tensor, keys: Tensor, values: Tensor, text: str) -> None:
     assert text in str(kernels_take(query, keys, values))
     assert kernels_take(meta(1, 2, 1, 8), meta(1, 1, 4, 8), meta(1, 1, 4, 8)) is None
+
+
+@needs_triton
+def test_stores_follow_the_position_where_kernels_serve_them() -> None:
+    site = SiteSpec(8, 2, 128, 64, BF16, MaskSpec(window=64), 1.0)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert Full().follows(site, gpu) and Full().follows(site, cpu)
+    for change in ({"dtype": torch.float64}, {"key_width": 320}, {"dtype": FP32, "value_width": 256}):
+        other = replace(site, **change)
+        assert not Full().follows(other, gpu) and Full().follows(other, cpu)
+        assert Ring().follows(other, gpu)
+    assert not Full().follows(site, torch.device("xpu"))
 
 
 def test_what_a_gpu_needs_beside_the_output_is_that_of_the_launch() -> None:

@@ -9,6 +9,7 @@ keys a part has, on the device.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -20,8 +21,8 @@ from graphopt_kernels.attention_launch import WIDEST, WIDEST_FLOAT32, rows_toget
 from graphopt_kernels.tuning.lookup import processors_of
 
 __all__ = [
-    "AttendLaunch", "AttendProblem", "attend_on_gpu", "attend_scratch", "jitted", "kernels_for",
-    "kernels_take", "launch_for", "parts_for", "precision",
+    "AttendLaunch", "AttendProblem", "attend_on_gpu", "attend_scratch", "jitted", "kernels_follow",
+    "kernels_for", "kernels_take", "launch_for", "parts_for", "precision",
 ]  # fmt: skip
 
 RESIDENT = 2
@@ -123,21 +124,34 @@ def kernels_for(query: torch.Tensor, key_store: torch.Tensor, value_store: torch
 
 def kernels_take(query: torch.Tensor, key_store: torch.Tensor, value_store: torch.Tensor) -> Reason | None:
     """``None``, or why the kernels do not take what the operators take."""
-    taken = (torch.float32, torch.float16, torch.bfloat16)
-    for name, dtype in (
-        ("queries", query.dtype), ("stored keys", key_store.dtype), ("stored values", value_store.dtype)
-    ):  # fmt: skip
-        if dtype not in taken:
-            return Reason(f"the kernels of attention over stores do not take {name} in {dtype}")
-    widest = WIDEST_FLOAT32 if query.dtype is torch.float32 else WIDEST
-    width = max(key_store.shape[-1], value_store.shape[-1])
-    if width > widest:
-        return Reason(f"heads of {width} elements do not fit the registers: at most {widest} do")
+    reason = _kinds_taken(
+        {"queries": query.dtype, "stored keys": key_store.dtype, "stored values": value_store.dtype},
+        max(key_store.shape[-1], value_store.shape[-1]),
+    )
+    if reason is not None:
+        return reason
     for name, store in (("keys", key_store), ("values", value_store)):
         if store.stride(-1) != 1:
             return Reason(f"elements of a row of stored {name} lie {store.stride(-1)} apart: expected 1")
     if 0 in query.shape:
         return Reason("there are no rows")
+    return None
+
+
+def kernels_follow(device: torch.device, dtype: torch.dtype, width: int, value_width: int) -> bool:
+    """Whether steps of ``dtype`` on ``device`` run kernels, which read what is there and no more."""
+    taken = _kinds_taken({"queries": dtype}, max(width, value_width)) is None
+    return taken and device.type == "cuda" and jitted() is not None
+
+
+def _kinds_taken(dtypes: Mapping[str, torch.dtype], width: int) -> Reason | None:
+    """``None``, or why the kernels do not take tensors of ``dtypes``, by name, in heads of ``width``."""
+    for name, dtype in dtypes.items():
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return Reason(f"the kernels of attention over stores do not take {name} in {dtype}")
+    widest = WIDEST_FLOAT32 if dtypes["queries"] is torch.float32 else WIDEST
+    if width > widest:
+        return Reason(f"heads of {width} elements do not fit the registers: at most {widest} do")
     return None
 
 
