@@ -191,7 +191,7 @@ def test_what_a_gpu_needs_beside_the_output_is_that_of_the_launch() -> None:
         taken = launching.attend_scratch(*given, None, None, None, 0.1, 0.0, 0, 32768)
         counted = launching.attend_scratch(*given, valid, query, None, 0.1, 0.0, 0, 32768)
         parts = launch_for(
-            launching.problem_of(query, store, store, 32768), launching._processors(query.device)
+            launching.problem_of(query, store, store, 32768), launching.processors_for(query.device)
         ).parts
     assert taken == 32 * parts * (128 + 1) * 4
     assert counted == taken + 32768 * 4

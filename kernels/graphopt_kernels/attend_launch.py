@@ -21,8 +21,9 @@ from graphopt_kernels.attention_launch import WIDEST, WIDEST_FLOAT32, rows_toget
 from graphopt_kernels.tuning.lookup import processors_of
 
 __all__ = [
-    "AttendLaunch", "AttendProblem", "attend_on_gpu", "attend_scratch", "jitted", "kernels_follow",
-    "kernels_for", "kernels_take", "launch_for", "parts_for", "precision",
+    "AttendLaunch", "AttendProblem", "attend_on_gpu", "attend_scratch", "block_of", "jitted",
+    "kernels_follow", "kernels_for", "kernels_take", "kinds_taken", "launch_for", "merge", "on_device",
+    "parts_for", "precision", "problem_of", "processors_for",
 ]  # fmt: skip
 
 RESIDENT = 2
@@ -124,7 +125,7 @@ def kernels_for(query: torch.Tensor, key_store: torch.Tensor, value_store: torch
 
 def kernels_take(query: torch.Tensor, key_store: torch.Tensor, value_store: torch.Tensor) -> Reason | None:
     """``None``, or why the kernels do not take what the operators take."""
-    reason = _kinds_taken(
+    reason = kinds_taken(
         {"queries": query.dtype, "stored keys": key_store.dtype, "stored values": value_store.dtype},
         max(key_store.shape[-1], value_store.shape[-1]),
     )
@@ -140,11 +141,11 @@ def kernels_take(query: torch.Tensor, key_store: torch.Tensor, value_store: torc
 
 def kernels_follow(device: torch.device, dtype: torch.dtype, width: int, value_width: int) -> bool:
     """Whether steps of ``dtype`` on ``device`` run kernels, which read what is there and no more."""
-    taken = _kinds_taken({"queries": dtype}, max(width, value_width)) is None
+    taken = kinds_taken({"queries": dtype}, max(width, value_width)) is None
     return taken and device.type == "cuda" and jitted() is not None
 
 
-def _kinds_taken(dtypes: Mapping[str, torch.dtype], width: int) -> Reason | None:
+def kinds_taken(dtypes: Mapping[str, torch.dtype], width: int) -> Reason | None:
     """``None``, or why the kernels do not take tensors of ``dtypes``, by name, in heads of ``width``."""
     for name, dtype in dtypes.items():
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -198,7 +199,7 @@ def attend_on_gpu(
     batch, heads, rows, width = query.shape
     groups, slots, value_width = key_store.shape[1], key_store.shape[2], value_store.shape[3]
     problem = problem_of(query, key_store, value_store, length)
-    launch = launch or launch_for(problem, processors or _processors(query.device))
+    launch = launch or launch_for(problem, processors or processors_for(query.device))
     output = query.new_empty((batch, heads, rows, value_width))
     widths = {
         "WIDTH": width, "VALUE_WIDTH": value_width, "BLOCK_D": block_of(width),
@@ -230,7 +231,7 @@ def attend_on_gpu(
         partial = query.new_empty((*shape, value_width), dtype=torch.float32)
         sums = query.new_empty(shape, dtype=torch.float32)
     blocks = -(-rows * (heads // groups) // launch.rows)
-    with _on(query):
+    with on_device(query):
         if key is not None and not beside:
             write()
         kernels.attend_kernel[(blocks * parts * batch * groups,)](
@@ -300,7 +301,7 @@ def attend_scratch(
     if query.device.type != "cuda" or kernels_take(query, key_store, value_store) is not None:
         return 0
     problem = problem_of(query, key_store, value_store, length)
-    parts = launch_for(problem, _processors(query.device)).parts
+    parts = launch_for(problem, processors_for(query.device)).parts
     batch, heads, rows, _width = map(_torch.hint, query.shape)
     taken = batch * heads * rows * parts * (value_store.shape[3] + 1) * 4 if parts > 1 else 0
     if valid is not None and slopes is not None:
@@ -308,12 +309,13 @@ def attend_scratch(
     return taken
 
 
-def _processors(device: torch.device) -> int:
+def processors_for(device: torch.device) -> int:
+    """How many multiprocessors ``device`` has; those of an H100 where there is none to be asked."""
     if device.type != "cuda" or not torch.cuda.is_available():
         return PROCESSORS
     return processors_of(device)
 
 
-def _on(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+def on_device(tensor: torch.Tensor) -> AbstractContextManager[Any]:
     """Where kernels are started: the device of ``tensor``. Launches that are written down have none."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

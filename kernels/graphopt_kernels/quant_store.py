@@ -11,6 +11,7 @@ import torch
 from graphopt.candidate import Reason
 from graphopt.decoding.stores import CacheStore, SiteSpec
 from graphopt_kernels.attend_quant import attend_quant, attention_rounded
+from graphopt_kernels.attend_quant_launch import follows
 from graphopt_kernels.cache_codes import PLANES, scale_dtype, words_of
 
 __all__ = ["Quant"]
@@ -106,6 +107,10 @@ class Quant(CacheStore):
             query, key, value, valid, slopes, sinks, site.scale, site.softcap, site.mask.window, *self.widths,
             self.block, self.group, self.residual,
         )  # fmt: skip
+
+    def follows(self, site: SiteSpec, device: torch.device) -> bool:
+        sizes = (site.key_width, site.value_width, self.block, self.group)
+        return device.type == "cpu" or follows(device, site.dtype, *sizes)
 
     def crossed(self, site: SiteSpec) -> int:
         return self.residual + 3 * self.block + 3 + site.mask.window
