@@ -28,40 +28,6 @@ NEAREST = tl.constexpr(12582912.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _word_rows(  # type: ignore[no-untyped-def]
-    base, unit, units, end, slots, per, words, BITS: tl.constexpr, START: tl.constexpr, COUNT: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Codes int32 [``COUNT`` * 32, ``BLOCK``] of a plane of ``BITS`` bits of ``COUNT`` units of keys."""
-    each: tl.constexpr = 32 // BITS
-    row = tl.arange(0, COUNT * BITS)
-    number = unit + row // BITS
-    # A plane begins with the word that follows the planes before it.
-    word = (number // per % slots) * words + START * per + (number % per) * BITS + row % BITS
-    wide = tl.arange(0, BLOCK)
-    place = base + word[:, None] * WIDTH + wide[None, :]
-    held = tl.load(place, mask=(number < end)[:, None] & (wide < WIDTH)[None, :], other=0)
-    shifts = tl.arange(0, each) * BITS
-    codes = (held[:, None, :] >> shifts[None, :, None]) & ((1 << BITS) - 1)
-    return tl.reshape(codes, [COUNT * 32, BLOCK])
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _word_columns(  # type: ignore[no-untyped-def]
-    base, row, inside, words, BITS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Codes int32 [``ROWS``, ``BLOCK``] of a plane of ``BITS`` bits of rows of values, ``words`` apart."""
-    each: tl.constexpr = 32 // BITS
-    word = tl.arange(0, BLOCK // each)
-    place = base + row[:, None] * words + word[None, :]
-    held = tl.load(place, mask=inside[:, None] & (word * each < WIDTH)[None, :], other=0)
-    shifts = tl.arange(0, each) * BITS
-    codes = (held[:, :, None] >> shifts[None, None, :]) & ((1 << BITS) - 1)
-    return tl.reshape(codes, [ROWS, BLOCK])
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _numbers(codes, scale, zero, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
     """``codes * scale + zero`` in float32, without a conversion of whole numbers."""
     behind_one = ((codes << (23 - BITS)) | 0x3F800000).to(tl.float32, bitcast=True)
@@ -70,26 +36,108 @@ def _numbers(codes, scale, zero, BITS: tl.constexpr):  # type: ignore[no-untyped
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _key_codes(  # type: ignore[no-untyped-def]
+    base, unit, end, slots, per, words, first, BITS: tl.constexpr, START: tl.constexpr, COUNT: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Codes int32 [``COUNT`` * 32, ``BLOCK``] of a plane of ``BITS`` bits of ``COUNT`` units of keys, of the
+    channels from ``first`` on."""
+    each: tl.constexpr = 32 // BITS
+    row = tl.arange(0, COUNT * BITS)
+    number = unit + row // BITS
+    # A plane begins with the word that follows the planes before it.
+    word = (number // per % slots) * words + START * per + (number % per) * BITS + row % BITS
+    channel = first + tl.arange(0, BLOCK)
+    place = base + word[:, None] * WIDTH + channel[None, :]
+    held = tl.load(place, mask=(number < end)[:, None] & (channel < WIDTH)[None, :], other=0)
+    shifts = tl.arange(0, each) * BITS
+    codes = (held[:, None, :] >> shifts[None, :, None]) & ((1 << BITS) - 1)
+    return tl.reshape(codes, [COUNT * 32, BLOCK])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _some_keys(  # type: ignore[no-untyped-def]
+    codes, scales, unit, end, slots, per, words, first, BITS: tl.constexpr, COUNT: tl.constexpr,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Keys float32 [``COUNT`` * 32, ``BLOCK``] of units from ``unit`` on, zeros from ``end`` on, of the
+    channels from ``first`` on."""
+    if BITS == 3:
+        found = _key_codes(codes, unit, end, slots, per, words, first, 2, 0, COUNT, WIDTH, BLOCK)
+        high = _key_codes(codes, unit, end, slots, per, words, first, 1, 2, COUNT, WIDTH, BLOCK)
+        found = found | (high << 2)
+    else:
+        found = _key_codes(codes, unit, end, slots, per, words, first, BITS, 0, COUNT, WIDTH, BLOCK)
+    number = unit + tl.arange(0, COUNT)
+    channel = first + tl.arange(0, BLOCK)
+    mask = (number < end)[:, None] & (channel < WIDTH)[None, :]
+    place = scales + (number // per % slots)[:, None] * (2 * WIDTH) + channel[None, :]
+    scale = tl.load(place, mask=mask, other=0.0).to(tl.float32)
+    zero = tl.load(place + WIDTH, mask=mask, other=0.0).to(tl.float32)
+    made = _numbers(tl.reshape(found, [COUNT, 32, BLOCK]), scale[:, None, :], zero[:, None, :], BITS)
+    return tl.reshape(made, [COUNT * 32, BLOCK])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def turned(number, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which channel is at place ``number`` of a tile of ``_keys_of``."""
+    return number % 4 * (BLOCK // 4) + number // 4
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _keys_of(  # type: ignore[no-untyped-def]
     codes, scales, unit, end, slots, per, words, BITS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Keys float32 [``COUNT`` * 32, ``BLOCK``] of units from ``unit`` on, zeros from ``end`` on."""
-    if BITS == 3:
-        found = _word_rows(codes, unit, COUNT, end, slots, per, words, 2, 0, COUNT, WIDTH, BLOCK)
-        high = _word_rows(codes, unit, COUNT, end, slots, per, words, 1, 2, COUNT, WIDTH, BLOCK)
-        found = found | (high << 2)
+    """Keys float32 [``COUNT`` * 32, ``BLOCK``], one channel of each quarter side by side (``turned``).
+
+    Quarters are joined so that a thread has four neighbours, which it writes at once for tensor cores;
+    products do not mind the order of channels.
+    """
+    quarter: tl.constexpr = BLOCK // 4
+    a = _some_keys(codes, scales, unit, end, slots, per, words, 0, BITS, COUNT, WIDTH, quarter)
+    b = _some_keys(codes, scales, unit, end, slots, per, words, quarter, BITS, COUNT, WIDTH, quarter)
+    c = _some_keys(codes, scales, unit, end, slots, per, words, 2 * quarter, BITS, COUNT, WIDTH, quarter)
+    d = _some_keys(codes, scales, unit, end, slots, per, words, 3 * quarter, BITS, COUNT, WIDTH, quarter)
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [COUNT * 32, BLOCK])
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _four(held, FIRST: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Codes ``FIRST``, ``FIRST + STEP``, .. of words [.., 2, 2], one thread having those of a word."""
+    mask: tl.constexpr = (1 << BITS) - 1
+    a = (held >> (FIRST * BITS)) & mask
+    b = (held >> ((FIRST + STEP) * BITS)) & mask
+    c = (held >> ((FIRST + 2 * STEP) * BITS)) & mask
+    d = (held >> ((FIRST + 3 * STEP) * BITS)) & mask
+    return tl.join(tl.join(a, c), tl.join(b, d))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _eight(held, FIRST: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    return tl.join(_four(held, FIRST, 2 * STEP, BITS), _four(held, FIRST + STEP, 2 * STEP, BITS))
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _value_codes(  # type: ignore[no-untyped-def]
+    base, row, inside, words, BITS: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Codes int32 [``ROWS``, ``BLOCK``] of a plane of ``BITS`` bits of rows of values, ``words`` apart."""
+    each: tl.constexpr = 32 // BITS
+    word = tl.arange(0, BLOCK // each)
+    place = base + row[:, None] * words + word[None, :]
+    held = tl.load(place, mask=inside[:, None] & (word * each < WIDTH)[None, :], other=0)
+    if BITS == 8:
+        codes = _four(held, 0, 1, BITS)
+    elif BITS == 4:
+        codes = _eight(held, 0, 1, BITS)
+    elif BITS == 2:
+        codes = tl.join(_eight(held, 0, 2, BITS), _eight(held, 1, 2, BITS))
     else:
-        found = _word_rows(codes, unit, COUNT, end, slots, per, words, BITS, 0, COUNT, WIDTH, BLOCK)
-    number = unit + tl.arange(0, COUNT)
-    wide = tl.arange(0, BLOCK)
-    mask = (number < end)[:, None] & (wide < WIDTH)[None, :]
-    place = scales + (number // per % slots)[:, None] * (2 * WIDTH) + wide[None, :]
-    scale = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    zero = tl.load(place + WIDTH, mask=mask, other=0.0).to(tl.float32)
-    # Scales are few, and are spread by broadcasting, not through shared memory.
-    made = _numbers(tl.reshape(found, [COUNT, 32, BLOCK]), scale[:, None, :], zero[:, None, :], BITS)
-    return tl.reshape(made, [COUNT * 32, BLOCK])
+        even = tl.join(_eight(held, 0, 4, BITS), _eight(held, 2, 4, BITS))
+        codes = tl.join(even, tl.join(_eight(held, 1, 4, BITS), _eight(held, 3, 4, BITS)))
+    return tl.reshape(codes, [ROWS, BLOCK])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -100,11 +148,11 @@ def _values_of(  # type: ignore[no-untyped-def]
     """Values float32 [``ROWS``, ``BLOCK``] of rows of the store, zeros where they are not ``inside``.
     ``first_words``: of the first of two planes."""
     if BITS == 3:
-        found = _word_columns(codes, row, inside, words, 2, WIDTH, ROWS, BLOCK)
-        high = _word_columns(codes + first_words, row, inside, words, 1, WIDTH, ROWS, BLOCK)
+        found = _value_codes(codes, row, inside, words, 2, WIDTH, ROWS, BLOCK)
+        high = _value_codes(codes + first_words, row, inside, words, 1, WIDTH, ROWS, BLOCK)
         found = found | (high << 2)
     else:
-        found = _word_columns(codes, row, inside, words, BITS, WIDTH, ROWS, BLOCK)
+        found = _value_codes(codes, row, inside, words, BITS, WIDTH, ROWS, BLOCK)
     groups: tl.constexpr = (WIDTH + GROUP - 1) // GROUP
     count: tl.constexpr = BLOCK // GROUP
     number = tl.arange(0, count)
@@ -204,6 +252,8 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     wide = tl.arange(0, BLOCK_D)[None, :]
     place = query + batch * query_batch + head[:, None].to(tl.int64) * query_head
     q = tl.load(place + wide, mask=there[:, None] & (wide < WIDTH), other=0.0)
+    channel = turned(tl.arange(0, BLOCK_D), BLOCK_D)[None, :]
+    q_turned = tl.load(place + channel, mask=there[:, None] & (channel < WIDTH), other=0.0)
     slope = tl.zeros([ROWS], tl.float32)
     if SLOPES:
         slope = tl.load(slopes + head, mask=there, other=0.0).to(tl.float32)
@@ -237,7 +287,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
             VALUE_WIDTH, COUNT * UNIT, BLOCK_V,
         ).to(q.dtype)  # fmt: skip
         total, most, result = take_in(
-            total, most, result, q, k, v, column + unit * UNIT, inside, at, slope, valid, places, origin,
+            total, most, result, q_turned, k, v, column + unit * UNIT, inside, at, slope, valid, places, origin,
             window, scale, softcap, WINDOW, VALID, SLOPES, CAPPED, APPROXIMATE, PRECISION,
         )  # fmt: skip
     key += batch * new_key_batch + shared.to(tl.int64) * new_key_head
