@@ -35,53 +35,46 @@ def _numbers(codes, scale, zero, BITS: tl.constexpr):  # type: ignore[no-untyped
     return behind_one * step + (zero - step)
 
 
+@triton.jit
+def _neighbours(tile):  # type: ignore[no-untyped-def]
+    """Of each four columns of ``tile`` the first, second, third and fourth."""
+    apart = tl.reshape(tile, [tile.shape[0], tile.shape[1] // 4, 2, 2])
+    even, odd = tl.split(apart)
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    return a, b, c, d
+
+
 @triton.jit  # type: ignore[untyped-decorator]
-def _key_codes(  # type: ignore[no-untyped-def]
-    base, unit, end, slots, per, words, first, BITS: tl.constexpr, START: tl.constexpr, COUNT: tl.constexpr,
+def _key_words(  # type: ignore[no-untyped-def]
+    base, unit, end, slots, per, words, BITS: tl.constexpr, START: tl.constexpr, COUNT: tl.constexpr,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Codes int32 [``COUNT`` * 32, ``BLOCK``] of a plane of ``BITS`` bits of ``COUNT`` units of keys, of the
-    channels from ``first`` on."""
-    each: tl.constexpr = 32 // BITS
+    """Words [``COUNT`` * ``BITS``, ``BLOCK``] of a plane of ``BITS`` bits of ``COUNT`` units of keys."""
     row = tl.arange(0, COUNT * BITS)
     number = unit + row // BITS
     # A plane begins with the word that follows the planes before it.
     word = (number // per % slots) * words + START * per + (number % per) * BITS + row % BITS
-    channel = first + tl.arange(0, BLOCK)
+    channel = tl.arange(0, BLOCK)
     place = base + word[:, None] * WIDTH + channel[None, :]
-    held = tl.load(place, mask=(number < end)[:, None] & (channel < WIDTH)[None, :], other=0)
+    return tl.load(place, mask=(number < end)[:, None] & (channel < WIDTH)[None, :], other=0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _key_codes(held, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Codes [positions, channels] of words [.., channels]."""
+    each: tl.constexpr = 32 // BITS
     shifts = tl.arange(0, each) * BITS
     codes = (held[:, None, :] >> shifts[None, :, None]) & ((1 << BITS) - 1)
-    return tl.reshape(codes, [COUNT * 32, BLOCK])
+    return tl.reshape(codes, [held.shape[0] * each, held.shape[1]])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _some_keys(  # type: ignore[no-untyped-def]
-    codes, scales, unit, end, slots, per, words, first, BITS: tl.constexpr, COUNT: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Keys float32 [``COUNT`` * 32, ``BLOCK``] of units from ``unit`` on, zeros from ``end`` on, of the
-    channels from ``first`` on."""
-    if BITS == 3:
-        found = _key_codes(codes, unit, end, slots, per, words, first, 2, 0, COUNT, WIDTH, BLOCK)
-        high = _key_codes(codes, unit, end, slots, per, words, first, 1, 2, COUNT, WIDTH, BLOCK)
-        found = found | (high << 2)
-    else:
-        found = _key_codes(codes, unit, end, slots, per, words, first, BITS, 0, COUNT, WIDTH, BLOCK)
-    number = unit + tl.arange(0, COUNT)
-    channel = first + tl.arange(0, BLOCK)
-    mask = (number < end)[:, None] & (channel < WIDTH)[None, :]
-    place = scales + (number // per % slots)[:, None] * (2 * WIDTH) + channel[None, :]
-    scale = tl.load(place, mask=mask, other=0.0).to(tl.float32)
-    zero = tl.load(place + WIDTH, mask=mask, other=0.0).to(tl.float32)
-    made = _numbers(tl.reshape(found, [COUNT, 32, BLOCK]), scale[:, None, :], zero[:, None, :], BITS)
-    return tl.reshape(made, [COUNT * 32, BLOCK])
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def turned(number, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Which channel is at place ``number`` of a tile of ``_keys_of``."""
-    return number % 4 * (BLOCK // 4) + number // 4
+def _some_keys(codes, scale, zero, BITS: tl.constexpr, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Keys float32 [``COUNT`` * 32, channels] of ``codes`` and the units' scales [``COUNT``, channels]."""
+    apart = tl.reshape(codes, [COUNT, 32, codes.shape[1]])
+    made = _numbers(apart, scale[:, None, :].to(tl.float32), zero[:, None, :].to(tl.float32), BITS)
+    return tl.reshape(made, [COUNT * 32, codes.shape[1]])
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -89,16 +82,33 @@ def _keys_of(  # type: ignore[no-untyped-def]
     codes, scales, unit, end, slots, per, words, BITS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Keys float32 [``COUNT`` * 32, ``BLOCK``], one channel of each quarter side by side (``turned``).
+    """Keys float32 [``COUNT`` * 32, ``BLOCK``] of units from ``unit`` on, zeros from ``end`` on.
 
-    Quarters are joined so that a thread has four neighbours, which it writes at once for tensor cores;
-    products do not mind the order of channels.
+    Four neighbours are dealt with apart and joined again, so that one thread has them all: that is how
+    tensor cores take them, and keys need not go through shared memory.
     """
-    quarter: tl.constexpr = BLOCK // 4
-    a = _some_keys(codes, scales, unit, end, slots, per, words, 0, BITS, COUNT, WIDTH, quarter)
-    b = _some_keys(codes, scales, unit, end, slots, per, words, quarter, BITS, COUNT, WIDTH, quarter)
-    c = _some_keys(codes, scales, unit, end, slots, per, words, 2 * quarter, BITS, COUNT, WIDTH, quarter)
-    d = _some_keys(codes, scales, unit, end, slots, per, words, 3 * quarter, BITS, COUNT, WIDTH, quarter)
+    number = unit + tl.arange(0, COUNT)
+    channel = tl.arange(0, BLOCK)
+    mask = (number < end)[:, None] & (channel < WIDTH)[None, :]
+    place = scales + (number // per % slots)[:, None] * (2 * WIDTH) + channel[None, :]
+    sa, sb, sc, sd = _neighbours(tl.load(place, mask=mask, other=0.0))
+    za, zb, zc, zd = _neighbours(tl.load(place + WIDTH, mask=mask, other=0.0))
+    if BITS == 3:
+        low = _key_words(codes, unit, end, slots, per, words, 2, 0, COUNT, WIDTH, BLOCK)
+        high = _key_words(codes, unit, end, slots, per, words, 1, 2, COUNT, WIDTH, BLOCK)
+        la, lb, lc, ld = _neighbours(low)
+        ha, hb, hc, hd = _neighbours(high)
+        ca = _key_codes(la, 2) | (_key_codes(ha, 1) << 2)
+        cb = _key_codes(lb, 2) | (_key_codes(hb, 1) << 2)
+        cc = _key_codes(lc, 2) | (_key_codes(hc, 1) << 2)
+        cd = _key_codes(ld, 2) | (_key_codes(hd, 1) << 2)
+    else:
+        held = _key_words(codes, unit, end, slots, per, words, BITS, 0, COUNT, WIDTH, BLOCK)
+        la, lb, lc, ld = _neighbours(held)
+        ca, cb = _key_codes(la, BITS), _key_codes(lb, BITS)
+        cc, cd = _key_codes(lc, BITS), _key_codes(ld, BITS)
+    a, b = _some_keys(ca, sa, za, BITS, COUNT), _some_keys(cb, sb, zb, BITS, COUNT)
+    c, d = _some_keys(cc, sc, zc, BITS, COUNT), _some_keys(cd, sd, zd, BITS, COUNT)
     return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [COUNT * 32, BLOCK])
 
 
@@ -252,8 +262,6 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     wide = tl.arange(0, BLOCK_D)[None, :]
     place = query + batch * query_batch + head[:, None].to(tl.int64) * query_head
     q = tl.load(place + wide, mask=there[:, None] & (wide < WIDTH), other=0.0)
-    channel = turned(tl.arange(0, BLOCK_D), BLOCK_D)[None, :]
-    q_turned = tl.load(place + channel, mask=there[:, None] & (channel < WIDTH), other=0.0)
     slope = tl.zeros([ROWS], tl.float32)
     if SLOPES:
         slope = tl.load(slopes + head, mask=there, other=0.0).to(tl.float32)
@@ -287,7 +295,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
             VALUE_WIDTH, COUNT * UNIT, BLOCK_V,
         ).to(q.dtype)  # fmt: skip
         total, most, result = take_in(
-            total, most, result, q_turned, k, v, column + unit * UNIT, inside, at, slope, valid, places, origin,
+            total, most, result, q, k, v, column + unit * UNIT, inside, at, slope, valid, places, origin,
             window, scale, softcap, WINDOW, VALID, SLOPES, CAPPED, APPROXIMATE, PRECISION,
         )  # fmt: skip
     key += batch * new_key_batch + shared.to(tl.int64) * new_key_head
@@ -341,7 +349,7 @@ def _codes_of(x, scale, zero, levels):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _key_words(  # type: ignore[no-untyped-def]
+def _write_key_words(  # type: ignore[no-untyped-def]
     codes, base, channel, BITS: tl.constexpr, LOW: tl.constexpr, LENGTH: tl.constexpr,
     CHANNELS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -356,7 +364,7 @@ def _key_words(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _value_words(  # type: ignore[no-untyped-def]
+def _write_value_words(  # type: ignore[no-untyped-def]
     codes, base, row, words, BITS: tl.constexpr, LOW: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -389,10 +397,10 @@ def _close_keys(  # type: ignore[no-untyped-def]
     codes = _codes_of(x, scale[None, :], zero[None, :], levels)
     base = key_codes + slot * words * WIDTH
     if BITS == 3:
-        _key_words(codes, base, channel, 2, 0, LENGTH, CHANNELS, WIDTH)
-        _key_words(codes, base + LENGTH // 16 * WIDTH, channel, 1, 2, LENGTH, CHANNELS, WIDTH)
+        _write_key_words(codes, base, channel, 2, 0, LENGTH, CHANNELS, WIDTH)
+        _write_key_words(codes, base + LENGTH // 16 * WIDTH, channel, 1, 2, LENGTH, CHANNELS, WIDTH)
     else:
-        _key_words(codes, base, channel, BITS, 0, LENGTH, CHANNELS, WIDTH)
+        _write_key_words(codes, base, channel, BITS, 0, LENGTH, CHANNELS, WIDTH)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -424,10 +432,10 @@ def _close_values(  # type: ignore[no-untyped-def]
     # Codes beyond the width are zero bits of the last words.
     codes = tl.where((wide < WIDTH)[None, :], _codes_of(x, scale, zero, levels), 0)
     if BITS == 3:
-        _value_words(codes, value_codes, stored, words, 2, 0, UNIT, BLOCK, WIDTH)
-        _value_words(codes, value_codes + first_words, stored, words, 1, 2, UNIT, BLOCK, WIDTH)
+        _write_value_words(codes, value_codes, stored, words, 2, 0, UNIT, BLOCK, WIDTH)
+        _write_value_words(codes, value_codes + first_words, stored, words, 1, 2, UNIT, BLOCK, WIDTH)
     else:
-        _value_words(codes, value_codes, stored, words, BITS, 0, UNIT, BLOCK, WIDTH)
+        _write_value_words(codes, value_codes, stored, words, BITS, 0, UNIT, BLOCK, WIDTH)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
