@@ -7,7 +7,7 @@
     merge_kernel    the parts of a row (``attend_triton``)                      the row of the output
 
 The layout is that of ``graphopt_kernels.cache_codes``; stores are contiguous. Codes become numbers in
-registers: the bits of a code, put behind those of 1.0, are 1 + code / 2^bits. Imports triton: import it
+registers: a code of n bits, put behind the exponent of 2^n, is 2^n + code. Imports triton: import it
 lazily. Arguments of kernels are not annotated: triton evaluates annotations.
 """
 
@@ -30,9 +30,9 @@ NEAREST = tl.constexpr(12582912.0)
 @triton.jit  # type: ignore[untyped-decorator]
 def _numbers(codes, scale, zero, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
     """``codes * scale + zero`` in float32, without a conversion of whole numbers."""
-    behind_one = ((codes << (23 - BITS)) | 0x3F800000).to(tl.float32, bitcast=True)
-    step = scale * (1 << BITS)
-    return behind_one * step + (zero - step)
+    # The exponent is that of 2^BITS, the mantissa begins with the code.
+    behind = ((codes << (23 - BITS)) | (0x3F800000 + (BITS << 23))).to(tl.float32, bitcast=True)
+    return behind * scale + (zero - (1 << BITS) * scale)
 
 
 @triton.jit
