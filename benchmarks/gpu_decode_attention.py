@@ -8,11 +8,16 @@ writes the new key and value and attends; ``sdpa-gqa`` and ``sdpa-expanded`` do 
 ``index_copy_`` and ``scaled_dot_product_attention`` over the whole capacity with a boolean mask, heads of
 keys shared (``enable_gqa``) or repeated before. ``filled`` positions of ``capacity`` are there.
 
+``quant-8`` and ``quant-4`` are ``graphopt::attend_quant`` over keys and values of that many bits, the newest
+``residual`` rows exact; their ``filled_bytes`` are what is packed of the positions that are there, scales
+included, and the exact rows.
+
 ``us`` is the time of a call in a CUDA graph of as many calls as it takes to go through ``COLD`` bytes of
-stores, so that none is read from the cache of the device; the median of replays. ``gb_per_second`` counts the
-keys and values of filled positions, once each, whatever a kernel reads, and ``of_read`` is its share of
-``read_gb_per_second``, which the same run measures by summing a vector of 1 GiB (``graphopt::probe_read``).
-``error`` is the distance of the output from float64.
+stores, so that none is read from the cache of the device; the median of replays. ``gb_per_second`` counts
+``filled_bytes``, keys and values of filled positions once each, whatever a kernel reads, and ``of_read`` is
+its share of ``read_gb_per_second``, which the same run measures by summing a vector of 1 GiB
+(``graphopt::probe_read``). ``error`` is the distance of the output from float64, that of rounding keys and
+values included.
 """
 
 from __future__ import annotations
@@ -22,8 +27,9 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -33,13 +39,20 @@ import torch
 import torch.nn.functional as F
 
 from graphopt.atomic import write_atomically
+from graphopt.decoding.masks import MaskSpec
+from graphopt.decoding.stores import SiteSpec
 from graphopt_kernels import attend_launch, bandwidth
 from graphopt_kernels.attend_full import attend_full
+from graphopt_kernels.attend_quant import ALONE, attend_quant
 from graphopt_kernels.attend_reference import allowed_keys, attention_over
+from graphopt_kernels.cache_codes import round_keys, round_values
+from graphopt_kernels.quant_store import Quant
 
 HEADS, GROUPS, WIDTH = 32, 8, 128
-COLD = 256 * 2**20
-MOST_COPIES = 24
+COLD = 384 * 2**20
+"""Bytes of exact rows: several times the cache of a device, rounded ones too."""
+
+MOST_COPIES = 64
 BF16 = torch.bfloat16
 
 
@@ -104,11 +117,63 @@ def static_cache(given: Held, *, expanded: bool) -> torch.Tensor:
     )
 
 
-KINDS: dict[str, Callable[[Held], torch.Tensor]] = {
+EXACT: dict[str, Callable[[Held], torch.Tensor]] = {
     "graphopt": graphopt_call,
     "sdpa-gqa": lambda given: static_cache(given, expanded=False),
     "sdpa-expanded": lambda given: static_cache(given, expanded=True),
 }
+
+
+QUANT = {f"quant-{bits}": Quant(bits=bits) for bits in (8, 4)}
+KINDS = (*EXACT, *QUANT)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """The same over a store of rounded keys and values."""
+
+    held: Held
+    store: Quant
+    stores: tuple[torch.Tensor, ...]
+
+    @staticmethod
+    def of(held: Held, store: Quant) -> Rounded:
+        """What ``held`` has before its token, packed; the newest rows are in the rings."""
+        batch, capacity = held.keys.shape[0], held.keys.shape[2]
+        site = SiteSpec(HEADS, GROUPS, WIDTH, WIDTH, BF16, MaskSpec(), WIDTH**-0.5)
+        kinds = store.tensors(site, batch, capacity).values()
+        stores = tuple(torch.zeros(shape, dtype=dtype, device="cuda") for shape, dtype in kinds)
+        seen = int(held.positions[0])
+        blocks = max(0, (seen - 1 - store.residual) // store.block + 1)
+        newest = torch.arange(max(0, seen - store.residual), seen, device="cuda")
+        for number in range(batch):
+            if blocks:
+                keys = held.keys[number, :, : blocks * store.block].unflatten(1, (blocks, store.block))
+                values = held.values[number, :, : blocks * store.block]
+                packed = (
+                    *round_keys(keys, store.widths[0]),
+                    *round_values(values, store.widths[1], store.group),
+                )
+                for into, each in zip(stores, packed, strict=False):
+                    into[number, :, : each.shape[1]] = each
+            for into, rows in zip(stores[4:], (held.keys, held.values), strict=True):
+                into[number, :, newest % store.residual] = rows[number, :, newest]
+        return Rounded(held, store, stores)
+
+    def __call__(self) -> torch.Tensor:
+        held = self.held
+        return attend_quant(
+            held.query, held.key, held.value, *self.stores, held.positions, None, None, None, WIDTH**-0.5,
+            0.0, 0, held.keys.shape[2], *self.store.widths, self.store.group, ALONE,
+        )  # fmt: skip
+
+    @property
+    def filled_bytes(self) -> int:
+        """Of packed rows that the token reads, and of rings."""
+        rows = max(0, int(self.held.positions[0]) // self.store.block + 1) * self.store.block
+        rows = max(0, rows - self.store.residual)
+        share = rows / self.stores[2].shape[2]
+        return int(share * sum(x.nbytes for x in self.stores[:4]) + sum(x.nbytes for x in self.stores[4:]))
 
 
 def microseconds(calls: Sequence[Callable[[], Any]], seconds: float = 0.05) -> float:
@@ -154,37 +219,46 @@ def exact(given: Held) -> torch.Tensor:
     return attention_over(given.query[:1].double(), keys, values, allowed, None, None, WIDTH**-0.5, 0.0)
 
 
-def row_of(case: Case, kind: str, taken: float, bandwidth: float, **more: Any) -> dict[str, Any]:
-    reached = case.filled_bytes / taken * 1e6
+def row_of(
+    case: Case, kind: str, taken: float, bandwidth: float, filled: int = 0, **more: Any
+) -> dict[str, Any]:
+    filled = filled or case.filled_bytes
+    reached = filled / taken * 1e6
     return {
         "batch": case.batch, "capacity": case.capacity, "filled": case.filled, "kind": kind,
-        "us": round(taken, 2), "gb_per_second": round(reached / 1e9, 1),
+        "filled_bytes": filled, "us": round(taken, 2), "gb_per_second": round(reached / 1e9, 1),
         "of_read": round(reached / bandwidth, 3), **more,
     }  # fmt: skip
 
 
 def measured(case: Case, kinds: Sequence[str], bandwidth: float) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
-    copies = max(2, min(MOST_COPIES, -(-COLD // case.held)))
+    copies = max(2, min(MOST_COPIES, -(-COLD // case.filled_bytes)))
     given = [Held.drawn(case) for _ in range(copies)]
     truth = exact(given[0])
     for kind in kinds:
-        function = KINDS[kind]
+        filled = 0
         try:
-            found = function(given[0])[:1].double()
+            if kind in QUANT:
+                rounded = [Rounded.of(held, QUANT[kind]) for held in given]
+                calls: list[Callable[[], torch.Tensor]] = list(rounded)
+                filled = rounded[0].filled_bytes
+            else:
+                calls = [partial(EXACT[kind], held) for held in given]
+            found = calls[0]()[:1].double()
             error = float((found - truth).norm() / truth.norm())
-            taken = microseconds([lambda h=h, f=function: f(h) for h in given])  # type: ignore[misc]
-        except Exception as error_:  # the other cases are to be measured still
+            taken = microseconds(calls)
+        except Exception as failure:  # the other cases are to be measured still
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
-            yield {**case.__dict__, "kind": kind, "failed": f"{type(error_).__name__}: {error_}"[:300]}
+            yield {**asdict(case), "kind": kind, "failed": f"{type(failure).__name__}: {failure}"[:300]}
             continue
-        yield row_of(case, kind, taken, bandwidth, error=float(f"{error:.2e}"))
+        yield row_of(case, kind, taken, bandwidth, filled, error=float(f"{error:.2e}"))
 
 
 def tuned(case: Case, bandwidth: float) -> Iterator[dict[str, Any]]:
     """The launches of the first kernel that take the least time, and the one that is taken by rule."""
-    copies = max(2, min(MOST_COPIES, -(-COLD // case.held)))
+    copies = max(2, min(MOST_COPIES, -(-COLD // case.filled_bytes)))
     given = [Held.drawn(case) for _ in range(copies)]
     problem = attend_launch.problem_of(given[0].query, given[0].keys, given[0].values, case.capacity)
     processors = torch.cuda.get_device_properties(0).multi_processor_count
@@ -246,14 +320,14 @@ def main() -> None:
     for batch, capacity, share in sizes:
         case = Case(batch, capacity, capacity // share)
         if time.perf_counter() - started > given.seconds:
-            document["left_out"].append({**case.__dict__, "why": "no time is left"})
+            document["left_out"].append({**asdict(case), "why": "no time is left"})
             continue
         try:
             for row in tuned(case, read) if given.tune else measured(case, given.kinds.split(","), read):
                 print(json.dumps(row), flush=True)
                 document["rows"].append(row)
         except Exception as error:  # the other cases are to be measured still
-            document["left_out"].append({**case.__dict__, "why": f"{type(error).__name__}: {error}"[:300]})
+            document["left_out"].append({**asdict(case), "why": f"{type(error).__name__}: {error}"[:300]})
         torch.cuda.empty_cache()
         if not given.tune:
             write_atomically(given.out, json.dumps(document, indent=1) + "\n")

@@ -42,7 +42,10 @@ CASES: dict[str, dict[str, Any]] = {
     "other groups": {"store": Quant(group=8, value_bits=3), "width": 24, "value_width": 40},
     "padding": {"padded": 40},
     "window": {"window": 70, "at": (40, 96, 101, 160, 199)},
-    "all": {"slopes": True, "padded": 40, "sinks": True, "softcap": 3.0, "window": 70, "at": (96, 160, 171)},
+    "all": {
+        "store": Quant(bits=3), "slopes": True, "padded": 40, "sinks": True, "softcap": 3.0, "window": 70,
+        "at": (96, 171),
+    },
     "two sites": {"turns": (FIRST, LAST), "at": (31, 32, 96)},
 }  # fmt: skip
 
