@@ -1,7 +1,9 @@
 """Attention of one new token over what a store holds, on one GPU, beside ``scaled_dot_product_attention``.
 
     python benchmarks/gpu_decode_attention.py --out benchmarks/results/gpu_decode_attention.json
-    python benchmarks/gpu_decode_attention.py --tune      # launches of graphopt's kernels, the best ones
+    python benchmarks/gpu_decode_attention.py --tune --kinds graphopt,quant-4 --batches 1 --capacities 32768
+
+The second tries launches of graphopt's kernels and prints the best ones.
 
 32 heads of queries and 8 of keys, of 128 elements, bf16. ``graphopt`` is ``graphopt::attend_full``, which
 writes the new key and value and attends; ``sdpa-gqa`` and ``sdpa-expanded`` do what a static cache does, two
@@ -31,7 +33,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ import torch.nn.functional as F
 from graphopt.atomic import write_atomically
 from graphopt.decoding.masks import MaskSpec
 from graphopt.decoding.stores import SiteSpec
-from graphopt_kernels import attend_launch, bandwidth
+from graphopt_kernels import attend_launch, attend_quant_launch, bandwidth
 from graphopt_kernels.attend_full import attend_full
 from graphopt_kernels.attend_quant import ALONE, attend_quant
 from graphopt_kernels.attend_reference import allowed_keys, attention_over
@@ -256,37 +258,54 @@ def measured(case: Case, kinds: Sequence[str], bandwidth: float) -> Iterator[dic
         yield row_of(case, kind, taken, bandwidth, filled, error=float(f"{error:.2e}"))
 
 
-def tuned(case: Case, bandwidth: float) -> Iterator[dict[str, Any]]:
-    """The launches of the first kernel that take the least time, and the one that is taken by rule."""
+def tuned(case: Case, kind: str, bandwidth: float) -> Iterator[dict[str, Any]]:
+    """The launches of graphopt's kernels for one row that take the least time, and the one by rule."""
     copies = max(2, min(MOST_COPIES, -(-COLD // case.filled_bytes)))
     given = [Held.drawn(case) for _ in range(copies)]
-    problem = attend_launch.problem_of(given[0].query, given[0].keys, given[0].values, case.capacity)
+    rounded = [Rounded.of(held, QUANT[kind]) for held in given] if kind in QUANT else []
     processors = torch.cuda.get_device_properties(0).multi_processor_count
+    problem = attend_launch.problem_of(given[0].query, given[0].keys, given[0].values, case.capacity)
     usual = attend_launch.launch_for(problem, processors)
-    programs = case.batch * GROUPS
-    most = max(1, case.capacity // 64)
+    if rounded:
+        sizes = (case.batch, GROUPS, HEADS, case.capacity, WIDTH, BF16, processors)
+        usual = attend_quant_launch.launch_for(*sizes)
+    most, programs = max(1, case.capacity // 64), case.batch * GROUPS
     parts = {min(most, max(1, n * processors // programs)) for n in (1, 2, 3, 4, 6, 8)} | {usual.parts}
-    tiles = product((32, 64, 128), sorted(parts), (2, 4, 8), (2, 3, 4, 5))
+    columns = (32, 64) if rounded else (32, 64, 128)
     found = []
-    for columns, count, warps, stages in tiles:
-        launch = attend_launch.AttendLaunch(16, columns, count, warps, stages)
-        if columns * WIDTH * 4 * (stages - 1) > 200 * 1024:
+    for size, count, warps, stages in product(columns, sorted(parts), (2, 4, 8), (2, 3, 4, 5)):
+        launch = attend_launch.AttendLaunch(16, size, count, warps, stages)
+        if size * WIDTH * 4 * (stages - 1) > 200 * 1024:
             continue
-
-        def call(h: Held, launch: attend_launch.AttendLaunch = launch) -> torch.Tensor:
-            return attend_launch.attend_on_gpu(
-                attend_launch.jitted(), h.query, h.key, h.value, h.keys, h.values, h.positions, None, None,
-                None, WIDTH**-0.5, 0.0, 0, case.capacity, ring=False, launch=launch,
-            )  # fmt: skip
-
+        calls: list[Callable[[], torch.Tensor]] = [partial(launched, x, launch) for x in rounded or given]
         try:
-            taken = microseconds([lambda h=h, call=call: call(h) for h in given], 0.0)  # type: ignore[misc]
-        except Exception as error:  # launches that do not fit
-            yield {"launch": list(launch), "failed": f"{type(error).__name__}: {error}"[:200]}
-            continue
-        found.append((taken, launch))
+            found.append((microseconds(calls, 0.0), launch))
+        except Exception as failure:  # launches that do not fit
+            yield {
+                "kind": kind,
+                "launch": list(launch),
+                "failed": f"{type(failure).__name__}: {failure}"[:200],
+            }
+    filled = rounded[0].filled_bytes if rounded else 0
     for taken, launch in sorted(found)[:5] + [pair for pair in found if pair[1] == usual]:
-        yield row_of(case, "usual" if launch == usual else "tried", taken, bandwidth, launch=list(launch))
+        yield row_of(
+            case, kind, taken, bandwidth, filled, launch=list(launch), by_rule=launch == usual
+        )  # fmt: skip
+
+
+def launched(given: Held | Rounded, launch: attend_launch.AttendLaunch) -> torch.Tensor:
+    """A call by a launch of its own."""
+    settings = (None, None, None, WIDTH**-0.5, 0.0, 0)
+    if isinstance(given, Rounded):
+        held, store = given.held, given.store
+        return attend_quant_launch.row_on_gpu(
+            attend_quant_launch.jitted(), held.query, held.key, held.value, given.stores, held.positions,  # type: ignore[arg-type]
+            *settings, held.keys.shape[2], *store.widths, store.group, takes=True, launch=launch,
+        )  # fmt: skip
+    return attend_launch.attend_on_gpu(
+        attend_launch.jitted(), given.query, given.key, given.value, given.keys, given.values,
+        given.positions, *settings, given.keys.shape[2], ring=False, launch=launch,
+    )  # fmt: skip
 
 
 def main() -> None:
@@ -323,7 +342,9 @@ def main() -> None:
             document["left_out"].append({**asdict(case), "why": "no time is left"})
             continue
         try:
-            for row in tuned(case, read) if given.tune else measured(case, given.kinds.split(","), read):
+            kinds = given.kinds.split(",")
+            tunings = (tuned(case, kind, read) for kind in kinds if not kind.startswith("sdpa"))
+            for row in chain.from_iterable(tunings) if given.tune else measured(case, kinds, read):
                 print(json.dumps(row), flush=True)
                 document["rows"].append(row)
         except Exception as error:  # the other cases are to be measured still
