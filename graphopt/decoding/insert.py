@@ -15,7 +15,7 @@ graph, which ``graphopt.decoding.check`` finds out.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -159,12 +159,13 @@ class _Insertion:
         with self.graph.inserting_before(output):
             query = self._heads_apart(self.node(region.query), region)
             key = value = None
-            if site.source == index:
-                key = self.node(region.key)
-                if region.key_transposed:
+            if site.source == index or site.store.takes_turns:
+                made_by = self.sites[site.source].region
+                key = self.node(made_by.key)
+                if made_by.key_transposed:
                     key = self.call(aten.transpose.int, key, -2, -1)
-                key = self._heads_apart(key, region)
-                value = self._heads_apart(self.node(region.value), region)
+                key = self._heads_apart(key, made_by)
+                value = self._heads_apart(self.node(made_by.value), made_by)
             sinks = slopes = None
             if region.sinks is not None:
                 sinks = self.call(aten.reshape.default, self.node(region.sinks), [spec.heads])
@@ -173,13 +174,22 @@ class _Insertion:
             made = self.call(
                 operator_named(site.store.attend_op), query, key, value, *held, slots,
                 valid if spec.mask.padding or spec.mask.slopes else None, slopes, sinks, spec.scale,
-                spec.softcap, spec.mask.window, self.length, *site.store.constants(spec),
+                spec.softcap, spec.mask.window, self.length,
+                *site.store.constants(replace(spec, turn=self._turn(index))),
             )  # fmt: skip
             made.meta["nn_module_stack"] = output.meta.get("nn_module_stack")
             if region.flat:
                 made = self.call(aten.flatten.using_ints, made, 0, 1)
         output.replace_all_uses_with(made)
         self.graph.erase_node(output)
+
+    def _turn(self, index: int) -> int:
+        """Which of the sites that read one store this one is, as ``SiteSpec`` says."""
+        source = self.sites[index].source
+        readers = [i for i, site in enumerate(self.sites) if site.source == source]
+        if len(readers) == 1:
+            return 0
+        return 1 if index == readers[0] else 3 if index == readers[-1] else 2
 
     def _heads_apart(self, node: fx.Node, region: Region) -> fx.Node:
         if not region.flat:

@@ -37,7 +37,7 @@ from graphopt.decoding.layouts import (
 from graphopt.errors import CaptureError
 from graphopt.program import layer_of
 
-__all__ = ["Added", "Region", "attention_regions", "token_values"]
+__all__ = ["Added", "Region", "attention_regions", "positional_values", "token_values"]
 
 aten = torch.ops.aten
 
@@ -108,6 +108,27 @@ def _roots(node: fx.Node) -> Iterator[fx.Node]:
 
 
 _VIEWS = {"slice", "select", "view", "transpose", "permute", "unsqueeze", "squeeze", "expand", "narrow"}
+
+
+def positional_values(uncached: Uncached, values: set[fx.Node]) -> set[fx.Node]:
+    """Nodes that depend on positions and not on tokens."""
+    found: set[fx.Node] = set()
+    for node in uncached.gm.graph.nodes:
+        if node.name == uncached.positions:
+            found.add(node)
+        elif (
+            node.op == "call_function"
+            and node not in values
+            and isinstance(node.meta.get("val"), torch.Tensor)
+        ):
+            counted = name_of(node) == "arange" and uncached.is_length(node.meta["val"].shape[0])
+            if (
+                counted
+                or any(source in found for source in node.all_input_nodes)
+                or (name_of(node) == "slice" and any(map(uncached.has_length, node.meta["val"].shape)))
+            ):
+                found.add(node)
+    return found
 
 
 def attention_regions(uncached: Uncached) -> tuple[Region, ...]:

@@ -8,15 +8,16 @@ from dataclasses import dataclass, replace
 import torch
 
 from graphopt.capture.aliasing import alias_map
+from graphopt.decoding.assignment import NOTHING, CacheAssignment, store_named
 from graphopt.decoding.capture import Uncached
 from graphopt.decoding.evaluate import added_by
-from graphopt.decoding.layouts import same_numbers
 from graphopt.decoding.masks import MaskSpec, meaning
 from graphopt.decoding.regions import Region, attention_regions
+from graphopt.decoding.sources import check_indices, check_sources, first_reader
 from graphopt.decoding.stores import CacheStore, SiteSpec
-from graphopt.errors import CaptureError
+from graphopt.errors import CaptureError, InputsError
 
-__all__ = ["Site", "sites_of", "stored_bytes", "tensors_of"]
+__all__ = ["Site", "sites_of", "specs_of", "stored_bytes", "tensors_of"]
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,18 @@ class Site:
 
 
 def sites_of(
-    uncached: Uncached, stores: Mapping[str, type[CacheStore]], batch: int, capacity: int
+    uncached: Uncached,
+    stores: Mapping[str, type[CacheStore]],
+    batch: int,
+    capacity: int,
+    assignment: CacheAssignment = NOTHING,
 ) -> tuple[Site, ...]:
-    """Every place where the program attends, each with the exact store of least bytes that takes it.
+    """Every place where the program attends, each with the store that ``assignment`` names, or else the exact
+    store of least bytes that takes it.
 
-    Sites that read the same keys and values share one store. Raises ``CaptureError`` for a program that
-    attends nowhere, a mask that is not understood, and a site that no store takes.
+    Sites that read the same keys and values share one store, and so do those that ``assignment`` lets read
+    another's. Raises ``CaptureError`` for a program that attends nowhere, a mask that is not understood, and
+    a site that no store takes; ``InputsError`` and ``UnknownNameError`` for an assignment that does not fit.
     """
     regions = attention_regions(uncached)
     if not regions:
@@ -44,19 +51,31 @@ def sites_of(
             "no attention was found in the model: there is nothing to keep between tokens, or it is a state "
             "of another kind (a recurrence, a convolution), which is not kept yet"
         )
-    specs = _specs(uncached, regions, capacity)
+    specs = specs_of(uncached, regions, capacity)
+    check_sources(uncached, regions, specs, assignment.sources)
+    named = {index: store_named(text, stores) for index, text in assignment.stores.items()}
+    check_indices(regions, named, "a store")
     groups: dict[int, list[int]] = {}
     for index in range(len(regions)):
-        groups.setdefault(_source(regions, index), []).append(index)
+        source = assignment.sources.get(index, index)
+        groups.setdefault(first_reader(regions, source), []).append(index)
     sites: dict[int, Site] = {}
     for members in groups.values():
-        for index, source, store in _least(regions, specs, members, stores, batch, capacity):
-            spec = replace(specs[index], shares=source != index)
-            sites[index] = Site(regions[index], spec, store, source)
+        # What has a store of its own does not wait for what others would share.
+        alone = [index for index in members[1:] if index in named]
+        parts = [[index] for index in alone] + [[index for index in members if index not in alone]]
+        for part in parts:
+            given = named.get(part[0])
+            split = all(index not in assignment.sources for index in part)
+            for index, source, store in _chosen(regions, specs, part, stores, batch, capacity, given, split):
+                spec = replace(specs[index], shares=source != index)
+                sites[index] = Site(regions[index], spec, store, source)
     return tuple(sites[index] for index in range(len(regions)))
 
 
-def _specs(uncached: Uncached, regions: Sequence[Region], capacity: int) -> list[SiteSpec]:
+def specs_of(uncached: Uncached, regions: Sequence[Region], capacity: int) -> list[SiteSpec]:
+    """What a store needs to know of each region, for sequences of up to ``capacity`` positions. Raises
+    ``CaptureError`` for a mask that is not understood."""
     aliases = alias_map(uncached.gm.graph)
     device = uncached.placeholder(uncached.tokens).meta["val"].device
     known: dict[object, MaskSpec] = {}
@@ -90,34 +109,34 @@ def _specs(uncached: Uncached, regions: Sequence[Region], capacity: int) -> list
     return specs
 
 
-def _source(regions: Sequence[Region], index: int) -> int:
-    """The first region that reads the same keys and values."""
-    here = _read(regions[index])
-    return next(earlier for earlier in range(index + 1) if _read(regions[earlier]) == here)
-
-
-def _read(region: Region) -> tuple[object, ...]:
-    return same_numbers(region.key), same_numbers(region.value), region.flat, region.key_transposed
-
-
-def _least(
+def _chosen(
     regions: Sequence[Region],
     specs: Sequence[SiteSpec],
     members: Sequence[int],
     stores: Mapping[str, type[CacheStore]],
     batch: int,
     capacity: int,
+    given: CacheStore | None,
+    split: bool,
 ) -> list[tuple[int, int, CacheStore]]:
-    """Index, source and store of regions that read the same keys and values: one store for all of them, or
-    one for each where that takes fewer bytes, as rings of short windows do."""
+    """Index, source and store of regions that read the same keys and values: ``given``, or one exact store
+    for all of them, or, where they may ``split``, one for each where that takes fewer bytes, as rings of
+    short windows do."""
+    first = members[0]
+    readers = [specs[first], *(replace(specs[i], shares=True) for i in members[1:])]
+    if given is not None:
+        reasons = [given.refuses(spec, capacity) for spec in readers]
+        for index, reason in zip(members, reasons, strict=True):
+            if reason is not None:
+                where = regions[index].layer or regions[index].output.name
+                raise InputsError(f"{where}: store {given} does not take attention {index}: {reason}")
+        return [(i, first, given) for i in members]
     apart = [(i, i, _taking(regions[i], [specs[i]], stores, batch, capacity)) for i in members]
     if len(members) == 1:
         return apart
-    first = members[0]
-    readers = [specs[first], *(replace(specs[i], shares=True) for i in members[1:])]
     shared = _taking(regions[first], readers, stores, batch, capacity)
     separately = sum(store.stored_bytes(specs[i], batch, capacity) for i, _, store in apart)
-    if separately < shared.stored_bytes(specs[first], batch, capacity):
+    if split and separately < shared.stored_bytes(specs[first], batch, capacity):
         return apart
     return [(i, first, shared) for i in members]
 

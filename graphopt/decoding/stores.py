@@ -21,7 +21,8 @@ class SiteSpec:
     """One place where a program attends, as far as a store needs to know it.
 
     ``heads`` of queries share ``kv_heads`` of keys [.., ``key_width``] and values [.., ``value_width``].
-    ``softcap`` 0: none. ``shares``: the site reads the store of an earlier one and writes nothing.
+    ``softcap`` 0: none. ``shares``: the site reads the store of an earlier one and writes nothing. ``turn``:
+    0 where no other site reads the store, else 1 for the first, 3 for the last and 2 for those between.
     """
 
     heads: int
@@ -34,6 +35,7 @@ class SiteSpec:
     softcap: float = 0.0
     sinks: bool = False
     shares: bool = False
+    turn: int = 0
 
 
 class CacheStore:
@@ -51,14 +53,18 @@ class CacheStore:
     int64 [n], or both ``None`` where the site shares a store; ``valid`` bool [at least B, capacity] or
     ``None``: what is no padding; ``slopes``, ``sinks`` [H] or ``None``; ``window`` 0 where there is none;
     ``length``: no position is at or beyond it. It gives [B, H, n, Dv], declares which tensors it writes, and
-    never looks at the numbers of ``positions`` from the host on an accelerator. ``exact``: it gives what the
-    program gives without a cache.
+    never looks at the numbers of ``positions`` from the host on an accelerator.
+
+    ``exact``: it gives what the program gives without a cache. A store that does not says with ``whole`` what
+    it gives instead: decoders are compared with that, and what it costs is measured by it. ``takes_turns``:
+    all sites that read the store are given the new rows, and ``site.turn`` says who is to write them.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     exact: ClassVar[bool] = False
     attend_op: ClassVar[str]
+    takes_turns: ClassVar[bool] = False
 
     def refuses(self, site: SiteSpec, capacity: int) -> Reason | None:
         """``None``, or why this store cannot serve a site whose sequences have up to ``capacity``
@@ -74,6 +80,31 @@ class CacheStore:
     def constants(self, site: SiteSpec) -> tuple[Any, ...]:
         """What the operator takes besides what all take."""
         return ()
+
+    def whole(
+        self,
+        site: SiteSpec,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        valid: torch.Tensor | None,
+        slopes: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[B, H, S, Dv]: what the rows of whole sequences give, ``query`` [B, H, S, D], ``key`` [B, Hkv, S,
+        D] and ``value`` [B, Hkv, S, Dv], as if they had come one by one; ``valid`` bool [B, S]. Without
+        stores and without packing, so that it tells what ``attend_op`` does wrong."""
+        raise NotImplementedError(f"{type(self).__name__} does not define whole()")
+
+    def crossed(self, site: SiteSpec) -> int:
+        """Positions after which all that the store does has happened: as many are checked."""
+        return 2 * site.mask.window + 3 if site.mask.window else 0
+
+    def follows(self, site: SiteSpec, device: torch.device) -> bool:
+        """Whether a step on ``device`` reads no more than what its position says is there. Where it does not,
+        programs of several ``length`` are made. By default it does on the CPU, where positions may be looked
+        at."""
+        return device.type == "cpu"
 
     def stored_bytes(self, site: SiteSpec, batch: int, capacity: int) -> int:
         """Bytes of all tensors; none for a site that shares."""

@@ -19,7 +19,7 @@ from graphopt.capture.structure import line_of
 from graphopt.decoding.capture import Uncached, capture_uncached
 from graphopt.decoding.layouts import name_of
 from graphopt.decoding.options import Generate
-from graphopt.decoding.regions import token_values
+from graphopt.decoding.regions import positional_values, token_values
 from graphopt.decoding.sites import Site, sites_of
 from graphopt.plugins.host import PluginHost, default_host
 from graphopt.record_json import encode
@@ -161,7 +161,7 @@ class _Reader:
         self.uncached = uncached
         self.values = token_values(uncached)
         self.place = {node: i for i, node in enumerate(uncached.gm.graph.nodes)}
-        self.positional = _positional(uncached, self.values)
+        self.positional = positional_values(uncached, self.values)
 
     def attention(self, index: int, site: Site) -> AttentionRecord:
         region, spec = site.region, site.spec
@@ -232,27 +232,6 @@ class _Reader:
             if source.name in self.uncached.weights and self.uncached.weights[source.name].dim() >= 2:
                 return self.uncached.names[source.name]
         return None
-
-
-def _positional(uncached: Uncached, values: set[fx.Node]) -> set[fx.Node]:
-    """Nodes that depend on positions and not on tokens."""
-    found: set[fx.Node] = set()
-    for node in uncached.gm.graph.nodes:
-        if node.name == uncached.positions:
-            found.add(node)
-        elif (
-            node.op == "call_function"
-            and node not in values
-            and isinstance(node.meta.get("val"), torch.Tensor)
-        ):
-            counted = name_of(node) == "arange" and uncached.is_length(node.meta["val"].shape[0])
-            if (
-                counted
-                or any(source in found for source in node.all_input_nodes)
-                or (name_of(node) == "slice" and any(map(uncached.has_length, node.meta["val"].shape)))
-            ):
-                found.add(node)
-    return found
 
 
 def _through_layout(node: fx.Node) -> fx.Node:

@@ -40,6 +40,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
     from graphopt_kernels import (
         add_product,
         attend_full,
+        attend_quant,
         attend_ring,
         attention,
         bandwidth,
@@ -219,6 +220,13 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             summary="writes new keys and values into stores of a window's positions, and attends over them",
         ),
         KernelSpec(
+            name="attend-quant",
+            op="graphopt::attend_quant",
+            reference=attend_quant.attend_quant_reference,
+            supports=attend_quant.attend_quant_supports,
+            summary="writes new keys and values into stores that round all but the newest, and attends",
+        ),
+        KernelSpec(
             name="rotary-to-cache",
             op="graphopt::rotary_to_cache",
             reference=rotary_cache.rotary_to_cache_reference,
@@ -395,7 +403,11 @@ def graphopt_weight_formats() -> Iterable[str]:
 @hookimpl
 def graphopt_stores() -> Iterable[str]:
     """Ways to keep keys and values between steps of decoding."""
-    return ("graphopt_kernels.cache_stores:Full", "graphopt_kernels.cache_stores:Ring")
+    return (
+        "graphopt_kernels.cache_stores:Full",
+        "graphopt_kernels.cache_stores:Ring",
+        "graphopt_kernels.quant_store:Quant",
+    )
 
 
 @hookimpl

@@ -1,0 +1,154 @@
+"""Who keeps what: a store for each attention, and whose store each one reads.
+
+A value like a plan: passes over stores make one (``docs/decoding.md``), ``sites_of`` takes it, reports and
+files carry it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, get_type_hints
+
+from graphopt.decoding.stores import CacheStore
+from graphopt.errors import InputsError, PipelineError, UnknownNameError
+from graphopt.options import OptionError, typed_value
+from graphopt.pipeline import parse_items
+
+__all__ = ["FORMAT", "NOTHING", "CacheAssignment", "store_named"]
+
+FORMAT = 1
+"""Version of what ``to_json`` writes."""
+
+
+@dataclass(frozen=True)
+class CacheAssignment:
+    """Stores and sources of attentions, by their indices in the order in which a program computes them.
+
+    ``stores``: how a store is spelled (``"full"``, ``"ring"``, ``"quantized{bits=4}"``); an attention that is
+    not named gets the exact store of least bytes. ``sources``: attention ``consumer`` reads the keys and
+    values of attention ``source``, its own projections of them being gone; one that is not named reads what
+    it read.
+
+    Raises ``InputsError`` when made for what is no mapping of ints, a source that is no earlier attention or
+    reads another's itself, and a store for an attention that has none of its own.
+    """
+
+    stores: Mapping[int, str] = field(default_factory=dict)
+    sources: Mapping[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stores", dict(_mapping(self.stores, "stores", str)))
+        object.__setattr__(self, "sources", dict(_mapping(self.sources, "sources", int)))
+        for consumer, source in self.sources.items():
+            _check_order(consumer, source, self.sources)
+        for index in self.stores:
+            if index in self.sources:
+                raise InputsError(
+                    f"attention {index} is given the store {self.stores[index]!r} and reads that of "
+                    f"attention {self.sources[index]}",
+                    hint=f"give the store to attention {self.sources[index]}",
+                )
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.stores.items()), tuple(self.sources.items())))
+
+    def __bool__(self) -> bool:
+        return bool(self.stores or self.sources)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "format": FORMAT,
+            "stores": {str(index): text for index, text in self.stores.items()},
+            "sources": {str(index): source for index, source in self.sources.items()},
+        }
+
+    @classmethod
+    def from_json(cls, data: object) -> CacheAssignment:
+        """What ``to_json`` wrote. Raises ``InputsError`` for another version, other fields, other values."""
+        if not isinstance(data, Mapping) or set(data) != {"format", "stores", "sources"}:
+            found = sorted(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
+            raise InputsError(f"no assignment of stores: expected format, stores and sources, got {found}")
+        if data["format"] != FORMAT:
+            raise InputsError(f"an assignment of stores of format {data['format']!r}: expected {FORMAT}")
+        parts = {}
+        for name in ("stores", "sources"):
+            part = data[name]
+            if not isinstance(part, Mapping) or not all(str(key).isdecimal() for key in part):
+                raise InputsError(f"{name} of an assignment: expected indices of attentions, got {part!r}")
+            parts[name] = {int(key): value for key, value in part.items()}
+        return cls(**parts)
+
+
+def _mapping(value: object, name: str, kind: type) -> list[tuple[int, Any]]:
+    """Entries in order."""
+    if not isinstance(value, Mapping):
+        raise InputsError(
+            f"{name} is {value!r}: expected a mapping of indices of attentions, such as "
+            + ("{1: 0}" if kind is int else "{0: 'full'}")
+        )
+    for key, item in value.items():
+        if isinstance(key, bool) or not isinstance(key, int) or key < 0:
+            raise InputsError(f"{name} has the key {key!r}: expected the index of an attention, from 0 on")
+        if isinstance(item, bool) or not isinstance(item, kind) or (isinstance(item, int) and item < 0):
+            what = "the index of an attention, from 0 on" if kind is int else "the name of a store"
+            raise InputsError(f"{name}[{key}] is {item!r}: expected {what}")
+    return sorted(value.items())
+
+
+def _check_order(consumer: int, source: int, sources: Mapping[int, int]) -> None:
+    """Raises ``InputsError`` for a source that is not there yet, or reads another's."""
+    path = [consumer, source]
+    while path[-1] in sources and path[-1] not in path[:-1]:
+        path.append(sources[path[-1]])
+    if path[-1] in path[:-1]:
+        raise InputsError(
+            f"attention {consumer} would read keys and values that none makes: {' -> '.join(map(str, path))}",
+            hint="take one attention of the round out of the plan",
+        )
+    if source > consumer:
+        raise InputsError(
+            f"attention {consumer} cannot read the keys and values of attention {source}, which come later",
+            hint=f"let attention {source} read those of {consumer}"
+            + (f", or {consumer} those of {consumer - 1}" if consumer else ""),
+        )
+    if source in sources:
+        raise InputsError(
+            f"attention {consumer} reads the keys and values of attention {source}, which makes none: it "
+            f"reads those of attention {sources[source]}",
+            hint=f"name what makes them: {{{consumer}: {path[-1]}}}",
+        )
+
+
+def store_named(text: str, known: Mapping[str, type[CacheStore]]) -> CacheStore:
+    """The store that ``text`` spells, ``"ring"`` or ``"quantized{bits=4}"``.
+
+    Raises ``UnknownNameError`` for one that nothing registers and for an unknown option, ``PipelineError``
+    for a text that cannot be read, and ``InputsError`` for a value that an option cannot hold.
+    """
+    items = parse_items(text, "store", "store")
+    if len(items) != 1:
+        raise PipelineError(f"{text!r} names {len(items)} stores: expected one")
+    ((name, options),) = items
+    if name not in known:
+        raise UnknownNameError("store", name, known)
+    kind = known[name]
+    defaults = {f.name: f.default for f in fields(kind)}  # type: ignore[arg-type]
+    hints = get_type_hints(kind)
+    values = {}
+    for option, value in options.items():
+        if option not in defaults:
+            raise UnknownNameError(f"option of store {name}", option, defaults)
+        try:
+            values[option] = typed_value(value, hints[option])
+        except OptionError as error:
+            raise InputsError(f"option {option!r} of store {name!r} {error}") from error
+    missing = [option for option, default in defaults.items() if default is MISSING and option not in values]
+    if missing:
+        raise InputsError(f"store {name!r} needs option {missing[0]!r}")
+    return kind(**values)
+
+
+NOTHING = CacheAssignment()
+"""Every attention keeps what it makes, in the exact store of least bytes."""
