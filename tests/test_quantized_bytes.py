@@ -32,6 +32,7 @@ from graphopt_kernels.quantized.byte_launch import (
 from graphopt_kernels.quantized.dynamic import Fp8Dynamic, Int8Dynamic, linear_dynamic_reference
 from graphopt_kernels.quantized.fp8 import Fp8
 from graphopt_kernels.quantized.int8 import Int8, rounded_to_int8
+from graphopt_kernels.quantized.settled import ahead_of
 from graphopt_kernels.row_quantize import quantize_reference
 from tests.interpreted import interpreted
 
@@ -174,7 +175,7 @@ def compiled(problem: Problem, launch: Launch, aligned: bool = True, tail: bool 
         "BLOCK_M": launch.rows, "BLOCK_N": launch.columns, "BLOCK_K": launch.inner,
         "SLICES": launch.slices, "WARPS": launch.warps, "EARLY": True, "SCALED": True,
         "NORMED": False, "WEIGHED": False, "ADDED": False, "GATE": "",
-        "AHEAD": aligned and problem.inner > launch.inner,
+        "AHEAD": ahead_of(problem.inner // launch.inner) if aligned else 0,
     }  # fmt: skip
     by_16 = [name for name in types if name.endswith("_ptr") or (aligned and name in "NK")]
     return compile_function_for_sm90(

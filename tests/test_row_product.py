@@ -12,6 +12,7 @@ import torch
 
 from graphopt_kernels.emit.carried_ops import carried_ops
 from graphopt_kernels.quantized.int8 import rounded_to_int8
+from graphopt_kernels.quantized.settled import ahead_of
 from graphopt_kernels.row_product import (
     RowLaunch,
     RowProblem,
@@ -110,7 +111,7 @@ def compiled(problem: RowProblem, launch: RowLaunch) -> Any:
     constants = {
         "SCALED": problem.codes is not BF16, "BIASED": False, "NORMED": problem.normed,
         "WEIGHED": problem.normed, "ADDED": not problem.normed, "GATE": "silu" if problem.gated else "",
-        "PARTS": 1, "EVEN": True, "AHEAD": problem.inner > launch.inner, "FAST": True,
+        "PARTS": 1, "EVEN": True, "AHEAD": ahead_of(problem.inner // launch.inner), "FAST": True,
         "BLOCK_N": launch.rows, "BLOCK_K": launch.inner, "WARPS": launch.warps, "EARLY": True,
     }  # fmt: skip
     by_16 = [name for name in types if name.endswith("_ptr") or name in "NK"]

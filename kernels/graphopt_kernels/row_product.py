@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from graphopt.candidate import Reason
-from graphopt_kernels.quantized.settled import reads_early
+from graphopt_kernels.quantized.settled import ahead_of, reads_early
 from graphopt_kernels.tuning.lookup import Choice
 
 __all__ = [
@@ -34,6 +34,7 @@ _VECTOR = 16
 _HELD = 256
 """Bytes of codes that a lane holds of a step: 64 registers, and as many of the next."""
 
+_STEPS = 14
 _MOST = 2048
 """Numbers of x in a step: a lane has 64 of them in registers."""
 
@@ -116,7 +117,7 @@ def launch_row_product(
             row if norm is None else norm, row if added is None else added.contiguous(), result, n, k, steps,
             eps, offset, SCALED=scales is not None, BIASED=bias is not None, NORMED=problem.normed,
             WEIGHED=norm is not None, ADDED=added is not None, GATE=gate, PARTS=1, EVEN=even,
-            AHEAD=even and steps > 1, FAST=weight.is_cuda or weight.is_meta, BLOCK_N=launch.rows,
+            AHEAD=ahead_of(steps) if even else 0, FAST=weight.is_cuda or weight.is_meta, BLOCK_N=launch.rows,
             BLOCK_K=launch.inner, WARPS=launch.warps, num_warps=launch.warps, **early,
         )  # fmt: skip
     return result
@@ -253,7 +254,7 @@ def _module() -> Any:
 
 def row_launch(problem: RowProblem) -> RowLaunch:
     """Short rows take two steps, which are on their way at once; longer ones small steps, by more warps.
-    Source: benchmarks/results/gpu_row_product.json."""
+    benchmarks/gpu_row_product.py measures others."""
     size = problem.codes.itemsize
     unit = _LANES * _VECTOR // size
     rows, inner = 8, problem.inner
@@ -270,10 +271,13 @@ def row_launches(problem: RowProblem) -> list[RowLaunch]:
     found = [
         RowLaunch(rows, inner, warps)
         for warps in (4, 8)
-        for rows in (8, 16, 32)
-        for inner in (256, 512, 1024, 2048)
+        for rows in (8, 16)
+        for inner in (512, 1024, 2048)
     ]
-    return [launch for launch in found if check_row_launch(problem, launch) is None]
+    # Steps that are written out take their time to compile.
+    few = [launch for launch in found if problem.inner <= _STEPS * launch.inner]
+    chosen = dict.fromkeys([row_launch(problem), *few])
+    return [launch for launch in chosen if check_row_launch(problem, launch) is None]
 
 
 def check_row_launch(problem: RowProblem, launch: RowLaunch) -> Reason | None:

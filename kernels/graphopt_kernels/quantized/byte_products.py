@@ -28,7 +28,7 @@ from graphopt_kernels.quantized.byte_launch import (
     steps_of,
     usual_launch,
 )
-from graphopt_kernels.quantized.settled import reads_early
+from graphopt_kernels.quantized.settled import ahead_of, reads_early
 from graphopt_kernels.tuning.lookup import Choice, processors_of, rows_class
 
 __all__ = [
@@ -197,7 +197,7 @@ def _launched(
         kernels.row_kernel[(across, launch.parts)](
             x, codes, scales, given_bias, x, x, into, n, k, steps, 0.0, 0.0, WARPS=launch.warps,
             SCALED=True, NORMED=False, WEIGHED=False, ADDED=False, GATE="",
-            AHEAD=steps > 1 and bool(constants["EVEN"]), **constants, **early,
+            AHEAD=ahead_of(steps) if constants["EVEN"] else 0, **constants, **early,
         )  # fmt: skip
     else:
         if launch.kind == "slices":

@@ -150,6 +150,32 @@ def _sums_of_lanes(codes, x, FAST: tl.constexpr, VECTOR: tl.constexpr):  # type:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _step(  # type: ignore[no-untyped-def]
+    codes, x_ptr, norm_ptr, places, left, offset,
+    NORMED: tl.constexpr, WEIGHED: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """By lane, warp and row: products of ``codes`` and x at ``places``, of which those below ``left`` are
+    there, all if ``EVEN``, and by lane and warp squares of x."""
+    WARPS: tl.constexpr = codes.shape[1]
+    EACH: tl.constexpr = codes.shape[3] * codes.shape[4]
+    VECTOR: tl.constexpr = places.shape[5]
+    squares = tl.zeros((32, WARPS, 1), tl.float32)
+    if EVEN:
+        x = tl.load(x_ptr + places).to(tl.float32)
+    else:
+        x = tl.load(x_ptr + places, mask=places < left, other=0.0).to(tl.float32)
+    if NORMED:
+        squares = tl.sum(tl.reshape(x * x, (32, WARPS, 1, EACH)), 3)
+        if WEIGHED:
+            if EVEN:
+                weight = tl.load(norm_ptr + places)
+            else:
+                weight = tl.load(norm_ptr + places, mask=places < left, other=0.0)
+            x *= weight.to(tl.float32) + offset
+    return _sums_of_lanes(codes, x, FAST, VECTOR), squares
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _gated(gate, up, GATE: tl.constexpr):  # type: ignore[no-untyped-def]
     if GATE == "silu":
         return gate / (1 + tl.exp(-gate)) * up
@@ -171,8 +197,8 @@ def row_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """x [K] times the weight: ``BLOCK_N`` of its rows a program, ``STEPS`` blocks of each sum. A lane loads
     16 bytes of each of several places in a row and sums up by itself: there is no shared memory and no
-    barrier before the end. ``AHEAD``: codes of two steps are on their way at a time, where rows are whole
-    steps (``EVEN``) and more than one.
+    barrier before the end. ``AHEAD``: so many steps are written out one after the other, codes of two on
+    their way at a time. In a loop they would be moved from register to register, which waits for them.
 
     ``EARLY``: the first codes are read before the kernel ahead of this has ended (``settled.py``).
     ``NORMED``: x is over its root mean square, ``WEIGHED``: times ``norm`` [K] + ``offset``; squares are
@@ -211,34 +237,38 @@ def row_kernel(  # type: ignore[no-untyped-def]
     if EVEN:
         codes = tl.load(codes_at, eviction_policy="evict_first")
     if AHEAD:
-        ahead = tl.load(codes_at + BLOCK_K, eviction_policy="evict_first")
+        others = tl.load(codes_at + BLOCK_K, eviction_policy="evict_first")
     if EARLY:
         cuda.gdc_wait()
     total = tl.zeros((32, WARPS, ROWS), tl.float32)
     squares = tl.zeros((32, WARPS, 1), tl.float32)
-    for step in range(STEPS):
-        at = step * BLOCK_K
-        if EVEN:
-            x = tl.load(x_ptr + of_x + at).to(tl.float32)
-        else:
-            x = tl.load(x_ptr + of_x + at, mask=at + of_x < K, other=0.0).to(tl.float32)
-            inside = tl.broadcast_to(at + ks < K, codes_at.shape)
-            codes = tl.load(codes_at + at, mask=inside, other=0.0, eviction_policy="evict_first")
-        if NORMED:
-            squares += tl.sum(tl.reshape(x * x, (32, WARPS, 1, PLACES * EACH)), 3)
-            if WEIGHED:
-                if EVEN:
-                    weight = tl.load(norm_ptr + of_x + at)
-                else:
-                    weight = tl.load(norm_ptr + of_x + at, mask=at + of_x < K, other=0.0)
-                x *= weight.to(tl.float32) + offset
-        total += _sums_of_lanes(codes, x, FAST, VECTOR)
-        if AHEAD:
-            codes = ahead
-            # Behind the last there are none: they are not read, and not multiplied.
-            ahead = tl.load(
-                codes_at + at + 2 * BLOCK_K, mask=step + 2 < STEPS, other=0.0, eviction_policy="evict_first"
+    if AHEAD:
+        for step in tl.static_range(AHEAD):
+            at = step * BLOCK_K
+            sums, squared = _step(
+                codes, x_ptr + at, norm_ptr + at, of_x, K, offset, NORMED, WEIGHED, True, FAST
             )
+            total += sums
+            squares += squared
+            codes = others
+            if step + 2 < AHEAD:
+                others = tl.load(codes_at + at + 2 * BLOCK_K, eviction_policy="evict_first")
+    else:
+        for step in range(STEPS):
+            at = step * BLOCK_K
+            if not EVEN:
+                inside = tl.broadcast_to(at + ks < K, codes_at.shape)
+                codes = tl.load(codes_at + at, mask=inside, other=0.0, eviction_policy="evict_first")
+            sums, squared = _step(
+                codes, x_ptr + at, norm_ptr + at, of_x, K - at, offset, NORMED, WEIGHED, EVEN, FAST
+            )
+            total += sums
+            squares += squared
+            if EVEN:
+                following = step + 1 < STEPS
+                codes = tl.load(
+                    codes_at + at + BLOCK_K, mask=following, other=0.0, eviction_policy="evict_first"
+                )
     sums = tl.sum(total, 0)
     if NORMED:
         sums *= tl.rsqrt(tl.sum(squares, 0) / K + eps)

@@ -16,12 +16,13 @@ import torch
 
 from graphopt import _torch
 
-__all__ = ["reads_early", "settled"]
+__all__ = ["ahead_of", "reads_early", "settled"]
 
 _seen: dict[int, tuple[Callable[[], bool], int]] = {}
 """By storage: whether it is gone, and how often it had been written when a kernel read it that waited."""
 
 _MOST = 4096
+_WRITTEN_OUT = 32
 
 
 def settled(weight: torch.Tensor, *, runs: bool = True) -> bool:
@@ -52,3 +53,8 @@ def reads_early(weight: torch.Tensor) -> bool:
     if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < (9, 0):
         return False
     return settled(weight, runs=not torch.cuda.is_current_stream_capturing())
+
+
+def ahead_of(steps: int) -> int:
+    """How many steps of a row are written out in its kernel, which reads ahead then; 0: none."""
+    return steps if 1 < steps <= _WRITTEN_OUT else 0
