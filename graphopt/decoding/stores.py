@@ -96,6 +96,11 @@ class CacheStore:
         stores and without packing, so that it tells what ``attend_op`` does wrong."""
         raise NotImplementedError(f"{type(self).__name__} does not define whole()")
 
+    @classmethod
+    def choices(cls) -> tuple[CacheStore, ...]:
+        """What is tried of it where the stores of a decoder are to take fewer bytes, most bytes first."""
+        return ()
+
     def crossed(self, site: SiteSpec) -> int:
         """Positions after which all that the store does has happened: as many are checked."""
         return 2 * site.mask.window + 3 if site.mask.window else 0
