@@ -10,10 +10,13 @@ import torch.fx as fx
 
 from graphopt.decoding.layouts import name_of
 
-__all__ = ["PRODUCTS", "columns_of", "through_layout"]
+__all__ = ["PRODUCTS", "TURNS", "columns_of", "through_layout"]
 
 PRODUCTS = ("linear", "addmm", "mm", "matmul", "bmm")
 """Operators that multiply with a weight."""
+
+TURNS = ("t", "transpose", "permute", "mT", "numpy_T", "alias", "detach")
+"""Operators that a weight may pass before it is multiplied with."""
 
 _LAYOUT = {
     "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "contiguous", "clone", "slice",

@@ -24,14 +24,13 @@ import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.decoding.capture import Uncached
-from graphopt.decoding.columns import PRODUCTS, columns_of
+from graphopt.decoding.columns import PRODUCTS, TURNS, columns_of
 from graphopt.decoding.layouts import name_of
 from graphopt.decoding.sizes import compute_sizes
 
 __all__ = ["Narrowed", "narrowed"]
 
 aten = torch.ops.aten
-_TURNS = ("t", "transpose", "permute", "mT", "numpy_T", "alias", "detach")
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ def _parts(node: fx.Node, weights: dict[str, torch.Tensor]) -> list[tuple[fx.Nod
     if not isinstance(weight, fx.Node) or len(weight.meta["val"].shape) != 2:
         return None
     dim = 0 if name == "linear" else 1
-    while weight.op == "call_function" and name_of(weight) in _TURNS and len(weight.users) == 1:
+    while weight.op == "call_function" and name_of(weight) in TURNS and len(weight.users) == 1:
         if name_of(weight) not in ("alias", "detach"):
             dim = 1 - dim
         source = weight.args[0]
