@@ -13,7 +13,7 @@ from rich.text import Text
 
 from graphopt.budget import format_bytes
 from graphopt.cost import Cost
-from graphopt.decoding.record import DecodingRecord, SiteRecord
+from graphopt.decoding.record import DecodingRecord, SharingRecord, SiteRecord
 from graphopt.duration import format_seconds
 from graphopt.plans import Plan, count_text, gap_text
 from graphopt.price import PriceGroup, price_groups
@@ -34,6 +34,7 @@ __all__ = [
     "weight_lines",
 ]
 
+_PAIRS_SHOWN = 8
 GROUPS_SHOWN = 6
 _WIDTH = 100
 
@@ -107,6 +108,8 @@ def store_lines(record: DecodingRecord, shown: int = GROUPS_SHOWN) -> list[str]:
         f"positions; prompts go in {record.chunk} tokens at a time; logits differ from those without stores "
         f"by at most {record.off:.1e}"
     ]
+    if record.sharing is not None:
+        lines += sharing_lines(record.sharing)
     kinds: dict[tuple[str, str], list[SiteRecord]] = {}
     for index, site in enumerate(record.sites):
         store = site.store if site.source == index else "shared"
@@ -115,6 +118,22 @@ def store_lines(record: DecodingRecord, shown: int = GROUPS_SHOWN) -> list[str]:
         layers = ", ".join(site.layer or "-" for site in sites[:2]) + (", ..." if len(sites) > 2 else "")
         total = format_bytes(sum(site.bytes for site in sites))
         lines.append(f"{store}: {len(sites)} attentions ({layers}), {mask}, {total}")
+    return lines
+
+
+def sharing_lines(record: SharingRecord) -> list[str]:
+    """Which attentions read the keys and values of which, and what that freed."""
+    pairs = ", ".join(f"{consumer} <- {source}" for consumer, source in record.sources[:_PAIRS_SHOWN])
+    more = f" and {len(record.sources) - _PAIRS_SHOWN} more" if len(record.sources) > _PAIRS_SHOWN else ""
+    bytes_, weights, flops = record.cache_bytes, record.weight_bytes, record.flops
+    lines = [
+        f"{len(record.sources)} attentions read the keys and values of others: {pairs}{more}",
+        f"freed: {format_bytes(bytes_.realised)} of stores ({format_bytes(bytes_.promised)} promised), "
+        f"{format_bytes(weights.realised)} of weights ({format_bytes(weights.promised)}), "
+        f"{flops.realised:,} FLOPs a token ({flops.promised:,})",
+    ]
+    if record.divergence is not None:
+        lines.append(f"predictions are off by {record.divergence:.3g} nats on {record.tokens:,} tokens")
     return lines
 
 

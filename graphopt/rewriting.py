@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from graphopt.candidate import Candidate, Declined, Frontier, NearMiss
 from graphopt.conversion import Conversion
+from graphopt.decoding.site_pass import SitePass
 from graphopt.duration import format_seconds
 from graphopt.edit import Edit
 from graphopt.errors import GraphoptError, PassError, VerificationError, brief
@@ -65,7 +66,7 @@ def run_passes(
     """Run the passes of ``program``'s level, in the order given. See ``run_pass``."""
     total = Rewriting()
     for step in passes:
-        if step.level is program.level and not isinstance(step, Conversion):
+        if step.level is program.level and not isinstance(step, (Conversion, SitePass)):
             total += run_pass(program, step, ctx, host, on_error=on_error, budgeted=budgeted)
     return total
 

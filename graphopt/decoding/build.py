@@ -26,6 +26,7 @@ from graphopt.program import InputSpec, Program
 from graphopt.schedule import Schedule
 
 if TYPE_CHECKING:
+    from graphopt.decoding.assigning import Assigned
     from graphopt.session import Session
 
 __all__ = ["Built", "build"]
@@ -49,15 +50,17 @@ class Built:
     programs: tuple[Program, ...]
 
 
-def build(model: torch.nn.Module, inputs: Any, options: Generate, session: Session) -> Built:
-    """Capture ``model``, give every attention a store, rewrite, check.
+def build(
+    model: torch.nn.Module, inputs: Any, options: Generate, session: Session, assigned: Assigned
+) -> Built:
+    """Capture ``model``, give every attention the store that it was assigned, rewrite, check.
 
     Raises ``InputsError``, ``CaptureError``, ``VerificationError`` with what is in the way, and
     ``BudgetError`` where stores, or the least step, do not fit.
     """
-    uncached = capture_uncached(model, inputs, options)
+    uncached = assigned.uncached or capture_uncached(model, inputs, options)
     batch, capacity = options.max_batch, options.max_tokens
-    sites = sites_of(uncached, session.host.stores(), batch, capacity)
+    sites = sites_of(uncached, session.host.stores(), batch, capacity, assigned.assignment)
     device = next(iter(uncached.weights.values())).device
     padding = batch * capacity if uncached.mask is not None else 0
     cache_bytes = stored_bytes(sites, batch, capacity) + padding
@@ -76,8 +79,12 @@ def build(model: torch.nn.Module, inputs: Any, options: Generate, session: Sessi
         # A share was one of the step without a cache: compiled steps are held to what it came to.
         session.budget = replace(session.budget, memory=budget, reserve=0)
     decoder.single = Singles(session)
+    sharing = assigned.sharing
+    if sharing is not None:
+        freed = assigned.cache_bytes_before + padding - decoder.cache_bytes
+        sharing = replace(sharing, cache_bytes=replace(sharing.cache_bytes, realised=freed))
     record = DecodingRecord(
-        capacity, batch, chunk, cache_bytes, bound, off, site_records(sites, batch, capacity)
+        capacity, batch, chunk, cache_bytes, bound, off, site_records(sites, batch, capacity), sharing
     )
     return Built(decoder, record, baseline, predicted, (general,))
 

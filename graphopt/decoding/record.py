@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from graphopt.decoding.sites import Site
 
-__all__ = ["DecodingRecord", "SiteRecord", "site_records"]
+__all__ = ["DecodingRecord", "Freed", "SharingRecord", "SiteRecord", "site_records"]
 
 
 @dataclass(frozen=True)
@@ -27,10 +27,38 @@ class SiteRecord:
 
 
 @dataclass(frozen=True)
+class Freed:
+    """What was to be saved, worked out before anything was rewritten, and what was."""
+
+    promised: int
+    realised: int
+
+
+@dataclass(frozen=True)
+class SharingRecord:
+    """Attentions that read the keys and values of others because of a pass, as pairs of indices (consumer,
+    source), and what that frees: bytes of stores, of parameters and buffers, FLOPs of a token without stores.
+
+    ``off``: by how much logits differed most from those of the program in which consumers are redirected and
+    nothing is taken away. ``divergence``: KL in nats to the model before, as measured on ``tokens`` tokens of
+    calibration; ``None`` where it was not.
+    """
+
+    sources: tuple[tuple[int, int], ...]
+    cache_bytes: Freed
+    weight_bytes: Freed
+    flops: Freed
+    off: float
+    divergence: float | None = None
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
 class DecodingRecord:
     """``max_tokens``, ``max_batch``: what the stores are for; ``chunk``: tokens of a prompt taken in at once;
     ``cache_bytes``: stores and what is kept of padding; ``budget``: the bound on them, if there is one;
-    ``off``: by how much logits differed most from those without a cache when it was checked."""
+    ``off``: by how much logits differed most from those without a cache when it was checked; ``sharing``:
+    what passes let attentions share, if they did."""
 
     max_tokens: int
     max_batch: int
@@ -39,6 +67,7 @@ class DecodingRecord:
     budget: int | None
     off: float
     sites: tuple[SiteRecord, ...]
+    sharing: SharingRecord | None = None
 
 
 def site_records(sites: Sequence[Site], batch: int, capacity: int) -> tuple[SiteRecord, ...]:
