@@ -13,7 +13,7 @@ from rich.text import Text
 
 from graphopt.budget import format_bytes
 from graphopt.cost import Cost
-from graphopt.decoding.record import DecodingRecord, SharingRecord, SiteRecord
+from graphopt.decoding.record import DecodingRecord, LossyRecord, SharingRecord, SiteRecord
 from graphopt.duration import format_seconds
 from graphopt.plans import Plan, count_text, gap_text
 from graphopt.price import PriceGroup, price_groups
@@ -33,6 +33,8 @@ __all__ = [
     "undone_lines",
     "weight_lines",
 ]
+
+_POINTS_SHOWN = 6
 
 _PAIRS_SHOWN = 8
 GROUPS_SHOWN = 6
@@ -105,9 +107,11 @@ def store_lines(record: DecodingRecord, shown: int = GROUPS_SHOWN) -> list[str]:
     bound = f" of {format_bytes(record.budget)} allowed" if record.budget is not None else ""
     lines = [
         f"{format_bytes(record.cache_bytes)}{bound} for {record.max_batch} sequences of {record.max_tokens} "
-        f"positions; prompts go in {record.chunk} tokens at a time; logits differ from those without stores "
-        f"by at most {record.off:.1e}"
+        f"positions; prompts go in {record.chunk} tokens at a time; logits differ from those "
+        f"{'without stores' if record.lossy is None else 'of rounded rows'} by at most {record.off:.1e}"
     ]
+    if record.lossy is not None:
+        lines += lossy_lines(record.lossy)
     if record.sharing is not None:
         lines += sharing_lines(record.sharing)
     kinds: dict[tuple[str, str], list[SiteRecord]] = {}
@@ -119,6 +123,19 @@ def store_lines(record: DecodingRecord, shown: int = GROUPS_SHOWN) -> list[str]:
         total = format_bytes(sum(site.bytes for site in sites))
         lines.append(f"{store}: {len(sites)} attentions ({layers}), {mask}, {total}")
     return lines
+
+
+def lossy_lines(record: LossyRecord) -> list[str]:
+    """What stores that are not exact do to predictions, as far as that was measured."""
+    lines = [f"{record.attentions} attentions keep less than the model makes (lossy)"]
+    if record.divergence is not None:
+        lines[0] += f": KL {record.divergence:.3g} nats a token on {record.tokens} tokens"
+        lines[0] += f", {record.predicted:.3g} predicted" if record.predicted is not None else ""
+    if record.frontier:
+        step = max(1, len(record.frontier) // _POINTS_SHOWN)
+        points = [f"{format_bytes(taken)} {off:.2g}" for taken, off in record.frontier[::step]]
+        lines.append(f"bytes and predicted KL: {', '.join(points)}")
+    return [*lines, *record.notes]
 
 
 def sharing_lines(record: SharingRecord) -> list[str]:

@@ -54,9 +54,10 @@ class CachePoint:
 
 @dataclass(frozen=True)
 class CacheAllocation:
-    """What was chosen: ``bytes`` of all stores, ``predicted`` the sum of prices, ``measured`` the KL of all of
-    them together, both in nats a token over ``tokens`` tokens; ``gap``: share by which the sum may be above
-    the least; ``frontier``: the choices that are the least for what they take, the fewest bytes first."""
+    """What was chosen: ``bytes`` of all stores, ``predicted`` the sum of prices, ``measured`` the KL of all
+    of them together, both in nats a token over ``tokens`` tokens; ``gap``: share by which the sum may be
+    above the least; ``frontier``: the choices that are the least for what they take, the fewest bytes first.
+    """
 
     assignment: CacheAssignment
     bytes: int

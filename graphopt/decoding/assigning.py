@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graphopt import _torch
+from graphopt.budget import parse_bytes
+from graphopt.decoding.allocate import CacheAllocation
 from graphopt.decoding.assignment import NOTHING, CacheAssignment
 from graphopt.decoding.capture import Uncached, capture_uncached
 from graphopt.decoding.freed import Promise, flops_of_token, promised
@@ -60,13 +62,15 @@ _CHECKED = 24
 @dataclass(frozen=True)
 class Assigned:
     """The model to go on with, its program where it was rewritten, the stores of its attentions, and what is
-    reported of it. ``cache_bytes_before``: of stores as they would have been."""
+    reported of it. ``cache_bytes_before``: of stores as they would have been. ``allocation``: how stores were
+    chosen among several, if they were."""
 
     model: torch.nn.Module
     assignment: CacheAssignment = NOTHING
     uncached: Uncached | None = None
     sharing: SharingRecord | None = None
     cache_bytes_before: int = 0
+    allocation: CacheAllocation | None = None
     records: tuple[PassRecord, ...] = ()
 
 
@@ -77,7 +81,7 @@ def assign(model: torch.nn.Module, inputs: Any, options: Generate, session: Sess
     ``on_error="raise"`` ``CaptureError`` is raised. ``InputsError`` and other errors about options of passes
     are raised always, and so is ``VerificationError`` where the program comes to give something else.
     """
-    passes = site_passes(session.passes)
+    passes = site_passes(session.passes, session.allow)
     if not passes:
         return Assigned(model)
     if inputs is None:
@@ -102,10 +106,11 @@ def assign(model: torch.nn.Module, inputs: Any, options: Generate, session: Sess
         )
         question = _after(question, answer, session, options)
     assignment = question.assigned
+    allocation = next((answer.allocation for answer in answers if answer.allocation is not None), None)
     if not assignment.sources:
-        return Assigned(model, assignment, records=tuple(records))
+        return Assigned(model, assignment, allocation=allocation, records=tuple(records))
     done = _shared(model, uncached, regions, assignment, answers, options, session)
-    return replace(done, records=tuple(records))
+    return replace(done, allocation=allocation, records=tuple(records))
 
 
 def _question(
@@ -116,9 +121,12 @@ def _question(
     regions = tuple(site.region for site in sites)
     specs = specs_of(uncached, regions, options.max_tokens)
     fits = Fits(uncached, regions, specs)
+    # What is kept of padding counts against the bound as well.
+    padding = options.max_batch * options.max_tokens if uncached.mask is not None else 0
     return regions, SiteQuestion(
-        uncached, regions, sites, CacheAssignment(), fits, options, stores, session.host, _tell
-    )
+        uncached, regions, sites, CacheAssignment(), fits, options, stores, session.host, _tell,
+        None if session.budget.cache is None else parse_bytes(session.budget.cache) - padding,
+    )  # fmt: skip
 
 
 def _tell(line: str) -> None:

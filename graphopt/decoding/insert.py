@@ -110,7 +110,9 @@ class _Insertion:
         remove_dead(self.graph)
         self._refuse_rest()
         self.graph.lint()
-        self.stores = {tensors[key].name: key for key in sorted(tensors)}
+        # In the order of the placeholders: the sites', and that in which operators take a store's tensors.
+        order = {node: place for place, node in enumerate(self.graph.nodes)}
+        self.stores = {tensors[key].name: key for key in sorted(tensors, key=lambda key: order[tensors[key]])}
         names = [*uncached.inputs, slots.name, *([valid.name] if valid is not None else []), *self.stores]
         gm = fx.GraphModule(torch.nn.Module(), self.graph)
         return StepGraph(gm, tuple(names), self.stores, self.weights)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from graphopt.decoding.sites import Site
 
-__all__ = ["DecodingRecord", "Freed", "SharingRecord", "SiteRecord", "site_records"]
+__all__ = ["DecodingRecord", "Freed", "LossyRecord", "SharingRecord", "SiteRecord", "site_records"]
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,28 @@ class SharingRecord:
 
 
 @dataclass(frozen=True)
+class LossyRecord:
+    """Attentions whose stores are not exact. ``allowed``: by how much logits might be off those of the
+    program that rounds as the stores do; ``notes``: what such stores do to other uses of what is kept;
+    ``divergence``: KL to the model in nats a token on ``tokens`` tokens of calibration, ``predicted`` the sum
+    of single prices, both ``None`` where nothing was measured; ``frontier``: bytes and least sum of prices.
+    """
+
+    attentions: int
+    allowed: float
+    notes: tuple[str, ...] = ()
+    divergence: float | None = None
+    predicted: float | None = None
+    tokens: int = 0
+    frontier: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class DecodingRecord:
     """``max_tokens``, ``max_batch``: what the stores are for; ``chunk``: tokens of a prompt taken in at once;
     ``cache_bytes``: stores and what is kept of padding; ``budget``: the bound on them, if there is one;
-    ``off``: by how much logits differed most from those without a cache when it was checked; ``sharing``:
-    what passes let attentions share, if they did."""
+    ``off``: by how much logits differed most when it was checked, from those without a cache, or from those
+    that ``lossy`` stores give; ``sharing``: what passes let attentions share, if they did."""
 
     max_tokens: int
     max_batch: int
@@ -68,6 +85,7 @@ class DecodingRecord:
     off: float
     sites: tuple[SiteRecord, ...]
     sharing: SharingRecord | None = None
+    lossy: LossyRecord | None = None
 
 
 def site_records(sites: Sequence[Site], batch: int, capacity: int) -> tuple[SiteRecord, ...]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 
+from graphopt.decoding.allocate import CacheAllocation
 from graphopt.decoding.assignment import CacheAssignment
 from graphopt.decoding.capture import Uncached
 from graphopt.decoding.options import Generate
@@ -26,7 +28,8 @@ class SiteQuestion:
     they have so far, and what ``assigned`` says of them.
 
     ``fits(consumer, source)``: ``""``, or why attention ``consumer`` cannot read the keys and values of
-    attention ``source``. ``tell`` takes a line about how far a long search is.
+    attention ``source``. ``tell`` takes a line about how far a long search is. ``bound``: bytes that stores
+    may take, ``None`` without a budget of them.
     """
 
     uncached: Uncached
@@ -38,6 +41,7 @@ class SiteQuestion:
     stores: Mapping[str, type[CacheStore]]
     host: PluginHost
     tell: Callable[[str], None]
+    bound: int | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +50,7 @@ class SiteAnswer:
     place of those of the program, by placeholder; and a sentence that says why.
 
     ``divergence``: by how much predictions are off with it, KL in nats, where that was measured on
-    ``tokens`` tokens.
+    ``tokens`` tokens. ``allocation``: how stores were chosen among several, if they were.
     """
 
     assignment: CacheAssignment
@@ -54,14 +58,17 @@ class SiteAnswer:
     reason: str = ""
     divergence: float | None = None
     tokens: int = 0
+    allocation: CacheAllocation | None = None
 
 
 @dataclass(frozen=True)
 class SitePass(Pass):
     """Base of passes over what a decoder keeps. It proposes nothing for programs: the stores of
     ``optimize(generate=...)`` are chosen before programs that decode are made. A pipeline that lists it asks
-    for it: no preset does, and it needs no ``allow``.
+    for it and needs no ``allow``; one that is ``on_demand`` runs where ``allow`` names it alone.
     """
+
+    on_demand: ClassVar[bool] = False
 
     def propose(self, program: Program, ctx: PassContext) -> Iterable[Proposal]:
         return ()
@@ -78,6 +85,7 @@ class SitePass(Pass):
         return pass_text(self).removeprefix(self.name).strip("{}")
 
 
-def site_passes(passes: Sequence[Pass]) -> tuple[SitePass, ...]:
-    """Those among ``passes``, in order."""
-    return tuple(step for step in passes if isinstance(step, SitePass))
+def site_passes(passes: Sequence[Pass], allow: frozenset[str] = frozenset()) -> tuple[SitePass, ...]:
+    """Those among ``passes`` that run, in order: not those on demand that ``allow`` does not name."""
+    found = (step for step in passes if isinstance(step, SitePass))
+    return tuple(step for step in found if not step.on_demand or step.name in allow)

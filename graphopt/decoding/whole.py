@@ -32,10 +32,12 @@ __all__ = ["Whole", "single_divergences", "with_stores"]
 
 
 class Whole(torch.nn.Module):
-    """``store.whole`` for the layout that the values of a region have."""
+    """``store.whole`` for the layout that the values of a region have; ``noise``: by which share keys and
+    values are moved at random."""
 
-    def __init__(self, region: Region, spec: SiteSpec, store: CacheStore) -> None:
+    def __init__(self, region: Region, spec: SiteSpec, store: CacheStore, noise: float = 0.0) -> None:
         super().__init__()
+        self.noise = noise
         self.spec, self.store = spec, store
         self.flat, self.heads, self.key_transposed = region.flat, region.heads, region.key_transposed
 
@@ -50,7 +52,15 @@ class Whole(torch.nn.Module):
         if self.key_transposed:
             key = key.transpose(-2, -1)
         if self.flat:
-            query, key, value = (x.unflatten(0, (-1, self.heads)) for x in (query, key, value))
+            query, key, value = (
+                x.reshape(-1, self.heads, *x.shape[1:]) for x in (query, key, value)
+            )
+        if self.noise:
+            generator = torch.Generator(key.device).manual_seed(0)
+            key, value = (
+                x * (1 + self.noise * torch.randn(x.shape, generator=generator, device=x.device)).to(x.dtype)
+                for x in (key, value)
+            )
         spec = self.spec
         slopes = None
         if spec.mask.slopes:
@@ -69,8 +79,10 @@ def with_stores(
     regions: Sequence[Region],
     specs: Sequence[SiteSpec],
     stores: Mapping[int, CacheStore],
+    noise: float = 0.0,
 ) -> Uncached:
-    """The same program, but region ``index`` gives what ``stores[index]`` makes of its keys and values."""
+    """The same program, but region ``index`` gives what ``stores[index]`` makes of its keys and values, moved
+    by a share ``noise`` of each at random."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(uncached.gm.graph, copies))
@@ -78,7 +90,7 @@ def with_stores(
     mask = copies[uncached.placeholder(uncached.mask)] if uncached.mask is not None else None
     for index, store in stores.items():
         region, name = regions[index], f"whole_{index}"
-        root.add_module(name, Whole(region, specs[index], store))
+        root.add_module(name, Whole(region, specs[index], store, noise))
         sinks = copies[region.sinks] if region.sinks is not None else None
         output = copies[region.output]
         with graph.inserting_before(output):
@@ -103,9 +115,9 @@ def single_divergences(
     """KL(model || model with that one store at that one site), mean over rows of logits that are no padding,
     in nats.
 
-    ``readers``: sites that read the store of a site besides itself, by its index. ``batches``: tokens int64 [B, S] and their mask or ``None``. A site costs the part of a forward behind it
-    for each of its stores; values that this part reads, and the logits twice, are in memory. ``told(done,
-    of)`` is called after each.
+    ``readers``: sites that read the store of a site besides itself, by its index. ``batches``: tokens int64
+    [B, S] and their mask or ``None``. A site costs the part of a forward behind it for each of its stores;
+    values that this part reads, and the logits twice, are in memory. ``told(done, of)`` is called after each.
     """
     sums: dict[tuple[int, CacheStore], float] = {}
     rows, done = 0, 0
@@ -169,12 +181,13 @@ def _rest(
     swapped: Mapping[fx.Node, tuple[Region, Whole]],
     mask: fx.Node | None,
 ) -> torch.Tensor:
-    """The logits, from the node at ``place`` on; outputs of regions that are ``swapped`` are what their stores
-    give."""
+    """The logits, from the node at ``place`` on; outputs of regions that are ``swapped`` are what their
+    stores give."""
     for later in range(place, len(nodes)):
         node = nodes[later]
         if node.op == "output":
-            (logits,) = fx.node.map_arg(node.args[0], known.__getitem__)
+            given: Any = node.args[0]
+            (logits,) = fx.node.map_arg(given, known.__getitem__)
             result: torch.Tensor = logits
             return result
         if node in swapped:

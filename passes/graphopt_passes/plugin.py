@@ -45,6 +45,8 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.read_packed:ReadPacked",
         "graphopt_passes.rotary:Rotary",
         "graphopt_passes.share_kv:ShareKv",
+        "graphopt_passes.keep_kv:KeepKv",
+        "graphopt_passes.lossy_cache:LossyCache",
         "graphopt_passes.sum_products:SumProducts",
         "graphopt_passes.tile_convolutions:TileConvolutions",
         "graphopt_passes.window_attention:WindowAttention",
