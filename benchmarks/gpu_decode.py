@@ -9,8 +9,11 @@ Greedy, ``--context`` tokens before, bf16 but for packed weights. ``graphopt`` g
 weight-only quantization, where torchao is installed. ``ms`` is of one more token: the difference of two
 lengths of generation over the tokens between, median of ``--repeats``, host included. ``floor`` is the part
 of that in which the weights alone are read at the read bandwidth of the device table. ``same`` is how many of
-the first ``--checked`` tokens are those that the model gives before anything is compiled or packed. Processes
-get ready side by side and measure one after another.
+the first ``--checked`` tokens are those that the model gives before anything is compiled or packed; with
+random weights the best two logits are often alike in bf16, so it says little. ``regret`` says more: by how
+much the logit of each generated token is below the largest, both in float32 over the same tokens, in standard
+deviations of logits, mean of all. Processes get ready side by side and measure one after another.
+``--profile`` writes beside the result what kernels took, a token.
 """
 
 from __future__ import annotations
@@ -172,9 +175,43 @@ def one(given: argparse.Namespace) -> dict[str, Any]:
     }
     if given.device == "cuda":
         row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    if given.profile:
+        profiled(lambda: generate(prompt, many), many, given.out.with_suffix(f".{mode}.txt"))
+    del model
+    row["regret"] = round(regret(found, given.context, given), 5)
     if report is not None:
+        row["off"] = report.report.decoding.off
         row["notes"] = [str(note)[:300] for note in report.report.diagnostics]
     return row
+
+
+def regret(whole: torch.Tensor, context: int, given: argparse.Namespace) -> float:
+    """Of the tokens behind ``context``, by a float32 model; a sequence at a time."""
+    model = built(given).float()
+    lost = []
+    for tokens in whole[:4]:
+        with torch.no_grad():
+            kept = len(tokens) - context
+            logits = model(input_ids=tokens[None, :-1], use_cache=False, logits_to_keep=kept).logits[0]
+        chosen = logits.gather(1, tokens[context:, None])[:, 0]
+        lost.append(((logits.amax(1) - chosen) / logits.std(1)).mean())
+    return float(torch.stack(lost).mean())
+
+
+def profiled(call: Callable[[], Any], tokens: int, path: Path) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        call()
+        torch.cuda.synchronize()
+    found_rows = [(e.self_device_time_total, e.count, e.key) for e in found.key_averages()]
+    lines = [
+        f"{us / tokens:9.1f} us {count / tokens:7.1f} x {us / count:8.2f}  {key[:110]}"
+        for us, count, key in sorted(found_rows, reverse=True)
+        if us
+    ]
+    lines.append(f"all {sum(us for us, *_ in found_rows) / tokens:.1f} us a token")
+    path.write_text("\n".join(lines) + "\n")
 
 
 def _synchronize(given: argparse.Namespace) -> None:
@@ -197,6 +234,7 @@ def main() -> None:
         ("at-once", 3), ("seconds", 500),
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=number)
+    parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
     if given.one:
         print("RESULT " + json.dumps(one(given)), flush=True)

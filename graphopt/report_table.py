@@ -133,7 +133,7 @@ def lossy_lines(record: LossyRecord) -> list[str]:
         lines[0] += f", {record.predicted:.3g} predicted" if record.predicted is not None else ""
     if record.frontier:
         step = max(1, len(record.frontier) // _POINTS_SHOWN)
-        points = [f"{format_bytes(taken)} {off:.2g}" for taken, off in record.frontier[::step]]
+        points = [f"{format_bytes(p.bytes)} {p.divergence:.2g}" for p in record.frontier[::step]]
         lines.append(f"bytes and predicted KL: {', '.join(points)}")
     return [*lines, *record.notes]
 

@@ -19,6 +19,7 @@ import torch
 from graphopt.budget import format_bytes
 from graphopt.decoding.assignment import CacheAssignment
 from graphopt.decoding.capture import Uncached
+from graphopt.decoding.record import CachePoint
 from graphopt.decoding.sites import Site
 from graphopt.decoding.stores import CacheStore
 from graphopt.decoding.whole import single_divergences, with_stores
@@ -26,7 +27,7 @@ from graphopt.errors import BudgetError, InputsError
 from graphopt.packing.knapsack import hull_walk, least
 from graphopt.quality import row_divergences
 
-__all__ = ["CacheAllocation", "CachePoint", "StoreChoice", "allocate_stores", "store_choices"]
+__all__ = ["CacheAllocation", "StoreChoice", "allocate_stores", "store_choices"]
 
 _ROUNDS = 3
 """How often prices are scaled by what was measured where a divergence is bounded."""
@@ -40,14 +41,6 @@ class StoreChoice:
 
     site: int
     store: str
-    bytes: int
-    divergence: float
-
-
-@dataclass(frozen=True)
-class CachePoint:
-    """Bytes of all stores and the sum of their prices, KL in nats."""
-
     bytes: int
     divergence: float
 

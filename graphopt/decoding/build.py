@@ -12,6 +12,7 @@ from graphopt import _torch
 from graphopt.budget import format_bytes, parse_bytes
 from graphopt.capture.semantic import semantic_program
 from graphopt.cost import Cost
+from graphopt.decoding.beside import SideBySide
 from graphopt.decoding.capture import Uncached, capture_uncached
 from graphopt.decoding.check_decoder import check_decoder
 from graphopt.decoding.decoder import MOVED, Decoder
@@ -58,14 +59,18 @@ def build(
     padding = batch * capacity if uncached.mask is not None else 0
     cache_bytes = stored_bytes(sites, batch, capacity) + padding
     bound = _check_cache(session, sites, cache_bytes, options)
+    beside = None
+    if session.cost.device.multiprocessors:
+        beside = SideBySide(tuple(session.host.schemes().values()))
     step = step_graph(uncached, sites, batch, capacity, capacity)
+    step = step if beside is None else beside(step)
     general = _rewritten("decode", step, uncached, session)
     weight_bytes = _torch.storage_bytes([*model.parameters(), *model.buffers()])
     arithmetic = _Arithmetic(uncached, sites, step, general, session, options, weight_bytes, cache_bytes)
     baseline = arithmetic.baseline()
     budget = session.budget.resolve(baseline.peak_bytes)
     chunk, predicted = arithmetic.fitted(budget)
-    decoder = Decoder(uncached, sites, options, step, general.gm, lambda *_: None, chunk, device)
+    decoder = Decoder(uncached, sites, options, step, general.gm, lambda *_: None, chunk, device, beside)
     checked = check_decoder(decoder)
     _name(session, uncached, decoder)
     if budget is not None:
@@ -78,7 +83,7 @@ def build(
         sharing = replace(sharing, cache_bytes=replace(sharing.cache_bytes, realised=freed))
     record = DecodingRecord(
         capacity, batch, chunk, cache_bytes, bound, checked.off, site_records(sites, batch, capacity),
-        sharing, _lossy(sites, checked.allowed, assigned),
+        0 if beside is None else beside.count, sharing, _lossy(sites, checked.allowed, assigned),
     )  # fmt: skip
     return Built(decoder, record, baseline, predicted, (general,))
 
@@ -119,8 +124,7 @@ def _lossy(sites: tuple[Site, ...], allowed: float, assigned: Assigned) -> Lossy
     found = assigned.allocation
     if found is None:
         return LossyRecord(count, allowed, notes)
-    frontier = tuple((point.bytes, point.divergence) for point in found.frontier)
-    return LossyRecord(count, allowed, notes, found.measured, found.predicted, found.tokens, frontier)
+    return LossyRecord(count, allowed, notes, found.measured, found.predicted, found.tokens, found.frontier)
 
 
 def _stored(sites: tuple[Site, ...], options: Generate) -> int:

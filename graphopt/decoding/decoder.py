@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from graphopt.decoding.beside import SideBySide
 from graphopt.decoding.capture import Uncached
 from graphopt.decoding.insert import StepGraph
 from graphopt.decoding.options import Generate
@@ -40,6 +41,7 @@ class Decoder:
     single: Callable[[Decoder, int, list[Any]], Run | None]
     chunk: int
     device: torch.device
+    beside: SideBySide | None = None
     stores: dict[str, torch.Tensor] = field(default_factory=dict)
     valid: torch.Tensor | None = None
     seen: int = 0
@@ -65,13 +67,16 @@ class Decoder:
         return sum(t.numel() * t.element_size() for t in self.held.values())
 
     def reset(self, batch: int) -> None:
-        """Begin anew with ``batch`` sequences. Raises ``InputsError`` for more than there are stores for."""
+        """Begin anew with ``batch`` sequences. Raises ``InputsError`` for more than there are stores for, and
+        for weights that were moved since."""
         if batch > self.options.max_batch:
             raise InputsError(
                 f"{batch} sequences at once, each beam counted: the stores are for max_batch="
                 f"{self.options.max_batch}",
                 hint=f"optimize with generate=graphopt.Generate(max_batch={batch}, ...)",
             )
+        if self.beside is not None:
+            self.beside.settle()
         self.seen, self.batch = 0, batch
 
     def __call__(

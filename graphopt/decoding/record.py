@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from graphopt.decoding.sites import Site
 
-__all__ = ["DecodingRecord", "Freed", "LossyRecord", "SharingRecord", "SiteRecord", "site_records"]
+__all__ = [
+    "CachePoint",
+    "DecodingRecord",
+    "Freed",
+    "LossyRecord",
+    "SharingRecord",
+    "SiteRecord",
+    "site_records",
+]
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,14 @@ class SharingRecord:
 
 
 @dataclass(frozen=True)
+class CachePoint:
+    """Bytes of all stores and the sum of their prices, KL in nats."""
+
+    bytes: int
+    divergence: float
+
+
+@dataclass(frozen=True)
 class LossyRecord:
     """Attentions whose stores are not exact. ``allowed``: by how much logits might be off those of the
     program that rounds as the stores do; ``notes``: what such stores do to other uses of what is kept;
@@ -67,7 +83,7 @@ class LossyRecord:
     divergence: float | None = None
     predicted: float | None = None
     tokens: int = 0
-    frontier: tuple[tuple[int, float], ...] = ()
+    frontier: tuple[CachePoint, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,7 +91,8 @@ class DecodingRecord:
     """``max_tokens``, ``max_batch``: what the stores are for; ``chunk``: tokens of a prompt taken in at once;
     ``cache_bytes``: stores and what is kept of padding; ``budget``: the bound on them, if there is one;
     ``off``: by how much logits differed most when it was checked, from those without a cache, or from those
-    that ``lossy`` stores give; ``sharing``: what passes let attentions share, if they did."""
+    that ``lossy`` stores give; ``beside``: products whose weights were laid side by side, to be read by one;
+    ``sharing``: what passes let attentions share, if they did."""
 
     max_tokens: int
     max_batch: int
@@ -84,6 +101,7 @@ class DecodingRecord:
     budget: int | None
     off: float
     sites: tuple[SiteRecord, ...]
+    beside: int = 0
     sharing: SharingRecord | None = None
     lossy: LossyRecord | None = None
 

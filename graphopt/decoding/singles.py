@@ -60,6 +60,8 @@ class Singles:
         may be run twice, it writes the same."""
         options = decoder.options
         step = step_graph(decoder.uncached, decoder.sites, options.max_batch, options.max_tokens, read)
+        if decoder.beside is not None:
+            step = decoder.beside(step)
         try:
             with torch.no_grad(), _torch.quiet_capture(), _torch.within(_torch.static_context()):
                 run = self.session.backend(step.gm, arguments)
