@@ -17,10 +17,10 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from graphopt.capture.aliasing import alias_map, written_inputs
 from graphopt.decoding.capture import Uncached, arguments_of
 from graphopt.decoding.columns import PRODUCTS
 from graphopt.decoding.layouts import name_of
+from graphopt.decoding.part import Part, following
 from graphopt.decoding.regions import Region
 from graphopt.decoding.share import between, redirected, without_dead
 from graphopt.errors import InputsError
@@ -59,15 +59,16 @@ class Look:
         self.uncached, self.regions = uncached, tuple(regions)
         device = uncached.placeholder(uncached.tokens).meta["val"].device
         self.rows = rows.to(device)
-        self.parts = self.rows.split(max(1, _AT_ONCE // rows.shape[1]))
+        self.parts = torch.split(self.rows, max(1, _AT_ONCE // rows.shape[1]))
         output = next(node for node in uncached.gm.graph.nodes if node.op == "output")
         self._logits: str = output.args[0][0].name
         self._states = _states_before(output.args[0][0])
         wanted = self._needed()
+        whole = Part(uncached.gm.graph, wanted)
         self._kept: list[dict[str, Any]] = []
-        for part in self.parts:
-            given = self._given(uncached, part)
-            self._kept.append(_run(uncached.gm.graph, given, {}, wanted))
+        with torch.no_grad():
+            for part in self.parts:
+                self._kept.append(whole(self._given(uncached, part)))
 
     @property
     def tokens(self) -> int:
@@ -81,7 +82,7 @@ class Look:
         found = {self._logits, self._states}
         for region in self.regions:
             found |= {region.key.name, region.value.name}
-            changed = _following(self.uncached.gm.graph, between(region))
+            changed = following(self.uncached.gm.graph, between(region))
             found |= {
                 source.name for node in changed for source in node.all_input_nodes if source not in changed
             }
@@ -129,11 +130,14 @@ class Look:
         starts = {named[node.name] for index in sources for node in between(self.regions[index])}
         for name in weights or {}:
             starts |= set(named[name].users)
-        changed = _following(graph, starts)
+        changed = following(graph, starts)
+        known = {name for name in self._kept[0] if named.get(name) not in changed}
+        again = Part(graph, wanted, known)
         for part, kept in zip(self.parts, self._kept, strict=True):
             given = self._given(uncached, part) | dict(weights or {})
-            same = {name: value for name, value in kept.items() if named.get(name) not in changed}
-            yield _run(graph, given, same, wanted)
+            with torch.no_grad():
+                found = again({**kept, **given})
+            yield found
 
 
 def _states_before(logits: fx.Node) -> str:
@@ -141,62 +145,6 @@ def _states_before(logits: fx.Node) -> str:
     node = logits
     while name_of(node) not in PRODUCTS:
         node = node.all_input_nodes[0]
-    return node.args[1 if name_of(node) == "addmm" else 0].name  # type: ignore[union-attr]
-
-
-def _following(graph: fx.Graph, starts: Iterable[fx.Node]) -> set[fx.Node]:
-    """``starts`` and all that is made of them, memory that they write into included."""
-    aliases = alias_map(graph)
-    found: set[fx.Node] = set()
-    pending = list(starts)
-    while pending:
-        node = pending.pop()
-        if node in found or node.op == "output":
-            continue
-        found.add(node)
-        pending.extend(node.users)
-        for written in written_inputs(node):
-            pending.extend(root for root in aliases.roots[written] if root.op == "call_function")
-    return found
-
-
-def _run(
-    graph: fx.Graph, given: Mapping[str, Any], known: Mapping[str, Any], wanted: set[str]
-) -> dict[str, Any]:
-    """The values of ``wanted`` nodes; those that are ``known`` are not computed, nor what only they need."""
-    nodes = list(graph.nodes)
-    needed = {node for node in nodes if node.name in wanted}
-    aliases = alias_map(graph)
-    order = []
-    for node in reversed(nodes):
-        writes = any(root in needed for one in written_inputs(node) for root in aliases.roots[one])
-        if node.op == "output" or (node not in needed and not writes):
-            continue
-        if node.name not in known:
-            order.append(node)
-            needed.update(node.all_input_nodes)
-            for one in node.all_input_nodes:
-                needed.update(aliases.roots.get(one, ()))
-        else:
-            order.append(node)
-    order.reverse()
-    last = {source: node for node in order if node.name not in known for source in node.all_input_nodes}
-    freed: dict[fx.Node, list[fx.Node]] = {}
-    for source, node in last.items():
-        freed.setdefault(node, []).append(source)
-    values: dict[fx.Node, Any] = {}
-    found: dict[str, Any] = {}
-    with torch.no_grad():
-        for node in order:
-            if node.name in known:
-                values[node] = known[node.name]
-            elif node.op == "placeholder":
-                values[node] = given[node.name]
-            else:
-                args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda ref: values[ref])
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-            if node.name in wanted:
-                found[node.name] = values[node]
-            for source in freed.get(node, ()):
-                values.pop(source, None)
-    return found
+    given = node.args[1 if name_of(node) == "addmm" else 0]
+    assert isinstance(given, fx.Node)
+    return given.name

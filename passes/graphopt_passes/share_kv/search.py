@@ -1,4 +1,4 @@
-"""Chooses which attentions share: single pairs are scored, added up, and the choice corrected by measuring it.
+"""Chooses which attentions share: single pairs are scored, added up, and the choice corrected by measuring.
 
 ::
 
