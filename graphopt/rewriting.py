@@ -124,11 +124,20 @@ def left_out(passes: Sequence[Pass], host: PluginHost) -> tuple[PassRecord, ...]
 
 
 def conversion_records(
-    passes: Sequence[Pass], host: PluginHost, allow: Set[str], done: QuantizationPlan | None
+    passes: Sequence[Pass],
+    host: PluginHost,
+    allow: Set[str],
+    done: QuantizationPlan | None,
+    *,
+    generates: bool = False,
 ) -> tuple[PassRecord, ...]:
-    """Records of the passes that change the model rather than a program. ``done``: what was packed."""
+    """Records of the passes that change the model rather than a program. ``done``: what was packed;
+    ``generates``: what is kept from token to token has records already."""
     records = []
     for step in passes:
+        if isinstance(step, SitePass) and not generates:
+            why = "keys and values are kept only where generate= is given"
+            records.append(_record(step, host, "skipped", why))
         if not isinstance(step, Conversion):
             continue
         if done is not None:

@@ -33,6 +33,7 @@ class Generator:
     def __init__(self, assigned: Assigned, inputs: Any, options: Generate, session: Session) -> None:
         self.model, self.inputs, self.options, self.session = assigned.model, inputs, options, session
         self.assigned = assigned
+        session.generates = True
         session.records.extend(assigned.records)
         self._built: Built | None = None
         self._refused = ""

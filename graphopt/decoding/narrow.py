@@ -26,7 +26,6 @@ from graphopt import _torch
 from graphopt.decoding.capture import Uncached
 from graphopt.decoding.columns import PRODUCTS, TURNS, columns_of
 from graphopt.decoding.layouts import name_of
-from graphopt.decoding.sizes import compute_sizes
 
 __all__ = ["Narrowed", "narrowed"]
 
@@ -75,7 +74,6 @@ def narrowed(uncached: Uncached) -> tuple[Uncached, tuple[Narrowed, ...]]:
             _seen_as(graph, node, place, tokens)
         graph.eliminate_dead_code()
     if done:
-        compute_sizes(graph, tokens)
         graph.lint()
         uncached.gm.recompile()
     return replace(uncached, weights=weights), tuple(done)
@@ -162,8 +160,13 @@ def _seen_as(graph: fx.Graph, node: fx.Node, place: fx.Node, tokens: fx.Node) ->
     shape = place.meta["val"].shape
     order = [*dims, *(dim for dim in range(len(shape)) if dim not in dims)]
     back = [order.index(dim) for dim in range(len(shape))]
+    sizes: list[Any] = []
+    with graph.inserting_before(node):
+        for dim, size in enumerate(tokens.meta["val"].shape):
+            sizes.append(graph.call_function(aten.sym_size.int, (tokens, dim)))
+            sizes[-1].meta["val"] = size
     with graph.inserting_after(node):
-        view = graph.call_function(aten.view.default, (node, [shape[dim] for dim in order]))
+        view = graph.call_function(aten.view.default, (node, sizes + [shape[dim] for dim in order[2:]]))
     made = view
     if back != sorted(back):
         with graph.inserting_after(view):

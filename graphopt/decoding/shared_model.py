@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -127,7 +127,7 @@ def shared_model(
     before: Uncached,
     after: Uncached,
     narrowed: Sequence[Narrowed],
-    replaced: Mapping[str, torch.Tensor],
+    replaced: Collection[str],
     options: Generate,
 ) -> nn.Module:
     """A copy of ``model``, which ``before`` was captured of, that runs ``after``.
@@ -138,15 +138,17 @@ def shared_model(
     """
     made = sharing(model)
     left = {id(before.weights[name]) for name in after.weights if name in before.weights}
+    # What the model has and does not use is no concern of this.
+    used = {id(before.weights[n.name]) for n in before.gm.graph.nodes if n.name in before.weights and n.users}
     gone = frozenset(
         name for name, parameter in model.named_parameters(remove_duplicate=False)
-        if id(parameter) not in left and any(parameter is tensor for tensor in before.weights.values())
+        if id(parameter) in used and id(parameter) not in left
     )  # fmt: skip
     for name in gone:
         owner, attribute = _owner(made, name)
         # ``None``, not absent: modules test whether they have a bias.
         owner._parameters[attribute] = None
-    own = {one.placeholder: after.weights[one.placeholder] for one in narrowed} | dict(replaced)
+    own = {one.placeholder for one in narrowed} | set(replaced)
     known = dict(made.named_parameters(remove_duplicate=False)) | dict(
         made.named_buffers(remove_duplicate=False)
     )
@@ -160,7 +162,7 @@ def shared_model(
         elif placeholder in own:
             owner, attribute = _owner(made, path)
             old = known[path]
-            value = own[placeholder].detach()
+            value = tensor.detach()
             if isinstance(old, nn.Parameter):
                 for name, other in made.named_parameters(remove_duplicate=False):
                     if other is old and name != path:
