@@ -201,3 +201,14 @@ def test_decoders_that_do_not_give_what_stores_say_are_refused() -> None:
             plugins=(plugin,),
             on_error="raise",
         ).generate(tokens(1, 6))
+
+
+def test_attentions_that_share_read_one_store_of_rounded_rows() -> None:
+    model = plain("fused", layers=3)
+    passes = graphopt.use("share-kv", plan={2: 0}), graphopt.use("keep-kv", store="quant{bits=3,group=8}")
+    fast = optimized(model, *passes, on_error="raise")
+    ids = fast.generate(tokens(2, 50), max_new_tokens=60)
+    assert torch.equal(ids[:, 50:], rounded(fast, ids)[:, 49:-1].argmax(-1))
+    record = fast.report.decoding
+    assert [site.source for site in record.sites] == [0, 1, 0] and record.lossy.attentions == 3
+    assert record.off <= record.lossy.allowed
