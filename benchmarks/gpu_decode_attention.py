@@ -146,7 +146,7 @@ class Rounded:
         kinds = store.tensors(site, batch, capacity).values()
         stores = tuple(torch.zeros(shape, dtype=dtype, device="cuda") for shape, dtype in kinds)
         seen = int(held.positions[0])
-        blocks = max(0, (seen - 1 - store.residual) // store.block + 1)
+        blocks = max(0, (seen - store.residual) // store.block + 1)
         newest = torch.arange(max(0, seen - store.residual), seen, device="cuda")
         for number in range(batch):
             if blocks:

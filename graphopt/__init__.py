@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from graphopt.program import Level, Program
     from graphopt.report import Report
     from graphopt.schedule import Schedule
+    from graphopt.use import use
 
 __version__ = "0.1.0"
 
@@ -118,6 +119,7 @@ __all__ = [
     "plan",
     "quantize",
     "save_weights",
+    "use",
     "weight_frontier",
 ]
 
@@ -173,6 +175,7 @@ _HOME = {
     "graphopt.packing.save": ("save_weights",),
     "graphopt.report": ("Report",),
     "graphopt.schedule": ("Schedule",),
+    "graphopt.use": ("use",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from graphopt.budget import Budget
 from graphopt.capture.driver import Driver
 from graphopt.capture.inputs import bind_inputs
 from graphopt.cost import CostModel
+from graphopt.decoding.assigning import Assigned, assign
 from graphopt.decoding.generator import Generator
 from graphopt.decoding.options import Generate
 from graphopt.device import DeviceSpec
@@ -231,9 +233,11 @@ def _uncaptured(
     replay: Plan | None,
     dry_run: bool,
     generate: Generate | None = None,
+    assigned: Assigned | None = None,
     **choices: Any,
 ) -> Optimized:
-    """An optimized module that captures on its first call; its copies are made the same way."""
+    """An optimized module that captures on its first call; its copies are made the same way, from a model
+    that shares what was ``assigned``."""
     if isinstance(choices["pipeline"], Iterator):
         choices["pipeline"] = tuple(choices["pipeline"])
     where = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
@@ -254,6 +258,12 @@ def _uncaptured(
         Driver(of, trial, dynamic=dynamic_shapes, loss_fn=loss_fn).prepare(args, kwargs)
         return trial
 
+    if generate is not None and assigned is None:
+        assigned = assign(model, example, generate, fresh(model, budget))
+    elif assigned is not None:
+        assigned = replace(assigned, model=model, uncached=None)
+    if assigned is not None:
+        model = assigned.model
     session = fresh(model, budget)
     fit = WeightFit(model, session, fresh, attempt, dry_run)
     driver = Driver(model, session, inputs=example, dynamic=dynamic_shapes, loss_fn=loss_fn, fit=fit)
@@ -265,9 +275,12 @@ def _uncaptured(
         replay=replay,
         dry_run=dry_run,
         generate=generate,
+        assigned=assigned,
         **choices,
     )
-    generator = Generator(model, example, generate, fresh(model, budget)) if generate is not None else None
+    generator = None
+    if generate is not None and assigned is not None:
+        generator = Generator(assigned, example, generate, fresh(model, budget))
     return Optimized(model, driver, loss_fn, again, generator)
 
 

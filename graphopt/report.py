@@ -154,6 +154,9 @@ class Report:
         body.setdefault("quantization", None)
         body.setdefault("decoding", None)
         body.setdefault("rewrites", [])
+        if isinstance(body["decoding"], Mapping):
+            # Nor, before attentions could be let share and stores round, whether they do.
+            body["decoding"] = {"sharing": None, "lossy": None, **body["decoding"]}
         for name in ("baseline", "predicted", "measured"):
             if isinstance(body.get(name), Mapping):
                 body[name] = {"cache_bytes": 0, **body[name]}

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from graphopt.budget import format_bytes
 from graphopt.cost import Cost
-from graphopt.decoding.record import DecodingRecord, SiteRecord
+from graphopt.decoding.record import DecodingRecord, LossyRecord, SharingRecord, SiteRecord
 from graphopt.duration import format_seconds
 from graphopt.plans import Plan, count_text, gap_text
 from graphopt.price import PriceGroup, price_groups
@@ -34,6 +34,9 @@ __all__ = [
     "weight_lines",
 ]
 
+_POINTS_SHOWN = 6
+
+_PAIRS_SHOWN = 8
 GROUPS_SHOWN = 6
 _WIDTH = 100
 
@@ -104,9 +107,13 @@ def store_lines(record: DecodingRecord, shown: int = GROUPS_SHOWN) -> list[str]:
     bound = f" of {format_bytes(record.budget)} allowed" if record.budget is not None else ""
     lines = [
         f"{format_bytes(record.cache_bytes)}{bound} for {record.max_batch} sequences of {record.max_tokens} "
-        f"positions; prompts go in {record.chunk} tokens at a time; logits differ from those without stores "
-        f"by at most {record.off:.1e}"
+        f"positions; prompts go in {record.chunk} tokens at a time; logits differ from those "
+        f"{'without stores' if record.lossy is None else 'of rounded rows'} by at most {record.off:.1e}"
     ]
+    if record.lossy is not None:
+        lines += lossy_lines(record.lossy)
+    if record.sharing is not None:
+        lines += sharing_lines(record.sharing)
     kinds: dict[tuple[str, str], list[SiteRecord]] = {}
     for index, site in enumerate(record.sites):
         store = site.store if site.source == index else "shared"
@@ -115,6 +122,35 @@ def store_lines(record: DecodingRecord, shown: int = GROUPS_SHOWN) -> list[str]:
         layers = ", ".join(site.layer or "-" for site in sites[:2]) + (", ..." if len(sites) > 2 else "")
         total = format_bytes(sum(site.bytes for site in sites))
         lines.append(f"{store}: {len(sites)} attentions ({layers}), {mask}, {total}")
+    return lines
+
+
+def lossy_lines(record: LossyRecord) -> list[str]:
+    """What stores that are not exact do to predictions, as far as that was measured."""
+    lines = [f"{record.attentions} attentions keep less than the model makes (lossy)"]
+    if record.divergence is not None:
+        lines[0] += f": KL {record.divergence:.3g} nats a token on {record.tokens} tokens"
+        lines[0] += f", {record.predicted:.3g} predicted" if record.predicted is not None else ""
+    if record.frontier:
+        step = max(1, len(record.frontier) // _POINTS_SHOWN)
+        points = [f"{format_bytes(p.bytes)} {p.divergence:.2g}" for p in record.frontier[::step]]
+        lines.append(f"bytes and predicted KL: {', '.join(points)}")
+    return [*lines, *record.notes]
+
+
+def sharing_lines(record: SharingRecord) -> list[str]:
+    """Which attentions read the keys and values of which, and what that freed."""
+    pairs = ", ".join(f"{consumer} <- {source}" for consumer, source in record.sources[:_PAIRS_SHOWN])
+    more = f" and {len(record.sources) - _PAIRS_SHOWN} more" if len(record.sources) > _PAIRS_SHOWN else ""
+    bytes_, weights, flops = record.cache_bytes, record.weight_bytes, record.flops
+    lines = [
+        f"{len(record.sources)} attentions read the keys and values of others: {pairs}{more}",
+        f"freed: {format_bytes(bytes_.realised)} of stores ({format_bytes(bytes_.promised)} promised), "
+        f"{format_bytes(weights.realised)} of weights ({format_bytes(weights.promised)}), "
+        f"{flops.realised:,} FLOPs a token ({flops.promised:,})",
+    ]
+    if record.divergence is not None:
+        lines.append(f"predictions are off by {record.divergence:.3g} nats on {record.tokens:,} tokens")
     return lines
 
 

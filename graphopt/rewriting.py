@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from graphopt.candidate import Candidate, Declined, Frontier, NearMiss
 from graphopt.conversion import Conversion
+from graphopt.decoding.site_pass import SitePass
 from graphopt.duration import format_seconds
 from graphopt.edit import Edit
 from graphopt.errors import GraphoptError, PassError, VerificationError, brief
@@ -65,7 +66,7 @@ def run_passes(
     """Run the passes of ``program``'s level, in the order given. See ``run_pass``."""
     total = Rewriting()
     for step in passes:
-        if step.level is program.level and not isinstance(step, Conversion):
+        if step.level is program.level and not isinstance(step, (Conversion, SitePass)):
             total += run_pass(program, step, ctx, host, on_error=on_error, budgeted=budgeted)
     return total
 
@@ -123,11 +124,20 @@ def left_out(passes: Sequence[Pass], host: PluginHost) -> tuple[PassRecord, ...]
 
 
 def conversion_records(
-    passes: Sequence[Pass], host: PluginHost, allow: Set[str], done: QuantizationPlan | None
+    passes: Sequence[Pass],
+    host: PluginHost,
+    allow: Set[str],
+    done: QuantizationPlan | None,
+    *,
+    generates: bool = False,
 ) -> tuple[PassRecord, ...]:
-    """Records of the passes that change the model rather than a program. ``done``: what was packed."""
+    """Records of the passes that change the model rather than a program. ``done``: what was packed;
+    ``generates``: what is kept from token to token has records already."""
     records = []
     for step in passes:
+        if isinstance(step, SitePass) and not generates:
+            why = "keys and values are kept only where generate= is given"
+            records.append(_record(step, host, "skipped", why))
         if not isinstance(step, Conversion):
             continue
         if done is not None:

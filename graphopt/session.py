@@ -93,8 +93,8 @@ class Session:
     ``reruns``: rows of them that the plan runs again. ``cuda_graphs``: replay steps where they can be
     recorded; ``recorders`` do that. ``keeps``: keep plan and code for later processes, and take over what
     earlier ones kept. ``policy``: who picks within the budget in the planner's place, ``chosen_by``: its name
-    where it did. ``quantization``: how the weights of the model were packed for it, and
-    ``dense_baseline`` what a step took before.
+    where it did. ``generates``: its programs decode. ``quantization``: how the weights of the
+    model were packed for it, and ``dense_baseline`` what a step took before.
     """
 
     budget: Budget
@@ -140,6 +140,7 @@ class Session:
     recorders: list[Recorder] = field(default_factory=list)
     _written: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
     keeps: bool = True
+    generates: bool = False
     _fold: Callable[[], None] | None = None
     quantization: QuantizationPlan | None = None
     dense_baseline: Cost | None = None
@@ -289,9 +290,10 @@ class Session:
         budgeted = self.budget.memory is not None
         if not self.captured:
             self.records.extend(left_out(self.passes, self.host))
-            self.records.extend(
-                conversion_records(self.passes, self.host, self.allow, self.quantization)
+            converted = conversion_records(
+                self.passes, self.host, self.allow, self.quantization, generates=self.generates
             )
+            self.records.extend(converted)
         done = run_passes(
             program,
             self.passes,

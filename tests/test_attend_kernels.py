@@ -167,9 +167,9 @@ def test_codes_become_numbers_in_registers(shape: str) -> None:
 @needs_triton
 def test_a_token_over_rounded_rows_is_three_launches() -> None:
     calls = quant_recorded(Quant()).calls
-    assert [call.function.fn.__name__ for call in calls] == ["close_kernel", "attend_kernel", "merge_kernel"]
+    assert [call.function.fn.__name__ for call in calls] == ["attend_kernel", "merge_kernel", "close_kernel"]
     # Exact rows have a part of their own.
-    assert calls[1].arguments["splits"] == 34 and calls[1].grid == (8 * 34,)
+    assert calls[0].arguments["splits"] == 34 and calls[0].grid == (8 * 34,)
     read = quant_recorded(Quant(), takes=False).calls
     assert [call.function.fn.__name__ for call in read] == ["attend_kernel", "merge_kernel"]
 

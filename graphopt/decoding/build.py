@@ -14,30 +14,24 @@ from graphopt.capture.semantic import semantic_program
 from graphopt.cost import Cost
 from graphopt.decoding.beside import SideBySide
 from graphopt.decoding.capture import Uncached, capture_uncached
-from graphopt.decoding.check import check_captured, check_steps
+from graphopt.decoding.check_decoder import check_decoder
 from graphopt.decoding.decoder import MOVED, Decoder
 from graphopt.decoding.insert import StepGraph, step_graph
 from graphopt.decoding.options import Generate
-from graphopt.decoding.record import DecodingRecord, site_records
+from graphopt.decoding.record import DecodingRecord, LossyRecord, site_records
 from graphopt.decoding.singles import Singles
+from graphopt.decoding.site_pass import SitePass, site_passes
 from graphopt.decoding.sites import Site, sites_of, stored_bytes, tensors_of
 from graphopt.decoding.sizes import compute_sizes
-from graphopt.errors import BudgetError, CaptureError, InputsError, brief
+from graphopt.errors import BudgetError, InputsError, brief
 from graphopt.program import InputSpec, Program
 from graphopt.schedule import Schedule
 
 if TYPE_CHECKING:
+    from graphopt.decoding.assigning import Assigned
     from graphopt.session import Session
 
 __all__ = ["Built", "build"]
-
-_PROMPT = 5
-"""Tokens of the prompt that is checked; those behind it come one by one."""
-
-_CHECKED = 12
-_CHECKED_WINDOW = 64
-"""Windows up to this many positions are crossed twice when decoding is checked."""
-
 
 @dataclass(frozen=True)
 class Built:
@@ -50,15 +44,17 @@ class Built:
     programs: tuple[Program, ...]
 
 
-def build(model: torch.nn.Module, inputs: Any, options: Generate, session: Session) -> Built:
-    """Capture ``model``, give every attention a store, rewrite, check.
+def build(
+    model: torch.nn.Module, inputs: Any, options: Generate, session: Session, assigned: Assigned
+) -> Built:
+    """Capture ``model``, give every attention the store that it was assigned, rewrite, check.
 
     Raises ``InputsError``, ``CaptureError``, ``VerificationError`` with what is in the way, and
     ``BudgetError`` where stores, or the least step, do not fit.
     """
-    uncached = capture_uncached(model, inputs, options)
+    uncached = assigned.uncached or capture_uncached(model, inputs, options)
     batch, capacity = options.max_batch, options.max_tokens
-    sites = sites_of(uncached, session.host.stores(), batch, capacity)
+    sites = sites_of(uncached, session.host.stores(), batch, capacity, assigned.assignment)
     device = next(iter(uncached.weights.values())).device
     padding = batch * capacity if uncached.mask is not None else 0
     cache_bytes = stored_bytes(sites, batch, capacity) + padding
@@ -75,22 +71,20 @@ def build(model: torch.nn.Module, inputs: Any, options: Generate, session: Sessi
     budget = session.budget.resolve(baseline.peak_bytes)
     chunk, predicted = arithmetic.fitted(budget)
     decoder = Decoder(uncached, sites, options, step, general.gm, lambda *_: None, chunk, device, beside)
-    off = _check(decoder)
+    checked = check_decoder(decoder)
     _name(session, uncached, decoder)
     if budget is not None:
         # A share was one of the step without a cache: compiled steps are held to what it came to.
         session.budget = replace(session.budget, memory=budget, reserve=0)
     decoder.single = Singles(session)
+    sharing = assigned.sharing
+    if sharing is not None:
+        freed = assigned.cache_bytes_before + padding - decoder.cache_bytes
+        sharing = replace(sharing, cache_bytes=replace(sharing.cache_bytes, realised=freed))
     record = DecodingRecord(
-        capacity,
-        batch,
-        chunk,
-        cache_bytes,
-        bound,
-        off,
-        site_records(sites, batch, capacity),
-        0 if beside is None else beside.count,
-    )
+        capacity, batch, chunk, cache_bytes, bound, checked.off, site_records(sites, batch, capacity),
+        0 if beside is None else beside.count, sharing, _lossy(sites, checked.allowed, assigned),
+    )  # fmt: skip
     return Built(decoder, record, baseline, predicted, (general,))
 
 
@@ -103,6 +97,10 @@ def _check_cache(
     bound = parse_bytes(session.budget.cache)
     if cache_bytes <= bound:
         return bound
+    hint = f"allow Budget(cache={cache_bytes}), or ask for fewer tokens or sequences"
+    for name in _saving(session, sites, bound - cache_bytes + _stored(sites, options), options):
+        allow = f"{name}{{calibration=FILE}}"
+        hint += f"; pass {name!r} changes results and is not allowed, it would do: allow=({allow!r},)"
     records = site_records(sites, options.max_batch, options.max_tokens)
     largest = max(records, key=lambda record: record.bytes)
     raise BudgetError(
@@ -112,8 +110,39 @@ def _check_cache(
         f"{format_bytes(largest.bytes)}",
         least_bytes=cache_bytes,
         budget_bytes=bound,
-        hint=f"allow Budget(cache={cache_bytes}), or ask for fewer tokens or sequences",
+        hint=hint,
     )
+
+
+def _lossy(sites: tuple[Site, ...], allowed: float, assigned: Assigned) -> LossyRecord | None:
+    """What the report says of stores that are not exact, if there are any."""
+    stores = [sites[site.source].store for site in sites]
+    count = sum(not store.exact for store in stores)
+    if not count:
+        return None
+    notes = tuple(dict.fromkeys(store.note for store in stores if store.note))
+    found = assigned.allocation
+    if found is None:
+        return LossyRecord(count, allowed, notes)
+    return LossyRecord(count, allowed, notes, found.measured, found.predicted, found.tokens, found.frontier)
+
+
+def _stored(sites: tuple[Site, ...], options: Generate) -> int:
+    return stored_bytes(sites, options.max_batch, options.max_tokens)
+
+
+def _saving(session: Session, sites: tuple[Site, ...], bound: int, options: Generate) -> list[str]:
+    """Passes that are not allowed and whose stores could take ``bound`` bytes."""
+    stores = [store for kind in session.host.stores().values() for store in kind.choices()]
+    least = 0
+    for index, site in enumerate(sites):
+        if site.source == index:
+            taken = [s for s in stores if s.refuses(site.spec, options.max_tokens) is None]
+            least += min(
+                s.stored_bytes(site.spec, options.max_batch, options.max_tokens) for s in (site.store, *taken)
+            )
+    passes = set(session.passes) - set(site_passes(session.passes, session.allow))
+    return [step.name for step in passes if isinstance(step, SitePass) and least <= bound]
 
 
 def _rewritten(name: str, step: StepGraph, uncached: Uncached, session: Session) -> Program:
@@ -259,30 +288,3 @@ def _sized(
     ]
     specs = [InputSpec(node.name, role) for node, role in zip(placeholders, roles, strict=True)]
     return semantic_program(name, traced, specs)
-
-
-def _check(decoder: Decoder) -> float:
-    """Compare decoding with the model without a cache; the largest difference of logits."""
-    uncached, options = decoder.uncached, decoder.options
-    windows = [site.spec.mask.window for site in decoder.sites]
-    crossed = max((2 * w + 3 for w in windows if w <= _CHECKED_WINDOW), default=0)
-    length = min(options.max_tokens, max(_CHECKED, crossed))
-    batch = min(2, options.max_batch)
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(uncached.vocabulary, (batch, length), generator=generator).to(decoder.device)
-    prompt = min(_PROMPT, length - 1)
-    off = 0.0
-    for padded in (0, 2) if uncached.mask is not None and prompt > 2 else (0,):
-        mask = None
-        if uncached.mask is not None:
-            mask = torch.ones_like(tokens)
-            mask[-1, :padded] = 0
-        try:
-            expected = check_captured(uncached, tokens, mask)
-        except IndexError as error:
-            raise CaptureError(f"the model does not run {length} tokens: {error}") from error
-        off = max(off, check_steps(expected, decoder, tokens, mask, prompt))
-    decoder.reset(1)
-    for tensor in decoder.held.values():
-        tensor.zero_()
-    return off

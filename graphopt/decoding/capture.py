@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.fx as fx
@@ -81,8 +81,19 @@ class Uncached:
         return _torch.depends_on(size, self.length)
 
 
+class TakesTokens(Protocol):
+    """What is called with tokens and, where it has placeholders for them, their mask and positions."""
+
+    @property
+    def tokens(self) -> str: ...
+    @property
+    def mask(self) -> str | None: ...
+    @property
+    def positions(self) -> str | None: ...
+
+
 def arguments_of(
-    uncached: Uncached,
+    uncached: TakesTokens,
     tokens: torch.Tensor,
     mask: torch.Tensor | None,
     positions: torch.Tensor | None,

@@ -51,11 +51,17 @@ def _shown(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
 
 
 def check_steps(
-    expected: torch.Tensor, decoder: Decoder, tokens: torch.Tensor, mask: torch.Tensor | None, prompt: int
+    expected: torch.Tensor,
+    decoder: Decoder,
+    tokens: torch.Tensor,
+    mask: torch.Tensor | None,
+    prompt: int,
+    reference: Uncached,
+    allowed: float,
 ) -> float:
     """Compare what ``decoder`` gives for a prompt, and for each token behind it, with rows of ``expected``
-    [B, S, V]; the largest difference. Raises ``VerificationError`` for the first row that is off."""
-    allowed = tolerance(expected)
+    [B, S, V], which ``reference`` gives; the largest difference. Raises ``VerificationError`` for the first
+    row that is off by more than ``allowed``."""
     decoder.reset(tokens.shape[0])
     start, worst = 0, 0.0
     for stop in range(prompt, tokens.shape[1] + 1):
@@ -64,20 +70,32 @@ def check_steps(
         off = float((found[:, -1] - expected[:, stop - 1]).abs().max())
         worst = max(worst, off)
         if not off <= allowed:
+            place = _first_off(decoder, reference, tokens, mask, start, stop)
             raise VerificationError(
-                f"decoding gives other logits than the model without a cache at position {stop - 1}"
+                f"decoding gives other logits than {_what(decoder)} at position {stop - 1}"
                 f"{' with padding' if mask is not None and bool((mask == 0).any()) else ''}: off by "
-                f"{off:.3g}, at most {allowed:.3g} is allowed{_first_off(decoder, tokens, mask, start, stop)}"
+                f"{off:.3g}, at most {allowed:.3g} is allowed{place}"
             )
         start = stop
     return worst
 
 
+def _what(decoder: Decoder) -> str:
+    """What a decoder is compared with."""
+    exact = all(site.store.exact for site in decoder.sites)
+    return "the model without a cache" if exact else "the model with what its stores say that they give"
+
+
 def _first_off(
-    decoder: Decoder, tokens: torch.Tensor, mask: torch.Tensor | None, start: int, stop: int
+    decoder: Decoder,
+    uncached: Uncached,
+    tokens: torch.Tensor,
+    mask: torch.Tensor | None,
+    start: int,
+    stop: int,
 ) -> str:
     """Where the values of a step come to differ from those without a cache, as a half-sentence."""
-    uncached, step = decoder.uncached, decoder.step
+    step = decoder.step
     whole = arguments_of(uncached, tokens[:, :stop], mask[:, :stop] if mask is not None else None, None)
     decoder.reset(tokens.shape[0])
     if start:

@@ -15,6 +15,7 @@ from graphopt.errors import CaptureError, GraphoptError, InputsError, Verificati
 from graphopt.report import Environment, Report
 
 if TYPE_CHECKING:
+    from graphopt.decoding.assigning import Assigned
     from graphopt.program import Program
     from graphopt.session import Session
 
@@ -22,15 +23,18 @@ __all__ = ["Generator"]
 
 
 class Generator:
-    """Generates with ``model``.
+    """Generates with the model of ``assigned``, in the stores that it says.
 
     A model that cannot be captured for decoding generates as it did, and ``report`` says why; with
     ``on_error="raise"``, for a model without a ``generate`` of its own, and where a budget would not be kept,
     the reason is raised.
     """
 
-    def __init__(self, model: torch.nn.Module, inputs: Any, options: Generate, session: Session) -> None:
-        self.model, self.inputs, self.options, self.session = model, inputs, options, session
+    def __init__(self, assigned: Assigned, inputs: Any, options: Generate, session: Session) -> None:
+        self.model, self.inputs, self.options, self.session = assigned.model, inputs, options, session
+        self.assigned = assigned
+        session.generates = True
+        session.records.extend(assigned.records)
         self._built: Built | None = None
         self._refused = ""
 
@@ -43,7 +47,7 @@ class Generator:
                 "optimize(generate=...) needs inputs: example tokens, as a tuple or a dict of arguments"
             )
         try:
-            self._built = build(self.model, self.inputs, self.options, self.session)
+            self._built = build(self.model, self.inputs, self.options, self.session, self.assigned)
         except (CaptureError, VerificationError) as error:
             self._give_up(error, error.message)
         except GraphoptError:

@@ -22,14 +22,13 @@ import torch
 import torch.fx as fx
 
 from graphopt import _torch
-from graphopt.capture.aliasing import written_inputs
 from graphopt.decoding.capture import Uncached
+from graphopt.decoding.dead import remove_dead
 from graphopt.decoding.last_row import keep_last_row
 from graphopt.decoding.layouts import name_of
 from graphopt.decoding.regions import Region
 from graphopt.decoding.sites import Site
 from graphopt.errors import CaptureError
-from graphopt.order import has_effect
 from graphopt.packing.scheme import operator_named
 from graphopt.program import layer_of
 
@@ -104,14 +103,16 @@ class _Insertion:
         for index, site in enumerate(self.sites):
             held = [tensors[site.source, name] for name in site.store.tensors(site.spec, 1, self.capacity)]
             self._attend(index, site, held, slots, valid if uses_padding else None)
-        self._remove_dead()
+        remove_dead(self.graph)
         self._count_padding(valid, slots)
         self._take_positions(slots)
         keep_last_row(self.graph, self._has_length)
-        self._remove_dead()
+        remove_dead(self.graph)
         self._refuse_rest()
         self.graph.lint()
-        self.stores = {tensors[key].name: key for key in sorted(tensors)}
+        # In the order of the placeholders: the sites', and that in which operators take a store's tensors.
+        order = {node: place for place, node in enumerate(self.graph.nodes)}
+        self.stores = {tensors[key].name: key for key in sorted(tensors, key=lambda key: order[tensors[key]])}
         names = [*uncached.inputs, slots.name, *([valid.name] if valid is not None else []), *self.stores]
         gm = fx.GraphModule(torch.nn.Module(), self.graph)
         return StepGraph(gm, tuple(names), self.stores, self.weights)
@@ -196,32 +197,6 @@ class _Insertion:
             return node
         return self.call(aten.unflatten.int, node, 0, [-1, region.heads])
 
-    def _remove_dead(self) -> None:
-        """Drop what nobody reads, writes into memory that nobody reads included."""
-        while True:
-            _drop_unread(self.graph)
-            dead = [node for node in self.graph.nodes if self._writes_in_vain(node)]
-            if not dead:
-                return
-            for node in reversed(dead):
-                self.graph.erase_node(node)
-
-    def _writes_in_vain(self, node: fx.Node) -> bool:
-        """Whether a write goes to memory that this graph made and that nothing but writes reads."""
-        written = written_inputs(node)
-        if not written or node.users:
-            return False
-        root = written[0]
-        path = {node}
-        while name_of(root) in _VIEWS and isinstance(root.args[0], fx.Node):
-            path.add(root)
-            root = root.args[0]
-        if root.op != "call_function" or name_of(root) not in _FRESH:
-            return False
-        return all(user in path for user in root.users) and all(
-            user in path for step in path for user in step.users
-        )
-
     def _count_padding(self, valid: fx.Node | None, slots: fx.Node) -> None:
         """``cumsum(mask)`` counts from the start of the sequence, not of the step."""
         if valid is None or self.uncached.mask is None:
@@ -301,34 +276,6 @@ class _Insertion:
                     hint="recognised are scaled_dot_product_attention and softmax(q @ k.mT * scale + mask) "
                     "@ v",
                 )
-
-
-_VIEWS = {
-    "slice",
-    "select",
-    "view",
-    "transpose",
-    "permute",
-    "unsqueeze",
-    "squeeze",
-    "expand",
-    "narrow",
-    "alias",
-}
-_FRESH = {
-    "new_empty", "empty", "zeros", "new_zeros", "full", "ones", "new_ones", "new_full", "zeros_like",
-    "ones_like", "empty_like", "full_like", "clone", "where", "triu", "tril", "mul", "add", "lift_fresh_copy",
-}  # fmt: skip
-
-
-def _drop_unread(graph: fx.Graph) -> None:
-    graph.eliminate_dead_code(is_impure_node=_must_stay)
-
-
-def _must_stay(node: fx.Node) -> bool:
-    if name_of(node) == "dropout" and node.args[1:] and (node.args[1] == 0 or node.args[-1] is False):
-        return False  # draws nothing
-    return node.op == "placeholder" or has_effect(node)
 
 
 def _dimension(node: fx.Node) -> int:

@@ -7,7 +7,15 @@ from dataclasses import dataclass
 
 from graphopt.decoding.sites import Site
 
-__all__ = ["DecodingRecord", "SiteRecord", "site_records"]
+__all__ = [
+    "CachePoint",
+    "DecodingRecord",
+    "Freed",
+    "LossyRecord",
+    "SharingRecord",
+    "SiteRecord",
+    "site_records",
+]
 
 
 @dataclass(frozen=True)
@@ -27,11 +35,64 @@ class SiteRecord:
 
 
 @dataclass(frozen=True)
+class Freed:
+    """What was to be saved, worked out before anything was rewritten, and what was."""
+
+    promised: int
+    realised: int
+
+
+@dataclass(frozen=True)
+class SharingRecord:
+    """Attentions that read the keys and values of others because of a pass, as pairs of indices (consumer,
+    source), and what that frees: bytes of stores, of parameters and buffers, FLOPs of a token without stores.
+
+    ``off``: by how much logits differed most from those of the program in which consumers are redirected and
+    nothing is taken away. ``divergence``: KL in nats to the model before, as measured on ``tokens`` tokens of
+    calibration; ``None`` where it was not.
+    """
+
+    sources: tuple[tuple[int, int], ...]
+    cache_bytes: Freed
+    weight_bytes: Freed
+    flops: Freed
+    off: float
+    divergence: float | None = None
+    tokens: int = 0
+
+
+@dataclass(frozen=True)
+class CachePoint:
+    """Bytes of all stores and the sum of their prices, KL in nats."""
+
+    bytes: int
+    divergence: float
+
+
+@dataclass(frozen=True)
+class LossyRecord:
+    """Attentions whose stores are not exact. ``allowed``: by how much logits might be off those of the
+    program that rounds as the stores do; ``notes``: what such stores do to other uses of what is kept;
+    ``divergence``: KL to the model in nats a token on ``tokens`` tokens of calibration, ``predicted`` the sum
+    of single prices, both ``None`` where nothing was measured; ``frontier``: bytes and least sum of prices.
+    """
+
+    attentions: int
+    allowed: float
+    notes: tuple[str, ...] = ()
+    divergence: float | None = None
+    predicted: float | None = None
+    tokens: int = 0
+    frontier: tuple[CachePoint, ...] = ()
+
+
+@dataclass(frozen=True)
 class DecodingRecord:
     """``max_tokens``, ``max_batch``: what the stores are for; ``chunk``: tokens of a prompt taken in at once;
     ``cache_bytes``: stores and what is kept of padding; ``budget``: the bound on them, if there is one;
-    ``off``: by how much logits differed most from those without a cache when it was checked; ``beside``:
-    products whose weights were laid side by side, to be read by one."""
+    ``off``: by how much logits differed most when it was checked, from those without a cache, or from those
+    that ``lossy`` stores give; ``beside``: products whose weights were laid side by side, to be read by one;
+    ``sharing``: what passes let attentions share, if they did."""
 
     max_tokens: int
     max_batch: int
@@ -41,6 +102,8 @@ class DecodingRecord:
     off: float
     sites: tuple[SiteRecord, ...]
     beside: int = 0
+    sharing: SharingRecord | None = None
+    lossy: LossyRecord | None = None
 
 
 def site_records(sites: Sequence[Site], batch: int, capacity: int) -> tuple[SiteRecord, ...]:

@@ -130,6 +130,13 @@ def _chosen(
             if reason is not None:
                 where = regions[index].layer or regions[index].output.name
                 raise InputsError(f"{where}: store {given} does not take attention {index}: {reason}")
+        windows = {specs[i].mask.window for i in members}
+        if not given.exact and len(windows) > 1:
+            raise InputsError(
+                f"attentions {', '.join(map(str, members))} read one store {given} with windows "
+                f"{sorted(windows)}: what is kept for one is not what another reads",
+                hint=f"name stores for {', '.join(map(str, members[1:]))} apart",
+            )
         return [(i, first, given) for i in members]
     apart = [(i, i, _taking(regions[i], [specs[i]], stores, batch, capacity)) for i in members]
     if len(members) == 1:
@@ -152,9 +159,9 @@ def _taking(
     reasons: list[str] = []
     taken: list[tuple[int, str, CacheStore]] = []
     for name, kind in stores.items():
-        store = kind()
         if not kind.exact:
             continue
+        store = kind()
         reason = next(filter(None, (store.refuses(spec, capacity) for spec in readers)), None)
         if reason is not None:
             reasons.append(f"{name}: {reason}")

@@ -58,6 +58,7 @@ class CacheStore:
     ``exact``: it gives what the program gives without a cache. A store that does not says with ``whole`` what
     it gives instead: decoders are compared with that, and what it costs is measured by it. ``takes_turns``:
     all sites that read the store are given the new rows, and ``site.turn`` says who is to write them.
+    ``note``: what the report says besides, of a store that serves some uses badly.
     """
 
     name: ClassVar[str]
@@ -65,6 +66,7 @@ class CacheStore:
     exact: ClassVar[bool] = False
     attend_op: ClassVar[str]
     takes_turns: ClassVar[bool] = False
+    note: ClassVar[str] = ""
 
     def refuses(self, site: SiteSpec, capacity: int) -> Reason | None:
         """``None``, or why this store cannot serve a site whose sequences have up to ``capacity``
@@ -95,6 +97,11 @@ class CacheStore:
         D] and ``value`` [B, Hkv, S, Dv], as if they had come one by one; ``valid`` bool [B, S]. Without
         stores and without packing, so that it tells what ``attend_op`` does wrong."""
         raise NotImplementedError(f"{type(self).__name__} does not define whole()")
+
+    @classmethod
+    def choices(cls) -> tuple[CacheStore, ...]:
+        """What is tried of it where the stores of a decoder are to take fewer bytes, most bytes first."""
+        return ()
 
     def crossed(self, site: SiteSpec) -> int:
         """Positions after which all that the store does has happened: as many are checked."""

@@ -7,7 +7,7 @@ this module are what passes over stores decide by: who produces a key, who consu
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch.fx as fx
 from graphopt.capture.repeats import find_repeats
 from graphopt.capture.structure import line_of
 from graphopt.decoding.capture import Uncached, capture_uncached
+from graphopt.decoding.columns import PRODUCTS, columns_of, through_layout
 from graphopt.decoding.layouts import name_of
 from graphopt.decoding.options import Generate
 from graphopt.decoding.regions import positional_values, token_values
@@ -26,12 +27,6 @@ from graphopt.record_json import encode
 
 __all__ = ["AttentionRecord", "Operand", "RepeatRecord", "StackRecord", "explain_layers", "stack_of"]
 
-_PRODUCTS = ("linear", "addmm", "mm", "matmul", "bmm")
-_LAYOUT = {
-    "view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "contiguous", "clone", "slice",
-    "alias", "_unsafe_view", "select", "split", "split_with_sizes", "chunk", "unbind", "t", "unflatten",
-    "flatten", "to", "expand", "narrow",
-}  # fmt: skip
 _NORMS = ("rsqrt", "layer_norm", "rms_norm", "native_layer_norm", "row_norm", "group_norm")
 _LEAST_LAYER = 8
 """Operators that a layer has at least."""
@@ -209,7 +204,7 @@ class _Reader:
         ]  # fmt: skip
         columns = ""
         if not weights and stream is not None:
-            projection = _through_layout(stream)
+            projection = through_layout(stream)
             if (weight := self._weight(projection)) is not None:
                 weights = [weight]
                 columns = _columns(projection, root, set(between))
@@ -222,7 +217,7 @@ class _Reader:
 
     def _weight(self, node: fx.Node) -> str | None:
         """The name of the weight that a product with one reads."""
-        if name_of(node) not in _PRODUCTS:
+        if name_of(node) not in PRODUCTS:
             return None
         for source in node.all_input_nodes:
             if source in self.values:
@@ -234,50 +229,17 @@ class _Reader:
         return None
 
 
-def _through_layout(node: fx.Node) -> fx.Node:
-    """What a value is a view or a part of."""
-    while (name_of(node) in _LAYOUT or "getitem" in str(node.target)) and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
-
-
 def _columns(projection: fx.Node, root: fx.Node, wanted: set[fx.Node]) -> str:
     """Which columns of a projection's result ``root`` is, or those of ``wanted`` start from, as ranges."""
-    width = int(projection.meta["val"].shape[-1])
-    dims = projection.meta["val"].dim()
-    known: dict[fx.Node, Any] = {projection: torch.arange(width).view([1] * (dims - 1) + [width])}
+    known = columns_of(projection)
     live: set[int] = set()
-    pending = [projection]
-    while pending:
-        node = pending.pop(0)
-        for user in node.users:
-            if user in known:
-                continue
-            laid_out = name_of(user) in _LAYOUT or "getitem" in str(user.target)
-            value = _moved(user, known) if laid_out else None
-            if value is not None:
-                known[user] = value
-                pending.append(user)
-            elif user in wanted and isinstance(known[node], torch.Tensor):
-                live.update(known[node].flatten().tolist())
+    for node, held in known.items():
+        if isinstance(held, torch.Tensor) and any(u in wanted and u not in known for u in node.users):
+            live.update(held.flatten().tolist())
     if isinstance(known.get(root), torch.Tensor):
         live.update(known[root].flatten().tolist())
+    width = int(projection.meta["val"].shape[-1])
     return _ranges(sorted(live)) if 0 < len(live) < width else ""
-
-
-def _moved(node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
-    """What a layout operator makes of column numbers, for one token of one sequence."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, fx.Node):
-            return known.get(value, 1)  # a size: there is one token of one sequence
-        return value
-
-    arguments = fx.node.map_aggregate(node.args, plain)
-    try:
-        return node.target(*arguments)  # type: ignore[operator]
-    except (RuntimeError, IndexError, TypeError):
-        return None
 
 
 def _ranges(numbers: Sequence[int]) -> str:

@@ -16,6 +16,7 @@ from graphopt.plugins.records import (
     Registered,
     ReplacementSpec,
     ScorerSpec,
+    ShareScoreSpec,
     TunableSpec,
 )
 
@@ -34,6 +35,7 @@ __all__ = [
     "Registered",
     "ReplacementSpec",
     "ScorerSpec",
+    "ShareScoreSpec",
     "TunableSpec",
     "default_host",
     "hookimpl",

@@ -31,6 +31,7 @@ from graphopt.plugins.records import (
     PolicySpec,
     ReplacementSpec,
     ScorerSpec,
+    ShareScoreSpec,
     TunableSpec,
 )
 
@@ -92,6 +93,10 @@ class HookSpecs:
     @_hookspec
     def graphopt_scorers(self) -> Iterable[ScorerSpec]:  # type: ignore[empty-body]
         """Ways to say how much a packed weight is off."""
+
+    @_hookspec
+    def graphopt_share_scores(self) -> Iterable[ShareScoreSpec]:  # type: ignore[empty-body]
+        """Ways to say what it costs to let attentions share keys and values."""
 
     @_hookspec
     def graphopt_tunables(self) -> Iterable[TunableSpec]:  # type: ignore[empty-body]

@@ -27,6 +27,7 @@ from graphopt.plugins.records import (
     Registered,
     ReplacementSpec,
     ScorerSpec,
+    ShareScoreSpec,
     TunableSpec,
 )
 from graphopt.plugins.returned import (
@@ -61,6 +62,7 @@ _FACADE = {
     "graphopt_weight_formats": "weight_formats",
     "graphopt_stores": "stores",
     "graphopt_scorers": "scorers",
+    "graphopt_share_scores": "share_scores",
     "graphopt_tunables": "tunables",
     "graphopt_replacements": "replacements",
     "graphopt_policies": "policies",
@@ -156,6 +158,10 @@ class PluginHost:
         """Ways to say how much a packed weight is off, by name."""
         return self._values("graphopt_scorers", read_records(ScorerSpec), "scorer")
 
+    def share_scores(self) -> Mapping[str, ShareScoreSpec]:
+        """Ways to say what sharing keys and values costs, by name."""
+        return self._values("graphopt_share_scores", read_records(ShareScoreSpec), "share score")
+
     def tunables(self) -> Mapping[str, TunableSpec]:
         """Kernels whose launches can be tuned, by name."""
         return self._values("graphopt_tunables", read_records(TunableSpec), "tunable kernel")
@@ -243,6 +249,13 @@ class PluginHost:
             return self.scorers()[name]
         except KeyError:
             raise self._unknown("scorer", name, self.scorers()) from None
+
+    def share_score(self, name: str) -> ShareScoreSpec:
+        """The score of sharing of that name; raises ``UnknownNameError``."""
+        try:
+            return self.share_scores()[name]
+        except KeyError:
+            raise self._unknown("share score", name, self.share_scores()) from None
 
     def tunable(self, name: str) -> TunableSpec:
         """The tunable kernel of that name; raises ``UnknownNameError``."""

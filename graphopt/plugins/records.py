@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from graphopt.candidate import Reason
     from graphopt.cost import CostModel, NodeCost
+    from graphopt.decoding.look import Look
     from graphopt.device import DeviceSpec
     from graphopt.emit.replacing import Group
     from graphopt.policy import PolicyQuestion, Selection
@@ -33,6 +34,7 @@ __all__ = [
     "Registered",
     "ReplacementSpec",
     "ScorerSpec",
+    "ShareScoreSpec",
     "Status",
     "TunableSpec",
 ]
@@ -128,6 +130,25 @@ class ScorerSpec:
     score: Callable[[torch.Tensor, torch.Tensor, Mapping[str, torch.Tensor]], float]
     metric: str
     needs: tuple[str, ...] = ()
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class ShareScoreSpec:
+    """A way to say how much it costs to let one attention read the keys and values of another.
+
+    ``score(look, pairs)`` takes a ``graphopt.decoding.look.Look`` at a program over calibration tokens and
+    pairs (consumer, source) of indices of attentions, and gives a number for each; the least are chosen
+    first. ``additive``: numbers are in the unit of ``Look.divergence`` and add up, roughly, so that a choice
+    is made of them and corrected by what it measures. Else pairs are taken one after another, as far as
+    ``accepts(look, sources)``, where given, says yes to all that were taken.
+    """
+
+    name: str
+    score: Callable[[Look, Sequence[tuple[int, int]]], Sequence[float]]
+    metric: str
+    additive: bool = False
+    accepts: Callable[[Look, Mapping[int, int]], bool] | None = None
     summary: str = ""
 
 

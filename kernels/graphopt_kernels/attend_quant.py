@@ -6,8 +6,9 @@ Positions come in blocks of ``block``. The row at position q reads::
                    exact    else: the newest R - block + 1 to R positions     in slot p % R of rings of R rows
 
 which depends on p and q alone: a prompt taken in by parts and tokens one by one give the same. Block b is
-rounded as position ``b * block + R`` comes, the one that takes the place of its first row, and goes to slot
-``b % N`` of the N blocks that are kept: all that a sequence can come to have, or those of a window.
+packed as position ``b * block + R - 1`` comes, the last one before its first row is overwritten, from what
+the rings then hold: the same row may be taken in twice. It goes to slot ``b % N`` of the N blocks that are
+kept: all that a sequence can come to have, or those of a window.
 
 Where several sites read one store, all of them are given the new rows. Rows of a prompt read what the store
 held before: the last site writes. A single row reads what it holds afterwards: the first site writes.
@@ -316,8 +317,8 @@ class _Held:
 
     def rounded(self, last: torch.Tensor, length: int) -> _Rows:
         """What is packed once position ``last`` has come, slots that ``length`` leaves empty left out."""
-        count = min(self.slots, max(0, (length - 1 - self.kept) // self.block + 1))
-        newest = (last - self.kept) // self.block
+        count = min(self.slots, max(0, (length - self.kept) // self.block + 1))
+        newest = (last + 1 - self.kept) // self.block
         slots = torch.arange(count, device=last.device)
         blocks = newest - (newest - slots).remainder(self.slots)
         return self.read(
@@ -336,13 +337,13 @@ class _Held:
         return _Rows(self.key_ring, self.value_ring, last - (last - slots).remainder(self.kept))
 
     def closing(self, new: _Rows) -> _Packed:
-        """Blocks that are rounded as rows ``new`` come, packed."""
+        """Blocks that are packed as rows ``new`` come."""
         first, last = new.places[0], new.places[-1]
         count = -(-len(new.places) // self.block)
         if last.device.type == "cpu":
             # As many as there are: most rows close none.
-            count = max(0, (int(last) - self.kept) // self.block - (int(first) - 1 - self.kept) // self.block)
-        blocks = (last - self.kept) // self.block - torch.arange(count - 1, -1, -1, device=last.device)
+            count = (int(last) + 1 - self.kept) // self.block - (int(first) - self.kept) // self.block
+        blocks = (last + 1 - self.kept) // self.block - torch.arange(count - 1, -1, -1, device=last.device)
         inside = torch.arange(self.block, device=last.device)
         places = (blocks[:, None] * self.block + inside).flatten()
         index = torch.where(places < first, places.remainder(self.kept), places - first + self.kept).clamp(
@@ -350,7 +351,7 @@ class _Held:
         )
         keys = torch.cat([self.key_ring, new.keys], 2).index_select(2, index)
         values = torch.cat([self.value_ring, new.values], 2).index_select(2, index)
-        is_closed = (blocks >= 0) & (blocks * self.block + self.kept >= first)
+        is_closed = (blocks >= 0) & (blocks * self.block + self.kept > first)
         return _Packed(
             *round_keys(keys.view(*keys.shape[:2], count, self.block, keys.shape[3]), self.key_bits),
             *round_values(values, self.value_bits, self.group),
@@ -402,13 +403,24 @@ def attention_rounded(
     rounded but not packed."""
     batch, rows = query.shape[0], query.shape[2]
     places = torch.arange(rows, device=query.device)
-    far = places // block <= (places // block - kept // block)[:, None]
-    allowed = allowed_keys(places, places, valid, batch, window)
-    allowed = torch.cat([allowed & far, allowed & ~far], -1)
-    keys = torch.cat([rounded_keys(key, key_bits, block), key], 2).to(query.dtype)
-    values = torch.cat([rounded_values(value, value_bits, group), value], 2).to(query.dtype)
-    bias = None
-    if slopes is not None:
-        at = places_of(places, valid, batch)
-        bias = slopes.float()[None, :, None, None] * torch.cat([at, at], -1)[:, None, None]
-    return attention_over(query, keys, values, allowed, bias, sinks, scale, softcap)
+    at = places_of(places, valid, batch)
+    far_keys, far_values = rounded_keys(key, key_bits, block), rounded_values(value, value_bits, group)
+    outputs = []
+    for start in range(0, rows, block):
+        # Rows of one block read the same positions rounded.
+        stop, near = min(start + block, rows), max(0, start + block - kept)
+        reached = max(0, start - window + 1) if window else 0
+        split = max(near, reached)
+        keys = torch.cat([far_keys[:, :, reached:split], key[:, :, split:stop]], 2)
+        values = torch.cat([far_values[:, :, reached:split], value[:, :, split:stop]], 2)
+        allowed = allowed_keys(places[start:stop], places[reached:stop], valid, batch, window)
+        bias = None
+        if slopes is not None:
+            bias = slopes.float()[None, :, None, None] * at[:, None, None, reached:stop]
+        outputs.append(
+            attention_over(
+                query[:, :, start:stop], keys.to(query.dtype), values.to(query.dtype), allowed, bias, sinks,
+                scale, softcap,
+            )
+        )  # fmt: skip
+    return torch.cat(outputs, 2)

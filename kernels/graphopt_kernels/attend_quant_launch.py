@@ -152,13 +152,6 @@ def row_on_gpu(
         counts = valid[:batch].cumsum(-1, dtype=torch.int32)
     shown = query if valid is None else rows_together(valid)
     with on_device(query):
-        if takes:
-            pieces = -(-width // _CHANNELS) + block // UNIT
-            limits = (torch.finfo(key_scales.dtype).max, torch.finfo(value_scales.dtype).max)
-            kernels.close_kernel[(batch * groups * pieces,)](
-                *stores, positions, slots, kept, *limits, *words, **bits, **widths,
-                BLOCK_V=blocks["BLOCK_V"], CHANNELS=_CHANNELS, num_warps=4,
-            )  # fmt: skip
         kernels.attend_kernel[(parts * batch * groups,)](
             query, key, value, *stores, positions, shown, counts, query if slopes is None else slopes,
             query if sinks is None else sinks, output, partial, sums, *query.stride()[:3],
@@ -171,6 +164,13 @@ def row_on_gpu(
         )  # fmt: skip
         if parts > 1:
             merge(kernels, output, partial, sums, sinks)
+        if takes:
+            pieces = -(-width // _CHANNELS) + block // UNIT
+            limits = (torch.finfo(key_scales.dtype).max, torch.finfo(value_scales.dtype).max)
+            kernels.close_kernel[(batch * groups * pieces,)](
+                *stores, positions, slots, kept, *limits, *words, **bits, **widths,
+                BLOCK_V=blocks["BLOCK_V"], CHANNELS=_CHANNELS, num_warps=4,
+            )  # fmt: skip
     return output
 
 

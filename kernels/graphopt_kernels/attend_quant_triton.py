@@ -2,9 +2,9 @@
 
 ::
 
-    close_kernel    a block of exact rows, where the new row completes one      its codes and scales
     attend_kernel   a part of the keys for all heads that share them            maximum, sum, weighted values
     merge_kernel    the parts of a row (``attend_triton``)                      the row of the output
+    close_kernel    a block of exact rows, before the first is overwritten      its codes and scales
 
 The layout is that of ``graphopt_kernels.cache_codes``; stores are contiguous. Codes become numbers in
 registers: a code of n bits, put behind the exponent of 2^n, is 2^n + code. Imports triton: import it
@@ -464,14 +464,15 @@ def close_kernel(  # type: ignore[no-untyped-def]
     CHANNELS: tl.constexpr,
 ):
     """Some channels of a block's keys, or ``UNIT`` of its values, for each program: rounded and packed where
-    the row at ``positions`` [1] takes the place of the first row of the block, else nothing."""
-    last = tl.load(positions).to(tl.int32)
-    if (last % LENGTH == 0) & (last >= kept):
+    the row at ``positions`` [1], which is in the rings, is the last before one takes the place of the first
+    row of the block, else nothing. The same row may come twice."""
+    beyond = tl.load(positions).to(tl.int32) + 1
+    if (beyond % LENGTH == 0) & (beyond >= kept):
         pieces: tl.constexpr = (WIDTH + CHANNELS - 1) // CHANNELS
         per: tl.constexpr = LENGTH // UNIT
         piece = tl.program_id(0) % (pieces + per)
         store = (tl.program_id(0) // (pieces + per)).to(tl.int64)
-        block = last // LENGTH - kept // LENGTH
+        block = beyond // LENGTH - kept // LENGTH
         slot = store * slots + block % slots
         # Blocks do not wrap around the ring, which is a multiple of them.
         begin = (block * LENGTH) % kept

@@ -39,9 +39,11 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
     # Imported when asked: they need torch, and `graphopt --help` loads this module.
     from graphopt_kernels import (
         add_product,
+        attend_evict,
         attend_full,
         attend_quant,
         attend_ring,
+        attend_split,
         attention,
         bandwidth,
         convolution_relu,
@@ -227,6 +229,20 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             summary="writes new keys and values into stores that round all but the newest, and attends",
         ),
         KernelSpec(
+            name="attend-split",
+            op="graphopt::attend_split",
+            reference=attend_split.attend_split_reference,
+            supports=attend_split.attend_split_supports,
+            summary="attends over the first and the newest positions, all positions for some heads",
+        ),
+        KernelSpec(
+            name="attend-evict",
+            op="graphopt::attend_evict",
+            reference=attend_evict.attend_evict_reference,
+            supports=attend_evict.attend_evict_supports,
+            summary="attends over as many positions as there are slots, the least important one going",
+        ),
+        KernelSpec(
             name="rotary-to-cache",
             op="graphopt::rotary_to_cache",
             reference=rotary_cache.rotary_to_cache_reference,
@@ -407,6 +423,9 @@ def graphopt_stores() -> Iterable[str]:
         "graphopt_kernels.cache_stores:Full",
         "graphopt_kernels.cache_stores:Ring",
         "graphopt_kernels.quant_store:Quant",
+        "graphopt_kernels.split_stores:SinkWindow",
+        "graphopt_kernels.split_stores:SplitHeads",
+        "graphopt_kernels.evict_store:Evict",
     )
 
 

@@ -59,16 +59,16 @@ class Quant(CacheStore):
             )
         if self.residual < self.block or self.residual % self.block:
             return Reason(f"residual={self.residual}: expected a multiple of block={self.block}")
-        if self._blocks(site, capacity) < 1:
-            reach = min(capacity, site.mask.window or capacity)
+        reach = min(capacity, site.mask.window or capacity)
+        if reach <= self.residual:
             return Reason(f"the newest {self.residual} positions are kept as they are, and {reach} are read")
         return None
 
     def _blocks(self, site: SiteSpec, capacity: int) -> int:
-        """How many blocks are rounded when the last position has come, of those that a window reaches."""
-        count = (capacity - 1) // self.block - self.residual // self.block + 1
+        """How many blocks are packed when the last position has come, of those that a window reaches."""
+        count = (capacity - self.residual) // self.block + 1
         if site.mask.window:
-            count = min(count, -(-(site.mask.window + self.block - 1 - self.residual) // self.block))
+            count = min(count, -(-(site.mask.window + self.block - self.residual) // self.block))
         return count
 
     def tensors(
@@ -112,5 +112,11 @@ class Quant(CacheStore):
         sizes = (site.key_width, site.value_width, self.block, self.group)
         return device.type == "cpu" or follows(device, site.dtype, *sizes)
 
+    @classmethod
+    def choices(cls) -> tuple[CacheStore, ...]:
+        fine = (cls(bits=8), cls(bits=4))
+        coarse = ((4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2))
+        return fine + tuple(cls(key_bits=k, value_bits=v, group=64) for k, v in coarse)
+
     def crossed(self, site: SiteSpec) -> int:
-        return self.residual + 3 * self.block + 3 + site.mask.window
+        return self.residual + 2 * self.block + 8

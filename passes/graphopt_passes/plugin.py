@@ -6,9 +6,15 @@ from collections.abc import Iterable, Mapping
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
-from graphopt.plugins import ScorerSpec, hookimpl
+from graphopt.plugins import ScorerSpec, ShareScoreSpec, hookimpl
 
-__all__ = ["graphopt_api", "graphopt_passes", "graphopt_pipelines", "graphopt_scorers"]
+__all__ = [
+    "graphopt_api",
+    "graphopt_passes",
+    "graphopt_pipelines",
+    "graphopt_scorers",
+    "graphopt_share_scores",
+]
 
 graphopt_api = 1
 
@@ -45,6 +51,9 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.quantize_linear:QuantizeLinear",
         "graphopt_passes.read_packed:ReadPacked",
         "graphopt_passes.rotary:Rotary",
+        "graphopt_passes.share_kv:ShareKv",
+        "graphopt_passes.keep_kv:KeepKv",
+        "graphopt_passes.lossy_cache:LossyCache",
         "graphopt_passes.sum_products:SumProducts",
         "graphopt_passes.tile_convolutions:TileConvolutions",
         "graphopt_passes.window_attention:WindowAttention",
@@ -57,6 +66,13 @@ def graphopt_scorers() -> Iterable[ScorerSpec]:
     from graphopt_passes.scorers import SCORERS
 
     return SCORERS
+
+
+@hookimpl
+def graphopt_share_scores() -> Iterable[ShareScoreSpec]:
+    from graphopt_passes.share_kv.scores import SCORES
+
+    return SCORES
 
 
 @hookimpl

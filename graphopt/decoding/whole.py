@@ -1,0 +1,223 @@
+"""What a model gives once stores keep less than it made, over whole sequences at once.
+
+Before::
+
+    attention(q[B,H,S,D], k[B,Hkv,S,D], v, mask)
+
+After, for a site whose store is not exact::
+
+    store.whole(q, k, v, valid)          each row as if it had come by itself
+
+A token by token run would take S steps; this is one, and it owes nothing to how a store packs what it keeps.
+So decoders are compared with it, and what stores cost in divergence is measured by it: for one site after the
+other, what comes before the site being run once for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from graphopt.decoding.capture import Uncached, arguments_of
+from graphopt.decoding.regions import Region
+from graphopt.decoding.stores import CacheStore, SiteSpec
+from graphopt.order import has_effect
+from graphopt.quality import row_divergences
+
+__all__ = ["Whole", "single_divergences", "with_stores"]
+
+
+class Whole(torch.nn.Module):
+    """``store.whole`` for the layout that the values of a region have; ``noise``: by which share keys and
+    values are moved at random."""
+
+    def __init__(self, region: Region, spec: SiteSpec, store: CacheStore, noise: float = 0.0) -> None:
+        super().__init__()
+        self.noise = noise
+        self.spec, self.store = spec, store
+        self.flat, self.heads, self.key_transposed = region.flat, region.heads, region.key_transposed
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        sinks: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if self.key_transposed:
+            key = key.transpose(-2, -1)
+        if self.flat:
+            query, key, value = (
+                x.reshape(-1, self.heads, *x.shape[1:]) for x in (query, key, value)
+            )
+        if self.noise:
+            generator = torch.Generator(key.device).manual_seed(0)
+            key, value = (
+                x * (1 + self.noise * torch.randn(x.shape, generator=generator, device=x.device)).to(x.dtype)
+                for x in (key, value)
+            )
+        spec = self.spec
+        slopes = None
+        if spec.mask.slopes:
+            slopes = torch.tensor(spec.mask.slopes, device=query.device)
+        valid = None
+        if mask is not None and (spec.mask.padding or spec.mask.slopes):
+            valid = mask != 0
+        if sinks is not None:
+            sinks = sinks.reshape(self.heads)
+        made = self.store.whole(spec, query, key, value, valid, slopes, sinks)
+        return made.flatten(0, 1) if self.flat else made
+
+
+def with_stores(
+    uncached: Uncached,
+    regions: Sequence[Region],
+    specs: Sequence[SiteSpec],
+    stores: Mapping[int, CacheStore],
+    noise: float = 0.0,
+) -> Uncached:
+    """The same program, but region ``index`` gives what ``stores[index]`` makes of its keys and values, moved
+    by a share ``noise`` of each at random."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(uncached.gm.graph, copies))
+    root = torch.nn.Module()
+    mask = copies[uncached.placeholder(uncached.mask)] if uncached.mask is not None else None
+    for index, store in stores.items():
+        region, name = regions[index], f"whole_{index}"
+        root.add_module(name, Whole(region, specs[index], store, noise))
+        sinks = copies[region.sinks] if region.sinks is not None else None
+        output = copies[region.output]
+        with graph.inserting_before(output):
+            given = (copies[region.query], copies[region.key], copies[region.value], mask, sinks)
+            made = graph.call_module(name, given)
+        made.meta = dict(output.meta)
+        output.replace_all_uses_with(made)
+        graph.erase_node(output)
+    graph.eliminate_dead_code(lambda node: node.op == "placeholder" or has_effect(node))
+    return replace(uncached, gm=fx.GraphModule(root, graph))
+
+
+def single_divergences(
+    uncached: Uncached,
+    regions: Sequence[Region],
+    specs: Sequence[SiteSpec],
+    candidates: Mapping[int, Sequence[CacheStore]],
+    batches: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+    readers: Mapping[int, Sequence[int]] | None = None,
+    told: Callable[[int, int], None] | None = None,
+) -> dict[tuple[int, CacheStore], float]:
+    """KL(model || model with that one store at that one site), mean over rows of logits that are no padding,
+    in nats.
+
+    ``readers``: sites that read the store of a site besides itself, by its index. ``batches``: tokens int64
+    [B, S] and their mask or ``None``. A site costs the part of a forward behind it for each of its stores;
+    values that this part reads, and the logits twice, are in memory. ``told(done, of)`` is called after each.
+    """
+    sums: dict[tuple[int, CacheStore], float] = {}
+    rows, done = 0, 0
+    total = len(batches) * sum(len(stores) for stores in candidates.values())
+    for tokens, mask in batches:
+        shown = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
+        rows += int(shown.sum())
+        reference = uncached.run(tokens, mask)[shown]
+        for key, logits in _variants(uncached, regions, specs, candidates, readers or {}, tokens, mask):
+            off = row_divergences(reference, logits[shown]).double().sum()
+            sums[key] = sums.get(key, 0.0) + float(off)
+            done += 1
+            if told is not None:
+                told(done, total)
+    return {key: off / rows for key, off in sums.items()}
+
+
+def _variants(
+    uncached: Uncached,
+    regions: Sequence[Region],
+    specs: Sequence[SiteSpec],
+    candidates: Mapping[int, Sequence[CacheStore]],
+    readers: Mapping[int, Sequence[int]],
+    tokens: torch.Tensor,
+    mask: torch.Tensor | None,
+) -> Iterator[tuple[tuple[int, CacheStore], torch.Tensor]]:
+    """Logits with one store at one site, and at those that read it, site by site."""
+    nodes = list(uncached.gm.graph.nodes)
+    places = {node: place for place, node in enumerate(nodes)}
+    at = {places[regions[index].output]: index for index in candidates}
+    last = {node: max((places[user] for user in node.users), default=-1) for node in nodes}
+    given = arguments_of(uncached, tokens, mask, None)
+    shown = uncached.placeholder(uncached.mask) if uncached.mask is not None else None
+    for index in {*candidates, *(one for group in readers.values() for one in group)}:
+        region = regions[index]
+        for node in (region.query, region.key, region.value, region.sinks, shown):
+            if node is not None:
+                last[node] = max(last[node], places[region.output])
+    known: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for place, node in enumerate(nodes):
+            if place in at:
+                index = at[place]
+                for store in candidates[index]:
+                    swapped = {
+                        regions[one].output: (regions[one], Whole(regions[one], specs[one], store))
+                        for one in (index, *readers.get(index, ()))
+                    }
+                    yield (index, store), _rest(nodes, place, dict(known), last, swapped, shown)
+                if place == max(at):
+                    return
+            known[node] = _value(node, known, uncached, given)
+            _forget(node, known, last, place)
+
+
+def _rest(
+    nodes: Sequence[fx.Node],
+    place: int,
+    known: dict[fx.Node, Any],
+    last: Mapping[fx.Node, int],
+    swapped: Mapping[fx.Node, tuple[Region, Whole]],
+    mask: fx.Node | None,
+) -> torch.Tensor:
+    """The logits, from the node at ``place`` on; outputs of regions that are ``swapped`` are what their
+    stores give."""
+    for later in range(place, len(nodes)):
+        node = nodes[later]
+        if node.op == "output":
+            given: Any = node.args[0]
+            (logits,) = fx.node.map_arg(given, known.__getitem__)
+            result: torch.Tensor = logits
+            return result
+        if node in swapped:
+            region, whole = swapped[node]
+            ends = (region.query, region.key, region.value, mask, region.sinks)
+            known[node] = whole(*(None if end is None else known[end] for end in ends))
+        else:
+            known[node] = _call(node, known)
+        _forget(node, known, last, later)
+    raise AssertionError("a graph without an output")
+
+
+def _value(
+    node: fx.Node, known: Mapping[fx.Node, Any], uncached: Uncached, given: Mapping[str, torch.Tensor]
+) -> Any:
+    if node.op == "placeholder":
+        return given[node.name] if node.name in given else uncached.weights[node.name]
+    return _call(node, known)
+
+
+def _call(node: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
+    args = fx.node.map_arg(node.args, known.__getitem__)
+    kwargs = fx.node.map_arg(node.kwargs, known.__getitem__)
+    if node.op != "call_function":
+        raise AssertionError(f"a captured program has no {node.op}: {node.name}")
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _forget(node: fx.Node, known: dict[fx.Node, Any], last: Mapping[fx.Node, int], place: int) -> None:
+    """Drop what nothing behind ``place`` reads."""
+    for read in (node, *node.all_input_nodes):
+        if last[read] <= place:
+            known.pop(read, None)
