@@ -52,6 +52,23 @@ def test_stores_of_these_sequences_are_read_once_and_rows_written() -> None:
     assert ring.read == query + 64 * row + row
 
 
+def test_on_a_gpu_parts_are_written_and_added_up() -> None:
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        values = [
+            torch.empty_like(x, device="cuda") if isinstance(x, torch.Tensor) else x
+            for x in given(FULL, 1, 32768)
+        ]
+        output = torch.empty(BATCH, HEADS, 1, WIDTH, device="cuda")
+        attending, merging = attend_phases(call_of(call_node(FULL, tuple(values), output)))
+    parts = 264 // (BATCH * FEW)
+    row = BATCH * FEW * 2 * WIDTH * 4
+    assert merging.read == BATCH * HEADS * parts * (WIDTH + 1) * 4
+    assert attending.written == row + merging.read and merging.written == BATCH * HEADS * WIDTH * 4
+    assert attending.read == BATCH * HEADS * WIDTH * 4 + 32769 * row
+
+
 CASES: dict[str, dict[str, Any]] = {
     "plain": {}, "unpadded": {"valid": None}, "slopes": {"slopes": torch.ones(HEADS)},
     "sinks": {"sinks": torch.ones(HEADS)}, "softcap": {"softcap": 5.0},

@@ -143,6 +143,10 @@ def _pointers(problem: Problem, launch: Launch) -> dict[str, str]:
         "codes_ptr": names[problem.codes],
         "scales_ptr": "*fp32",
         "bias_ptr": names[problem.dtype],
+        "norm_ptr": names[problem.dtype],
+        "added_ptr": names[problem.dtype],
+        "eps": "fp32",
+        "offset": "fp32",
         "beside_ptr": names[problem.dtype],
         "exact_ptr": names[problem.dtype],
         "tail_ptr": "*fp32",
@@ -168,7 +172,9 @@ def compiled(problem: Problem, launch: Launch, aligned: bool = True, tail: bool 
         "BIASED": True, "ROUNDED": problem.rounded, "TAIL": tail, "PARTS": launch.parts, "EVEN": aligned,
         "FAST": True,
         "BLOCK_M": launch.rows, "BLOCK_N": launch.columns, "BLOCK_K": launch.inner,
-        "SLICES": launch.slices, "WARPS": launch.warps, "EARLY": True,
+        "SLICES": launch.slices, "WARPS": launch.warps, "EARLY": True, "SCALED": True,
+        "NORMED": False, "WEIGHED": False, "ADDED": False, "GATE": "",
+        "AHEAD": aligned and problem.inner > launch.inner,
     }  # fmt: skip
     by_16 = [name for name in types if name.endswith("_ptr") or (aligned and name in "NK")]
     return compile_function_for_sm90(

@@ -13,6 +13,9 @@ from graphopt_cost_model.phase import Phase
 
 __all__ = ["attend_phases", "attend_workspace"]
 
+_TOGETHER, _TILE, _LEAST = 264, 128, 64
+"""Programs that an H200 runs at a time, rows of a program where they are many, and keys of a part."""
+
 
 def _sizes(call: Call) -> tuple[int, int, int, int]:
     """Batch, heads, rows, and keys that are read."""
@@ -28,7 +31,8 @@ def _widths(call: Call) -> tuple[int, int, int]:
 
 
 def attend_phases(call: Call) -> tuple[Phase, ...]:
-    """One kernel: new rows to their places, two products over what is there."""
+    """One kernel: new rows to their places, two products over what is there. On a GPU, where few programs
+    would leave it idle, keys are shared out in parts, which a second kernel adds up."""
     batch, heads, rows, seen = _sizes(call)
     groups, width, value_width = _widths(call)
     query: TensorSpec = call.argument("query")
@@ -39,7 +43,24 @@ def attend_phases(call: Call) -> tuple[Phase, ...]:
     if call.argument("key") is not None:
         read, written = read + stored * rows, written + stored * rows
     dtype = str(query.dtype).removeprefix("torch.")
-    return (Phase(2 * pairs * (width + value_width), pairs, read, written, dtype),)
+    parts = _parts(query.device, batch * groups * -(-rows * heads // (groups * _TILE)), seen)
+    if parts == 1:
+        return (Phase(2 * pairs * (width + value_width), pairs, read, written, dtype),)
+    # A row of float32 and the logarithm of its sum for each part.
+    partial = batch * heads * rows * parts * (value_width + 1) * 4
+    written = written - call.outputs[0].stored_bytes + partial
+    merged = batch * heads * rows * parts * value_width
+    return (
+        Phase(2 * pairs * (width + value_width), pairs, read, written, dtype),
+        Phase(0, merged, partial, call.outputs[0].stored_bytes, "float32"),
+    )
+
+
+def _parts(device: str, programs: int, seen: int) -> int:
+    """About how many parts kernels share keys out in (``graphopt_kernels.attend_launch``)."""
+    if not device.startswith("cuda"):
+        return 1
+    return max(1, min(_TOGETHER // programs, seen // _LEAST))
 
 
 def attend_workspace(call: Call) -> int:

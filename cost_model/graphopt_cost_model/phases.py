@@ -26,6 +26,7 @@ from graphopt_cost_model.quantized_cost import (
     dynamic_phases,
     grouped_phases,
     outlier_phases,
+    row_phases,
     unpack_phases,
     weight_only_phases,
 )
@@ -177,6 +178,7 @@ _FORMULAS: dict[str, Callable[[Call], tuple[Phase, ...]]] = {
     "graphopt.rotary": rotary_phases,
     "graphopt.rotary_backward": rotary_backward_phases,
     "graphopt.rotary_to_cache": cached_rotary_phases,
+    "graphopt.row_product": row_phases,
     "graphopt.sum_products": _summed_products,
     "graphopt.pack_bits": _packed,
     "graphopt.unpack_bits": _packed,

@@ -20,8 +20,7 @@ from graphopt_cost_model.phase import Phase
 
 __all__ = [
     "DYNAMIC", "GROUPED", "OUTLIERS", "WEIGHT_ONLY", "dynamic_phases", "grouped_phases", "outlier_phases",
-    "unpack_phases",
-    "weight_only_phases",
+    "row_phases", "unpack_phases", "weight_only_phases",
 ]  # fmt: skip
 
 WEIGHT_ONLY = ("int8", "fp8", "lossless12")
@@ -34,7 +33,9 @@ _FEW = 128
 
 _SLOTS = 3.5
 _SLOTS_A_ROW = 0.06
-"""Instructions of a lane for a weight, and more for each row that it is multiplied with."""
+_SLOTS_A_NUMBER = 2.0
+"""Instructions of a lane for a weight of a byte, more for each row that it is multiplied with, and those for
+a weight that is a number."""
 
 
 _FEW_GROUPED = 64
@@ -62,6 +63,21 @@ def weight_only_phases(call: Call) -> tuple[Phase, ...]:
     unpacked = Phase(0, codes.elements, packed, wide, "float32")
     product = Phase(flops, max(elements, codes.elements), read - packed + wide, written, dtype)
     return unpacked, product
+
+
+def row_phases(call: Call) -> tuple[Phase, ...]:
+    """A row's product with what is around it: one kernel that reads all there is once."""
+    x, weight = call.argument("x"), call.argument("weight")
+    rows, inner = weight.shape
+    per_row = max(1, x.elements // inner)
+    slots = _SLOTS if call.argument("scales") is not None else _SLOTS_A_NUMBER
+    read = sum(spec.stored_bytes for spec in call.inputs)
+    return (
+        Phase(
+            2 * rows * inner * per_row, round(rows * inner * (slots + _SLOTS_A_ROW * per_row)), read,
+            call.outputs[0].stored_bytes, _name(x.dtype),
+        ),
+    )  # fmt: skip
 
 
 def grouped_phases(call: Call, scheme: str) -> tuple[Phase, ...]:

@@ -2,8 +2,9 @@
 
 Sizes are fixed, stores are written in place and positions are in a tensor, so a step is the same launches
 whatever the position is, with no word from the host, and can be recorded as a CUDA graph
-(``graphopt.recording``). How much of the stores is read is part of a program: where an accelerator's operator
-cannot look at the position, programs for 256, 512, .. positions follow one another as the stores fill.
+(``graphopt.recording``). Where a store's operator reads the position on the device (``CacheStore.follows``),
+one program serves all positions. Else how much of the stores is read is part of a program, and those for 256,
+512, .. positions follow one another as the stores fill.
 """
 
 from __future__ import annotations
@@ -46,9 +47,10 @@ class Singles:
         return self._runs[key]
 
     def _read(self, decoder: Decoder, length: int) -> int:
-        """How much of the stores is read: what the operator sees for itself on the CPU."""
+        """How much of the stores a program may read: all, where operators see for themselves what is
+        there."""
         capacity = decoder.options.max_tokens
-        if decoder.device.type == "cpu":
+        if all(site.store.follows(site.spec, decoder.device) for site in decoder.sites):
             return capacity
         read = _LEAST
         while read < length:

@@ -107,6 +107,12 @@ class CacheStore:
         """Positions after which all that the store does has happened: as many are checked."""
         return 2 * site.mask.window + 3 if site.mask.window else 0
 
+    def follows(self, site: SiteSpec, device: torch.device) -> bool:
+        """Whether a step on ``device`` reads no more than what its position says is there. Where it does not,
+        programs of several ``length`` are made. By default it does on the CPU, where positions may be looked
+        at."""
+        return device.type == "cpu"
+
     def stored_bytes(self, site: SiteSpec, batch: int, capacity: int) -> int:
         """Bytes of all tensors; none for a site that shares."""
         if site.shares:

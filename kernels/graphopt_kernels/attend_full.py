@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from graphopt.candidate import Reason
+from graphopt.operator_scratch import state_scratch
+from graphopt_kernels.attend_launch import attend_on_gpu, attend_scratch, kernels_for
 from graphopt_kernels.attend_reference import allowed_keys, attend_supports, attention_over, places_of
 
 __all__ = ["attend_full", "attend_full_reference", "attend_full_supports"]
@@ -42,10 +44,19 @@ def attend_full(
     at or beyond it, so that no more of the store needs to be read. ``slopes``, ``sinks`` [H]. There is no
     gradient.
     """
+    kernels = kernels_for(query, key_store, value_store)
+    if kernels is not None:
+        return attend_on_gpu(
+            kernels, query, key, value, key_store, value_store, positions, valid, slopes, sinks, scale,
+            softcap, window, length, ring=False,
+        )  # fmt: skip
     return attend_full_reference(
         query, key, value, key_store, value_store, positions, valid, slopes, sinks, scale, softcap, window,
         length,
     )  # fmt: skip
+
+
+state_scratch("graphopt::attend_full", attend_scratch)
 
 
 @attend_full.register_fake

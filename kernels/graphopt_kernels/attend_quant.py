@@ -23,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 
 from graphopt.candidate import Reason
+from graphopt.operator_scratch import state_scratch
+from graphopt_kernels.attend_quant_launch import kernels_for, quant_scratch, row_on_gpu
 from graphopt_kernels.attend_reference import allowed_keys, attend_supports, attention_over, places_of
 from graphopt_kernels.cache_codes import (
     PLANES,
@@ -86,10 +88,20 @@ def attend_quant(
     or ``FIRST``, ``MIDDLE``, ``LAST`` of sites that read one store. All else as for
     ``graphopt::attend_full``. There is no gradient.
     """
+    stores = (key_codes, key_scales, value_codes, value_scales, key_ring, value_ring)
+    kernels = kernels_for(query, stores, group)
+    if kernels is not None and key is not None and value is not None:
+        return row_on_gpu(
+            kernels, query, key, value, stores, positions, valid, slopes, sinks, scale, softcap, window,
+            length, key_bits, value_bits, group, takes=turn in (ALONE, FIRST),
+        )  # fmt: skip
     return attend_quant_reference(
         query, key, value, key_codes, key_scales, value_codes, value_scales, key_ring, value_ring, positions,
         valid, slopes, sinks, scale, softcap, window, length, key_bits, value_bits, group, turn,
     )  # fmt: skip
+
+
+state_scratch("graphopt::attend_quant", quant_scratch)
 
 
 @attend_quant.register_fake

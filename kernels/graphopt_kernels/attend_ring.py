@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from graphopt.candidate import Reason
+from graphopt.operator_scratch import state_scratch
+from graphopt_kernels.attend_launch import attend_on_gpu, attend_scratch, kernels_for
 from graphopt_kernels.attend_reference import allowed_keys, attend_supports, attention_over, places_of
 
 __all__ = ["attend_ring", "attend_ring_reference", "attend_ring_supports"]
@@ -40,10 +42,19 @@ def attend_ring(
     overtaken by later ones of the same call. ``valid`` is by position, as for ``graphopt::attend_full``; 0 <
     ``window`` <= W. There is no gradient.
     """
+    kernels = kernels_for(query, key_store, value_store)
+    if kernels is not None:
+        return attend_on_gpu(
+            kernels, query, key, value, key_store, value_store, positions, valid, slopes, sinks, scale,
+            softcap, window, length, ring=True,
+        )  # fmt: skip
     return attend_ring_reference(
         query, key, value, key_store, value_store, positions, valid, slopes, sinks, scale, softcap, window,
         length,
     )  # fmt: skip
+
+
+state_scratch("graphopt::attend_ring", attend_scratch)
 
 
 @attend_ring.register_fake

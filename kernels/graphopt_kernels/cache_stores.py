@@ -10,6 +10,7 @@ import torch
 from graphopt.candidate import Reason
 from graphopt.decoding.stores import CacheStore, SiteSpec
 from graphopt_kernels.attend_full import attend_full
+from graphopt_kernels.attend_launch import kernels_follow
 from graphopt_kernels.attend_ring import attend_ring
 
 __all__ = ["Full", "Ring"]
@@ -34,6 +35,9 @@ class Full(CacheStore):
             "key": ((batch, site.kv_heads, capacity, site.key_width), site.dtype),
             "value": ((batch, site.kv_heads, capacity, site.value_width), site.dtype),
         }
+
+    def follows(self, site: SiteSpec, device: torch.device) -> bool:
+        return device.type == "cpu" or kernels_follow(device, site.dtype, site.key_width, site.value_width)
 
 
 @dataclass(frozen=True)
@@ -64,3 +68,6 @@ class Ring(CacheStore):
             "key": ((batch, site.kv_heads, slots, site.key_width), site.dtype),
             "value": ((batch, site.kv_heads, slots, site.value_width), site.dtype),
         }
+
+    def follows(self, site: SiteSpec, device: torch.device) -> bool:
+        return True  # what it reads is no more than a window

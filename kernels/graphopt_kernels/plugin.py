@@ -59,6 +59,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
         rotary_cache,
         rotary_reference,
         row_norm,
+        row_product,
         row_quantize,
         softmax,
         sum_products,
@@ -198,6 +199,13 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=rotary_reference.rotary_backward_reference,
             supports=rotary.rotary_backward_supports,
             summary="gradients of a packed projection and of norms' weights through rotary embeddings",
+        ),
+        KernelSpec(
+            name="row-product",
+            op="graphopt::row_product",
+            reference=row_product.row_product_reference,
+            supports=row_product.row_product_supports,
+            summary="a row times a weight of numbers or bytes, with its norm, a gate or a residual",
         ),
         KernelSpec(
             name="attend-full",
@@ -431,6 +439,7 @@ def graphopt_tunables() -> Iterable[TunableSpec]:
     from graphopt_kernels.tuning.packed_exponents import packed_exponents_tunable
     from graphopt_kernels.tuning.packed_groups import packed_groups_tunable
     from graphopt_kernels.tuning.row_norms import row_norm_tunables
+    from graphopt_kernels.tuning.row_products import row_product_tunable
 
     return (
         *row_norm_tunables(),
@@ -440,6 +449,7 @@ def graphopt_tunables() -> Iterable[TunableSpec]:
         packed_bytes_tunable(),
         packed_exponents_tunable(),
         packed_groups_tunable(),
+        row_product_tunable(),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from graphopt.candidate import Reason
 from graphopt.decoding.stores import CacheStore, SiteSpec
 from graphopt_kernels.attend_quant import attend_quant, attention_rounded
+from graphopt_kernels.attend_quant_launch import follows
 from graphopt_kernels.cache_codes import PLANES, scale_dtype, words_of
 
 __all__ = ["Quant"]
@@ -112,6 +113,10 @@ class Quant(CacheStore):
         fine = (cls(bits=8), cls(bits=4))
         coarse = ((4, 4), (4, 3), (4, 2), (3, 3), (3, 2), (2, 2))
         return fine + tuple(cls(key_bits=k, value_bits=v, group=64) for k, v in coarse)
+
+    def follows(self, site: SiteSpec, device: torch.device) -> bool:
+        sizes = (site.key_width, site.value_width, self.block, self.group)
+        return device.type == "cpu" or follows(device, site.dtype, *sizes)
 
     def crossed(self, site: SiteSpec) -> int:
         return self.residual + 2 * self.block + 8

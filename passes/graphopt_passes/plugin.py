@@ -36,6 +36,7 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.fuse_norm_gradient:FuseNormGradient",
         "graphopt_passes.fuse_optimizer:FuseOptimizer",
         "graphopt_passes.fuse_quantize:FuseQuantize",
+        "graphopt_passes.fuse_row_product:FuseRowProduct",
         "graphopt_passes.fuse_softmax:FuseSoftmax",
         "graphopt_passes.functionalize:Functionalize",
         "graphopt_passes.grouped_attention:GroupedAttention",

@@ -195,8 +195,10 @@ def _launched(
     if launch.kind == "row":
         early = {"EARLY": True, "launch_pdl": True} if reads_early(codes) else {"EARLY": False}
         kernels.row_kernel[(across, launch.parts)](
-            x, codes, scales, given_bias, into, n, k, steps, WARPS=launch.warps, **constants, **early
-        )
+            x, codes, scales, given_bias, x, x, into, n, k, steps, 0.0, 0.0, WARPS=launch.warps,
+            SCALED=True, NORMED=False, WEIGHED=False, ADDED=False, GATE="",
+            AHEAD=steps > 1 and bool(constants["EVEN"]), **constants, **early,
+        )  # fmt: skip
     else:
         if launch.kind == "slices":
             constants["SLICES"] = launch.slices

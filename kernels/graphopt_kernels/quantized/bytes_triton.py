@@ -138,27 +138,53 @@ def _store(  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _sums_of_lanes(codes, x, FAST: tl.constexpr, VECTOR: tl.constexpr):  # type: ignore[no-untyped-def]
-    """By lane, warp and row: products of ``codes`` [32, warps, rows, steps, 16] and x."""
+    """By lane, warp and row: products of ``codes`` [32, warps, rows, steps, 16 bytes] and x, float32."""
     WARPS: tl.constexpr = codes.shape[1]
     ROWS: tl.constexpr = codes.shape[2]
     STEPS: tl.constexpr = codes.shape[3]
-    apart = tl.reshape(numbers(codes, tl.float32, FAST), (32, WARPS, ROWS, STEPS, 16 // VECTOR, VECTOR))
-    return tl.sum(tl.reshape(apart * x.to(tl.float32), (32, WARPS, ROWS, STEPS * 16)), 3)
+    EACH: tl.constexpr = codes.shape[4]
+    apart = tl.reshape(
+        numbers(codes, tl.float32, FAST), (32, WARPS, ROWS, STEPS, EACH // VECTOR, VECTOR)
+    )
+    return tl.sum(tl.reshape(apart * x, (32, WARPS, ROWS, STEPS * EACH)), 3)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _gated(gate, up, GATE: tl.constexpr):  # type: ignore[no-untyped-def]
+    if GATE == "silu":
+        return gate / (1 + tl.exp(-gate)) * up
+    elif GATE == "gelu":
+        return 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476)) * up
+    else:
+        # tanh(y) is 1 - 2 / (exp(2 y) + 1), at its ends too.
+        wide = tl.exp(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+        return gate * (1 - 1 / (wide + 1)) * up
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def row_kernel(  # type: ignore[no-untyped-def]
-    x_ptr, codes_ptr, scales_ptr, bias_ptr, out_ptr, N, K, STEPS,
-    BIASED: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr, EARLY: tl.constexpr,
+    x_ptr, codes_ptr, scales_ptr, bias_ptr, norm_ptr, added_ptr, out_ptr, N, K, STEPS, eps, offset,
+    SCALED: tl.constexpr, BIASED: tl.constexpr, NORMED: tl.constexpr, WEIGHED: tl.constexpr,
+    ADDED: tl.constexpr, GATE: tl.constexpr, PARTS: tl.constexpr, EVEN: tl.constexpr, AHEAD: tl.constexpr,
+    FAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WARPS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """x [K] times the weight: ``BLOCK_N`` results a program, ``STEPS`` blocks of each sum. A lane loads 16
-    bytes of each of ``BLOCK_K`` / 512 places in a row and sums up by itself: there is no shared memory and no
-    barrier before the end. ``EARLY``: the first codes are read before the kernel ahead of this has ended
-    (``settled.py``)."""
+    """x [K] times the weight: ``BLOCK_N`` of its rows a program, ``STEPS`` blocks of each sum. A lane loads
+    16 bytes of each of several places in a row and sums up by itself: there is no shared memory and no
+    barrier before the end. ``AHEAD``: codes of two steps are on their way at a time, where rows are whole
+    steps (``EVEN``) and more than one.
+
+    ``EARLY``: the first codes are read before the kernel ahead of this has ended (``settled.py``).
+    ``NORMED``: x is over its root mean square, ``WEIGHED``: times ``norm`` [K] + ``offset``; squares are
+    added up beside products, so that it costs no reading of its own. ``GATE``: the weight has 2 N rows, and
+    results are the function of the first N times the others. ``ADDED``: ``added`` [N] is added. ``SCALED``:
+    rows of the weight have scales; without, they are numbers."""
     ROWS: tl.constexpr = BLOCK_N // WARPS
-    PLACES: tl.constexpr = BLOCK_K // 512
-    VECTOR: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+    EACH: tl.constexpr = 128 // codes_ptr.dtype.element_ty.primitive_bitwidth
+    PLACES: tl.constexpr = BLOCK_K // (32 * EACH)
+    # 16 bytes of x at a time, or all that a lane multiplies 16 bytes of codes by.
+    WIDE: tl.constexpr = 128 // x_ptr.dtype.element_ty.primitive_bitwidth
+    VECTOR: tl.constexpr = WIDE if WIDE < EACH else EACH
     if EARLY:
         cuda.gdc_launch_dependents()
     part = tl.program_id(1)
@@ -167,44 +193,81 @@ def row_kernel(  # type: ignore[no-untyped-def]
     warp = tl.arange(0, WARPS)[None, :, None, None, None]
     row = tl.arange(0, ROWS)[None, None, :, None, None]
     place = tl.arange(0, PLACES)[None, None, None, :, None]
-    column = tl.program_id(0) * BLOCK_N + warp * ROWS + row
-    ks = part * STEPS * BLOCK_K + place * 512 + lane * 16 + tl.arange(0, 16)[None, None, None, None, :]
     # Results beyond the last are computed from its weights, and not stored.
-    codes_at = codes_ptr + tl.minimum(column, N - 1).to(tl.int64) * K + ks
-    vector = tl.arange(0, 16 // VECTOR)[None, None, None, None, :, None]
+    if GATE == "":
+        column = tl.minimum(tl.program_id(0) * BLOCK_N + warp * ROWS + row, N - 1)
+    else:
+        PAIRS: tl.constexpr = ROWS // 2
+        column = tl.program_id(0) * (BLOCK_N // 2) + warp * PAIRS + row % PAIRS
+        column = tl.minimum(column, N - 1) + row // PAIRS * N
+    start = part * STEPS * BLOCK_K
+    ks = start + place * (32 * EACH) + lane * EACH + tl.arange(0, EACH)[None, None, None, None, :]
+    codes_at = codes_ptr + column.to(tl.int64) * K + ks
+    vector = tl.arange(0, EACH // VECTOR)[None, None, None, None, :, None]
     element = tl.arange(0, VECTOR)[None, None, None, None, None, :]
-    of_x = part * STEPS * BLOCK_K + place[:, :, :, :, :, None] * 512 + lane[:, :, :, :, :, None] * 16
+    of_x = start + place[:, :, :, :, :, None] * (32 * EACH) + lane[:, :, :, :, :, None] * EACH
     # Every warp loads x for itself.
-    of_x = tl.broadcast_to(of_x + vector * VECTOR + element, (32, WARPS, 1, PLACES, 16 // VECTOR, VECTOR))
-    x_at = x_ptr + of_x
+    of_x = tl.broadcast_to(of_x + vector * VECTOR + element, (32, WARPS, 1, PLACES, EACH // VECTOR, VECTOR))
     if EVEN:
         codes = tl.load(codes_at, eviction_policy="evict_first")
-    else:
-        inside = tl.broadcast_to(ks < K, codes_at.shape)
-        codes = tl.load(codes_at, mask=inside, other=0.0, eviction_policy="evict_first")
+    if AHEAD:
+        ahead = tl.load(codes_at + BLOCK_K, eviction_policy="evict_first")
     if EARLY:
         cuda.gdc_wait()
-    x = tl.load(x_at) if EVEN else tl.load(x_at, mask=of_x < K, other=0.0)
-    total = _sums_of_lanes(codes, x, FAST, VECTOR)
-    for step in range(1, STEPS):
+    total = tl.zeros((32, WARPS, ROWS), tl.float32)
+    squares = tl.zeros((32, WARPS, 1), tl.float32)
+    for step in range(STEPS):
         at = step * BLOCK_K
         if EVEN:
-            codes = tl.load(codes_at + at, eviction_policy="evict_first")
-            x = tl.load(x_at + at)
+            x = tl.load(x_ptr + of_x + at).to(tl.float32)
         else:
+            x = tl.load(x_ptr + of_x + at, mask=at + of_x < K, other=0.0).to(tl.float32)
             inside = tl.broadcast_to(at + ks < K, codes_at.shape)
             codes = tl.load(codes_at + at, mask=inside, other=0.0, eviction_policy="evict_first")
-            x = tl.load(x_at + at, mask=at + of_x < K, other=0.0)
+        if NORMED:
+            squares += tl.sum(tl.reshape(x * x, (32, WARPS, 1, PLACES * EACH)), 3)
+            if WEIGHED:
+                if EVEN:
+                    weight = tl.load(norm_ptr + of_x + at)
+                else:
+                    weight = tl.load(norm_ptr + of_x + at, mask=at + of_x < K, other=0.0)
+                x *= weight.to(tl.float32) + offset
         total += _sums_of_lanes(codes, x, FAST, VECTOR)
+        if AHEAD:
+            codes = ahead
+            # Behind the last there are none: they are not read, and not multiplied.
+            ahead = tl.load(
+                codes_at + at + 2 * BLOCK_K, mask=step + 2 < STEPS, other=0.0, eviction_policy="evict_first"
+            )
     sums = tl.sum(total, 0)
-    columns = (
-        tl.program_id(0) * BLOCK_N + tl.arange(0, WARPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-    )
+    if NORMED:
+        sums *= tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    if GATE == "":
+        columns = (
+            tl.program_id(0) * BLOCK_N + tl.arange(0, WARPS)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
+        )
+    else:
+        PAIRED: tl.constexpr = ROWS // 2
+        columns = tl.program_id(0) * (BLOCK_N // 2) + tl.arange(0, WARPS)[:, None] * PAIRED
+        columns += tl.arange(0, PAIRED)[None, :]
+        gate, up = tl.split(tl.permute(tl.reshape(sums, (WARPS, 2, PAIRED)), (0, 2, 1)))
+        inside_gate = columns < N
+        if SCALED:
+            gate *= tl.load(scales_ptr + columns, mask=inside_gate, other=0.0)
+            up *= tl.load(scales_ptr + N + columns, mask=inside_gate, other=0.0)
+        if BIASED:
+            gate += tl.load(bias_ptr + columns, mask=inside_gate, other=0.0).to(tl.float32)
+            up += tl.load(bias_ptr + N + columns, mask=inside_gate, other=0.0).to(tl.float32)
+        sums = _gated(gate, up, GATE)
     within = columns < N
     if PARTS == 1:
-        sums *= tl.load(scales_ptr + columns, mask=within, other=0.0)
-        if BIASED:
-            sums += tl.load(bias_ptr + columns, mask=within, other=0.0).to(tl.float32)
+        if GATE == "":
+            if SCALED:
+                sums *= tl.load(scales_ptr + columns, mask=within, other=0.0)
+            if BIASED:
+                sums += tl.load(bias_ptr + columns, mask=within, other=0.0).to(tl.float32)
+        if ADDED:
+            sums += tl.load(added_ptr + columns, mask=within, other=0.0).to(tl.float32)
         tl.store(out_ptr + columns, sums.to(out_ptr.dtype.element_ty), mask=within)
     else:
         tl.store(out_ptr + part * N + columns, sums, mask=within)

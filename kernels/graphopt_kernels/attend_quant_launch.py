@@ -1,0 +1,213 @@
+"""How one row's attention over rounded keys and values is started on a GPU (``attend_launch``)."""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from graphopt.candidate import Reason
+from graphopt_kernels.attend_launch import (
+    AttendLaunch,
+    block_of,
+    kernels_follow,
+    kinds_taken,
+    merge,
+    on_device,
+    parts_for,
+    precision,
+    processors_for,
+)
+from graphopt_kernels.attention_launch import rows_together
+from graphopt_kernels.cache_codes import PLANES
+
+__all__ = [
+    "follows", "jitted", "kernels_for", "kernels_take", "launch_for", "quant_scratch", "row_on_gpu",
+]  # fmt: skip
+
+UNIT = 32
+"""Positions whose codes of a key are whole words."""
+
+_MOST_ROWS = 64
+"""Heads that share keys, which a program has together: nobody may read the place where the row is written."""
+
+_CHANNELS = 64
+
+Stores = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def launch_for(
+    batch: int, groups: int, heads: int, length: int, block: int, dtype: torch.dtype, processors: int
+) -> AttendLaunch:
+    """For a row of ``heads`` heads over at most ``length`` keys in tiles of ``block`` elements. One part more
+    than others have is for the exact rows."""
+    rows = max(16, 1 << (heads // groups - 1).bit_length())
+    small = block <= 128 and dtype is not torch.float32
+    parts = parts_for(batch * groups, length, processors)
+    return AttendLaunch(rows, 2 * UNIT if small else UNIT, parts + (parts > 1), 4 if small else 8, 3)
+
+
+def kernels_for(query: torch.Tensor, stores: Stores, group: int) -> Any:
+    """The kernels where they take these tensors, else ``None``."""
+    if not query.is_cuda or kernels_take(query, stores, group) is not None:
+        return None
+    return jitted()
+
+
+def kernels_take(query: torch.Tensor, stores: Stores, group: int) -> Reason | None:
+    """``None``, or why the kernels do not take what the operator takes."""
+    key_ring, value_ring = stores[4:]
+    if query.shape[2] != 1:
+        return Reason(f"{query.shape[2]} rows: the kernels take one, prompts go by ATen operators")
+    if not query.shape[0]:
+        return Reason("there are no rows")
+    if query.shape[1] // key_ring.shape[1] > _MOST_ROWS:
+        return Reason(f"{query.shape[1] // key_ring.shape[1]} heads share a key: at most {_MOST_ROWS} may")
+    block = stores[2].shape[2] // stores[0].shape[2]
+    for name, size, most in (("positions", block, 128), ("channels", group, 128)):
+        if size & (size - 1) or size > most:
+            return Reason(f"{size} {name} are rounded together: expected a power of two up to {most}")
+    if not all(store.is_contiguous() for store in stores):
+        return Reason("stores are not contiguous")
+    if key_ring.shape[2] % block:
+        return Reason(f"rings have {key_ring.shape[2]} rows: expected a multiple of {block}")
+    return kinds_taken(
+        {"queries": query.dtype, "stored keys": key_ring.dtype, "stored values": value_ring.dtype},
+        max(key_ring.shape[3], value_ring.shape[3]),
+    )
+
+
+def follows(
+    device: torch.device, dtype: torch.dtype, width: int, value_width: int, block: int, group: int
+) -> bool:
+    """Whether steps of one row on ``device`` run kernels, which read what is there and no more."""
+    powers = all(not size & (size - 1) and size <= 128 for size in (block, group))
+    return powers and kernels_follow(device, dtype, width, value_width)
+
+
+@functools.cache
+def jitted() -> Any:
+    """The jitted kernels by name, or ``None`` without triton."""
+    try:
+        from graphopt_kernels import attend_quant_triton, attend_triton
+    except ModuleNotFoundError as error:
+        if error.name is None or not error.name.startswith("triton"):
+            raise
+        return None
+    return SimpleNamespace(
+        attend_kernel=attend_quant_triton.attend_kernel,
+        close_kernel=attend_quant_triton.close_kernel,
+        merge_kernel=attend_triton.merge_kernel,
+    )
+
+
+def row_on_gpu(
+    kernels: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    stores: Stores,
+    positions: torch.Tensor,
+    valid: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    length: int,
+    key_bits: int,
+    value_bits: int,
+    group: int,
+    *,
+    takes: bool,
+    launch: AttendLaunch | None = None,
+    processors: int | None = None,
+) -> torch.Tensor:
+    """``graphopt::attend_quant`` of one row by its kernels. ``takes``: the row is written; else another site
+    did that. ``launch``: in place of the one for the problem."""
+    query, key, value = rows_together(query), rows_together(key), rows_together(value)
+    batch, heads, _, width = query.shape
+    key_codes, key_scales, value_codes, value_scales, key_ring, value_ring = stores
+    groups, slots, kept, value_width = *key_codes.shape[1:3], key_ring.shape[2], value_ring.shape[3]
+    block = value_codes.shape[2] // slots
+    widths = {"WIDTH": width, "VALUE_WIDTH": value_width}
+    # Groups of channels and words of values are whole in a tile.
+    blocks = {"BLOCK_D": block_of(width), "BLOCK_V": max(block_of(value_width), UNIT, group)}
+    bits = {"KEY_BITS": key_bits, "VALUE_BITS": value_bits, "LENGTH": block, "GROUP": group}
+    words = (key_codes.shape[3], value_codes.shape[3], -(-value_width * PLANES[value_bits][0] // 32))
+    launch = launch or launch_for(
+        batch, groups, heads, min(length, slots * block), max(blocks.values()), query.dtype,
+        processors or processors_for(query.device),
+    )  # fmt: skip
+    output = query.new_empty((batch, heads, 1, value_width))
+    parts, shape = launch.parts, (batch, heads, 1, launch.parts)
+    partial = sums = output
+    if parts > 1:
+        partial = query.new_empty((*shape, value_width), dtype=torch.float32)
+        sums = query.new_empty(shape, dtype=torch.float32)
+    counts = query
+    if slopes is not None and valid is not None:
+        counts = valid[:batch].cumsum(-1, dtype=torch.int32)
+    shown = query if valid is None else rows_together(valid)
+    with on_device(query):
+        kernels.attend_kernel[(parts * batch * groups,)](
+            query, key, value, *stores, positions, shown, counts, query if slopes is None else slopes,
+            query if sinks is None else sinks, output, partial, sums, *query.stride()[:3],
+            *key.stride()[:3], *value.stride()[:3], shown.stride(0), counts.stride(0), *output.stride()[:3],
+            heads, heads // groups, slots, kept, parts, window, scale, softcap, *words, **bits, TAKES=takes,
+            FINAL=parts == 1, WINDOW=bool(window), VALID=valid is not None, SLOPES=slopes is not None,
+            SINKS=sinks is not None, CAPPED=bool(softcap), APPROXIMATE=query.dtype is torch.bfloat16,
+            **widths, **blocks, ROWS=launch.rows, COUNT=launch.columns // UNIT, PRECISION=precision(),
+            num_warps=launch.warps, num_stages=launch.stages,
+        )  # fmt: skip
+        if takes:
+            # From rings that have the new row: a row that comes twice packs the same.
+            pieces = -(-width // _CHANNELS) + block // UNIT
+            limits = (torch.finfo(key_scales.dtype).max, torch.finfo(value_scales.dtype).max)
+            kernels.close_kernel[(batch * groups * pieces,)](
+                *stores, positions, slots, kept, *limits, *words, **bits, **widths,
+                BLOCK_V=blocks["BLOCK_V"], CHANNELS=_CHANNELS, num_warps=4,
+            )  # fmt: skip
+        if parts > 1:
+            merge(kernels, output, partial, sums, sinks)
+    return output
+
+
+def quant_scratch(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_codes: torch.Tensor,
+    key_scales: torch.Tensor,
+    value_codes: torch.Tensor,
+    value_scales: torch.Tensor,
+    key_ring: torch.Tensor,
+    value_ring: torch.Tensor,
+    positions: torch.Tensor,
+    valid: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+    length: int,
+    key_bits: int,
+    value_bits: int,
+    group: int,
+    *_: Any,
+) -> int:
+    """Bytes that a call of one row takes on a GPU beyond its output."""
+    stores = (key_codes, key_scales, value_codes, value_scales, key_ring, value_ring)
+    if query.device.type != "cuda" or kernels_take(query, stores, group) is not None:
+        return 0
+    batch, heads, value_width = query.shape[0], query.shape[1], value_ring.shape[3]
+    widest = max(block_of(query.shape[3]), block_of(value_width), UNIT, group)
+    held = min(length, value_codes.shape[2])
+    processors = processors_for(query.device)
+    parts = launch_for(batch, key_ring.shape[1], heads, held, widest, query.dtype, processors).parts
+    taken = batch * heads * parts * (value_width + 1) * 4 if parts > 1 else 0
+    if valid is not None and slopes is not None:
+        taken += batch * valid.shape[1] * 4
+    return int(taken)

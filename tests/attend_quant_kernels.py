@@ -1,0 +1,135 @@
+"""Kernels of attention over rounded rows, in Triton's interpreter; prints how far they are from float64.
+
+A case is several rows, one after the other: after each the stores are those that the reference leaves, and
+the output is beside the reference's in float64 on the same stores. Run by ``tests/test_attend_kernels.py``.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.decoding.masks import MaskSpec
+from graphopt.decoding.stores import SiteSpec
+from graphopt_kernels import attend_quant_triton, attend_triton
+from graphopt_kernels.attend_launch import AttendLaunch
+from graphopt_kernels.attend_quant import ALONE, FIRST, LAST, attend_quant_reference
+from graphopt_kernels.attend_quant_launch import row_on_gpu
+from graphopt_kernels.quant_store import Quant
+
+FP16, FP32 = torch.float16, torch.float32
+TILE = AttendLaunch(16, 64, 3, 1, 1)
+KERNELS = SimpleNamespace(
+    attend_kernel=attend_quant_triton.attend_kernel, close_kernel=attend_quant_triton.close_kernel,
+    merge_kernel=attend_triton.merge_kernel,
+)  # fmt: skip
+
+CASES: dict[str, dict[str, Any]] = {
+    "four bits": {},
+    "eight bits": {"store": Quant(bits=8)},
+    "three bits": {"store": Quant(bits=3), "value_width": 48},
+    "two bits": {"store": Quant(key_bits=2, value_bits=4)},
+    "one part": {"launch": TILE._replace(parts=1)},
+    "float16": {"dtype": FP16},
+    "longer blocks": {"store": Quant(block=64, residual=128), "at": (0, 127, 128, 191, 192)},
+    "longer rings": {"store": Quant(residual=96), "launch": TILE._replace(columns=32)},
+    "other groups": {"store": Quant(group=8, value_bits=3), "width": 24, "value_width": 40},
+    "padding": {"padded": 40},
+    "window": {"window": 70, "at": (40, 95, 101, 159, 199)},
+    "all": {
+        "store": Quant(bits=3), "slopes": True, "padded": 40, "sinks": True, "softcap": 3.0, "window": 70,
+        "at": (95, 171),
+    },
+    "two sites": {"turns": (FIRST, LAST), "at": (31, 32, 95)},
+}  # fmt: skip
+
+
+def drawn(
+    batch: int = 2,
+    groups: int = 1,
+    group: int = 2,
+    places: int = 200,
+    width: int = 32,
+    value_width: int = 32,
+    dtype: torch.dtype = FP32,
+    store: Quant = Quant(),  # noqa: B008  (a frozen value)
+    padded: int = 0,
+    window: int = 0,
+    softcap: float = 0.0,
+    slopes: bool = False,
+    sinks: bool = False,
+    seen: int = 0,
+) -> dict[str, Any]:
+    """Arguments of the operator, but for positions and turn, behind ``seen`` rows."""
+    heads = groups * group
+    site = SiteSpec(heads, groups, width, value_width, dtype, MaskSpec(window=window), 0.3)
+    valid = None
+    if padded:
+        valid = torch.ones(batch + 1, places, dtype=torch.bool)
+        valid[1, :padded] = False
+    stores = {n: torch.zeros(s, dtype=d) for n, (s, d) in store.tensors(site, batch + 1, places).items()}
+    given = {
+        **rows(batch, groups, group, 1, width, value_width, dtype), **stores,
+        "positions": torch.zeros(1, dtype=torch.int64), "valid": valid,
+        "slopes": torch.rand(heads) / 8 if slopes else None, "sinks": torch.randn(heads) if sinks else None,
+        "scale": 0.3, "softcap": softcap, "window": window, "length": places, "key_bits": store.widths[0],
+        "value_bits": store.widths[1], "group": store.group, "turn": ALONE,
+    }  # fmt: skip
+    if seen:
+        prompt = {**given, **rows(batch, groups, group, seen, width, value_width, dtype)}
+        attend_quant_reference(*{**prompt, "positions": torch.arange(seen)}.values())
+    return given
+
+
+def rows(
+    batch: int, groups: int, group: int, count: int, width: int, value_width: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    sizes = {"query": (groups * group, width), "key": (groups, width), "value": (groups, value_width)}
+    return {n: torch.randn(batch, heads, count, size).to(dtype) for n, (heads, size) in sizes.items()}
+
+
+def wide(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same for the reference in float64: packed scales stay what they are."""
+    names = ("query", "slopes", "sinks")
+    return {
+        k: v.double() if k in names and v is not None else v.clone() if isinstance(v, Tensor) else v
+        for k, v in arguments.items()
+    }
+
+
+STORES = ("key_codes", "key_scales", "value_codes", "value_scales", "key_ring", "value_ring")
+
+
+def main(names: Sequence[str]) -> None:
+    found = {}
+    for number, (name, case) in enumerate(CASES.items()):
+        if names and name not in names:
+            continue
+        torch.manual_seed(number)
+        launch, at = case.pop("launch", TILE), case.pop("at", (0, 31, 32, 33, 95, 140))
+        turns = case.pop("turns", (ALONE,))
+        worst, stored = 0.0, True
+        for position in at:
+            arguments = {**drawn(**case, seen=position), "positions": torch.tensor([position])}
+            for turn in turns:
+                arguments["turn"] = turn
+                reference = wide(arguments)
+                expected = attend_quant_reference(*reference.values())
+                stores = tuple(arguments[name] for name in STORES)
+                inner = [v for k, v in arguments.items() if k not in STORES and k != "turn"]
+                made = row_on_gpu(KERNELS, *inner[:3], stores, *inner[3:], takes=turn != LAST, launch=launch)
+                assert made.dtype is arguments["query"].dtype and made.shape == expected.shape
+                worst = max(worst, float((made.double() - expected).norm() / expected.norm()))
+                stored &= all(torch.equal(arguments[name], reference[name]) for name in STORES)
+        found[name] = [worst, stored]
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
