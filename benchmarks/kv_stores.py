@@ -16,7 +16,9 @@ the share. ``--prices`` keeps these prices in a file, or takes them from there. 
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -184,6 +186,16 @@ def rows(item: str, file: Path | None) -> Iterator[dict[str, Any]]:
         yield from decoder(one)
 
 
+def uniform_kl(plain: Sequence[dict[str, Any]], share: float) -> float | None:
+    """KL of uniform stores in groups of 32 at a share, its logarithm between those next to it; ``None``
+    beyond them."""
+    known = sorted((r["share"], math.log(r["divergence"])) for r in plain if "group=" not in r["what"])
+    for (low, before), (high, after) in itertools.pairwise(known):
+        if low <= share <= high:
+            return math.exp(before + (after - before) * (share - low) / (high - low))
+    return None
+
+
 def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Targets, and what is reached of them."""
     plain = [r for r in found if r.get("model") == "uniform" and "error" not in r]
@@ -196,14 +208,9 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
         said = {"share": row["share"], "perplexity_ratio": row["perplexity_ratio"], "kl": row["divergence"]}
         if most is not None:
             said |= {"target": most, "met": row["perplexity_ratio"] <= most and row["share"] <= bound}
-        # Uniform stores in groups of 32 that take no more bytes: the best of them.
-        level = [r for r in plain if r["share"] <= row["share"] + 0.001 and "group=" not in r["what"]]
-        if level:
-            best = min(level, key=lambda r: r["divergence"])
-            said |= {
-                "uniform": best["what"],
-                "kl_of_uniform": round(row["divergence"] / best["divergence"], 3),
-            }
+        level = uniform_kl(plain, row["share"])
+        if level is not None:
+            said |= {"kl_of_uniform": round(row["divergence"] / level, 3)}
         account[str(bound)] = said
     checked = [r for r in found if r.get("model") == "decoder" and "error" not in r]
     if checked:
