@@ -22,6 +22,7 @@ from graphopt.emit.eager import EagerEmitter
 from graphopt.emit.replacing import proposed
 from graphopt.errors import InputsError, PipelineError, PluginError, UnknownNameError
 from graphopt.explanation import MemoryExplanation
+from graphopt.guard import GUARDS, Guard
 from graphopt.hand_over import is_watched
 from graphopt.operator_costs import with_operator_costs
 from graphopt.optimized import Optimized
@@ -63,6 +64,7 @@ def optimize(
     cache: bool = True,
     generate: Generate | None = None,
     rewrites: Sequence[str] | None = None,
+    guard: str | None = None,
 ) -> Optimized:
     """The fastest version of ``model`` whose step fits ``budget``, with the same call.
 
@@ -106,6 +108,11 @@ def optimize(
     ``rewrites``: apply these alone of what passes would choose, by the names in ``report.rewrites``; passes
     that programs cannot do without run anyway. ``None`` applies all.
 
+    ``guard="measure"``: at the first call for training, and at the first for inference, a few steps of the
+    program and of the model as it was are measured in turns, all that they change put back. Where the model is
+    faster (and fits the budget) it runs as it did from then on; the report says what was measured. ``"off"``
+    measures nothing; ``None`` is ``"measure"`` on CUDA and ``"off"`` elsewhere.
+
     Gradients that the parameters carry when ``optimize`` is called count as held throughout (as in
     gradient accumulation); without them a step is taken to begin with none.
 
@@ -135,6 +142,7 @@ def optimize(
         cache=cache,
         generate=generate,
         rewrites=rewrites,
+        guard=guard,
     )
 
 
@@ -198,6 +206,8 @@ def _prepared(
         raise InputsError("plan= replays what was chosen: policy= would choose again; give one of them")
     if step is not None and not callable(step):
         raise InputsError(f"step is {step!r}: expected a function of the module that runs one whole step")
+    if options["guard"] not in (None, *GUARDS):
+        raise UnknownNameError("value of guard", options["guard"], GUARDS)
     if verify not in _VERIFY:
         raise UnknownNameError("value of verify", verify, _VERIFY)
     if verify == "numeric" and inputs is None:
@@ -231,6 +241,7 @@ def _uncaptured(
     replay: Plan | None,
     dry_run: bool,
     generate: Generate | None = None,
+    guard: str | None = None,
     **choices: Any,
 ) -> Optimized:
     """An optimized module that captures on its first call; its copies are made the same way."""
@@ -257,6 +268,8 @@ def _uncaptured(
     session = fresh(model, budget)
     fit = WeightFit(model, session, fresh, attempt, dry_run)
     driver = Driver(model, session, inputs=example, dynamic=dynamic_shapes, loss_fn=loss_fn, fit=fit)
+    if not dry_run and (guard or ("measure" if where.type == "cuda" else "off")) == "measure":
+        driver.guard = Guard(driver.remark)
     again = partial(
         _uncaptured,
         device=device,
@@ -265,6 +278,7 @@ def _uncaptured(
         replay=replay,
         dry_run=dry_run,
         generate=generate,
+        guard=guard,
         **choices,
     )
     generator = Generator(model, example, generate, fresh(model, budget)) if generate is not None else None
