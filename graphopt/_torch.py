@@ -211,7 +211,7 @@ _TRACED_FAITHFULLY = frozenset(
     ("associative_scan", "cond", "flex_attention", "map", "map_impl", "scan", "tag_activation_checkpoint")
     + ("triton_kernel_wrapper_functional", "triton_kernel_wrapper_mutation", "while_loop")
 )
-"""Higher-order operators that a trace above autograd keeps whole, or takes apart without losing a gradient."""
+"""Higher-order operators that a trace above autograd keeps whole, or takes apart with their gradients."""
 
 
 def has_own_gradients(gm: fx.GraphModule) -> bool:
@@ -390,8 +390,8 @@ def joint_compiler(
 
 @contextmanager
 def random_calls_kept() -> Iterator[None]:
-    """While AOTAutograd traces, a random number that nobody reads is drawn all the same: the generator moves on
-    as in eager. By default torch drops such calls under a tracing context, for Inductor's sake."""
+    """While AOTAutograd traces, a random number that nobody reads is drawn all the same: the generator moves
+    on as in eager. By default torch drops such calls under a tracing context, for Inductor's sake."""
     from torch._inductor import config
 
     with config.patch(fallback_random=True):
@@ -577,7 +577,7 @@ def graph_break_errors() -> tuple[type[BaseException], ...]:
 
 
 def splitting(error: BaseException) -> Exception:
-    """What a backend raises for dynamo to run a function as it did and to capture what that calls by itself."""
+    """What a backend raises for dynamo to run a function as it did, and to capture what that calls alone."""
     from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
 
     return UnsupportedFakeTensorException(f"{type(error).__name__}: {error}")

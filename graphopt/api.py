@@ -109,9 +109,10 @@ def optimize(
     that programs cannot do without run anyway. ``None`` applies all.
 
     ``guard="measure"``: at the first call for training, and at the first for inference, a few steps of the
-    program and of the model as it was are measured in turns, all that they change put back. Where the model is
-    faster (and fits the budget) it runs as it did from then on; the report says what was measured. ``"off"``
-    measures nothing; ``None`` is ``"measure"`` on CUDA and ``"off"`` elsewhere.
+    program and of the model as it was are measured in turns, all that they change put back. Where the model
+    is faster (and fits the budget) it runs as it did from then on; the report says what was measured.
+    ``"off"`` measures nothing. ``None`` is ``"measure"`` on CUDA, and ``"off"`` elsewhere and with
+    ``on_error="raise"``, where programs are wanted whatever they measure.
 
     Gradients that the parameters carry when ``optimize`` is called count as held throughout (as in
     gradient accumulation); without them a step is taken to begin with none.
@@ -268,7 +269,8 @@ def _uncaptured(
     session = fresh(model, budget)
     fit = WeightFit(model, session, fresh, attempt, dry_run)
     driver = Driver(model, session, inputs=example, dynamic=dynamic_shapes, loss_fn=loss_fn, fit=fit)
-    if not dry_run and (guard or ("measure" if where.type == "cuda" else "off")) == "measure":
+    unasked = "measure" if where.type == "cuda" and choices["on_error"] != "raise" else "off"
+    if not dry_run and (guard or unasked) == "measure":
         driver.guard = Guard(driver.remark)
     again = partial(
         _uncaptured,

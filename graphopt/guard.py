@@ -120,8 +120,8 @@ def obstacle(model: torch.nn.Module, *, training: bool) -> str:
 
 @contextmanager
 def attributes_restored(model: torch.nn.Module) -> Iterator[Callable[[], None]]:
-    """Afterwards modules have the attributes and buffers that they had: counters that plain code keeps, buffers
-    that it replaces. Yields what puts them back in between."""
+    """Afterwards modules have the attributes and buffers that they had: counters that plain code keeps,
+    buffers that it replaces. Yields what puts them back in between."""
     tables = ("_buffers", "_parameters")
     known = [
         (module, dict(vars(module)), {name: dict(vars(module)[name]) for name in tables})

@@ -153,7 +153,7 @@ class Session:
         """A dynamo backend: compiles one graph under this session's budget.
 
         Of several graphs one that cannot be compiled is none: the function that it is of runs as it did, and
-        what that calls is captured by itself.
+        what that calls is captured alone.
         """
         known, present = len(self.captured), self.current
         try:
@@ -172,7 +172,8 @@ class Session:
 
     def _compiled(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         specs = input_specs(gm, inputs, self.names)
-        auxiliary: Sequence[int] = auxiliary_outputs(gm) if torch.is_grad_enabled() and not self.attached else ()
+        cut_off = torch.is_grad_enabled() and not self.attached
+        auxiliary: Sequence[int] = auxiliary_outputs(gm) if cut_off else ()
         if auxiliary:
             held = _torch.random_state_bytes(torch.device("cpu")) if self.cost.device.kind == "cpu" else 0
             self.replay_bytes = held if self.whole else self.replay_bytes + held
