@@ -128,6 +128,7 @@ class Session:
     diagnostics: list[str] = field(default_factory=list)
     differentiated: set[str] = field(default_factory=set)
     attached: bool = False
+    _refused: dict[tuple[str, ...], Exception] = field(default_factory=dict)
     held_gradient_bytes: int = 0
     all_gradients_held: bool = False
     watched_gradients: bool = False
@@ -156,18 +157,23 @@ class Session:
         what that calls is captured alone.
         """
         known, present = len(self.captured), self.current
+        # Dynamo hands over the same graph again for each function around it that it tries.
+        calls = tuple(str(node.target) for node in gm.graph.nodes if node.op.startswith("call"))
+        if not self.whole and calls in self._refused:
+            raise _torch.splitting(self._refused[calls])
         try:
             return self._compiled(gm, inputs)
         except GraphoptError:
             raise
         except Exception as error:
+            self._refused[calls] = error.with_traceback(None)
             if self.whole or self.on_error == "raise":
                 raise
             del self.captured[known:]
             self.current = present
-            note = f"a graph of {len(gm.graph.nodes)} nodes was split: {_one_line(error)}"
-            if note not in self.diagnostics:
-                self.diagnostics.append(note)
+            reason = f"nodes was split: {_one_line(error)}"
+            if not any(note.endswith(reason) for note in self.diagnostics):
+                self.diagnostics.append(f"a graph of {len(gm.graph.nodes)} {reason}")
             raise _torch.splitting(error) from error
 
     def _compiled(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
