@@ -207,6 +207,32 @@ def transforms_functions(gm: fx.GraphModule) -> bool:
     return any(isinstance(m, str) and m.startswith("torch._functorch") for m in modules)
 
 
+_TRACED_FAITHFULLY = frozenset(
+    ("associative_scan", "cond", "flex_attention", "map", "map_impl", "scan", "tag_activation_checkpoint")
+    + ("triton_kernel_wrapper_functional", "triton_kernel_wrapper_mutation", "while_loop")
+)
+"""Higher-order operators that a trace above autograd keeps whole, or takes apart with their gradients."""
+
+
+def has_own_gradients(gm: fx.GraphModule) -> bool:
+    """Whether a graph, or one inside it, calls a higher-order operator that may say how gradients flow:
+    ``torch.autograd.Function``, hooks on tensors.
+
+    A trace above autograd runs its forward and forgets the rest: gradients would be wrong or missing.
+    """
+    graphs = [m.graph for m in gm.modules() if isinstance(m, fx.GraphModule)]
+    targets = [node.target for graph in graphs for node in graph.nodes if node.op == "call_function"]
+    return any(
+        isinstance(target, torch._ops.HigherOrderOperator) and str(target) not in _TRACED_FAITHFULLY
+        for target in targets
+    )
+
+
+def stays_as_captured(gm: fx.GraphModule) -> bool:
+    """Whether a graph of dynamo's cannot be traced above autograd without becoming another."""
+    return transforms_functions(gm) or has_own_gradients(gm)
+
+
 def traced_constants(gm: fx.GraphModule) -> list[str]:
     """Names of tensors that a trace took for constants although they depend on its inputs."""
     found = []
@@ -360,6 +386,16 @@ def joint_compiler(
         partition_fn=partition,
         decompositions=decompositions,
     )
+
+
+@contextmanager
+def random_calls_kept() -> Iterator[None]:
+    """While AOTAutograd traces, a random number that nobody reads is drawn all the same: the generator moves
+    on as in eager. By default torch drops such calls under a tracing context, for Inductor's sake."""
+    from torch._inductor import config
+
+    with config.patch(fallback_random=True):
+        yield
 
 
 def boxed(function: Callable[[list[Any]], Any]) -> Callable[[list[Any]], Any]:
@@ -540,6 +576,13 @@ def graph_break_errors() -> tuple[type[BaseException], ...]:
     return tuple(getattr(exc, name) for name in names if hasattr(exc, name))
 
 
+def splitting(error: BaseException) -> Exception:
+    """What a backend raises for dynamo to run a function as it did, and to capture what that calls alone."""
+    from torch._subclasses.fake_tensor import UnsupportedFakeTensorException
+
+    return UnsupportedFakeTensorException(f"{type(error).__name__}: {error}")
+
+
 def compile_errors() -> tuple[type[BaseException], ...]:
     """What a call of something compiled raises where it is compilation that failed, nothing having run."""
     from torch._dynamo import exc
@@ -647,7 +690,8 @@ def quiet_capture() -> Iterator[None]:
     level that they begin with. How many models of one class were optimized before does not count: dynamo
     limits compilations by code object, so that the ninth budget tried on a model would be refused. A number
     that changes from call to call, or from model to model (the rate of a dropout), stays a number: dynamo
-    would make it a tensor that the graph reads back, which no program at the semantic level can say.
+    would make it a tensor that the graph reads back, which no program at the semantic level can say. Random
+    numbers of NumPy are drawn from NumPy's generator, as in eager: dynamo would draw them from torch's.
     """
     from torch._dynamo import config
 
@@ -655,21 +699,24 @@ def quiet_capture() -> Iterator[None]:
     name = newer if hasattr(config, newer) else older
     levels = ("debug", "info", "warning", "error", "exception", "critical")
     loggers = {method for key, method in vars(logging.Logger).items() if key.partition("_")[0] in levels}
-    # What a model's operator refuses is raised, with its reason; torch also writes a traceback down.
+    # What a model's operator or a backend refuses is raised, with its reason; torch also writes a traceback.
     # A filter, not a level: changing levels empties the cache of every logger, at each step.
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    talkative = [logging.getLogger(f"torch.{name}") for name in ("_subclasses.fake_tensor", "_dynamo.exc")]
     settings: dict[str, Any] = {name: set(getattr(config, name)) | loggers}
     settings["specialize_float"] = True
+    settings["use_numpy_random_stream"] = True
     settings["accumulated_recompile_limit"] = max(config.accumulated_recompile_limit, _MANY)
     if not _ISOLATES:
         settings["recompile_limit"] = max(config.recompile_limit, _MANY)
     silent = _Silent()
-    logger.addFilter(silent)
+    for logger in talkative:
+        logger.addFilter(silent)
     try:
         with config.patch(settings), _loggable_config():
             yield
     finally:
-        logger.removeFilter(silent)
+        for logger in talkative:
+            logger.removeFilter(silent)
 
 
 @contextmanager

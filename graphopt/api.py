@@ -24,6 +24,7 @@ from graphopt.emit.eager import EagerEmitter
 from graphopt.emit.replacing import proposed
 from graphopt.errors import InputsError, PipelineError, PluginError, UnknownNameError
 from graphopt.explanation import MemoryExplanation
+from graphopt.guard import GUARDS, Guard
 from graphopt.hand_over import is_watched
 from graphopt.operator_costs import with_operator_costs
 from graphopt.optimized import Optimized
@@ -65,6 +66,7 @@ def optimize(
     cache: bool = True,
     generate: Generate | None = None,
     rewrites: Sequence[str] | None = None,
+    guard: str | None = None,
 ) -> Optimized:
     """The fastest version of ``model`` whose step fits ``budget``, with the same call.
 
@@ -108,6 +110,12 @@ def optimize(
     ``rewrites``: apply these alone of what passes would choose, by the names in ``report.rewrites``; passes
     that programs cannot do without run anyway. ``None`` applies all.
 
+    ``guard="measure"``: at the first call for training, and at the first for inference, a few steps of the
+    program and of the model as it was are measured in turns, all that they change put back. Where the model
+    is faster (and fits the budget) it runs as it did from then on; the report says what was measured.
+    ``"off"`` measures nothing. ``None`` is ``"measure"`` on CUDA, and ``"off"`` elsewhere and with
+    ``on_error="raise"``, where programs are wanted whatever they measure.
+
     Gradients that the parameters carry when ``optimize`` is called count as held throughout (as in
     gradient accumulation); without them a step is taken to begin with none.
 
@@ -137,6 +145,7 @@ def optimize(
         cache=cache,
         generate=generate,
         rewrites=rewrites,
+        guard=guard,
     )
 
 
@@ -200,6 +209,8 @@ def _prepared(
         raise InputsError("plan= replays what was chosen: policy= would choose again; give one of them")
     if step is not None and not callable(step):
         raise InputsError(f"step is {step!r}: expected a function of the module that runs one whole step")
+    if options["guard"] not in (None, *GUARDS):
+        raise UnknownNameError("value of guard", options["guard"], GUARDS)
     if verify not in _VERIFY:
         raise UnknownNameError("value of verify", verify, _VERIFY)
     if verify == "numeric" and inputs is None:
@@ -234,6 +245,7 @@ def _uncaptured(
     dry_run: bool,
     generate: Generate | None = None,
     assigned: Assigned | None = None,
+    guard: str | None = None,
     **choices: Any,
 ) -> Optimized:
     """An optimized module that captures on its first call; its copies are made the same way, from a model
@@ -267,6 +279,9 @@ def _uncaptured(
     session = fresh(model, budget)
     fit = WeightFit(model, session, fresh, attempt, dry_run)
     driver = Driver(model, session, inputs=example, dynamic=dynamic_shapes, loss_fn=loss_fn, fit=fit)
+    unasked = "measure" if where.type == "cuda" and choices["on_error"] != "raise" else "off"
+    if not dry_run and (guard or unasked) == "measure":
+        driver.guard = Guard(driver.remark)
     again = partial(
         _uncaptured,
         device=device,
@@ -276,6 +291,7 @@ def _uncaptured(
         dry_run=dry_run,
         generate=generate,
         assigned=assigned,
+        guard=guard,
         **choices,
     )
     generator = None

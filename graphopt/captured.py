@@ -43,6 +43,8 @@ class Captured:
     ran: bool = False
     settled: bool = False
     run: Callable[..., Any] | None = None
+    plain: Callable[..., Any] | None = None
+    """What runs the graph as it was captured, nothing compiled."""
     recompile: Callable[[], Callable[..., Any]] | None = None
     look: Callable[[], None] | None = None
     """See the program as it will be compiled, with its forms."""

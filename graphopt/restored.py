@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
-__all__ = ["restored"]
+__all__ = ["random_state_restored", "restored"]
+
+
+@contextmanager
+def random_state_restored() -> Iterator[None]:
+    """Afterwards the default generators of torch (on the CPU), NumPy and Python are where they were."""
+    states = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    try:
+        yield
+    finally:
+        torch.set_rng_state(states[0])
+        np.random.set_state(states[1])
+        random.setstate(states[2])
 
 
 @contextmanager
@@ -20,15 +34,16 @@ def restored(
     gradients = [(t.grad, None if t.grad is None else t.grad.detach().cpu().clone()) for t in leaves]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     others = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in written]
-    random = torch.get_rng_state()
     try:
-        yield
+        with random_state_restored():
+            yield
     finally:
-        torch.set_rng_state(random)
         with torch.no_grad():
             for leaf, (gradient, value) in zip(leaves, gradients, strict=True):
                 leaf.grad = gradient
                 if gradient is not None and value is not None:
                     gradient.copy_(value)
             for tensor, value in (*buffers, *others):
-                tensor.copy_(value)
+                # A write that changes nothing would still be one to a backward that waits.
+                if not torch.equal(tensor, value.to(tensor.device)):
+                    tensor.copy_(value)

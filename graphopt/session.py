@@ -39,7 +39,7 @@ from graphopt.disallowed import advice_on_disallowed
 from graphopt.emit.eager import EagerEmitter
 from graphopt.emit.emitter import NONE, Emitter, Gradients
 from graphopt.emit.fused_point import fused_point
-from graphopt.errors import BudgetError, LoweringError
+from graphopt.errors import BudgetError, GraphoptError, LoweringError
 from graphopt.forms import see, weigh_forms
 from graphopt.observed import ObservedStep, Ports
 from graphopt.observed_plan import ObservedPlan
@@ -89,6 +89,8 @@ class Session:
     (``watched_gradients``); ``all_gradients_held``: every trained parameter has one. ``dry_run``: plan,
     compile no code.
     ``only``: the rewrites that may be applied (``graphopt.rewrites``), ``None`` for all.
+    ``differentiated``: programs of which an output besides the loss was; ``attached``: such outputs have
+    their gradient in the program, as where the scalar beside them turned out to be no loss.
     ``chain``: the present programs as calls that hand values to each other, where they are;
     ``reruns``: rows of them that the plan runs again. ``cuda_graphs``: replay steps where they can be
     recorded; ``recorders`` do that. ``keeps``: keep plan and code for later processes, and take over what
@@ -125,6 +127,8 @@ class Session:
     rewrites: list[Rewrite] = field(default_factory=list)
     diagnostics: list[str] = field(default_factory=list)
     differentiated: set[str] = field(default_factory=set)
+    attached: bool = False
+    _refused: dict[tuple[str, ...], Exception] = field(default_factory=dict)
     held_gradient_bytes: int = 0
     all_gradients_held: bool = False
     watched_gradients: bool = False
@@ -148,9 +152,35 @@ class Session:
     _counted: tuple[tuple[int | None, ...], tuple[FrontierPoint, ...], Cost] | None = None
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """A dynamo backend: compiles one graph under this session's budget."""
+        """A dynamo backend: compiles one graph under this session's budget.
+
+        Of several graphs one that cannot be compiled is none: the function that it is of runs as it did, and
+        what that calls is captured alone.
+        """
+        known, present = len(self.captured), self.current
+        # Dynamo hands over the same graph again for each function around it that it tries.
+        calls = tuple(str(node.target) for node in gm.graph.nodes if node.op.startswith("call"))
+        if not self.whole and calls in self._refused:
+            raise _torch.splitting(self._refused[calls])
+        try:
+            return self._compiled(gm, inputs)
+        except GraphoptError:
+            raise
+        except Exception as error:
+            self._refused[calls] = error.with_traceback(None)
+            if self.whole or self.on_error == "raise":
+                raise
+            del self.captured[known:]
+            self.current = present
+            reason = f"nodes was split: {_one_line(error)}"
+            if not any(note.endswith(reason) for note in self.diagnostics):
+                self.diagnostics.append(f"a graph of {len(gm.graph.nodes)} {reason}")
+            raise _torch.splitting(error) from error
+
+    def _compiled(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         specs = input_specs(gm, inputs, self.names)
-        auxiliary: Sequence[int] = auxiliary_outputs(gm) if torch.is_grad_enabled() else ()
+        cut_off = torch.is_grad_enabled() and not self.attached
+        auxiliary: Sequence[int] = auxiliary_outputs(gm) if cut_off else ()
         if auxiliary:
             held = _torch.random_state_bytes(torch.device("cpu")) if self.cost.device.kind == "cpu" else 0
             self.replay_bytes = held if self.whole else self.replay_bytes + held
@@ -162,8 +192,9 @@ class Session:
             self.static_bytes = (self.static_bytes or 0) + 2 * max(granularity, torch.float32.itemsize)
         name = f"g{len(self.captured)}"
         original = gm
-        # What runs between levels of functorch has no memory that could be followed from call to call.
-        if self.whole and self.emitter.by_segments and not _torch.transforms_functions(gm):
+        # What runs between levels of functorch, or with a gradient of its own, could not be followed from
+        # call to call.
+        if self.whole and self.emitter.by_segments and not _torch.stays_as_captured(gm):
             return self._segmented(name, gm, inputs, specs, auxiliary)
         program, auxiliary = self._semantic(name, gm, inputs, specs, auxiliary)
         captured = Captured(name, program, specs, provisional=not self.whole)
@@ -193,7 +224,7 @@ class Session:
                 )
             return reattach(run, original, auxiliary, lambda: self._used(captured)) if auxiliary else run
 
-        captured.recompile, captured.look = compile_now, look
+        captured.recompile, captured.look, captured.plain = compile_now, look, original.forward
         captured.run = compile_now()
 
         def call(*args: Any) -> Any:
@@ -228,6 +259,20 @@ class Session:
                     f"plain code of the model writes {others[0]}{more}: looking at a step took some steps"
                 )
 
+    def writes_inputs(self) -> bool:
+        """Whether the present programs write what the model is called with."""
+        return any(
+            spec.role == "input" and spec.node in written_names(captured.joint)
+            for captured in self.current
+            if captured.joint is not None
+            for spec in captured.joint.signature.inputs
+        )
+
+    @property
+    def taken_over(self) -> bool:
+        """Whether the present step was made by an earlier process, and its programs are not there."""
+        return any(captured.joint is None for captured in self.current)
+
     def written_parameters(self) -> list[str]:
         """Parameters that the present programs write, by their dotted names."""
         found = []
@@ -249,7 +294,7 @@ class Session:
             for spec, value in zip(program.signature.inputs, inputs, strict=True)
             if spec.role == "parameter" or (spec.role != "buffer" and id(value) in given)
         }
-        if not _torch.transforms_functions(program.gm):
+        if not _torch.stays_as_captured(program.gm):
             roots = alias_map(program.graph).changed
             lasting |= {n.name: attribute(program.graph, n) for n in roots if n.op == "get_attr"}
             lasting = {node.name: lasting[node.name] for node in roots if node.name in lasting}
@@ -450,10 +495,32 @@ class Session:
             return
         for captured in waiting:
             assert captured.look is not None
-            captured.look()
+            try:
+                captured.look()
+            except GraphoptError:
+                raise
+            except Exception as error:
+                if self.on_error == "raise":
+                    raise
+                self._leave(captured, error)
+        if not self.current:
+            return
         if self._observed(self.current) is None:
             _settle(self.current, self.cost.device.allocation_granularity)
         compile_together(self, self.current)
+
+    def forget(self) -> None:
+        """Nothing of what was captured so far is used: the model is captured in another way."""
+        self.captured, self.current, self.plan, self._fold = [], [], None, None
+        for notes in (self.records, self.declined, self.near_misses, self.rewrites, self.diagnostics):
+            notes.clear()
+        self.differentiated.clear()
+
+    def _leave(self, captured: Captured, error: Exception) -> None:
+        """Let one graph of several run as dynamo captured it."""
+        captured.run, captured.provisional = captured.plain, False
+        self.current = [other for other in self.current if other is not captured]
+        self.diagnostics.append(f"{captured.name}: runs as it did: {_one_line(error)}")
 
     def _provisional_emitter(self, captured: Captured) -> Emitter:
         if self.observer is None:

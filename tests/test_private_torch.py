@@ -656,3 +656,62 @@ def test_a_context_of_ones_own_has_sizes_that_are_numbers() -> None:
     with _torch.within(_torch.static_context()):
         fake = _torch.context_fake_mode().from_tensor(torch.randn(3, 5))
     assert type(fake.shape[0]) is int
+
+
+def test_operators_that_state_gradients_are_told_from_others() -> None:
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+            return 2 * grad
+
+    def hooked(x: torch.Tensor) -> torch.Tensor:
+        h = x.sin()
+        h.register_hook(lambda grad: 2 * grad)
+        return h.cos()
+
+    def stated(x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = Twice.apply(x)  # type: ignore[no-untyped-call]
+        return made
+
+    def branching(x: torch.Tensor) -> torch.Tensor:
+        return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,))  # type: ignore[no-any-return]
+
+    graphs = []
+
+    def keep(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(gm)
+        return gm.forward
+
+    for function in (hooked, stated, branching):
+        torch._dynamo.reset()
+        torch.compile(function, backend=keep, fullgraph=True)(torch.ones(2, requires_grad=True))
+    assert [_torch.has_own_gradients(gm) for gm in graphs] == [True, True, False]
+    assert [_torch.stays_as_captured(gm) for gm in graphs] == [True, True, False]
+
+
+def test_a_backend_can_have_a_graph_split() -> None:
+    """Dynamo leaves the function as it is, and hands over what that calls."""
+    torch._dynamo.reset()
+    seen = []
+
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        return x.sin()
+
+    def outer(x: torch.Tensor) -> torch.Tensor:
+        return inner(x).cos()
+
+    def backend(gm: torch.fx.GraphModule, inputs: Any) -> Any:
+        calls = [node.target for node in gm.graph.nodes if node.op == "call_method"]
+        seen.append(calls)
+        if "cos" in calls:
+            raise _torch.splitting(ValueError("no"))
+        return gm.forward
+
+    with _torch.quiet_capture():
+        found = torch.compile(outer, backend=backend)(torch.ones(2))
+    assert torch.equal(found, torch.ones(2).sin().cos())
+    assert ["sin"] in seen and any("cos" in calls for calls in seen)

@@ -27,13 +27,14 @@ from graphopt.errors import (
 )
 from graphopt.explanation import MemoryExplanation
 from graphopt.first_step import FirstStep
+from graphopt.guard import Guard, attributes_restored, obstacle
 from graphopt.loss import is_differentiable, loss_of
 from graphopt.pareto_front import ParetoPoint
 from graphopt.plans import Plan
 from graphopt.plugins.loading import GUARDED
 from graphopt.program import Level, Program, Signature, layer_of
 from graphopt.report import Environment, Report
-from graphopt.restored import restored
+from graphopt.restored import random_state_restored, restored
 from graphopt.session import NotPlanned, Session
 
 if TYPE_CHECKING:
@@ -69,10 +70,11 @@ class Driver:
         self.loss_fn = loss_fn
         self._call: Callable[..., Any] | None = None
         self._watched: Callable[..., Any] | None = None
-        self._uncaptured = False
+        self._uncaptured = self._differentiates = False
         self.step: Callable[[], object] | None = None
         self.calls = 1
         self.first: FirstStep | None = None
+        self.guard: Guard | None = None
         self._first_plan: Plan | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -82,7 +84,13 @@ class Driver:
         self.prepare(args, kwargs)
         if self._call is None:
             return self.model(*args, **kwargs)
-        first = self._first_step() if torch.is_grad_enabled() and self.training_step() else None
+        training = torch.is_grad_enabled() and self.training_step()
+        if self.guard is not None:
+            if self.guard.due(training):
+                self._judge(self.guard, args, kwargs, training)
+            if self.guard.replaced(training):
+                return self.model(*args, **kwargs)
+        first = self._first_step() if training else None
         self.session.arguments = (args, kwargs)
         try:
             with _torch.quiet_capture():
@@ -148,13 +156,18 @@ class Driver:
     def _capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Capture and plan one call without running it where one graph holds it all."""
         training = self.model.training
+        self._differentiates = torch.is_grad_enabled()
         with _torch.quiet_capture(), torch.set_grad_enabled(torch.is_grad_enabled() and training):
             try:
                 self._capture_whole(args, kwargs)
                 return
             except GraphoptError:
                 raise
-            except _torch.graph_break_errors() as error:
+            except Exception as error:
+                breaks = isinstance(error, _torch.graph_break_errors())
+                if not breaks and self.session.on_error == "raise":
+                    self._give_up(_torch.inner_error(error), args, kwargs)
+                self.session.forget()
                 self.session.diagnostics.append(f"not one graph: {_first_line(_torch.inner_error(error))}")
             self._capture_pieces(args, kwargs)
 
@@ -170,9 +183,7 @@ class Driver:
             inner = _torch.inner_error(error)
             if isinstance(inner, GraphoptError):
                 raise inner from None
-            if isinstance(error, _torch.graph_break_errors()):
-                raise
-            self._give_up(inner, args, kwargs)
+            raise
         else:
             # Nothing was compiled: the model computes nothing that dynamo could capture.
             self._give_up(
@@ -184,6 +195,7 @@ class Driver:
     def _capture_pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Several graphs: run the forward once, everything put back, to see them all."""
         session = self.session
+        before = len(session.diagnostics)
         session.whole = False
         session.current = []
         session.captured = []
@@ -195,13 +207,23 @@ class Driver:
                 with restored(self.model, leaves), torch.random.fork_rng(devices=_cuda_devices(self.model)):
                     call(*args, **kwargs)
                 if session.observer is not None:
-                    self._observe(session.observer, lambda: call(*args, **kwargs), (args, kwargs))
-            session.finish()
+                    self._observe(session.observer, call, args, kwargs)
+            # The scalar of a graph was taken for the loss, and is none.
+            mistaken = bool(session.differentiated) and not session.attached
+            if not mistaken:
+                session.finish()
         except Exception as error:
             inner = _torch.inner_error(error)
             if isinstance(inner, GraphoptError):
                 raise inner from None
             self._give_up(inner, args, kwargs)
+            return
+        if mistaken:
+            notes = session.diagnostics[:before]
+            session.forget()
+            session.attached = True
+            session.diagnostics.extend(notes)
+            self._capture_pieces(args, kwargs)
             return
         if not session.current:
             self._give_up(CaptureError("dynamo captured no graph of the model"), args, kwargs)
@@ -276,8 +298,13 @@ class Driver:
             f"what runs between the programs is not counted, as no whole step was seen: {reason}"
         )
 
-    def _observe(self, observer: Observer, call: Callable[[], Any], inputs: Any) -> None:
-        """Run whole steps, everything put back, to see what the programs share and what lies between."""
+    def _observe(
+        self, observer: Observer, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        """Run whole steps, everything put back, to see what the programs share and what lies between.
+
+        Raises what such a step raises where the model's own does not.
+        """
 
         def backward(output: Any) -> None:
             if training and not (updates and not is_differentiable(output)):
@@ -286,7 +313,7 @@ class Driver:
         # A step that updates parameters may have differentiated its loss itself.
         updates = self.written_parameters()
         training = any(captured.mode == "train" for captured in self.session.current)
-        tensors = [t for t in torch.utils._pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)]
+        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         leaves = [t for t in (*self.model.parameters(), *tensors) if t.is_leaf and t.requires_grad]
         held = self.gradients_held()
         try:
@@ -297,11 +324,20 @@ class Driver:
                         for leaf in leaves:
                             leaf.grad = None
                     if setting_up:
-                        backward(call())
+                        backward(call(*args, **kwargs))
                     else:
-                        seen = observer.observe(call, backward)
+                        seen = observer.observe(lambda: call(*args, **kwargs), backward)
         except Exception as error:
             reason = _first_line(error)
+            with restored(self.model, leaves):
+                try:
+                    backward(self.model(*args, **kwargs))
+                except Exception:
+                    plain = False
+                else:
+                    plain = True
+            if plain:
+                raise
         else:
             if self.session.see(seen):
                 return
@@ -311,8 +347,9 @@ class Driver:
     def _give_up(self, error: BaseException, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Leave the model as it is. Inputs that the model itself refuses are the caller's error."""
         with (
-            torch.no_grad(),
+            torch.set_grad_enabled(self._differentiates),
             _buffers_restored(self.model),
+            random_state_restored(),
             torch.random.fork_rng(devices=_cuda_devices(self.model)),
         ):
             try:
@@ -337,11 +374,87 @@ class Driver:
         """Steps are launched kernel by kernel: what a replayed one takes is in no allocator's statistics."""
         for recorder in self.session.recorders:
             recorder.paused = True
+        guard = self.guard
+        if guard is not None:
+            guard.paused = True
         try:
             yield
         finally:
             for recorder in self.session.recorders:
                 recorder.paused = False
+            if guard is not None:
+                guard.paused = False
+
+    def remark(self, text: str) -> None:
+        """Have the report say something."""
+        self.session.diagnostics.append(text)
+
+    def _judge(self, guard: Guard, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> None:
+        """Measure steps of the program and of the model on these inputs, all that they change put back."""
+        session = self.session
+        # What made the inputs is no part of the step.
+        args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, _leaf, (args, kwargs))
+        inputs = torch.utils._pytree.tree_leaves((args, kwargs))
+        tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        leaves = [*parameters, *(t for t in tensors if t.is_leaf and t.requires_grad)]
+        budget = session.plan.budget if session.plan is not None else None
+        baseline = self.plan().baseline.peak_bytes
+        reason = obstacle(self.model, training=training)
+        if self.step is not None:
+            reason = "a step is more than one call"
+        elif session.taken_over:
+            reason = "it was made by an earlier process"
+        elif session.writes_inputs():
+            reason = "it writes its inputs"
+        elif budget is not None and baseline > budget:
+            reason = "that does not fit the budget"
+        if reason:
+            guard.refuse(training, reason)
+            return
+        absent = [leaf for leaf in leaves if leaf.grad is None]
+
+        def step_of(call: Callable[..., Any]) -> Callable[[], object]:
+            def step() -> object:
+                output = call(*args, **kwargs)
+                if training and is_differentiable(output):
+                    torch.autograd.backward(loss_of(output, self.loss_fn), inputs=leaves)
+                return output
+
+            return step
+
+        def program(*args: Any, **kwargs: Any) -> Any:
+            assert self._call is not None
+            with _torch.quiet_capture():
+                session.finish()
+                return self._call(*args, **kwargs)
+
+        known = dict(self.model.named_parameters())
+        written = [known[name] for name in self.written_parameters() if name in known]
+        session.arguments = (args, kwargs)
+        devices = _cuda_devices(self.model)
+        try:
+            with (
+                restored(self.model, leaves, written),
+                attributes_restored(self.model) as reset,
+                torch.random.fork_rng(devices=devices),
+            ):
+
+                def before() -> None:
+                    reset()
+                    for leaf in absent:
+                        leaf.grad = None
+
+                guard.judge(
+                    step_of(program), step_of(self.model),
+                    training=training,
+                    device=tensors[0].device if tensors else torch.device("cpu"),
+                    static_bytes=session.static_bytes or 0,
+                    budget=budget,
+                    before=before,
+                )  # fmt: skip
+        finally:
+            session.arguments = None
 
     def written_parameters(self) -> list[str]:
         """Parameters that the present programs write, by their dotted names."""
@@ -538,6 +651,10 @@ def _observer(values: Any) -> Observer | None:
 
 def _cuda_devices(model: torch.nn.Module) -> list[int]:
     return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+
+
+def _leaf(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.is_leaf else tensor.detach().requires_grad_()
 
 
 def _first_line(error: BaseException) -> str:

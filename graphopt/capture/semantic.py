@@ -26,9 +26,10 @@ def semantic_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     """``gm`` as pre-autograd ATen, composite operators whole, same inputs and outputs.
 
     Metadata assertions are dropped: they compute nothing, and they keep dead code alive. A graph
-    that calls function transforms (``torch.vmap``) stays as dynamo wrote it.
+    that calls function transforms (``torch.vmap``) or has gradients of its own (``torch.autograd.Function``,
+    hooks on tensors) stays as dynamo wrote it.
     """
-    if _torch.transforms_functions(gm):
+    if _torch.stays_as_captured(gm):
         return _copied(gm)
     traced = _torch.retrace(gm, inputs)
     if constants := _torch.traced_constants(traced):

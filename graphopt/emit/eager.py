@@ -198,11 +198,13 @@ class EagerEmitter:
             code = eager_callable(half)
             return self._around(half, code, backward=backward, returned=returned) if self._around else code
 
-        compiled: Callable[..., Any] = _torch.joint_compiler(
+        make = _torch.joint_compiler(
             lambda half, half_inputs: run(half, backward=False, returned=returned),
             lambda half, half_inputs: run(half, backward=True, returned=0),
             lambda graph, graph_inputs: run(inference(graph), backward=False, returned=sys.maxsize),
             split,
             None,
-        )(gm, inputs)
+        )
+        with _torch.random_calls_kept():
+            compiled: Callable[..., Any] = make(gm, inputs)
         return compiled
