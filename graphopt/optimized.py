@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -242,6 +244,24 @@ class Optimized(torch.nn.Module):
         cost = Cost(taken.peak_bytes, self._driver.weight_bytes(), taken.seconds)
         self._measured = self._driver.report().plan, cost
         return taken
+
+    def save(self, path: str | os.PathLike[str], *, weights: bool = True) -> Path:
+        """Write the present step to the folder ``path``, for ``graphopt.load``; returns its path.
+
+        The folder holds programs, plan, report, weights (each tensor once, packed ones as they are packed),
+        what tuning found and sources of generated kernels; nothing of it is run when it is loaded. It is put
+        in place when it is whole, and replaces an artefact that is there. ``weights=False`` leaves parameters
+        and buffers out: ``load`` is then given a model. The step runs once on its example inputs, everything
+        put back.
+
+        Raises ``CaptureError`` before anything was captured, and ``ArtefactError``, with the reason, for what
+        cannot be written: several programs with Python between them, generation, sizes known at run time
+        alone, operators and objects of the model's own; and where ``path`` holds something else. ``OSError``
+        as ``open``.
+        """
+        from graphopt.artefact.save import save
+
+        return save(self, Path(path), weights=weights)
 
     def _loss(self, output: Any) -> torch.Tensor:
         return loss_of(output, self._loss_fn)

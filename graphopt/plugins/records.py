@@ -224,12 +224,14 @@ class ReplacementSpec:
 
     ``propose(gm, cost)`` gives disjoint groups of a graph that is about to be compiled, those that it would
     keep and those that it would not. It must not change the graph, and is asked for every graph: where
-    nothing can be kept it should say so at once.
+    nothing can be kept it should say so at once. ``source(kernel)`` gives the text of a kernel by the name in
+    its ``GroupRecord``, for people to read, or ``None``.
     """
 
     name: str
     propose: Callable[[fx.GraphModule, CostModel], Sequence[Group]]
     summary: str = ""
+    source: Callable[[str], str | None] | None = None
 
 
 @dataclass(frozen=True)

@@ -56,13 +56,18 @@ def command(
 ) -> None:
     """Write the graphs of TARGET, rewritten, as text, JSON, Python or DOT."""
     from graphopt.api import optimize
-    from graphopt.atomic import write_atomically
+    from graphopt.cli.artefact import artefact_only, dump_artefact
     from graphopt.cli.rewrites import named_rewrites
     from graphopt.cli.target import load_loss, load_target, step_mode
 
     known = default_host().formats()
     if form not in known:
         raise UnknownNameError("dump format", form, known)
+    if artefact_only(target):
+        with talking(f"reading {target}"):
+            text = dump_artefact(target, form, stage)
+        _write(text, target, stage, form, output, as_json)
+        return
     with step_mode(infer), talking(f"rewriting {target}"):
         loaded = load_target(target)
         optimized = optimize(
@@ -78,6 +83,12 @@ def command(
             policy=policy,
         )
         text = optimized.dump(format=form, stage=stage)
+    _write(text, target, stage, form, output, as_json)
+
+
+def _write(text: str, target: str, stage: str, form: str, output: Path | None, as_json: bool) -> None:
+    from graphopt.atomic import write_atomically
+
     if output is not None:
         write_atomically(output, text)
         click.echo(f"wrote {output}", err=True)
