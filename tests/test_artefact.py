@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import graphopt
-from graphopt import ArtefactError, CaptureError, InputsError, Optimized
+from graphopt import ArtefactError, CaptureError, InputsError, Optimized, _torch
 from graphopt.errors import GraphoptError
 from graphopt.plugins import KernelSpec, hookimpl
 
@@ -24,7 +24,7 @@ IDS = torch.arange(12).view(3, 4) % 9
 
 
 class Net(nn.Module):
-    """Tied weights, normalisation with statistics, dropout, a tensor that is no buffer, results of several kinds."""
+    """Tied weights, statistics, dropout, a tensor that is no buffer, results of several kinds."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,6 +65,13 @@ def optimized(model: nn.Module, inputs: Any, *, train: bool, **options: Any) -> 
 class Saved:
     folder: Path
     fast: Optimized
+    shown: tuple[Any, ...]
+
+
+def shown(fast: Optimized) -> tuple[Any, ...]:
+    """All that is shown of a step, its report apart."""
+    dumps = [fast.dump(stage=stage) for stage in ("semantic", "joint", "final")]
+    return fast.plan, fast.report.steps, fast.explain_memory(), fast.frontier(), dumps
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +80,7 @@ def training(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Saved]:
     fast = optimized(net(), (IDS,), train=True)
     folder = tmp_path_factory.mktemp("artefacts") / "net.graphopt"
     assert fast.save(folder) == folder
-    yield Saved(folder, fast)
+    yield Saved(folder, fast, shown(fast))
 
 
 def gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -132,16 +139,12 @@ def test_tied_weights_are_written_once(training: Saved) -> None:
 
 def test_report_plan_and_programs_are_those_that_were_saved(training: Saved) -> None:
     loaded = graphopt.load(training.folder)
-    assert loaded.plan == training.fast.plan
-    saved = training.fast.report
-    assert loaded.report.steps == saved.steps
+    assert shown(loaded) == training.shown
     note = "outputs besides the loss are cut off from autograd in a loaded step"
-    assert [text for text in loaded.report.diagnostics if text not in saved.diagnostics] == [note]
-    for stage in ("semantic", "joint", "final"):
-        assert loaded.dump(stage=stage) == training.fast.dump(stage=stage)
-    assert loaded.explain_memory() == training.fast.explain_memory()
-    assert loaded.frontier() == training.fast.frontier()
-    assert loaded.measure((IDS,), repeats=1).peak_bytes == loaded.plan.predicted.peak_bytes
+    assert loaded.report.diagnostics == (note,)
+    # Logits that could be differentiated would hold the state of the random generator.
+    spared = _torch.random_state_bytes(torch.device("cpu"))
+    assert loaded.measure((IDS,), repeats=1).peak_bytes == loaded.plan.predicted.peak_bytes - spared
 
 
 def test_copies_and_pickles_run(training: Saved) -> None:
@@ -342,7 +345,7 @@ def test_what_an_artefact_cannot_hold_is_refused(kind: Any, reason: str, tmp_pat
 
 def test_sizes_of_run_time_are_refused(tmp_path: Path) -> None:
     fast = optimized(nn.Linear(4, 4), (torch.randn(2, 4),), train=False, dynamic_shapes=True)
-    with pytest.raises(ArtefactError, match="known at run time alone.*\n.*dynamic_shapes=False"):
+    with pytest.raises(ArtefactError, match=r"known at run time alone.*\n.*dynamic_shapes=False"):
         fast.save(tmp_path / "a")
 
 
@@ -369,6 +372,8 @@ def _(x: Tensor) -> Tensor:
 
 
 class TwicePlugin:
+    graphopt_api = 1
+
     @hookimpl
     def graphopt_kernels(self) -> Iterable[KernelSpec]:
         return (KernelSpec("twice", "artefacttest::twice", lambda x: x * 2, lambda x: None),)
@@ -383,11 +388,13 @@ def test_operators_of_others_need_their_plugin_or_trust(tmp_path: Path) -> None:
     x = torch.randn(2, 4)
     fast = optimized(Twice(4, 4), (x,), train=False, plugins=[TwicePlugin()])
     fast.save(tmp_path / "a")
-    with pytest.raises(ArtefactError, match="artefacttest::twice.default.*; plugin TwicePlugin") as refused:
+    with torch.no_grad():
+        expected = fast(x)
+    with pytest.raises(ArtefactError, match=r"artefacttest::twice.*; plugin TwicePlugin provides it") as refused:
         graphopt.load(tmp_path / "a")
     assert 'operators=("artefacttest",)' in refused.value.hint
-    assert_same(graphopt.load(tmp_path / "a", plugins=[TwicePlugin()])(x), fast(x).detach())
-    assert_same(graphopt.load(tmp_path / "a", operators=("artefacttest",))(x), fast(x).detach())
+    assert_same(graphopt.load(tmp_path / "a", plugins=[TwicePlugin()])(x), expected)
+    assert_same(graphopt.load(tmp_path / "a", operators=("artefacttest",))(x), expected)
 
 
 @dataclass
@@ -413,5 +420,5 @@ def test_registered_classes_are_looked_up_never_imported(tmp_path: Path) -> None
     assert torch.equal(found.loss, fast(x).loss)
     with edited(tmp_path / "a") as content:
         content["results"]["class"] = "shutil.rmtree"
-    with pytest.raises(GraphoptError, match="'shutil.rmtree', which is no container that is registered"):
+    with pytest.raises(GraphoptError, match=r"'shutil\.rmtree', which is no container that is registered"):
         graphopt.load(tmp_path / "a")

@@ -130,20 +130,13 @@ def reference(content: Any) -> None:
     content["results"] = {"value": 99}
 
 
-def nested(content: Any) -> None:
-    inner: Any = {"constant": 1}
-    for _ in range(5000):
-        inner = [inner]
-    calls(content)["args"] = inner
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         (target("os.system", f"touch {MARK}"), "calls 'os.system', which is no operator"),
         (target("builtins.eval", CODE), "calls 'builtins.eval', which is no operator"),
         (target("os::system.default", f"touch {MARK}"), "namespace 'os' is not one that artefacts may call"),
-        (target("aten::from_file.default", "/etc/hostname"), "'aten::from_file.default', which reads or writes"),
+        (target("aten::from_file.default", "/etc/hostname"), "from_file.default', which reads or writes"),
         (target("aten::__class__.mro"), "'aten::__class__.mro', which is not registered here"),
         (target("aten::mm.__class__"), "'aten::mm.__class__', which is not registered here"),
         (target("load_library::x.y", MARK), "namespace 'load_library' is not one"),
@@ -160,10 +153,9 @@ def nested(content: Any) -> None:
         (path("inner.__class__.x; y"), "'inner.__class__.x; y' is no name of a parameter or buffer"),
         (path("../../inner.weight"), "'../../inner.weight' is no name of a parameter or buffer"),
         (signature, "the arguments of the step are malformed"),
-        (default, "the arguments of the step are malformed"),
+        (default, "is no structure"),
         (results, "'subprocess.Popen', which is no container that is registered here"),
         (reference, "a structure names value 99, which is not there"),
-        (nested, "is no JSON: RecursionError|is malformed: RecursionError"),
     ],
     ids=lambda value: None if isinstance(value, str) else "",
 )
@@ -173,6 +165,13 @@ def test_a_graph_that_would_run_code_is_refused(folder: Path, change: Any, said:
     with pytest.raises(ArtefactError, match=said):
         graphopt.load(folder)
     assert not (folder.parent / MARK).exists()
+
+
+def test_json_that_is_nested_without_end_is_refused(folder: Path) -> None:
+    (folder / "programs.json").write_text("[" * 200_000)
+    rehash(folder)
+    with pytest.raises(ArtefactError, match=r"programs\.json is no JSON: RecursionError"):
+        graphopt.load(folder)
 
 
 def test_files_outside_are_refused(folder: Path) -> None:
@@ -200,14 +199,14 @@ def test_sources_of_kernels_are_never_run(folder: Path) -> None:
 def test_another_program_than_was_planned_is_refused(folder: Path) -> None:
     with edited(folder) as content:
         content["step"]["codes"][0]["traced"] = "0" * 16
-    with pytest.raises(ArtefactError, match="is another program .* than the one that was planned"):
+    with pytest.raises(ArtefactError, match=r"is another program .* than the one that was planned"):
         graphopt.load(folder)
 
 
 def test_a_graph_that_was_changed_has_another_fingerprint(folder: Path) -> None:
     with edited(folder) as content:
         calls(content)["args"] = list(reversed(calls(content)["args"]))
-    with pytest.raises(ArtefactError, match="it has fingerprint .*, not"):
+    with pytest.raises(ArtefactError, match=r"it has fingerprint .*, not"):
         graphopt.load(folder)
 
 

@@ -656,3 +656,26 @@ def test_a_context_of_ones_own_has_sizes_that_are_numbers() -> None:
     with _torch.within(_torch.static_context()):
         fake = _torch.context_fake_mode().from_tensor(torch.randn(3, 5))
     assert type(fake.shape[0]) is int
+
+
+def test_containers_are_taken_apart_and_made_again() -> None:
+    assert dict in _torch.container_classes()
+    assert not any(kind.__module__.startswith("torch._") for kind in _torch.container_classes())
+    assert _torch.container_parts(object()) is None
+    parts = _torch.container_parts({"a": 1, "b": (2,)})
+    assert parts == ([1, (2,)], ["a", "b"])
+    assert _torch.container_of(dict, *parts) == {"a": 1, "b": (2,)}
+
+
+def test_fakes_are_propagated_through_a_graph_and_views_share_storages() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    view = graph.call_function(torch.ops.aten.view.default, (x, [4]))
+    out = graph.output((view,))
+    with _torch.fake_mode() as mode:
+        value = torch.empty(2, 2)
+    x.meta["val"] = value
+    _torch.propagate_fakes(torch.fx.GraphModule({}, graph), [value], mode)
+    assert view.meta["val"].shape == (4,)
+    assert _torch.storage_key(view.meta["val"]) == _torch.storage_key(value)
+    assert "val" not in out.meta and x.meta["val"] is value

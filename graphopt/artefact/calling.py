@@ -12,6 +12,7 @@ transformers, are written by name and looked up among those that are registered 
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -194,15 +195,18 @@ def _other(path: str, expected: str, given: Any) -> InputsError:
     )
 
 
+def _no_tensor(tensor: torch.Tensor, path: str) -> Any:
+    raise ArtefactError(f"{path} is a tensor")
+
+
 def signature_json(signature: inspect.Signature) -> list[dict[str, Any]]:
-    """The arguments of a forward. Defaults that are no plain values count as none."""
+    """The arguments of a forward. One whose default cannot be written has none."""
     found = []
     for parameter in signature.parameters.values():
         entry: dict[str, Any] = {"name": parameter.name, "kind": parameter.kind.name}
-        default = parameter.default
-        plain = default is None or type(default) in _PLAIN
-        if plain and not (isinstance(default, float) and not math.isfinite(default)):
-            entry["default"] = default
+        if parameter.default is not inspect.Parameter.empty:
+            with contextlib.suppress(ArtefactError):
+                entry["default"] = structure_json(parameter.default, _no_tensor, parameter.name)
         found.append(entry)
     return found
 
@@ -224,9 +228,10 @@ def signature_of(data: Any) -> inspect.Signature:
     try:
         parameters = []
         for entry in data:
-            default = entry.get("default", inspect.Parameter.empty)
-            if "default" in entry and default is not None and type(default) not in _PLAIN:
-                raise ValueError(f"default {str(default)[:40]!r}")
+            default: Any = inspect.Parameter.empty
+            if "default" in entry:
+                check_structure(entry["default"], {})
+                default = filled(entry["default"], {})
             kind = _PARAMETERS[entry["kind"]]
             parameters.append(inspect.Parameter(entry["name"], kind, default=default))
         return inspect.Signature(parameters)

@@ -42,7 +42,7 @@ def dump_artefact(target: str, form: str, stage: str) -> str:
 
 
 def explain_artefact(target: str, *, whole: bool, top: int, output: Path | None, as_json: bool) -> None:
-    """Write what holds the peak of a saved step, after the report where ``whole``. Raises ``ArtefactError``."""
+    """Write what holds the peak of a saved step, the report first where ``whole``. Raises ``ArtefactError``."""
     from graphopt.artefact.load import read_contents
 
     with talking(f"reading {target}"):
