@@ -390,7 +390,7 @@ def test_operators_of_others_need_their_plugin_or_trust(tmp_path: Path) -> None:
     fast.save(tmp_path / "a")
     with torch.no_grad():
         expected = fast(x)
-    with pytest.raises(ArtefactError, match=r"artefacttest::twice.*; plugin TwicePlugin provides it") as refused:
+    with pytest.raises(ArtefactError, match=r"artefacttest::twice.*; plugin TwicePlugin provides") as refused:
         graphopt.load(tmp_path / "a")
     assert 'operators=("artefacttest",)' in refused.value.hint
     assert_same(graphopt.load(tmp_path / "a", plugins=[TwicePlugin()])(x), expected)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -456,10 +456,11 @@ class Driver:
         self.session.unfold()
         return programs_of(self.session.current)
 
-    def dump(self, form: str, stage: str) -> str:
+    def dump(self, form: str, stage: str, beside: Sequence[Program] = ()) -> str:
         self.plan()
         self.session.unfold()
-        return dumped(self.session.current, self.session.host, form, stage)
+        session = self.session
+        return dumped(session.current, session.host, session.cost, form, stage, beside)
 
 
 @contextmanager

@@ -30,6 +30,7 @@ def artefact_only(target: str) -> bool:
 
 def dump_artefact(target: str, form: str, stage: str) -> str:
     """The programs of an artefact in a dump format. Raises ``ArtefactError``."""
+    from graphopt.api import make_session
     from graphopt.artefact.load import read_contents
     from graphopt.artefact.operators import Operators
     from graphopt.dumping import dumped
@@ -37,12 +38,13 @@ def dump_artefact(target: str, form: str, stage: str) -> str:
 
     host = default_host()
     contents = read_contents(target)
+    cost = make_session(contents.report.environment.device, emit="eager", pipeline=()).cost
     programs = contents.programs(Operators(host), contents.numbers())
-    return dumped(contents.captured(programs), host, form, stage)
+    return dumped(contents.captured(programs), host, cost, form, stage)
 
 
 def explain_artefact(target: str, *, whole: bool, top: int, output: Path | None, as_json: bool) -> None:
-    """Write what holds the peak of a saved step, the report first where ``whole``. Raises ``ArtefactError``."""
+    """Write what holds the peak of a saved step, after its report if ``whole``. Raises ``ArtefactError``."""
     from graphopt.artefact.load import read_contents
 
     with talking(f"reading {target}"):

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from graphopt.candidate import Reason
     from graphopt.cost import CostModel, NodeCost
     from graphopt.device import DeviceSpec
+    from graphopt.dump.page import Sheet
     from graphopt.emit.replacing import Group
     from graphopt.policy import PolicyQuestion, Selection
     from graphopt.program import Program
@@ -171,12 +172,18 @@ class OperatorCost:
 
 @dataclass(frozen=True)
 class DumpFormat:
-    """A way to write a program: ``write(program, stream)``; ``suffix`` is the file's (``".dot"``)."""
+    """A way to write a program: ``write(program, stream)``; ``suffix`` is the file's (``".dot"``).
+
+    ``write_all(sheets, first, cost, stream)``, where a format has it, writes all programs of a step as one
+    document instead: sheets (``graphopt.dump.page.Sheet``), the number of the one that was asked for, and
+    what costs are predicted with.
+    """
 
     name: str
     suffix: str
     write: Callable[[Program, IO[str]], None]
     summary: str = ""
+    write_all: Callable[[Sequence[Sheet], int, CostModel, IO[str]], None] | None = None
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -17,6 +19,9 @@ from graphopt.cli.options import (
 from graphopt.cli.output import talking, write_json
 from graphopt.errors import UnknownNameError
 from graphopt.plugins import default_host
+
+if TYPE_CHECKING:
+    from graphopt.program import Program
 
 __all__ = ["command"]
 
@@ -34,7 +39,7 @@ __all__ = ["command"]
     help="How far down the way to code.",
 )
 @click.option(
-    "--format", "-f", "form", default="text", show_default=True, help="text, json, py, dot or a plugin's."
+    "--format", "-f", "form", default="text", show_default=True, help="text, json, py, html, dot; a plugin's."
 )
 @output_option
 @json_option
@@ -54,8 +59,8 @@ def command(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Write the graphs of TARGET, rewritten, as text, JSON, Python or DOT."""
-    from graphopt.api import optimize
+    """Write the graphs of TARGET, rewritten, as text, JSON, Python, HTML or DOT."""
+    from graphopt.api import dry_run, optimize
     from graphopt.cli.artefact import artefact_only, dump_artefact
     from graphopt.cli.rewrites import named_rewrites
     from graphopt.cli.target import load_loss, load_target, step_mode
@@ -70,6 +75,10 @@ def command(
         return
     with step_mode(infer), talking(f"rewriting {target}"):
         loaded = load_target(target)
+        beside: Sequence[Program] = ()
+        if known[form].write_all is not None:
+            plain = {"pipeline": (), "emit": emit, "device": device, "loss_fn": load_loss(loss)}
+            beside = dry_run(loaded.model, loaded.inputs, plain, "dump").programs
         optimized = optimize(
             loaded.model,
             loaded.inputs,
@@ -82,7 +91,7 @@ def command(
             rewrites=named_rewrites(rewrites),
             policy=policy,
         )
-        text = optimized.dump(format=form, stage=stage)
+        text = optimized.dump(format=form, stage=stage, beside=beside)
     _write(text, target, stage, form, output, as_json)
 
 
