@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from graphopt.optimized import Optimized
     from graphopt.segmented import SegmentedStep
 
-__all__ = ["save"]
+__all__ = ["save", "write_extras"]
 
 _KINDS = ("cpu", "cuda")
 
@@ -98,7 +98,7 @@ def save(optimized: Optimized, path: Path, *, weights: bool = True) -> Path:
         _write_json(folder / "report.json", report.to_json())
         _write_json(folder / "memory.json", encode(SavedMemory(explanation, driver.frontier())))
         tensors.write(folder / WEIGHTS, {"format": "pt"})
-        _write_extras(folder, host, report.groups)
+        write_extras(folder, host, report.groups)
     return path
 
 
@@ -481,7 +481,7 @@ def _write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, separators=(",", ":"), allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _write_extras(folder: Path, host: PluginHost, groups: Sequence[Any]) -> None:
+def write_extras(folder: Path, host: PluginHost, groups: Sequence[Any]) -> None:
     """What tuning found on this machine, and sources of the kernels that are used."""
     tuned = cache_folder() / "tuning"
     for file in sorted(tuned.glob("*.json")) if tuned.is_dir() else ():

@@ -29,7 +29,7 @@ class Model {
     for (let i = 0; i < n; i++) {
       this.own[d.layer[i]].push(i);
       for (let l = d.layer[i]; l >= 0; l = l ? d.parent[l] : -1) {
-        if (i < this.first[l]) this.first[l] = i;
+        if (d.call[i] && i < this.first[l]) this.first[l] = i;  // inputs are there before anything runs
         this.count[l]++;
         this.bytes[l] += d.bytes[i];
         this.seconds[l] += d.seconds[i];
