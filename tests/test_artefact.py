@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,6 +187,20 @@ def test_a_model_takes_the_place_of_the_weights(tmp_path: Path, training: Saved)
         graphopt.load(tmp_path / "bare", nn.Linear(2, 2))
 
 
+def test_a_loaded_step_is_saved_with_the_weights_of_now(tmp_path: Path, training: Saved) -> None:
+    loaded = graphopt.load(training.folder)
+    with torch.no_grad():
+        loaded.embed.weight.mul_(2)
+    loaded.save(tmp_path / "again")
+    again = graphopt.load(tmp_path / "again")
+    assert torch.equal(again.head.weight, loaded.embed.weight)
+    assert_same(again.state_dict(), loaded.state_dict())
+    assert_same(step(again), step(loaded))
+    loaded.save(tmp_path / "again", weights=False)
+    with pytest.raises(ArtefactError, match="saved without weights"):
+        graphopt.load(tmp_path / "again")
+
+
 def test_a_joint_program_that_passes_rewrote_is_run_as_rewritten(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*[m for _ in range(3) for m in (nn.Linear(64, 64), nn.ReLU(), nn.Dropout(0.1))])
@@ -249,6 +265,24 @@ def test_a_chain_of_generated_code_gives_the_same_bits(tmp_path: Path) -> None:
             expected = found
     assert_same(found, expected)
     assert loaded.dump() == fast.dump()
+
+
+@pytest.mark.slow  # starts a process
+def test_another_process_gives_the_same_bits(tmp_path: Path, training: Saved) -> None:
+    script = """
+import sys, torch, graphopt
+loaded = graphopt.load(sys.argv[1])
+torch.manual_seed(5)
+loss = loaded(torch.arange(12).view(3, 4) % 9)["loss"]
+loss.backward()
+print(loss.item().hex(), loaded.embed.weight.grad.sum().item().hex())
+"""
+    loaded = graphopt.load(training.folder)
+    out, gradient = step(loaded)
+    expected = [out["loss"].item().hex(), gradient["embed.weight"].sum().item().hex()]
+    command = [sys.executable, "-c", script, str(training.folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.split() == expected
 
 
 # --- calls that are not those that were saved -----------------------------------------------------------

@@ -20,7 +20,10 @@ from graphopt.pareto_front import ParetoPoint
 from graphopt.report import Environment, Report
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from graphopt.artefact.load import Contents
+    from graphopt.artefact.records import SavedState
     from graphopt.session import Session
 
 __all__ = ["LoadedDriver"]
@@ -46,7 +49,7 @@ class LoadedDriver(Driver):
         self._signature = signature_of(contents.signature)
         self._looks = contents.looks()
         self._call = self._step
-        state = self._state()
+        state = self.tensors_now()
         for spec in contents.step.inputs:
             if spec.source == "state":
                 try:
@@ -56,7 +59,17 @@ class LoadedDriver(Driver):
                         f"the model does not fit {contents.folder}: {error.message}"
                     ) from None
 
-    def _state(self) -> dict[str, torch.Tensor]:
+    @property
+    def source(self) -> Path:
+        """The folder that the step was loaded from."""
+        return self._contents.folder
+
+    @property
+    def saved_state(self) -> tuple[SavedState, ...]:
+        """The parameters and buffers that the artefact names."""
+        return self._contents.state
+
+    def tensors_now(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers of the module as they are now, by their paths in the saved model."""
         now: dict[str, torch.Tensor] = {
             **dict(self.model.named_parameters(remove_duplicate=False)),
@@ -98,7 +111,7 @@ class LoadedDriver(Driver):
         bound.apply_defaults()
         tensors: list[torch.Tensor | None] = [None] * self._contents.tensors
         taken(self._contents.arguments, bound.arguments, tensors, "the call")
-        state = self._state()
+        state = self.tensors_now()
         inputs = []
         for spec in step.inputs:
             if spec.source == "state":

@@ -21,7 +21,8 @@ import torch.fx as fx
 import graphopt
 from graphopt import _torch
 from graphopt.artefact.calling import signature_json, structure_json
-from graphopt.artefact.folder import WEIGHTS, written
+from graphopt.artefact.driver import LoadedDriver
+from graphopt.artefact.folder import WEIGHTS, Folder, written
 from graphopt.artefact.graphs import program_json
 from graphopt.artefact.place import place_of
 from graphopt.artefact.records import (
@@ -48,6 +49,7 @@ from graphopt.restored import restored
 from graphopt.schedule import Schedule
 from graphopt.session import Ran, Session
 from graphopt.stored_step import StoredCall, results_text
+from graphopt.tensors_file import TensorsFile, write_tensors
 from graphopt.warm_start import stored_moves
 
 if TYPE_CHECKING:
@@ -63,6 +65,9 @@ _KINDS = ("cpu", "cuda")
 def save(optimized: Optimized, path: Path, *, weights: bool = True) -> Path:
     """Write what ``Optimized.save`` promises to the folder ``path``."""
     driver = optimized._driver
+    if isinstance(driver, LoadedDriver):
+        _save_again(driver, path, weights)
+        return path
     _check_savable(optimized)
     seen = _seen(driver)
     tensors = Tensors()
@@ -100,6 +105,24 @@ def save(optimized: Optimized, path: Path, *, weights: bool = True) -> Path:
         tensors.write(folder / WEIGHTS, {"format": "pt"})
         write_extras(folder, host, report.groups)
     return path
+
+
+def _save_again(driver: LoadedDriver, path: Path, weights: bool) -> None:
+    """Write a loaded step once more, with its parameters and buffers as they are now."""
+    source = Folder(driver.source)
+    facts = {name: value for name, value in source.facts.items() if name not in ("schema", "files")}
+    old = TensorsFile(source.path / WEIGHTS)
+    now = driver.tensors_now()
+    state = {entry.tensor for entry in driver.saved_state}
+    tensors = {name: old.read(name) for name in old.entries if name not in state}
+    if weights:
+        tensors |= {entry.tensor: now[entry.path] for entry in driver.saved_state}
+    with written(path, {**facts, "weights": weights}) as folder:
+        for name in source.files:
+            if name != WEIGHTS:
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_bytes((source.path / name).read_bytes())
+        write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
 
 
 def _check_savable(optimized: Optimized) -> None:
