@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -21,6 +21,7 @@ from graphopt.errors import UnknownNameError
 from graphopt.plugins import default_host
 
 if TYPE_CHECKING:
+    from graphopt.cli.target import Target
     from graphopt.program import Program
 
 __all__ = ["command"]
@@ -60,7 +61,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Write the graphs of TARGET, rewritten, as text, JSON, Python, HTML or DOT."""
-    from graphopt.api import dry_run, optimize
+    from graphopt.api import optimize
     from graphopt.cli.artefact import artefact_only, dump_artefact
     from graphopt.cli.rewrites import named_rewrites
     from graphopt.cli.target import load_loss, load_target, step_mode
@@ -75,24 +76,27 @@ def command(
         return
     with step_mode(infer), talking(f"rewriting {target}"):
         loaded = load_target(target)
-        beside: Sequence[Program] = ()
-        if known[form].write_all is not None:
-            plain = {"pipeline": (), "emit": emit, "device": device, "loss_fn": load_loss(loss)}
-            beside = dry_run(loaded.model, loaded.inputs, plain, "dump").programs
+        options: dict[str, Any] = {"emit": emit, "device": device, "loss_fn": load_loss(loss)}
+        beside = _as_captured(loaded, options) if known[form].write_all is not None else ()
         optimized = optimize(
             loaded.model,
             loaded.inputs,
             budget=budget,
             allow=allow,
             pipeline=pipeline,
-            emit=emit,
-            device=device,
-            loss_fn=load_loss(loss),
             rewrites=named_rewrites(rewrites),
             policy=policy,
+            **options,
         )
         text = optimized.dump(format=form, stage=stage, beside=beside)
     _write(text, target, stage, form, output, as_json)
+
+
+def _as_captured(target: Target, options: Mapping[str, Any]) -> Sequence[Program]:
+    """The programs of a target without passes, for formats that show several."""
+    from graphopt.api import dry_run
+
+    return dry_run(target.model, target.inputs, {"pipeline": (), **options}, "dump").programs
 
 
 def _write(text: str, target: str, stage: str, form: str, output: Path | None, as_json: bool) -> None:
