@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graphopt.api import explain_memory, optimize, pareto, plan
+    from graphopt.artefact.load import load
     from graphopt.budget import Budget
     from graphopt.candidate import Candidate, CostDelta, Declined, Frontier, FrontierPoint, NearMiss, Reason
     from graphopt.decoding.options import Generate
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from graphopt.decoding.structure import explain_layers
     from graphopt.device import DeviceSpec
     from graphopt.errors import (
+        ArtefactError,
         BudgetError,
         BudgetSyntaxError,
         CaptureError,
@@ -63,6 +65,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ArtefactError",
     "Budget",
     "BudgetError",
     "BudgetSyntaxError",
@@ -113,6 +116,7 @@ __all__ = [
     "explain_layers",
     "explain_memory",
     "hookimpl",
+    "load",
     "load_weights",
     "optimize",
     "pareto",
@@ -125,6 +129,7 @@ __all__ = [
 
 _HOME = {
     "graphopt.api": ("explain_memory", "optimize", "pareto", "plan"),
+    "graphopt.artefact.load": ("load",),
     "graphopt.explanation": ("MemoryExplanation",),
     "graphopt.budget": ("Budget",),
     "graphopt.candidate": (
@@ -141,6 +146,7 @@ _HOME = {
     "graphopt.decoding.structure": ("explain_layers",),
     "graphopt.device": ("DeviceSpec",),
     "graphopt.errors": (
+        "ArtefactError",
         "BudgetError",
         "BudgetSyntaxError",
         "CaptureError",

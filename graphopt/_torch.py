@@ -1567,3 +1567,37 @@ def multiplies_integers() -> bool:
     """Whether the CPU has instructions for products of eight-bit integers that the library uses."""
     known = getattr(torch.cpu, "_is_vnni_supported", None)
     return known is not None and bool(known())
+
+
+def container_classes() -> list[type]:
+    """Classes that pytrees know as containers, torch's internal ones left out."""
+    from torch.utils._pytree import SUPPORTED_NODES
+
+    return [kind for kind in SUPPORTED_NODES if not kind.__module__.startswith("torch._")]
+
+
+def container_parts(value: Any) -> tuple[list[Any], Any] | None:
+    """The items of a container and what tells how they go together; ``None`` for what is no container."""
+    from torch.utils._pytree import SUPPORTED_NODES
+
+    if type(value) not in container_classes():
+        return None
+    items, context = SUPPORTED_NODES[type(value)].flatten_fn(value)
+    return list(items), context
+
+
+def container_of(kind: type, items: list[Any], context: Any) -> Any:
+    """The container that ``container_parts`` took apart."""
+    from torch.utils._pytree import SUPPORTED_NODES
+
+    return SUPPORTED_NODES[kind].unflatten_fn(items, context)
+
+
+def propagate_fakes(gm: fx.GraphModule, values: Sequence[Any], mode: FakeTensorMode) -> None:
+    """Run a graph on fakes of ``mode``: every call gets its value, views of one storage share it."""
+    from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+    others = [(node, dict(node.meta)) for node in gm.graph.nodes if node.op != "call_function"]
+    FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*values)
+    for node, meta in others:
+        node.meta = meta

@@ -11,7 +11,9 @@ import re
 import sys
 from pathlib import Path
 
-__all__ = ["cache_folder", "file_stem"]
+__all__ = ["cache_folder", "file_stem", "lend_tuning", "lent_tuning"]
+
+_lent: dict[Path, None] = {}
 
 
 def cache_folder() -> Path:
@@ -31,3 +33,14 @@ def cache_folder() -> Path:
 def file_stem(name: str) -> str:
     """A device's name as that of a file: ``NVIDIA H200`` is ``nvidia-h200``."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def lend_tuning(folder: Path) -> None:
+    """Let this process find in ``folder``, laid out as ``tuning`` in the cache folder, what tuning found
+    elsewhere: between what is shipped and what was found here, which counts more."""
+    _lent[folder.resolve()] = None
+
+
+def lent_tuning() -> tuple[Path, ...]:
+    """The folders of ``lend_tuning``."""
+    return tuple(_lent)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 __all__ = [
+    "ArtefactError",
     "BudgetError",
     "BudgetSyntaxError",
     "CaptureError",
@@ -53,6 +54,13 @@ class GraphoptError(Exception):
         self.message = message
         self.hint = hint
         super().__init__(f"{message}\n  hint: {hint}" if hint else message)
+
+
+class ArtefactError(GraphoptError, ValueError):
+    """A saved module that cannot be written, or not be loaded here: damaged, foreign, of another device or
+    version, or calling what it may not."""
+
+    code = "artefact"
 
 
 class BudgetSyntaxError(GraphoptError, ValueError):

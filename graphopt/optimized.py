@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from html import escape
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from graphopt import _torch
 from graphopt.capture.driver import Driver
 from graphopt.cost import Cost, CostModel, MemoryProfile
 from graphopt.decoding.generator import Generator
-from graphopt.errors import UnknownNameError
+from graphopt.errors import CaptureError, UnknownNameError
 from graphopt.explanation import MemoryExplanation
 from graphopt.loss import is_differentiable, loss_of
 from graphopt.measure import Measurement, measure
@@ -181,13 +184,23 @@ class Optimized(torch.nn.Module):
         """Plans of the present step that no other beats in peak and seconds, least peak first."""
         return self._driver.frontier()
 
-    def dump(self, format: str = "text", stage: str = "final") -> str:
+    def dump(
+        self, format: str = "text", stage: str = "final", *, beside: Sequence[Program] = ()
+    ) -> str:
         """The programs as text. ``stage``: ``"semantic"``, ``"joint"`` (with the schedule's marks)
-        or ``"final"`` (what runs); ``format``: any registered dump format."""
+        or ``"final"`` (what runs); ``format``: any registered dump format. ``beside``: programs to compare
+        with, such as those of ``optimize(pipeline=())``, for formats that show several (``"html"``)."""
         stages = ("semantic", "joint", "final")
         if stage not in stages:
             raise UnknownNameError("stage", stage, stages)
-        return self._driver.dump(format, stage)
+        return self._driver.dump(format, stage, beside)
+
+    def _repr_html_(self) -> str:
+        """The report, for notebooks; before anything was captured, that."""
+        try:
+            return self.report._repr_html_()
+        except CaptureError as error:
+            return f"<div>optimized {escape(type(self._model).__name__)}: {escape(error.message)}</div>"
 
     def launching(self) -> AbstractContextManager[None]:
         """In the block, steps launch kernels one by one rather than replay a graph, whose memory no
@@ -242,6 +255,24 @@ class Optimized(torch.nn.Module):
         cost = Cost(taken.peak_bytes, self._driver.weight_bytes(), taken.seconds)
         self._measured = self._driver.report().plan, cost
         return taken
+
+    def save(self, path: str | os.PathLike[str], *, weights: bool = True) -> Path:
+        """Write the present step to the folder ``path``, for ``graphopt.load``; returns its path.
+
+        The folder holds programs, plan, report, weights (each tensor once, packed ones as they are packed),
+        what tuning found and sources of generated kernels; nothing of it is run when it is loaded. It is put
+        in place when it is whole, and replaces an artefact that is there. ``weights=False`` leaves parameters
+        and buffers out: ``load`` is then given a model. The step runs once on its example inputs, everything
+        put back.
+
+        Raises ``CaptureError`` before anything was captured, and ``ArtefactError``, with the reason, for what
+        cannot be written: several programs with Python between them, generation, sizes known at run time
+        alone, operators and objects of the model's own; and where ``path`` holds something else. ``OSError``
+        as ``open``.
+        """
+        from graphopt.artefact.save import save
+
+        return save(self, Path(path), weights=weights)
 
     def _loss(self, output: Any) -> torch.Tensor:
         return loss_of(output, self._loss_fn)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.fx as fx
@@ -60,7 +60,10 @@ from graphopt.rewriting import Rewriting, conversion_records, left_out, run_join
 from graphopt.schedule import Schedule
 from graphopt.several import compile_together
 
-__all__ = ["Captured", "NotPlanned", "Session"]
+if TYPE_CHECKING:
+    from graphopt.segmented import SegmentedStep
+
+__all__ = ["Captured", "NotPlanned", "Ran", "Session"]
 
 _RESOLUTION = 0.01
 """Predicted times of fused code that differ by less than this share are taken as equal."""
@@ -72,6 +75,16 @@ class NotPlanned(BaseException):
     No ``Exception``: what a model's own handlers do with one would run under dynamo (those of an
     ``fx.GraphModule`` walk the traceback with a generator, which dynamo refuses).
     """
+
+
+@dataclass
+class Ran:
+    """A whole program that runs: the roles of its inputs, outputs that are ``detached`` from autograd, and
+    what it was made as: one program, or a chain of segments."""
+
+    specs: Sequence[InputSpec]
+    detached: tuple[int, ...]
+    step: Captured | SegmentedStep | None = None
 
 
 @dataclass
@@ -94,9 +107,10 @@ class Session:
     ``chain``: the present programs as calls that hand values to each other, where they are;
     ``reruns``: rows of them that the plan runs again. ``cuda_graphs``: replay steps where they can be
     recorded; ``recorders`` do that. ``keeps``: keep plan and code for later processes, and take over what
-    earlier ones kept. ``policy``: who picks within the budget in the planner's place, ``chosen_by``: its name
-    where it did. ``generates``: its programs decode. ``quantization``: how the weights of the
-    model were packed for it, and ``dense_baseline`` what a step took before.
+    earlier ones kept. ``watching(run, args, ran)`` runs a whole program in the place of ``run(*args)``.
+    ``policy``: who picks within the budget in the planner's place, ``chosen_by``: its name where it did.
+    ``generates``: its programs decode. ``quantization``: how the weights of the model were packed for it, and
+    ``dense_baseline`` what a step took before.
     """
 
     budget: Budget
@@ -150,6 +164,7 @@ class Session:
     dense_baseline: Cost | None = None
     _seen: tuple[tuple[Captured, ...], ObservedPlan] | None = None
     _counted: tuple[tuple[int | None, ...], tuple[FrontierPoint, ...], Cost] | None = None
+    watching: Callable[[Callable[..., Any], Sequence[Any], Ran], Any] | None = None
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A dynamo backend: compiles one graph under this session's budget.
@@ -235,9 +250,12 @@ class Session:
                     self.finish()
                 captured.ran = True
             assert captured.run is not None
-            return captured.run(*args)
+            return self._ran(captured.run, args, Ran(specs, tuple(auxiliary), captured))
 
         return call
+
+    def _ran(self, run: Callable[..., Any], args: Sequence[Any], ran: Ran) -> Any:
+        return run(*args) if self.watching is None else self.watching(run, args, ran)
 
     @contextmanager
     def put_back(self, model: torch.nn.Module) -> Iterator[None]:
@@ -417,9 +435,10 @@ class Session:
         warm = WarmStart(self, name, gm, inputs, specs)
         self._fold = None
         restored = warm.restored()
+        ran = Ran(specs, tuple(auxiliary))
         if restored is not None:
             run = restored
-            self._fold = self._folded(name, gm, inputs, specs, auxiliary)
+            self._fold = self._folded(name, gm, inputs, specs, auxiliary, ran)
         else:
             program, attached = self._semantic(name, gm, inputs, specs, auxiliary)
             step = SegmentedStep(self, name, program.gm, specs, warm.code_name)
@@ -429,6 +448,7 @@ class Session:
             if not self.dry_run and attached == auxiliary:
                 warm.keep(step)
             auxiliary = attached
+            ran.detached, ran.step = tuple(auxiliary), step
             run = replayed(self, run, inputs, lambda: roles_of(step, specs))
         if warm.note:
             self.diagnostics.append(warm.note)
@@ -439,7 +459,7 @@ class Session:
         def call(*args: Any) -> Any:
             if self.capturing:
                 raise NotPlanned
-            return run(*args)
+            return self._ran(run, args, ran)
 
         return call
 
@@ -457,6 +477,7 @@ class Session:
         inputs: Sequence[Any],
         specs: list[InputSpec],
         auxiliary: Sequence[int],
+        ran: Ran,
     ) -> Callable[[], None]:
         """Does what was left out when the present step was taken over."""
         from graphopt.segmented import SegmentedStep
@@ -484,7 +505,7 @@ class Session:
             self.plan, self.reruns, self.planning_seconds = decided
             first = next(k for k, captured in enumerate(self.captured) if captured is told[0])
             self.captured[first : first + len(told)] = step.captured
-            self.current = step.captured
+            self.current, ran.step = step.captured, step
 
         return unfold
 

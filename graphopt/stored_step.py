@@ -30,7 +30,9 @@ __all__ = [
     "StoredMove",
     "StoredSlot",
     "StoredStep",
+    "check_calls",
     "read_step",
+    "results_of_text",
     "results_text",
     "step_text",
     "stored_code",
@@ -123,7 +125,7 @@ class StoredStep:
     def chain(self) -> Segmented:
         """The calls for a ``ChainRunner``, without the programs of its segments."""
         calls = tuple(Call(call.code, call.args, call.outs, call.drops) for call in self.calls)
-        return Segmented((), calls, self.inputs, {}, _results(json.loads(self.results)), ())
+        return Segmented((), calls, self.inputs, {}, results_of_text(self.results), ())
 
 
 def stored_code(name: str, slots: Sequence[Slot]) -> StoredCode:
@@ -168,11 +170,14 @@ def read_step(text: str, key: str) -> tuple[StoredStep, Plan]:
     return step, plan
 
 
-def _check(step: StoredStep, key: str) -> None:
-    """Every value is there when it is read."""
-    there = set(step.inputs)
-    for number, call in enumerate(step.calls):
-        if not 0 <= call.code < len(step.codes):
+def check_calls(
+    inputs: Sequence[str], calls: Sequence[StoredCall], codes: int, results: Any, reruns: tuple[Rerun, ...]
+) -> None:
+    """Raise ``StepFormatError`` unless every value is there when it is read. ``codes``: how many there are;
+    ``results`` as ``results_of_text`` reads them."""
+    there = set(inputs)
+    for number, call in enumerate(calls):
+        if not 0 <= call.code < codes:
             raise StepFormatError(f"call {number} runs code that it does not have")
         if not there.issuperset(call.args) or not there.issuperset(call.drops):
             raise StepFormatError(f"call {number} reads a value that is not there")
@@ -181,12 +186,15 @@ def _check(step: StoredStep, key: str) -> None:
         if any(not 0 <= position < len(call.args) for position in call.written):
             raise StepFormatError(f"call {number} writes an input that it does not have")
         there = (there - set(call.drops)) | set(call.outs)
-    chain = step.chain()
-    if not chain.returned() <= there:
+    if not Segmented((), (), (), {}, results, ()).returned() <= there:
         raise StepFormatError("it returns a value that is not there")
+    _check_rows(reruns, 0, len(calls))
+
+
+def _check(step: StoredStep, key: str) -> None:
+    check_calls(step.inputs, step.calls, len(step.codes), results_of_text(step.results), step.reruns)
     if len(step.programs) != len(step.calls) or step.key != key:
         raise StepFormatError("its parts do not belong together")
-    _check_rows(step.reruns, 0, len(step.calls))
 
 
 def _check_rows(rows: tuple[Rerun, ...], start: int, stop: int) -> None:
@@ -201,6 +209,11 @@ def results_text(results: Any) -> str:
     """The structure that a program returns (``Segmented.results``). Raises ``TypeError`` for what has no
     text."""
     return json.dumps(_encoded(results), separators=(",", ":"))
+
+
+def results_of_text(text: str) -> Any:
+    """What ``results_text`` wrote. Raises ``StepFormatError``, and ``ValueError`` for what is no JSON."""
+    return _results(json.loads(text))
 
 
 def _encoded(results: Any) -> Any:

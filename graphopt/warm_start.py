@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from graphopt.segmented import SegmentedStep
     from graphopt.session import Session
 
-__all__ = ["WarmStart", "ambient"]
+__all__ = ["WarmStart", "ambient", "reserved", "stored_moves"]
 
 
 class WarmStart:
@@ -129,18 +129,10 @@ class WarmStart:
             if made is None:
                 return "the code is in torch's caches no more"
             codes.append(made)
-        moves = {
-            number: {move.number: _layout(move.layout) for move in call.moves}
-            for number, call in enumerate(step.calls)
-            if call.moves
-        }
-        host = None
-        if moves:
-            host = HostMemory(torch.device("cuda", torch.cuda.current_device()))
-            try:
-                host.reserve([layout.bytes for moved in moves.values() for layout in moved.values()])
-            except HostMemoryError as error:
-                return error.message
+        try:
+            moves, host = reserved(step.calls)
+        except HostMemoryError as error:
+            return error.message
         runner = ChainRunner(
             step.chain(),
             [codes[call.code] for call in step.calls],
@@ -211,7 +203,7 @@ class WarmStart:
                 call.drops,
                 tuple(runner.written[k]),
                 runner.random[k],
-                tuple(StoredMove(n, _stored_layout(layout)) for n, layout in runner.moves.get(k, {}).items()),
+                stored_moves(runner, k),
             )
             for k, (call, code) in enumerate(zip(step.chain.calls, step.kept_codes(), strict=True))
         ]
@@ -340,8 +332,26 @@ def _slot(slot: StoredSlot) -> Slot:
     return Slot(slot.position, slot.name, made)
 
 
-def _stored_layout(layout: Layout) -> StoredLayout:
-    return StoredLayout(layout.shape, layout.stride, str(layout.dtype))
+def stored_moves(runner: ChainRunner, number: int) -> tuple[StoredMove, ...]:
+    """What call ``number`` of a chain moves to the host, as it is written down."""
+    return tuple(
+        StoredMove(n, StoredLayout(layout.shape, layout.stride, str(layout.dtype)))
+        for n, layout in runner.moves.get(number, {}).items()
+    )
+
+
+def reserved(calls: Sequence[StoredCall]) -> tuple[dict[int, dict[int, Layout]], HostMemory | None]:
+    """What ``calls`` move to the host, by call, and where to. Raises ``HostMemoryError``."""
+    moves = {
+        number: {move.number: _layout(move.layout) for move in call.moves}
+        for number, call in enumerate(calls)
+        if call.moves
+    }
+    if not moves:
+        return {}, None
+    host = HostMemory(torch.device("cuda", torch.cuda.current_device()))
+    host.reserve([layout.bytes for moved in moves.values() for layout in moved.values()])
+    return moves, host
 
 
 def _layout(layout: StoredLayout) -> Layout:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from graphopt.cli.main import main
 from graphopt.cost import Cost
 from graphopt.measure import Measurement
 from graphopt.pareto_front import ParetoPoint
+from graphopt.program import Program
 from graphopt.report import Environment
 
 PLAN = Plan(
@@ -40,7 +41,8 @@ class Optimized:
     report: Report = REPORT
     plan: Plan = PLAN
 
-    def dump(self, format: str, stage: str) -> str:
+    def dump(self, format: str, stage: str, *, beside: Sequence[Program] = ()) -> str:
+        assert not beside, "for formats that show several programs alone"
         return f"the {stage} graphs as {format}\n"
 
     def measure(self, inputs: Any) -> Measurement:

@@ -46,7 +46,7 @@ def test_every_format_is_written_the_same_twice(record) -> None:
 
 
 def test_format_names() -> None:
-    assert [record.name for record in FORMATS] == ["text", "json", "py", "dot"]
+    assert [record.name for record in FORMATS] == ["text", "json", "py", "html", "dot"]
 
 
 def test_json_holds_the_facts() -> None:

@@ -715,3 +715,26 @@ def test_a_backend_can_have_a_graph_split() -> None:
         found = torch.compile(outer, backend=backend)(torch.ones(2))
     assert torch.equal(found, torch.ones(2).sin().cos())
     assert ["sin"] in seen and any("cos" in calls for calls in seen)
+
+
+def test_containers_are_taken_apart_and_made_again() -> None:
+    assert dict in _torch.container_classes()
+    assert not any(kind.__module__.startswith("torch._") for kind in _torch.container_classes())
+    assert _torch.container_parts(object()) is None
+    parts = _torch.container_parts({"a": 1, "b": (2,)})
+    assert parts == ([1, (2,)], ["a", "b"])
+    assert _torch.container_of(dict, *parts) == {"a": 1, "b": (2,)}
+
+
+def test_fakes_are_propagated_through_a_graph_and_views_share_storages() -> None:
+    graph = torch.fx.Graph()
+    x = graph.placeholder("x")
+    view = graph.call_function(torch.ops.aten.view.default, (x, [4]))
+    out = graph.output((view,))
+    with _torch.fake_mode() as mode:
+        value = torch.empty(2, 2)
+    x.meta["val"] = value
+    _torch.propagate_fakes(torch.fx.GraphModule({}, graph), [value], mode)
+    assert view.meta["val"].shape == (4,)
+    assert _torch.storage_key(view.meta["val"]) == _torch.storage_key(value)
+    assert "val" not in out.meta and x.meta["val"] is value

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from graphopt import cache_folder
 from graphopt.candidate import Reason
 from graphopt.plugins import default_host
 from graphopt_kernels.row_norm import FORWARD, ForwardProblem, forward_launch
@@ -341,3 +342,21 @@ def test_what_is_not_stored_depends_on_the_multiprocessors(monkeypatch: pytest.M
     monkeypatch.setattr("graphopt_kernels.tuning.lookup.processors_of", lambda device: 78)
     assert choice(Shape(16), CUDA) == Way(78)
     assert choice(Shape(16), torch.device("cpu")) == Way(1)
+
+
+def test_what_artefacts_bring_counts_between_what_is_shipped_and_what_was_found_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_folder, "_lent", {})
+    lent = tmp_path / "lent"
+    name = cached_file(H200).name
+    one, other = FASTER, FASTER._replace(warps=4)
+    default = forward_launch(PROBLEM)
+    assert table.found(FORWARD.kernel, FORWARD.sources, H200, fields_text(PROBLEM)) is None
+    write_entries(lent / name, [entry(configuration=fields_text(one))])
+    cache_folder.lend_tuning(lent)
+    assert table.found(FORWARD.kernel, FORWARD.sources, H200, fields_text(PROBLEM)) == fields_text(one)
+    write_entries(cached_file(H200), [entry(configuration=fields_text(other))])
+    table.forget_table()
+    assert table.found(FORWARD.kernel, FORWARD.sources, H200, fields_text(PROBLEM)) == fields_text(other)
+    assert default not in (one, other)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,13 +15,12 @@ from graphopt.capture.inputs import bind_inputs
 from graphopt.capture.observe import Observer
 from graphopt.capture.timeline import statistics_of, timeline_of
 from graphopt.cost import Cost, MemoryProfile
+from graphopt.dumping import dumped, programs_of
 from graphopt.errors import (
     BudgetError,
     CaptureError,
     GraphoptError,
     InputsError,
-    PluginError,
-    UnknownNameError,
     brief,
 )
 from graphopt.explanation import MemoryExplanation
@@ -31,8 +29,7 @@ from graphopt.guard import Guard, attributes_restored, obstacle
 from graphopt.loss import is_differentiable, loss_of
 from graphopt.pareto_front import ParetoPoint
 from graphopt.plans import Plan
-from graphopt.plugins.loading import GUARDED
-from graphopt.program import Level, Program, Signature, layer_of
+from graphopt.program import Program, layer_of
 from graphopt.report import Environment, Report
 from graphopt.restored import random_state_restored, restored
 from graphopt.session import NotPlanned, Session
@@ -570,60 +567,13 @@ class Driver:
 
     def programs(self) -> tuple[Program, ...]:
         self.session.unfold()
-        found: list[Program] = []
-        for captured in self.session.current:
-            found.append(captured.semantic)
-            if captured.joint is not None:
-                found.append(captured.joint)
-            for half, name in zip(captured.lowered, ("forward", "backward"), strict=False):
-                found.append(_lowered_program(captured.joint, half, f"{captured.name}.{name}"))
-        return tuple(found)
+        return programs_of(self.session.current)
 
-    def dump(self, form: str, stage: str) -> str:
-        from graphopt.dump.text import dump_joint_with_schedule
-
+    def dump(self, form: str, stage: str, beside: Sequence[Program] = ()) -> str:
         self.plan()
         self.session.unfold()
-        formats = self.session.host.formats()
-        if form not in formats:
-            raise UnknownNameError("dump format", form, formats)
-        level = {"semantic": Level.SEMANTIC, "joint": Level.JOINT, "final": Level.LOWERED}[stage]
-        if stage == "joint" and form == "text":
-            parts = [
-                dump_joint_with_schedule(
-                    c.joint, c.schedule, pass_id=c.frontier.pass_id if c.frontier else ""
-                )
-                for c in self.session.current
-                if c.joint is not None
-            ]
-            return "\n".join(parts)
-        out = StringIO()
-        for program in self.programs():
-            if program.level is level:
-                try:
-                    with self.session.host.using("graphopt_formats", form):
-                        formats[form].write(program, out)
-                except GUARDED as error:
-                    if isinstance(error, GraphoptError):
-                        raise
-                    raise PluginError(self.session.host.blame("graphopt_formats", form, error)) from error
-        return out.getvalue()
-
-
-def _lowered_program(joint: Program | None, half: torch.fx.GraphModule, name: str) -> Program:
-    from graphopt.program import InputSpec, OutputSpec
-
-    known = {spec.node: spec for spec in joint.signature.inputs} if joint is not None else {}
-    roles = {spec.node: spec for spec in joint.signature.outputs} if joint is not None else {}
-    inputs = tuple(
-        known.get(node.name, InputSpec(node.name, "saved"))
-        for node in half.graph.nodes
-        if node.op == "placeholder"
-    )
-    output = next(node for node in reversed(half.graph.nodes) if node.op == "output")
-    flat = [v for v in torch.utils._pytree.tree_leaves(output.args[0]) if isinstance(v, torch.fx.Node)]
-    outputs = tuple(roles.get(node.name, OutputSpec(node.name, "saved")) for node in flat)
-    return Program(name, Level.LOWERED, half, Signature(inputs, outputs))
+        session = self.session
+        return dumped(session.current, session.host, session.cost, form, stage, beside)
 
 
 @contextmanager

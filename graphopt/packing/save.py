@@ -28,7 +28,7 @@ from graphopt.packing.convert import PackedWeight, converted
 from graphopt.packing.scheme import scheme_text
 from graphopt.tensors_file import TensorsFileError, write_tensors
 
-__all__ = ["save_weights"]
+__all__ = ["save_weights", "written_weight"]
 
 _SUFFIX = ".safetensors"
 
@@ -112,22 +112,24 @@ def _units(model: nn.Module) -> tuple[list[_Unit], dict[str, str]]:
 
 
 def _packed_unit(weight: PackedWeight, names: Sequence[str]) -> _Unit:
+    written, held = written_weight(weight, names), weight.packed()
+    found = {place: held[key] for key, place in written.tensors.items()}
+    found |= {place: weight.statistics[key] for key, place in written.statistics.items()}
+    return _Unit(found, {names[0]: written})
+
+
+def written_weight(weight: PackedWeight, names: Sequence[str]) -> ArtefactWeight:
+    """What is written of a packed weight that the model has under ``names``."""
     first = names[0]
-    tensors = {key: f"{first}.{key}" for key in weight.names}
-    statistics = {key: f"{first}.statistics.{key}" for key in weight.statistics}
-    held = weight.packed()
-    written = ArtefactWeight(
+    return ArtefactWeight(
         scheme_text(weight.scheme),
         weight.orientation,
         weight.shape,
         str(weight.dtype).removeprefix("torch."),
         tuple(names),
-        tensors,
-        statistics,
+        {key: f"{first}.{key}" for key in weight.names},
+        {key: f"{first}.statistics.{key}" for key in weight.statistics},
     )
-    found = {place: held[key] for key, place in tensors.items()}
-    found |= {place: weight.statistics[key] for key, place in statistics.items()}
-    return _Unit(found, {first: written})
 
 
 def _files(units: Sequence[_Unit], limit: int) -> list[list[_Unit]]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from graphopt.cost import CostModel, NodeCost
     from graphopt.decoding.look import Look
     from graphopt.device import DeviceSpec
+    from graphopt.dump.page import Sheet
     from graphopt.emit.replacing import Group
     from graphopt.policy import PolicyQuestion, Selection
     from graphopt.program import Program
@@ -192,12 +193,18 @@ class OperatorCost:
 
 @dataclass(frozen=True)
 class DumpFormat:
-    """A way to write a program: ``write(program, stream)``; ``suffix`` is the file's (``".dot"``)."""
+    """A way to write a program: ``write(program, stream)``; ``suffix`` is the file's (``".dot"``).
+
+    ``write_all(sheets, first, cost, stream)``, where a format has it, writes all programs of a step as one
+    document instead: sheets (``graphopt.dump.page.Sheet``), the number of the one that was asked for, and
+    what costs are predicted with.
+    """
 
     name: str
     suffix: str
     write: Callable[[Program, IO[str]], None]
     summary: str = ""
+    write_all: Callable[[Sequence[Sheet], int, CostModel, IO[str]], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -245,12 +252,14 @@ class ReplacementSpec:
 
     ``propose(gm, cost)`` gives disjoint groups of a graph that is about to be compiled, those that it would
     keep and those that it would not. It must not change the graph, and is asked for every graph: where
-    nothing can be kept it should say so at once.
+    nothing can be kept it should say so at once. ``source(kernel)`` gives the text of a kernel by the name in
+    its ``GroupRecord``, for people to read, or ``None``.
     """
 
     name: str
     propose: Callable[[fx.GraphModule, CostModel], Sequence[Group]]
     summary: str = ""
+    source: Callable[[str], str | None] | None = None
 
 
 @dataclass(frozen=True)

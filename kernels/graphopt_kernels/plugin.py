@@ -462,7 +462,15 @@ def graphopt_replacements() -> Iterable[ReplacementSpec]:
 
         return found(gm, cost)
 
-    return (ReplacementSpec("emitted-kernels", propose, "emitted kernels for groups of operators"),)
+    def source(kernel: str) -> str | None:
+        from graphopt_kernels.emit.running import file_of
+
+        try:
+            return file_of(kernel).source
+        except ValueError:
+            return None
+
+    return (ReplacementSpec("emitted-kernels", propose, "emitted kernels for groups of operators", source),)
 
 
 @hookimpl

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -17,6 +19,10 @@ from graphopt.cli.options import (
 from graphopt.cli.output import talking, write_json
 from graphopt.errors import UnknownNameError
 from graphopt.plugins import default_host
+
+if TYPE_CHECKING:
+    from graphopt.cli.target import Target
+    from graphopt.program import Program
 
 __all__ = ["command"]
 
@@ -34,7 +40,7 @@ __all__ = ["command"]
     help="How far down the way to code.",
 )
 @click.option(
-    "--format", "-f", "form", default="text", show_default=True, help="text, json, py, dot or a plugin's."
+    "--format", "-f", "form", default="text", show_default=True, help="text, json, py, html, dot; a plugin's."
 )
 @output_option
 @json_option
@@ -54,30 +60,48 @@ def command(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Write the graphs of TARGET, rewritten, as text, JSON, Python or DOT."""
+    """Write the graphs of TARGET, rewritten, as text, JSON, Python, HTML or DOT."""
     from graphopt.api import optimize
-    from graphopt.atomic import write_atomically
+    from graphopt.cli.artefact import artefact_only, dump_artefact
     from graphopt.cli.rewrites import named_rewrites
     from graphopt.cli.target import load_loss, load_target, step_mode
 
     known = default_host().formats()
     if form not in known:
         raise UnknownNameError("dump format", form, known)
+    if artefact_only(target):
+        with talking(f"reading {target}"):
+            text = dump_artefact(target, form, stage)
+        _write(text, target, stage, form, output, as_json)
+        return
     with step_mode(infer), talking(f"rewriting {target}"):
         loaded = load_target(target)
+        options: dict[str, Any] = {"emit": emit, "device": device, "loss_fn": load_loss(loss)}
+        beside = _as_captured(loaded, options) if known[form].write_all is not None else ()
         optimized = optimize(
             loaded.model,
             loaded.inputs,
             budget=budget,
             allow=allow,
             pipeline=pipeline,
-            emit=emit,
-            device=device,
-            loss_fn=load_loss(loss),
             rewrites=named_rewrites(rewrites),
             policy=policy,
+            **options,
         )
-        text = optimized.dump(format=form, stage=stage)
+        text = optimized.dump(format=form, stage=stage, beside=beside)
+    _write(text, target, stage, form, output, as_json)
+
+
+def _as_captured(target: Target, options: Mapping[str, Any]) -> Sequence[Program]:
+    """The programs of a target without passes, for formats that show several."""
+    from graphopt.api import dry_run
+
+    return dry_run(target.model, target.inputs, {"pipeline": (), **options}, "dump").programs
+
+
+def _write(text: str, target: str, stage: str, form: str, output: Path | None, as_json: bool) -> None:
+    from graphopt.atomic import write_atomically
+
     if output is not None:
         write_atomically(output, text)
         click.echo(f"wrote {output}", err=True)

@@ -43,7 +43,14 @@ def command(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Explain what holds the peak of TARGET, or which layers it has."""
+    """Explain what holds the peak of TARGET, or which layers it has; of an artefact, what was saved."""
+    from graphopt.cli.artefact import artefact_only, explain_artefact
+
+    if artefact_only(target):
+        if layers:
+            raise click.UsageError("an artefact holds programs, not a model whose layers could be looked at")
+        explain_artefact(target, whole=not memory, top=top, output=output, as_json=as_json)
+        return
     if memory == layers:
         raise click.UsageError("say what to explain: one of --memory and --layers")
     if layers:

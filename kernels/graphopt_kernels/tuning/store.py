@@ -24,7 +24,7 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from graphopt.atomic import write_atomically
-from graphopt.cache_folder import cache_folder, file_stem
+from graphopt.cache_folder import cache_folder, file_stem, lent_tuning
 from graphopt.record_json import RecordFormatError, decode, encode
 from graphopt_kernels.tuning.warning import TuningWarning
 
@@ -120,8 +120,10 @@ def _name(device: str) -> str:
 
 
 def stored_entries(device: str) -> list[Entry]:
-    """The entries for a device: the user's after the shipped ones, so that they count more."""
-    known = _read((shipped_file(device), cached_file(device)))
+    """The entries for a device: the shipped ones, those of artefacts, the user's, which count most."""
+    known = _read(
+        (shipped_file(device), *(folder / _name(device) for folder in lent_tuning()), cached_file(device))
+    )
     return [entry for entry in known if entry.device == device]
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from pathlib import Path
 
+from graphopt.cache_folder import lent_tuning
 from graphopt_kernels.tuning.store import Entry, all_entries, code_of, stored_entries, versions
 
 __all__ = ["carried", "forget_table", "found", "measured"]
@@ -16,7 +18,7 @@ __all__ = ["carried", "forget_table", "found", "measured"]
 
 def found(kernel: str, sources: tuple[str, ...], device: str, problem: str) -> str | None:
     """The configuration that is stored for a problem, or ``None``: nothing is, or the default was best."""
-    entry = _entries(device).get((kernel, problem))
+    entry = _entries(device, lent_tuning()).get((kernel, problem))
     if entry is None or entry.code != code_of(sources):
         return None
     return entry.configuration
@@ -24,14 +26,14 @@ def found(kernel: str, sources: tuple[str, ...], device: str, problem: str) -> s
 
 def measured(kernel: str, device: str, problem: str | None) -> bool:
     """Whether anything is stored for a problem, or for ``None`` for any; also that the default was best."""
-    known = _entries(device)
+    known = _entries(device, lent_tuning())
     if problem is not None:
         return (kernel, problem) in known
     return any(name == kernel for name, _ in known)
 
 
 @functools.cache
-def _entries(device: str) -> Mapping[tuple[str, str], Entry]:
+def _entries(device: str, lent: tuple[Path, ...]) -> Mapping[tuple[str, str], Entry]:
     present = versions()
     return {
         (entry.kernel, entry.problem): entry
