@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from table_cells import good, mib, number, percent, table, verdict
+from table_decode import gpu_decode, gpu_decode_attention, kv_stores, page
 from table_gpu import (
     gpu_attention,
     gpu_compile_time,
@@ -435,6 +436,9 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu_emitted_attention": gpu_emitted_attention,
     "gpu_products": gpu_products,
     "gpu_quantized": gpu_quantized,
+    "gpu_decode": gpu_decode,
+    "gpu_decode_attention": gpu_decode_attention,
+    "kv_stores": kv_stores,
     "gpu_pack_linears": gpu_pack_linears,
     "gpu_convolutions": gpu_convolutions,
     "gpu_optimizer": gpu_optimizer,
@@ -448,23 +452,24 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "folded_norms": folded_norms,
     "quantized_cpu": quantized_cpu,
     "quality_packed": quality_packed,
+    "page": page,
 }
 
 
 def main() -> None:
-    page = [HEAD]
+    sections = [HEAD]
     for name, section in SECTIONS.items():
         file = RESULTS / f"{name}.json"
         if not file.exists():
-            page.append(f"## {name}\n\nNot measured yet (`python benchmarks/{name}.py`).")
+            sections.append(f"## {name}\n\nNot measured yet (`python benchmarks/{name}.py`).")
             continue
         record = json.loads(file.read_text())
         where = record.get("cpu") or record.get("device") or record.get("gpu")
         versions = record.get("versions", {})
         stamp = f"\n\n{where}, torch {versions.get('torch', record.get('torch', ''))}, {record['date']}"
         stamp += "".join(f"; {', '.join(u['models'])}: {u['date']}" for u in record.get("updates", ())) + "."
-        page.append(section(record) + failures(record) + stamp)
-    write_atomically(PAGE, "\n\n".join(page) + "\n")
+        sections.append(section(record) + failures(record) + stamp)
+    write_atomically(PAGE, "\n\n".join(sections) + "\n")
 
 
 if __name__ == "__main__":

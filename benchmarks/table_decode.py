@@ -1,0 +1,104 @@
+"""The sections of docs/benchmarks.md about decoding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from table_cells import percent, table, verdict
+
+_WANTED = {"graphopt": 240, "graphopt-int8": 440, "graphopt-fp8": 440, "graphopt-int4": 650}
+_ATTENTION = {"graphopt": 0.85, "quant-8": 0.85, "quant-4": 0.75}
+
+
+def gpu_decode(record: dict[str, Any]) -> str:
+    cells = []
+    for row in sorted(record["rows"], key=lambda row: row["ms"]):
+        wanted = _WANTED.get(row["mode"])
+        met = "" if wanted is None else f"{wanted}: {verdict(row['tokens_per_s'] >= wanted)}"
+        cells.append(
+            (
+                row["mode"], f"{row['ms']:.2f}", f"{row['tokens_per_s']:.0f}", met, percent(row["floor"]),
+                f"{row['regret']:.3f}", row["at"],
+            )
+        )  # fmt: skip
+    return (
+        "## Decoding one sequence on a GPU\n\n"
+        "A Llama-3.1-8B shape with random weights, greedy, 512 tokens before; `graphopt` generates "
+        "with `optimize(generate=...)`, `compile` is `torch.compile` of a step with a static cache. *of the "
+        "floor*: "
+        "the time in which the weights alone are read, over what a token took. *regret*: by how much the "
+        "logit of each token is below the largest, in float32, in standard deviations of logits; random "
+        "weights suffer more from rounding than trained ones. Rows of one `at` are of one run.\n\n"
+        + table(("mode", "ms a token", "tokens/s", "target", "of the floor", "regret", "at"), cells)
+    )
+
+
+def gpu_decode_attention(record: dict[str, Any]) -> str:
+    cells, met = [], {name: [0, 0] for name in _ATTENTION}
+    places = dict.fromkeys((row["batch"], row["capacity"], row["filled"]) for row in record["rows"])
+    kinds = tuple(dict.fromkeys(row["kind"] for row in record["rows"]))
+    for place in places:
+        rows = {
+            row["kind"]: row
+            for row in record["rows"]
+            if (row["batch"], row["capacity"], row["filled"]) == place
+        }
+        for name, (good, count) in met.items():
+            if name in rows:
+                met[name] = [good + (rows[name]["of_read"] >= _ATTENTION[name]), count + 1]
+        texts = (
+            f"{rows[kind]['us']:.0f} ({percent(rows[kind]['of_read'])})" if kind in rows else ""
+            for kind in kinds
+        )
+        cells.append((*map(str, place), *texts))
+    reached = "; ".join(f"{name} {good} of {count}" for name, (good, count) in met.items())
+    return (
+        "## Attention of one token over what is stored\n\n"
+        "32 heads of queries, 8 of keys, of 128 elements, bf16: microseconds, and the share of the bandwidth "
+        f"of a sum ({record['read_gb_per_second']:.0f} GB/s) that filled positions are read with. `sdpa` is "
+        "`scaled_dot_product_attention` over a static cache with a mask. Targets: 85 % (bf16, 8 bits), 75 % "
+        f"(4 bits), reached in: {reached}. Kernels of rounded stores are bound by their instructions, and "
+        "slower than those of bf16: they save memory, not time.\n\n"
+        + table(("batch", "capacity", "filled", *kinds), cells)
+    )
+
+
+def kv_stores(record: dict[str, Any]) -> str:
+    cells = [
+        (
+            row["model"], f"`{row['what']}`", f"{row['share']:.3f}x", f"{row['perplexity_ratio']:.3f}",
+            f"{row['divergence']:.4f}", f"{row['divergence_p99']:.3f}", percent(row["agreement"]),
+        )
+        for row in record["rows"]
+        if "share" in row and "perplexity_ratio" in row and "divergence" in row
+    ]  # fmt: skip
+    targets = "; ".join(
+        f"{name}x at a perplexity ratio of {found['target']}: {verdict(found['met'])} "
+        f"({found['share']:.3f}x at {found['perplexity_ratio']:.3f})"
+        for name, found in record["summary"].items()
+        if "target" in found
+    )
+    halves = ", ".join(
+        f"{found['kl_of_uniform']:.2f} at {found['share']:.3f}x"
+        for found in record["summary"].values()
+        if "kl_of_uniform" in found
+    )
+    return (
+        "## Keys and values in fewer bytes, on a real checkpoint\n\n"
+        "SmolLM2-135M-Instruct, 2,048 tokens of held-out text; bytes of the stores against those of "
+        f"two bytes a number. Targets: {targets}. KL of what is allocated over that of uniform stores of the "
+        "same bytes "
+        f"(target 0.5): {halves}.\n\n"
+        + table(("", "stores", "bytes", "perplexity ratio", "KL", "KL, 99 %", "top-1"), cells)
+    )
+
+
+def page(record: dict[str, Any]) -> str:
+    found = record["summary"]
+    return (
+        "## The page of a program\n\n"
+        f"`graphopt dump -f html` of {record['values']} values, {record['bytes'] / 1e6:.1f} MB, in a "
+        f"headless browser, medians of {len(record['rows'])}: open after {found['open_ms']:.0f} ms (target 3,000: "
+        f"{verdict(found['open_ms'] <= 3000)}), all layers laid out in {found['all_ms']:.0f} ms, longest "
+        f"frame {found['paint_ms']:.1f} ms."
+    )
