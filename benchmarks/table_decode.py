@@ -98,7 +98,8 @@ def page(record: dict[str, Any]) -> str:
     return (
         "## The page of a program\n\n"
         f"`graphopt dump -f html` of {record['values']} values, {record['bytes'] / 1e6:.1f} MB, in a "
-        f"headless browser, medians of {len(record['rows'])}: open after {found['open_ms']:.0f} ms (target 3,000: "
+        f"headless browser, medians of {len(record['rows'])}: open after {found['open_ms']:.0f} ms "
+        "(target 3,000: "
         f"{verdict(found['open_ms'] <= 3000)}), all layers laid out in {found['all_ms']:.0f} ms, longest "
         f"frame {found['paint_ms']:.1f} ms."
     )
