@@ -151,6 +151,16 @@ def test_the_stated_workspace_is_what_the_cpu_takes_at_most(op: Any, given: dict
         assert isinstance(taken, Probe) and taken.workspace <= stated <= 2 * taken.workspace, (rows, dtype)
 
 
+@pytest.mark.parametrize("op", [FORWARD, BACKWARD], ids=str)
+def test_weights_that_are_dropped_cost_their_numbers_in_every_kernel(op: Any) -> None:
+    kept, dropped = (phases_of(call_of(sized(op, 700, torch.bfloat16, drops=drops))) for drops in (False, True))
+    products = [(before, after) for before, after in zip(kept, dropped, strict=True) if before.flops]
+    assert products
+    for before, after in products:
+        assert after.elements == before.elements * (1 + dropout_cost.DRAWN)
+        assert (after.flops, after.written) == (before.flops, before.written)
+
+
 def test_dropout_takes_a_block_of_words_and_moves_each_operand_once() -> None:
     op = ops.dropout_add.default
     for count, dtype, adds in ((3000, torch.float32, True), (2**19, torch.bfloat16, False),

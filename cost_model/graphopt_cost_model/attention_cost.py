@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from graphopt_cost_model.call import Call, TensorSpec
-from graphopt_cost_model.dropout_cost import words_bytes
+from graphopt_cost_model.dropout_cost import DRAWN, words_bytes
 from graphopt_cost_model.phase import Phase
 
 __all__ = [
@@ -52,7 +52,12 @@ def attention_phases(call: Call) -> tuple[Phase, ...]:
     pairs = _pairs(call, query, key)
     flops = 2 * pairs * (query.shape[3] + value.shape[3])
     read = _bytes(query, key, value, call.argument("bias"))
-    return (Phase(flops, pairs, read, _bytes(*call.outputs), _dtype(query)),)
+    return (Phase(flops, _touched(call, pairs), read, _bytes(*call.outputs), _dtype(query)),)
+
+
+def _touched(call: Call, pairs: int) -> int:
+    """Elements of the scores, those of their mask where weights are dropped: each kernel draws it again."""
+    return pairs * (1 + DRAWN) if call.argument("dropout_p") else pairs
 
 
 def attention_backward_phases(call: Call) -> tuple[Phase, ...]:
@@ -64,6 +69,7 @@ def attention_backward_phases(call: Call) -> tuple[Phase, ...]:
     bias = call.argument("bias")
     of_query, of_key, of_value, of_bias = call.argument("output_mask")
     pairs = _pairs(call, query, key)
+    touched = _touched(call, pairs)
     width, value_width = query.shape[3], value.shape[3]
     rows = 4 * query.elements // max(1, width)
     operands = _bytes(query, key, value, grad, bias)
@@ -71,11 +77,11 @@ def attention_backward_phases(call: Call) -> tuple[Phase, ...]:
     if query.device == "cpu":
         products = width * (1 + of_query + of_key) + value_width * (1 + of_value)
         read = operands + _bytes(output) + rows
-        return (Phase(2 * pairs * products, pairs, read, _bytes(*call.outputs), _dtype(query)),)
+        return (Phase(2 * pairs * products, touched, read, _bytes(*call.outputs), _dtype(query)),)
     phases = [Phase(0, grad.elements, _bytes(grad, output) + rows, 2 * rows, "float32")]
 
     def add(products: int, *made: TensorSpec) -> None:
-        phases.append(Phase(2 * pairs * products, pairs, operands + 2 * rows, _bytes(*made), _dtype(query)))
+        phases.append(Phase(2 * pairs * products, touched, operands + 2 * rows, _bytes(*made), _dtype(query)))
 
     if of_key or of_value:
         add(2 * width + 2 * value_width, d_key, d_value)

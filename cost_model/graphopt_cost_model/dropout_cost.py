@@ -1,6 +1,7 @@
-"""Memory within calls on the CPU that compute the numbers of a seed (``graphopt_kernels.philox``).
+"""What the numbers of a seed cost (``graphopt_kernels.philox``): instructions, and memory within calls on the
+CPU.
 
-Counted in the source and compared with what calls take.
+Counted in the source; memory was compared with what calls take.
 """
 
 from __future__ import annotations
@@ -9,10 +10,14 @@ import torch
 
 from graphopt_cost_model.call import Call, TensorSpec
 
-__all__ = ["BLOCK_ELEMENTS", "dropout_workspace", "words_bytes"]
+__all__ = ["BLOCK_ELEMENTS", "DRAWN", "dropout_workspace", "words_bytes"]
 
 BLOCK_ELEMENTS = 2**17
 """Elements whose words are held at a time."""
+
+DRAWN = 25
+"""Instructions for the number of an element: a counter gives four, in ten rounds of two products of 32 by 32
+bits, which count twice, and five of other kinds (Salmon et al. 2011), then a comparison and a choice."""
 
 _OF_SCORE, _OF_ELEMENT = 56, 30
 """Bytes of the words, counters and products of an element, int64 each, four elements to a counter; scores
