@@ -153,7 +153,9 @@ def test_the_stated_workspace_is_what_the_cpu_takes_at_most(op: Any, given: dict
 
 @pytest.mark.parametrize("op", [FORWARD, BACKWARD], ids=str)
 def test_weights_that_are_dropped_cost_their_numbers_in_every_kernel(op: Any) -> None:
-    kept, dropped = (phases_of(call_of(sized(op, 700, torch.bfloat16, drops=drops))) for drops in (False, True))
+    kept, dropped = (
+        phases_of(call_of(sized(op, 700, torch.bfloat16, drops=drops))) for drops in (False, True)
+    )
     products = [(before, after) for before, after in zip(kept, dropped, strict=True) if before.flops]
     assert products
     for before, after in products:
