@@ -66,7 +66,7 @@ def optimize(
     cache: bool = True,
     generate: Generate | None = None,
     rewrites: Sequence[str] | None = None,
-    guard: str | None = None,
+    guard: str = "off",
 ) -> Optimized:
     """The fastest version of ``model`` whose step fits ``budget``, with the same call.
 
@@ -113,8 +113,7 @@ def optimize(
     ``guard="measure"``: at the first call for training, and at the first for inference, a few steps of the
     program and of the model as it was are measured in turns, all that they change put back. Where the model
     is faster (and fits the budget) it runs as it did from then on; the report says what was measured.
-    ``"off"`` measures nothing. ``None`` is ``"measure"`` on CUDA, and ``"off"`` elsewhere and with
-    ``on_error="raise"``, where programs are wanted whatever they measure.
+    ``"off"`` measures nothing.
 
     Gradients that the parameters carry when ``optimize`` is called count as held throughout (as in
     gradient accumulation); without them a step is taken to begin with none.
@@ -209,7 +208,7 @@ def _prepared(
         raise InputsError("plan= replays what was chosen: policy= would choose again; give one of them")
     if step is not None and not callable(step):
         raise InputsError(f"step is {step!r}: expected a function of the module that runs one whole step")
-    if options["guard"] not in (None, *GUARDS):
+    if options["guard"] not in GUARDS:
         raise UnknownNameError("value of guard", options["guard"], GUARDS)
     if verify not in _VERIFY:
         raise UnknownNameError("value of verify", verify, _VERIFY)
@@ -245,7 +244,7 @@ def _uncaptured(
     dry_run: bool,
     generate: Generate | None = None,
     assigned: Assigned | None = None,
-    guard: str | None = None,
+    guard: str = "off",
     **choices: Any,
 ) -> Optimized:
     """An optimized module that captures on its first call; its copies are made the same way, from a model
@@ -279,8 +278,7 @@ def _uncaptured(
     session = fresh(model, budget)
     fit = WeightFit(model, session, fresh, attempt, dry_run)
     driver = Driver(model, session, inputs=example, dynamic=dynamic_shapes, loss_fn=loss_fn, fit=fit)
-    unasked = "measure" if where.type == "cuda" and choices["on_error"] != "raise" else "off"
-    if not dry_run and (guard or unasked) == "measure":
+    if not dry_run and guard == "measure":
         driver.guard = Guard(driver.remark)
     again = partial(
         _uncaptured,
