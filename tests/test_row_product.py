@@ -164,3 +164,32 @@ def test_it_goes_with_programs_that_are_written_out(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("codes", [BF16, FP16, INT8, FP8], ids=str)
+def test_a_gpu_computes_what_the_parts_do(codes: torch.dtype) -> None:
+    from graphopt_kernels.quantized.fp8 import rounded_to_fp8
+
+    for k, n, gate, normed, early in (
+        (4096, 512, "silu", True, False), (14336, 96, "", False, True), (1000, 33, "gelu", True, False),
+        (768, 64, "gelu_tanh", True, True), (65536, 16, "", True, False),
+    ):  # fmt: skip
+        torch.manual_seed(k)
+        dtype = codes if codes in (BF16, FP16) else BF16
+        rows = 2 * n if gate else n
+        weight, scales = torch.randn(rows, k, device="cuda") / k**0.5, None
+        if codes in (INT8, FP8):
+            weight, scales = (rounded_to_int8 if codes is INT8 else rounded_to_fp8)(weight)
+        weight = weight.to(codes)
+        x = torch.randn(1, 1, k, device="cuda").to(dtype)
+        norm = torch.rand(k, device="cuda").to(dtype) if normed else None
+        bias, added = (torch.randn(*shape, device="cuda").to(dtype) for shape in ((rows,), (1, 1, n)))
+        arguments = (x, weight, scales, bias, norm, normed, 1e-5, 0.5, added, gate)
+        wide = [t.double() if isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in arguments]
+        exact = exactly(*wide)
+        for _ in range(2 if early else 1):
+            # Asked again of a weight that nobody wrote, its kernel is let in early.
+            found = operator(*arguments)
+        limit = 0.006 if dtype is BF16 else 0.001
+        assert (found.double() - exact).norm() <= limit * exact.norm(), (k, n, gate)
