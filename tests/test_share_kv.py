@@ -304,13 +304,13 @@ def test_without_generation_it_does_nothing(model: nn.Module) -> None:
 
 def layers_of(name: str) -> tuple[nn.Module, dict[int, int]]:
     """Four layers of a family and a plan of consumers among those of one kind."""
-    kinds = FAMILIES[name].get("layer_types")
     count = "num_hidden_layers" if "num_hidden_layers" in FAMILIES[name] else "n_layer"
     changes: dict[str, Any] = {count: 4}
-    if kinds:
+    if "layer_types" in FAMILIES[name]:
         changes["layer_types"] = ["sliding_attention", "full_attention"] * 2
-    model = family(name, **changes)
-    return model, {3: 1} if kinds else {1: 0, 2: 0}
+    model: Any = family(name, **changes)
+    mixed = len(set(getattr(model.config, "layer_types", None) or ())) > 1
+    return model, {3: 1} if mixed else {1: 0, 2: 0}
 
 
 def decodes_shared(model: nn.Module, plan: dict[int, int]) -> None:
