@@ -320,8 +320,7 @@ def decodes_shared(model: nn.Module, plan: dict[int, int]) -> None:
     sharing = made.report.decoding.sharing
     assert sharing.off <= 1e-5
     for freed in (sharing.cache_bytes, sharing.weight_bytes, sharing.flops):
-        assert freed.realised >= 0.99 * freed.promised
-    assert sharing.cache_bytes.promised > 0
+        assert 1.01 * freed.promised >= freed.realised >= 0.99 * freed.promised > 0
     ids = greedy(made, 4)
     made.load_state_dict(original)
     assert torch.equal(greedy(made, 4), ids)
