@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from graphopt.artefact.load import load
     from graphopt.budget import Budget
     from graphopt.candidate import Candidate, CostDelta, Declined, Frontier, FrontierPoint, NearMiss, Reason
+    from graphopt.decoding.heal import heal
     from graphopt.decoding.options import Generate
     from graphopt.decoding.stores import CacheStore
     from graphopt.decoding.structure import explain_layers
@@ -115,6 +116,7 @@ __all__ = [
     "calibrate",
     "explain_layers",
     "explain_memory",
+    "heal",
     "hookimpl",
     "load",
     "load_weights",
@@ -141,6 +143,7 @@ _HOME = {
         "NearMiss",
         "Reason",
     ),
+    "graphopt.decoding.heal": ("heal",),
     "graphopt.decoding.options": ("Generate",),
     "graphopt.decoding.stores": ("CacheStore",),
     "graphopt.decoding.structure": ("explain_layers",),

@@ -155,8 +155,8 @@ class Report:
         body.setdefault("decoding", None)
         body.setdefault("rewrites", [])
         if isinstance(body["decoding"], Mapping):
-            # Nor, before attentions could be let share and stores round, whether they do.
-            body["decoding"] = {"sharing": None, "lossy": None, **body["decoding"]}
+            # Nor, before these could be, whether weights lie side by side, attentions share and stores round.
+            body["decoding"] = {"beside": 0, "sharing": None, "lossy": None, **body["decoding"]}
         for name in ("baseline", "predicted", "measured"):
             if isinstance(body.get(name), Mapping):
                 body[name] = {"cache_bytes": 0, **body[name]}

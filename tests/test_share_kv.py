@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt import GraphoptError, Report
+from graphopt import GraphoptError, InputsError, Report
 from graphopt.api import make_session
 from graphopt.decoding.assigning import Assigned, assign
 from graphopt.decoding.capture import Uncached, capture_uncached
@@ -228,6 +229,7 @@ def test_a_bound_on_kl_is_kept(model: nn.Module) -> None:
     assert made.records[0].status == "no-op" and made.sharing is None and made.model is model
 
 
+@pytest.mark.slow
 def test_recovery_brings_predictions_back(model: nn.Module) -> None:
     rows = tokens(16, 32, seed=6)
     made = assigned(model, plan={1: 0, 2: 0}, calibration=rows, recover="local", steps=60)
@@ -300,40 +302,70 @@ def test_without_generation_it_does_nothing(model: nn.Module) -> None:
     assert record.status == "skipped" and "generate=" in record.reason
 
 
-def pairs_of(name: str) -> tuple[nn.Module, dict[int, int]]:
-    """Four layers of a family and a plan of two consumers among those of one kind."""
-    kinds = FAMILIES[name].get("layer_types")
+def layers_of(name: str) -> tuple[nn.Module, dict[int, int]]:
+    """Four layers of a family and a plan of consumers among those of one kind."""
     count = "num_hidden_layers" if "num_hidden_layers" in FAMILIES[name] else "n_layer"
     changes: dict[str, Any] = {count: 4}
-    if kinds:
+    if "layer_types" in FAMILIES[name]:
         changes["layer_types"] = ["sliding_attention", "full_attention"] * 2
-    model = family(name, **changes)
-    return model, {3: 1} if kinds else {1: 0, 2: 0}
+    model: Any = family(name, **changes)
+    mixed = len(set(getattr(model.config, "layer_types", None) or ())) > 1
+    return model, {3: 1} if mixed else {1: 0, 2: 0}
 
 
-def decodes_shared(name: str) -> None:
-    model, plan = pairs_of(name)
+def decodes_shared(model: nn.Module, plan: dict[int, int]) -> None:
     original = copy.deepcopy(model.state_dict())
     made = shared(model, {"input_ids": tokens()}, plan=plan)
     follows_itself(made)
     sharing = made.report.decoding.sharing
     assert sharing.off <= 1e-5
     for freed in (sharing.cache_bytes, sharing.weight_bytes, sharing.flops):
-        assert freed.realised >= 0.99 * freed.promised
-    assert sharing.cache_bytes.promised > 0
+        assert 1.01 * freed.promised >= freed.realised >= 0.99 * freed.promised > 0
     ids = greedy(made, 4)
     made.load_state_dict(original)
     assert torch.equal(greedy(made, 4), ids)
 
 
-@pytest.mark.parametrize("name", ["falcon"])
-def test_a_family_decodes_with_shared_keys(name: str) -> None:
+def test_a_llama_decodes_with_shared_keys() -> None:
     pytest.importorskip("transformers")
-    decodes_shared(name)
+    decodes_shared(family("llama"), {1: 0})
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma3n_text"])
 def test_every_family_decodes_with_shared_keys(name: str) -> None:
     pytest.importorskip("transformers")
-    decodes_shared(name)
+    decodes_shared(*layers_of(name))
+
+
+@pytest.mark.slow
+def test_healing_helps_and_goes_on_where_it_stopped(model: nn.Module, tmp_path: Path) -> None:
+    batches = [(tokens(4, 24, seed),) for seed in range(4)]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    whole, parts = (assigned(model, plan={1: 0, 2: 0}).model for _ in range(2))
+    seen: list[float] = []
+    done = graphopt.heal(
+        whole, batches, reference=model, steps=24, rate=3e-3, progress=lambda step, kl: seen.append(kl)
+    )
+    assert len(seen) == 24 and done.last < 0.5 * done.first
+    assert "blocks.1.qkv.weight" in done.trained and not any("mlp" in name for name in done.trained)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    class Stopped(Exception):
+        pass
+
+    def stop(step: int, kl: float) -> None:
+        if step == 13:
+            raise Stopped
+
+    file = tmp_path / "state.safetensors"
+    options: Any = {"reference": model, "steps": 24, "rate": 3e-3, "state": file, "every": 6}
+    with pytest.raises(Stopped):
+        graphopt.heal(parts, batches, progress=stop, **options)
+    graphopt.heal(parts, batches, **options)
+    for name, value in whole.state_dict().items():
+        assert torch.allclose(value, parts.state_dict()[name], atol=1e-6), name
+    with pytest.raises(InputsError, match="of a run of 24 steps"):
+        graphopt.heal(parts, batches, **{**options, "steps": 30})
+    with pytest.raises(InputsError, match="whose attentions read their own keys"):
+        graphopt.heal(model, batches, **options)

@@ -96,7 +96,11 @@ def _share(product: fx.Node, live: set[fx.Node], other: _Edges) -> float:
     """The share of the columns of ``product`` that something live reads."""
     known = columns_of(product)
     columns: set[int] = set()
+    # Heads that attention repeats are read from elsewhere, though they look laid out from here.
+    elsewhere = {reader for reader, _ in other}
     for node, held in known.items():
+        if node in elsewhere:
+            continue
         readers = (u for u in node.users if u in live and u not in known and (u, node) not in other)
         if isinstance(held, torch.Tensor) and any(True for _ in readers):
             columns.update(held.flatten().tolist())

@@ -21,6 +21,8 @@ from torch import nn
 from graphopt.decoding.capture import Uncached, arguments_of
 from graphopt.decoding.narrow import Narrowed
 from graphopt.decoding.options import Generate
+from graphopt.decoding.projections import weights_beside
+from graphopt.decoding.regions import attention_regions
 from graphopt.errors import CaptureError, InputsError
 from graphopt.packing.fit import sharing
 
@@ -38,7 +40,8 @@ class _Part:
 @dataclass(frozen=True)
 class SharedProgram:
     """What a shared model runs. ``gone``: names of the original that are no more; ``columns``: of which
-    dimension of a weight which columns are left. ``returned``: the type that the original returns."""
+    dimension of a weight which columns are left. ``attention``: names of weights of projections next to
+    attentions. ``returned``: the type that the original returns."""
 
     gm: fx.GraphModule
     parts: tuple[_Part, ...]
@@ -49,6 +52,7 @@ class SharedProgram:
     options: Generate
     gone: frozenset[str]
     columns: Mapping[str, tuple[int, torch.Tensor]]
+    attention: tuple[str, ...]
     returned: type
     signature: inspect.Signature
 
@@ -171,10 +175,12 @@ def shared_model(
             else:
                 owner._buffers[attribute] = value
         parts.append(_Part(placeholder, path))
+    beside = weights_beside(after, attention_regions(after))
     columns = {before.names[one.placeholder]: (one.dim, one.columns) for one in narrowed}
     program = SharedProgram(
         after.gm, tuple(parts), after.inputs, after.tokens, after.mask, after.positions, options, gone,
-        columns, _kind_returned(model, before, options), inspect.signature(type(model).forward),
+        columns, tuple(part.path for part in parts if part.placeholder in beside),
+        _kind_returned(model, before, options), inspect.signature(type(model).forward),
     )  # fmt: skip
     kind = type(model)
     about = {"__module__": kind.__module__, "__doc__": kind.__doc__}

@@ -18,9 +18,9 @@ import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.decoding.capture import Uncached, arguments_of
-from graphopt.decoding.columns import PRODUCTS, TURNS
 from graphopt.decoding.layouts import name_of
 from graphopt.decoding.part import Part, following
+from graphopt.decoding.projections import projection_before, projection_behind, weights_of
 from graphopt.decoding.regions import Region
 from graphopt.decoding.share import redirected
 from graphopt.errors import InputsError
@@ -132,9 +132,8 @@ def _trained(
 
 def _local(shared: Uncached, region: Region, named: Mapping[str, fx.Node]) -> _Local:
     graph = shared.gm.graph
-    place = {node: number for number, node in enumerate(graph.nodes)}
-    query = _product_before(shared, named[region.query.name], place)
-    output = _product_behind(shared, named[region.output.name], place)
+    query = projection_before(shared, named[region.query.name])
+    output = projection_behind(shared, named[region.output.name])
     if query is None or output is None:
         where = region.layer or region.output.name
         what = "queries" if query is None else "what it attended to"
@@ -146,15 +145,10 @@ def _local(shared: Uncached, region: Region, named: Mapping[str, fx.Node]) -> _L
     trained: list[fx.Node] = []
     turns: set[fx.Node] = set()
     for product in (query, output):
-        for source in product.all_input_nodes:
-            chain = [source]
-            while name_of(chain[-1]) in TURNS and isinstance(chain[-1].args[0], fx.Node):
-                chain.append(chain[-1].args[0])
-            weight = chain[-1]
-            own = weight.name in shared.weights and len(weight.users) == 1
-            if own and shared.weights[weight.name].is_floating_point():
+        for weight, turned in weights_of(shared, product):
+            if len(weight.users) == 1 and shared.weights[weight.name].is_floating_point():
                 trained.append(weight)
-                turns.update(chain[:-1])
+                turns.update(turned)
     behind = following(graph, [query])
     nodes = [node for node in Part(graph, {end.name}).nodes if node in behind or node in turns]
     inside = set(nodes)
@@ -163,47 +157,6 @@ def _local(shared: Uncached, region: Region, named: Mapping[str, fx.Node]) -> _L
         if source not in inside and source.name not in shared.weights
     }  # fmt: skip
     return _Local(end.name, tuple(node.name for node in trained), frozenset(boundary))
-
-
-def _is_projection(shared: Uncached, node: fx.Node) -> bool:
-    if name_of(node) not in PRODUCTS:
-        return False
-    for source in node.all_input_nodes:
-        while name_of(source) in TURNS and isinstance(source.args[0], fx.Node):
-            source = source.args[0]
-        if source.name in shared.weights:
-            return True
-    return False
-
-
-def _product_before(shared: Uncached, node: fx.Node, place: Mapping[fx.Node, int]) -> fx.Node | None:
-    """The nearest projection that ``node`` is made of."""
-    pending, seen = [node], set()
-    while pending:
-        here = max(pending, key=place.__getitem__)
-        pending.remove(here)
-        if here in seen:
-            continue
-        seen.add(here)
-        if _is_projection(shared, here):
-            return here
-        pending.extend(source for source in here.all_input_nodes if source.op == "call_function")
-    return None
-
-
-def _product_behind(shared: Uncached, node: fx.Node, place: Mapping[fx.Node, int]) -> fx.Node | None:
-    """The nearest projection of ``node``."""
-    pending, seen = [node], set()
-    while pending:
-        here = min(pending, key=place.__getitem__)
-        pending.remove(here)
-        if here in seen or here.op != "call_function":
-            continue
-        seen.add(here)
-        if here is not node and _is_projection(shared, here):
-            return here
-        pending.extend(here.users)
-    return None
 
 
 def _stream_behind(product: fx.Node) -> fx.Node:
