@@ -266,3 +266,18 @@ def test_values_may_lie_otherwise_than_traced(training: bool) -> None:
     fast = graphopt.optimize(model, (X,), emit="eager", cache=False)
     assert_close(run_step(fast, (X.clone(),)), run_step(plain, (X.clone(),)))
     assert len(fast.report.programs) == 1 and fast.report.diagnostics == ()
+
+
+class Picking(Net):
+    """Sizes that depend on values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        return self.b(h[x[:, 0] < 9]).sum() + h.sum()
+
+
+def test_rows_that_are_picked_count_as_all() -> None:
+    torch._dynamo.reset()
+    fast = graphopt.optimize(Picking(), (X.repeat(256, 1),), emit="eager", cache=False)
+    assert fast.plan.predicted.peak_bytes >= fast.measure(repeats=1).peak_bytes
+    assert len(fast.report.programs) == 1
