@@ -37,7 +37,9 @@ def zoo(record: dict[str, Any]) -> str:
         f"{budgets + summary['budgets_exceeded']}. Outputs, gradients and buffers of training are the "
         f"model's own to the bit for {summary['exact_training']} of {summary['models']}; "
         f"{summary['training_in_one_graph']} train in one graph. `as it did`: the model is left alone, "
-        "with the reason. `stopped`: not done within the limit of time, on a machine that others used.\n\n"
+        "with the reason. `stopped`: not done within the limit of time, on a machine that others used. "
+        f"Of the {len(families)} types of the list {sum(name in families for name in record['rows'])} were "
+        "run so far; `python benchmarks/zoo.py` goes on from there.\n\n"
         + table(("models", "tried", *WORDS), cells)
         + _named(record)
     )
@@ -52,7 +54,7 @@ def _named(record: dict[str, Any]) -> str:
             continue
         parts = [row[part] for part in ("inference", "training", "budget") if part in row]
         told = [part["error"].splitlines()[0] for part in parts if "error" in part]
-        told += [f"stopped {row['stopped']}"] if "stopped" in row else []
+        told += [row["stopped"]] if "stopped" in row else []
         told += [note for part in parts for note in part.get("notes", ())][-1:] if not told else []
         lines.append(f"- {name}: {word}{': ' if told else ''}{'; '.join(dict.fromkeys(told))}")
     return "\n\n" + "\n".join(lines) if lines else ""
