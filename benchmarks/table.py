@@ -32,6 +32,7 @@ from table_gpu import (
     gpu_train,
 )
 from table_quality import quality_packed
+from table_zoo import zoo
 
 from graphopt.atomic import write_atomically
 
@@ -409,11 +410,11 @@ def quantized_cpu(record: dict[str, Any]) -> str:
 
 
 def failures(record: dict[str, Any]) -> str:
-    rows = [
-        f"- {row['model']}: {row['error']}"
-        for row in record.get("rows", ())
-        if isinstance(row.get("error"), str)
-    ]
+    found = record.get("rows", ())
+    if isinstance(found, dict):
+        # Rows by model: their section says itself what failed.
+        return ""
+    rows = [f"- {row['model']}: {row['error']}" for row in found if isinstance(row.get("error"), str)]
     return "\n\nWithout a result:\n\n" + "\n".join(rows) if rows else ""
 
 
@@ -453,6 +454,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "quantized_cpu": quantized_cpu,
     "quality_packed": quality_packed,
     "page": page,
+    "zoo": zoo,
 }
 
 

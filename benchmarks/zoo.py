@@ -44,6 +44,7 @@ import zoo_others
 import zoo_transformers
 from harness import RESULTS, environment, say
 from torch.utils import _pytree as pytree
+from zoo_verdict import TOLERANCE, verdict, wrong
 
 import graphopt
 from graphopt.atomic import write_atomically
@@ -51,7 +52,6 @@ from graphopt.budget import Budget
 from graphopt.errors import BudgetError, GraphoptError
 from graphopt.loss import is_differentiable, loss_of
 
-TOLERANCE = 1e-4
 LEAST_SCALE = 1e-2
 """Of the largest number among all tensors that are compared together."""
 SHARE = 0.6
@@ -120,10 +120,6 @@ def _largest(value: torch.Tensor) -> float:
 
 def _kind(value: Any) -> str:
     return f"{value.dtype}{list(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
-
-
-def wrong(share: float | str) -> bool:
-    return isinstance(share, str) or share > TOLERANCE
 
 
 def step(of: Subject, module: torch.nn.Module, number: int) -> dict[str, Any]:
@@ -287,23 +283,6 @@ def tried(name: str, limit: float) -> dict[str, Any]:
         code = process.exitcode
         row["stopped"] = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return {**row, "seconds": round(time.time() - began, 1)}
-
-
-def verdict(row: dict[str, Any]) -> str:
-    """One word for a row: ``ok``, ``as it did`` (not captured), ``wrong``, ``over``, ``failed``."""
-    if "error" in row.get("eager", {}):
-        return "eager fails"
-    parts = [row.get(part) for part in ("inference", "training", "budget")]
-    done = [part for part in parts if part is not None]
-    if any(wrong(share) for part in done for share in part.get("worst", {}).values()):
-        return "wrong"
-    if any("touched" in part for part in done):
-        return "wrong"
-    if "stopped" in row or any("error" in part for part in done):
-        return "failed"
-    if row.get("budget", {}).get("kept") is False:
-        return "over"
-    return "ok" if row.get("budget") else "as it did"
 
 
 def summary(rows: dict[str, dict[str, Any]]) -> dict[str, Any]:

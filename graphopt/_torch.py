@@ -455,11 +455,20 @@ def weak_storage(storage: torch.UntypedStorage) -> Any:
 
 
 def hint(size: Any) -> int:
-    """The value that a possibly symbolic size had while tracing, without guarding on it."""
+    """The value that a possibly symbolic size had while tracing, without guarding on it.
+
+    A size that depends on values had none: it is the largest that it can be, so that memory is bounded, or 1
+    where nothing bounds it.
+    """
     if isinstance(size, torch.SymInt):
         value = size.node.hint
-        return int(value) if value is not None else 1
+        return int(value) if value is not None else _largest(size)
     return int(size)
+
+
+def _largest(size: torch.SymInt) -> int:
+    largest = size.node.shape_env.bound_sympy(size.node.expr).upper
+    return int(largest) if largest.is_Integer else 1
 
 
 def hinted(value: Any) -> Any:

@@ -7,7 +7,7 @@ comes from the schedule alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 import torch
 import torch.fx as fx
@@ -49,19 +49,21 @@ def partition(program: Program, schedule: Schedule) -> tuple[fx.GraphModule, fx.
     for node in forward.graph.nodes:
         run_plainly(node)
     forward.graph = ordered(forward.graph, schedule.forward)
-    backward.graph = ordered(backward.graph, schedule.backward)
+    backward.graph = ordered(backward.graph, schedule.backward, first_run.difference(schedule.backward))
     for half in (forward, backward):
         half.graph.lint()
         half.recompile()
     return forward, backward
 
 
-def ordered(graph: fx.Graph, order: Iterable[str]) -> fx.Graph:
+def ordered(graph: fx.Graph, order: Iterable[str], elsewhere: Set[str] = frozenset()) -> fx.Graph:
     """A copy of ``graph`` that executes the nodes named by ``order`` in that order.
 
     Names that the graph lacks (dead here) are passed over; a name that occurs again is computed
     again. Nodes that the order forgets, such as size arithmetic, go right before their first
-    reader.
+    reader. Effects of those named by ``elsewhere`` happen in another graph, and not here too: what
+    AOTAutograd extracts for the backward still has each attention of the forward, as attentions may
+    draw random numbers, whether or not something reads it.
     """
     source = {node.name: node for node in graph.nodes}
     copy = fx.Graph()
@@ -88,7 +90,8 @@ def ordered(graph: fx.Graph, order: Iterable[str]) -> fx.Graph:
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     for node in graph.nodes:
         # Effects (assertions, in-place copies) that no schedule lists still have to happen.
-        if node.op == "call_function" and node not in latest and node.is_impure():
+        unlisted = node.op == "call_function" and node not in latest and node.name not in elsewhere
+        if unlisted and node.is_impure():
             emit(node)
     emit(output)
     return copy

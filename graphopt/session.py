@@ -40,6 +40,7 @@ from graphopt.emit.eager import EagerEmitter
 from graphopt.emit.emitter import NONE, Emitter, Gradients
 from graphopt.emit.fused_point import fused_point
 from graphopt.errors import BudgetError, GraphoptError, LoweringError
+from graphopt.first_run import FirstRun
 from graphopt.forms import see, weigh_forms
 from graphopt.observed import ObservedStep, Ports
 from graphopt.observed_plan import ObservedPlan
@@ -241,6 +242,9 @@ class Session:
 
         captured.recompile, captured.look, captured.plain = compile_now, look, original.forward
         captured.run = compile_now()
+        ran = Ran(specs, tuple(auxiliary), captured)
+        if self.whole:
+            captured.run = self.guarded(captured.run, captured.plain, name)
 
         def call(*args: Any) -> Any:
             if self.capturing and self.whole:
@@ -250,9 +254,15 @@ class Session:
                     self.finish()
                 captured.ran = True
             assert captured.run is not None
-            return self._ran(captured.run, args, Ran(specs, tuple(auxiliary), captured))
+            return self._ran(captured.run, args, ran)
 
         return call
+
+    def guarded(self, run: Callable[..., Any], plain: Callable[..., Any], name: str) -> Callable[..., Any]:
+        """``run``, with ``plain`` in its place should it fail when it is first called."""
+        if self.on_error == "raise":
+            return run
+        return FirstRun(run, plain, lambda why: self.diagnostics.append(f"{name}: {why}"))
 
     def _ran(self, run: Callable[..., Any], args: Sequence[Any], ran: Ran) -> Any:
         return run(*args) if self.watching is None else self.watching(run, args, ran)
@@ -455,6 +465,7 @@ class Session:
         last = self.current[-1]
         if auxiliary:
             run = reattach(run, gm, auxiliary, lambda: self._used(last))
+        run = self.guarded(run, gm.forward, name)
 
         def call(*args: Any) -> Any:
             if self.capturing:

@@ -51,7 +51,8 @@ def compile_together(session: Session, group: Sequence[Captured]) -> None:
         _keep_compiled(session, group, code)
     session._record_plan(group)
     for captured in group:
-        captured.run = code[_key(captured)][0]
+        assert captured.plain is not None
+        captured.run = session.guarded(code[_key(captured)][0], captured.plain, captured.name)
 
 
 def _compile(

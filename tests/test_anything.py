@@ -245,3 +245,39 @@ def test_a_pickled_module_is_optimized_again() -> None:
     again = pickle.loads(pickle.dumps(fast))
     assert torch.equal(again(X), fast(X))
     assert again.a.weight is again.c.weight and again.report.budget == fast.report.budget
+
+
+class Turned(Net):
+    """On the CPU a batch norm lays its result out otherwise than torch says when tracing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.norm(x.view(2, 2, 8).transpose(1, 2)).transpose(1, 2)
+        return h @ self.a.weight
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_values_may_lie_otherwise_than_traced(training: bool) -> None:
+    torch._dynamo.reset()
+    plain, model = Turned().train(training), Turned().train(training)
+    fast = graphopt.optimize(model, (X,), emit="eager", cache=False)
+    assert_close(run_step(fast, (X.clone(),)), run_step(plain, (X.clone(),)))
+    assert len(fast.report.programs) == 1 and fast.report.diagnostics == ()
+
+
+class Picking(Net):
+    """Sizes that depend on values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        return self.b(h[x[:, 0] < 9]).sum() + h.sum()
+
+
+def test_rows_that_are_picked_count_as_all() -> None:
+    torch._dynamo.reset()
+    fast = graphopt.optimize(Picking(), (X.repeat(256, 1),), emit="eager", cache=False)
+    assert fast.plan.predicted.peak_bytes >= fast.measure(repeats=1).peak_bytes
+    assert len(fast.report.programs) == 1

@@ -738,3 +738,21 @@ def test_fakes_are_propagated_through_a_graph_and_views_share_storages() -> None
     assert view.meta["val"].shape == (4,)
     assert _torch.storage_key(view.meta["val"]) == _torch.storage_key(value)
     assert "val" not in out.meta and x.meta["val"] is value
+
+
+def test_a_size_that_depends_on_values_counts_as_its_largest() -> None:
+    _, retraced = _retraced(lambda x: torch.cat([x[x > 0] * 2, x.flatten()]), torch.randn(3, 4))
+    sizes = [
+        _torch.hint(node.meta["val"].shape[0])
+        for target in (torch.ops.aten.mul.Tensor, torch.ops.aten.cat.default)
+        for node in _calls(retraced, target)
+    ]
+    assert sizes == [12, 24]
+
+
+def test_a_size_that_nothing_bounds_counts_as_one() -> None:
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):  # type: ignore[attr-defined]
+        _, retraced = _retraced(lambda x: torch.ones(x.item()) + 1, torch.tensor(3))
+    (node,) = _calls(retraced, torch.ops.aten.add.Tensor)
+    assert isinstance(node.meta["val"].shape[0], torch.SymInt)
+    assert _torch.hint(node.meta["val"].shape[0]) == 1

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 import torch.fx as fx
 from torch.utils import _pytree as pytree
 
@@ -86,8 +87,7 @@ class _Instruction:
     __slots__ = ("args", "frees", "kwargs", "nested", "out", "target")
 
     def __init__(self, node: fx.Node, slots: dict[fx.Node, int], frees: list[int]) -> None:
-        target = node.target
-        self.target: Callable[..., Any] = _method(target) if isinstance(target, str) else target
+        self.target = _called(node)
         self.args = tuple(_placed(node.args, slots))
         self.kwargs = dict(_placed(node.kwargs, slots))
         self.nested = any(
@@ -127,6 +127,22 @@ def _map(value: Any, bind: Callable[[Any], Any]) -> Any:
     if isinstance(value, slice):
         return slice(bind(value.start), bind(value.stop), bind(value.step))
     return bind(value)
+
+
+def _called(node: fx.Node) -> Callable[..., Any]:
+    """What runs ``node``: a view of a value that lies otherwise than when it was traced becomes a copy.
+
+    Kernels may lay their result out otherwise than torch says when tracing: on the CPU a batch norm of an
+    input that is not contiguous returns a contiguous one. Where a view is possible, ``reshape`` is one, and
+    a functional graph has no other name for what it copies.
+    """
+    if isinstance(node.target, str):
+        return _method(node.target)
+    target: Callable[..., Any] = node.target
+    return torch.ops.aten.reshape.default if target in _VIEWS else target
+
+
+_VIEWS = frozenset({torch.ops.aten.view.default, torch.ops.aten._unsafe_view.default})
 
 
 def _method(name: str) -> Callable[..., Any]:

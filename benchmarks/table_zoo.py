@@ -1,0 +1,60 @@
+"""The section of docs/benchmarks.md on any model, from ``results/zoo.json``."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import zoo_transformers
+from table_cells import table, verdict
+from zoo_verdict import verdict as word_for
+
+__all__ = ["zoo"]
+
+WORDS = ("ok", "as it did", "over", "wrong", "failed", "stopped")
+
+
+def zoo(record: dict[str, Any]) -> str:
+    summary, families = record["summary"], zoo_transformers.families()
+    found: dict[str, Counter[str]] = {}
+    for name, row in record["rows"].items():
+        group = f"transformers: {families[name]}" if name in families else name.partition("/")[0]
+        found.setdefault(group, Counter())[word_for(row)] += 1
+    cells = [
+        (group, sum(words[word] for word in WORDS), *(words[word] or "" for word in WORDS))
+        for group, words in sorted(found.items())
+    ]
+    counts = summary["verdicts"]
+    cells.append(("all", summary["models"], *(counts.get(word, "") for word in WORDS)))
+    budgets = summary["budgets_kept"] + summary["budgets_refused_with_a_floor_that_holds"]
+    return (
+        "## Any model\n\n"
+        "`optimize` on the model types of `zoo_types.txt` (transformers, small configurations) and on nets "
+        "of other packages (`zoo_others.py`), op by op on the CPU: inference, two whole steps of training, "
+        f"steps under {record['share']:.0%} of the activations, all against the model's own numbers. "
+        "Target: nothing is wrong or fails that eager runs, every budget is kept or refused: "
+        f"{verdict(summary['met'])}. Budgets kept, or refused with a floor that is: {budgets} of "
+        f"{budgets + summary['budgets_exceeded']}. Outputs, gradients and buffers of training are the "
+        f"model's own to the bit for {summary['exact_training']} of {summary['models']}; "
+        f"{summary['training_in_one_graph']} train in one graph. `as it did`: the model is left alone, "
+        "with the reason. `stopped`: not done within the limit of time, on a machine that others used. "
+        f"Of the {len(families)} types of the list {sum(name in families for name in record['rows'])} were "
+        "run so far; `python benchmarks/zoo.py` goes on from there.\n\n"
+        + table(("models", "tried", *WORDS), cells)
+        + _named(record)
+    )
+
+
+def _named(record: dict[str, Any]) -> str:
+    """What is to be said of models that are not ``ok``, each."""
+    lines = []
+    for name, row in record["rows"].items():
+        word = word_for(row)
+        if word in ("ok", "eager fails"):
+            continue
+        parts = [row[part] for part in ("inference", "training", "budget") if part in row]
+        told = [part["error"].splitlines()[0] for part in parts if "error" in part]
+        told += [row["stopped"]] if "stopped" in row else []
+        told += [note for part in parts for note in part.get("notes", ())][-1:] if not told else []
+        lines.append(f"- {name}: {word}{': ' if told else ''}{'; '.join(dict.fromkeys(told))}")
+    return "\n\n" + "\n".join(lines) if lines else ""
