@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from graphopt import _torch
 from graphopt.errors import GraphoptError, brief
 
 __all__ = ["FirstRun"]
@@ -65,8 +66,6 @@ def _devices(args: Sequence[Any]) -> list[torch.device]:
     return list(dict.fromkeys(tensor.device for tensor in tensors if tensor.is_cuda))
 
 
-def _versions(args: Sequence[Any]) -> list[int]:
+def _versions(args: Sequence[Any]) -> list[int | None]:
     """How often each argument was written, of those that count it."""
-    return [
-        value._version for value in args if isinstance(value, torch.Tensor) and not value.is_inference()
-    ]
+    return [_torch.writes(value) for value in args if isinstance(value, torch.Tensor)]
