@@ -1,8 +1,8 @@
 """What operators of torch are taken apart into for MLIR where torch-mlir's own table does not do.
 
 Attention on the CPU: torch's decomposition returns the weights of attention in the place of the logarithms
-of their sums, so that no backward can follow it, and the backward has none. Here, for query [B, H, L, D], key and
-value [B, G, S, D] with H a multiple of G::
+of their sums, so that no backward can follow it, and the backward has none. Here, for query [B, H, L, D],
+key and value [B, G, S, D] with H a multiple of G::
 
     weights   = softmax(scale * query @ key.T + mask)             (float32 where inputs are half precision)
     output    = weights @ value
