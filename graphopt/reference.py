@@ -124,7 +124,7 @@ def _value(option: click.Option) -> str:
 def _default(option: click.Option) -> str:
     # Versions of click say in different ways that there is none; of flags False goes without saying.
     value = option.default
-    return f"`{value}`" if isinstance(value, (str, int, float)) and value not in (False, "") else ""
+    return f"`{value}`" if isinstance(value, (str, int, float)) and value is not False and value != "" else ""
 
 
 def _pass_page(name: str, passes: Mapping[str, Mapping[str, Any]]) -> str:
