@@ -314,6 +314,15 @@ def without_writes(module: fx.GraphModule, values: Sequence[Any]) -> fx.GraphMod
     return traced
 
 
+def implementation_of(name: str) -> Callable[..., Any] | None:
+    """The function that ``torch.library.custom_op`` made an operator ``"acme::gate"`` of, or ``None``."""
+    from torch._library.custom_ops import OPDEFS
+
+    found = OPDEFS.get(name)
+    made: Callable[..., Any] | None = None if found is None else found._init_fn
+    return made
+
+
 def writes_in_place(node: fx.Node) -> bool:
     """Whether the schema of what a node calls says that it writes to an argument."""
     return bool(getattr(schema_of(node.target), "is_mutable", False))

@@ -16,7 +16,7 @@ from graphopt import hookimpl
 from graphopt.dump.mlir import mlir_module, program_mlir
 from graphopt.dump.mlir_operators import operators_apart
 from graphopt.errors import DumpError
-from graphopt.plugins import KernelSpec
+from graphopt.plugins import KernelSpec, default_host
 from graphopt.program import InputSpec, Level, OutputSpec, Program, Signature
 from tests.mlir_engine import run_linalg
 
@@ -31,6 +31,10 @@ def gate(x: torch.Tensor, slope: float) -> torch.Tensor:
 @gate.register_fake
 def _(x: torch.Tensor, slope: float) -> torch.Tensor:
     return torch.empty_like(x)
+
+
+torch.library.define("mlir_test::sealed", "(Tensor x) -> Tensor")
+torch.library.register_fake("mlir_test::sealed", torch.empty_like)
 
 
 def gate_reference(x: torch.Tensor, slope: float) -> torch.Tensor:
@@ -80,11 +84,17 @@ def test_text_of_a_small_program_in_both_dialects(golden: Any) -> None:
 
 
 @needs_mlir
-def test_an_operator_without_a_reference_is_opaque_or_an_error() -> None:
+def test_an_operator_that_is_no_kernel_is_taken_apart_into_its_own_function() -> None:
     small = program(gated, torch.empty(8, 4), torch.empty(2, 8))
-    assert 'torch.operator "torch.mlir_test.gate"' in program_mlir(small, "torch", {})
+    assert "// mlir_test::gate, 1 x: taken apart into its own function\n" in program_mlir(small, "linalg", {})
+
+
+@needs_mlir
+def test_an_operator_without_a_reference_is_opaque_or_an_error() -> None:
+    small = program(lambda w, x: torch.ops.mlir_test.sealed(w * x), torch.empty(3), torch.empty(3))
+    assert 'torch.operator "torch.mlir_test.sealed"' in program_mlir(small, "torch", {})
     with pytest.raises(
-        DumpError, match="g0 calls mlir_test::gate, which no kernel has a reference of"
+        DumpError, match="mlir_test::sealed, which has neither a reference nor a function"
     ) as why:
         program_mlir(small, "linalg", {})
     assert "-f mlir keeps it" in why.value.hint and why.value.code == "dump"
@@ -166,6 +176,41 @@ def test_attention_is_taken_apart_into_what_it_computes(groups: int, masked: str
     ):
         assert relative(one, other) < 1e-5
     assert apart[forward](query, key, value, 0.5, causal) is NotImplemented
+
+
+_KERNELS: dict[str, tuple[Any, tuple[torch.Tensor, ...]]] = {
+    "row-norm": (
+        lambda x, w: torch.ops.graphopt.row_norm(x, w, None, 1e-6, False, 0.0, False, torch.float32)[0],
+        (torch.randn(6, 32), torch.randn(32)),
+    ),
+    "linear-cross-entropy": (
+        lambda x, w, t: torch.ops.graphopt.linear_cross_entropy(
+            x, w, None, t, 2, "mean", -100, 0.0, 1.0, 0.0, torch.float32
+        )[0],
+        (torch.randn(6, 32), torch.randn(50, 32), torch.arange(6)),
+    ),
+    "attention": (
+        lambda q, k, v: torch.ops.graphopt.attention(q, k, v, None, 0.3, 0.0, None, 0)[0],
+        (torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 8)),
+    ),
+    "linear-int8": (
+        lambda x, codes, scales: torch.ops.graphopt.linear_int8(x, codes, scales, None),
+        (torch.randn(6, 32), torch.randint(-127, 128, (8, 32), dtype=torch.int8), torch.rand(8)),
+    ),
+}
+
+
+@needs_mlir
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _KERNELS)
+def test_kernels_of_graphopt_compute_the_same_without_it(name: str) -> None:
+    kernels = default_host().kernels()
+    assert default_host().schemes()
+    call, inputs = _KERNELS[name]
+    made = mlir_module(program(call, *inputs), "linalg", kernels)
+    assert list(made.references.values()) == [1]
+    (result,) = run_linalg(made.module, "g0", inputs)
+    assert relative(result, call(*inputs)) < 1e-5
 
 
 class Block(nn.Module):

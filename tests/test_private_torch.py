@@ -763,3 +763,12 @@ def test_programs_are_taken_apart_and_rid_of_writes_to_views_and_inputs() -> Non
     x, count = torch.randn(3), torch.zeros(())
     right = Step()(x, torch.zeros(()))
     assert torch.allclose(plain(x, count), right) and count == 1
+
+
+def test_implementation_of_is_the_function_of_a_custom_operator() -> None:
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    torch.library.custom_op("private_test::twice", twice, mutates_args=())
+    assert _torch.implementation_of("private_test::twice") is twice
+    assert _torch.implementation_of("aten::mul") is None

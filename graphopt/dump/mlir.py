@@ -11,15 +11,16 @@
       func.func @g0(%arg0: !torch.vtensor<[8],f32>, %arg1: !torch.vtensor<[4,8],f32>) ...
 
 The torch dialect has the calls of the program as they are; operators that it does not know are opaque
-(``torch.operator "torch.graphopt.row_norm"``). Below it nothing can be opaque: operators of kernels are taken
-apart into their references there, and writes into new values.
+(``torch.operator "torch.graphopt.row_norm"``). Below it nothing can be opaque: there,
+operators of kernels are taken apart into their references, others into the functions that they were made of,
+and writes into new values.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, Any, Literal
 
@@ -71,11 +72,15 @@ def program_mlir(program: Program, dialect: Dialect, kernels: Mapping[str, Kerne
     Raises ``DumpError`` as ``mlir_module`` does.
     """
     made = mlir_module(program, dialect, kernels)
+    known = {spec.op for spec in kernels.values()}
     lines = [
         f"program {program.name} @ {program.level}  fingerprint={program.fingerprint}  dialect={dialect}",
         *_legend(listing_of(program), made),
         *(f"{name}, {n} x: kept as opaque calls" for name, n in made.opaque.items()),
-        *(f"{name}, {n} x: taken apart into its reference" for name, n in made.references.items()),
+        *(
+            f"{name}, {n} x: taken apart into its {'reference' if name in known else 'own function'}"
+            for name, n in made.references.items()
+        ),
     ]
     lines = [f"// {line}" for line in lines] + str(made.module).splitlines()
     return "".join(f"{line.rstrip()}\n" for line in lines).rstrip("\n") + "\n"
@@ -94,14 +99,15 @@ def write_linalg(program: Program, kernels: Mapping[str, KernelSpec], stream: IO
 def mlir_module(program: Program, dialect: Dialect, kernels: Mapping[str, KernelSpec]) -> MlirModule:
     """The program in a dialect. ``kernels``: those whose references operators are taken apart into.
 
-    Raises ``DumpError`` where torch-mlir is not installed, for an operator that no kernel has a reference of
-    (below the torch dialect), and for what torch-mlir cannot import or lower, with what it said.
+    Raises ``DumpError`` where torch-mlir is not installed, for an operator that has neither a reference nor
+    a function (below the torch dialect), and for what torch-mlir cannot import or lower, with what it said.
     """
     importer = _importer(dialect)
     gm, inputs = _lifted(program)
     called = _custom(gm.graph)
     try:
-        gm, written = _functional(gm, inputs, kernels if dialect == "linalg" else {})
+        references = _references(called, kernels) if dialect == "linalg" else {}
+        gm, written = _functional(gm, inputs, references)
         if dialect == "linalg":
             gm = _taken_apart(gm)
     except Exception as error:
@@ -110,7 +116,7 @@ def mlir_module(program: Program, dialect: Dialect, kernels: Mapping[str, Kernel
         return MlirModule(_imported(importer, program, gm), inputs, written, called, {})
     if left := _custom(gm.graph):
         raise DumpError(
-            f"program {program.name} calls {next(iter(left))}, which no kernel has a reference of",
+            f"program {program.name} calls {next(iter(left))}, which has neither a reference nor a function",
             hint="a plugin gives it through graphopt_kernels; -f mlir keeps it as an opaque call",
         )
     module = _imported(importer, program, gm)
@@ -185,12 +191,24 @@ def _custom(graph: fx.Graph) -> dict[str, int]:
     return dict(sorted(count.items()))
 
 
+def _references(
+    called: Mapping[str, int], kernels: Mapping[str, KernelSpec]
+) -> dict[Any, Callable[..., Any]]:
+    """What operators do, by overload: the references of kernels, and of those that are called without being a
+    kernel the function that they were made of."""
+    found = {_overload(spec.op): spec.reference for spec in kernels.values()}
+    for name in called:
+        made = _torch.implementation_of(name)
+        if made is not None:
+            found.setdefault(_overload(name), made)
+    return found
+
+
 def _functional(
-    gm: fx.GraphModule, inputs: Sequence[str], kernels: Mapping[str, KernelSpec]
+    gm: fx.GraphModule, inputs: Sequence[str], references: dict[Any, Callable[..., Any]]
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """Without writes, without regions of autocast and without the operators of ``kernels``; the names of the
-    arguments whose new values are results now."""
-    references = {_overload(spec.op): spec.reference for spec in kernels.values()}
+    """Without writes, without regions of autocast and without the operators of ``references``; the names of
+    the arguments whose new values are results now."""
     used = {node.target for node in gm.graph.nodes}
     writes = any(map(_writes, gm.graph.nodes))
     if writes or used & references.keys() or _torch.enter_autocast() in used:
