@@ -7,7 +7,7 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint benchmarks
+.PHONY: help demo test test-all lint docs benchmarks
 
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
@@ -25,6 +25,9 @@ lint: $(STAMP) ## formatting, types and layers
 	$(BIN)/ruff check .
 	$(BIN)/mypy --strict
 	$(BIN)/lint-imports --no-logo
+
+docs: $(STAMP) ## the reference pages, from the code
+	$(BIN)/python -m graphopt.reference docs/reference
 
 benchmarks: $(STAMP) ## the figures of docs/benchmarks.md
 	@for script in benchmarks/*.py; do echo "$$script"; $(BIN)/python "$$script" || exit 1; done

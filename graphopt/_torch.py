@@ -290,6 +290,44 @@ def decomposed(
     return graph
 
 
+def taken_apart(
+    module: fx.GraphModule, values: Sequence[Any], table: Mapping[Any, Callable[..., Any]]
+) -> fx.GraphModule:
+    """The operators that ``module`` comes to on fake tensors and symbolic sizes ``values``: those in
+    ``table`` are what the functions there call. Nodes have their fake results in ``meta["val"]``."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    with fake_mode_of(tensors), torch.no_grad(), enable_python_dispatcher():
+        trace = make_fx(module, decomposition_table=dict(table), tracing_mode="real")
+        traced: fx.GraphModule = trace(*values)
+    traced.graph.eliminate_dead_code()
+    return traced
+
+
+def without_writes(module: fx.GraphModule, values: Sequence[Any]) -> fx.GraphModule:
+    """``module`` with operators that write in place replaced by those that give new values, on fake tensors
+    and symbolic sizes ``values``. What is left of writes to inputs are copies into them at the end."""
+    function = torch.func.functionalize(module, remove="mutations")
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    with fake_mode_of(tensors), torch.no_grad(), enable_python_dispatcher():
+        traced: fx.GraphModule = make_fx(function, tracing_mode="real")(*values)
+    traced.graph.eliminate_dead_code()
+    return traced
+
+
+def implementation_of(name: str) -> Callable[..., Any] | None:
+    """The function that ``torch.library.custom_op`` made an operator ``"acme::gate"`` of, or ``None``."""
+    from torch._library.custom_ops import OPDEFS
+
+    found = OPDEFS.get(name)
+    made: Callable[..., Any] | None = None if found is None else found._init_fn
+    return made
+
+
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether the schema of what a node calls says that it writes to an argument."""
+    return bool(getattr(schema_of(node.target), "is_mutable", False))
+
+
 def python_dispatcher() -> contextlib.AbstractContextManager[Any]:
     """Operators are taken apart by torch's decompositions in Python, which know sizes that are symbols; those
     in C++ do not all (``linear`` in torch 2.11)."""

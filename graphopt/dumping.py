@@ -84,7 +84,10 @@ def dumped(
     for program in programs_of(group):
         if program.level is level:
             with _blaming(host, form):
-                formats[form].write(program, out)
+                if (write_with := formats[form].write_with) is not None:
+                    write_with(program, host.kernels(), out)
+                else:
+                    formats[form].write(program, out)
     return out.getvalue()
 
 

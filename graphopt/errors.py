@@ -12,6 +12,7 @@ __all__ = [
     "BudgetSyntaxError",
     "CaptureError",
     "CheckpointError",
+    "DumpError",
     "EmitError",
     "GraphoptError",
     "InputsError",
@@ -100,6 +101,12 @@ class CheckpointError(GraphoptError, ValueError):
 
 class HostMemoryError(GraphoptError):
     """The host has not the memory that a plan would move values to."""
+
+
+class DumpError(GraphoptError):
+    """A program that cannot be written in the form that was asked for, or not without a package."""
+
+    code = "dump"
 
 
 class EmitError(GraphoptError):

@@ -756,3 +756,37 @@ def test_a_size_that_nothing_bounds_counts_as_one() -> None:
     (node,) = _calls(retraced, torch.ops.aten.add.Tensor)
     assert isinstance(node.meta["val"].shape[0], torch.SymInt)
     assert _torch.hint(node.meta["val"].shape[0]) == 1
+
+
+def test_programs_are_taken_apart_and_rid_of_writes_to_views_and_inputs() -> None:
+    class Step(torch.nn.Module):
+        def forward(self, x: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+            count.add_(1)
+            y = torch.nn.functional.silu(x) * 2
+            y[0].mul_(count)
+            return y
+
+    aten = torch.ops.aten
+    with _torch.fake_mode() as mode:
+        fakes = [mode.from_tensor(torch.randn(3)), mode.from_tensor(torch.zeros(()))]
+        table = {aten.silu.default: lambda x: x * x.sigmoid()}
+        apart = _torch.taken_apart(make_fx(Step())(*fakes), fakes, table)
+        assert aten.silu.default not in {node.target for node in apart.graph.nodes}
+        assert sum(map(_torch.writes_in_place, apart.graph.nodes)) == 2
+        plain = _torch.without_writes(apart, fakes)
+    writes = [node for node in plain.graph.nodes if _torch.writes_in_place(node)]
+    assert [node.target for node in writes] == [aten.copy_.default]
+    assert writes[0].args[0].op == "placeholder"
+    assert all("val" in node.meta for node in plain.graph.nodes if node.op == "call_function")
+    x, count = torch.randn(3), torch.zeros(())
+    right = Step()(x, torch.zeros(()))
+    assert torch.allclose(plain(x, count), right) and count == 1
+
+
+def test_implementation_of_is_the_function_of_a_custom_operator() -> None:
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+    torch.library.custom_op("private_test::twice", twice, mutates_args=())
+    assert _torch.implementation_of("private_test::twice") is twice
+    assert _torch.implementation_of("aten::mul") is None

@@ -32,7 +32,7 @@ def _core(name: str, summary: str) -> Command:
 _CORE = {
     command.name: command
     for command in (
-        _core("dump", "Write the graphs of TARGET, rewritten, as text, JSON, Python, HTML or DOT."),
+        _core("dump", "Write the graphs of TARGET, rewritten, as text, JSON, Python, HTML, DOT or MLIR."),
         _core("run", "Optimize TARGET, run one step and report what it took."),
         _core("cost", "Say what one step of TARGET takes as it is."),
         _core("explain", "Explain what holds the peak of TARGET, or which layers it has."),

@@ -197,7 +197,8 @@ class DumpFormat:
 
     ``write_all(sheets, first, cost, stream)``, where a format has it, writes all programs of a step as one
     document instead: sheets (``graphopt.dump.page.Sheet``), the number of the one that was asked for, and
-    what costs are predicted with.
+    what costs are predicted with. ``write_with(program, kernels, stream)``, where a format has it, is called
+    in place of ``write`` with the kernels that are registered, by name.
     """
 
     name: str
@@ -205,6 +206,7 @@ class DumpFormat:
     write: Callable[[Program, IO[str]], None]
     summary: str = ""
     write_all: Callable[[Sequence[Sheet], int, CostModel, IO[str]], None] | None = None
+    write_with: Callable[[Program, Mapping[str, KernelSpec], IO[str]], None] | None = None
 
 
 @dataclass(frozen=True)

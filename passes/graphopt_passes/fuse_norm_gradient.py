@@ -1,11 +1,13 @@
 """fuse-norm-gradient: what ``fuse-norm`` fused, in the graph of forward and backward.
 
 A residual stream is read by a norm and passes it by, so its gradient is the sum of two. The kernel of
-the norm's backward adds the other one while its own is in registers::
+the norm's backward adds the other one while its own is in registers. Before::
 
     %90 = graphopt.row_norm_backward(%g, %x, %w, None, %mean, %rstd, None, ...)
     %91 = getitem(%90, 0)
     %92 = aten.add.Tensor(%70, %91)
+
+After::
 
     %90 = graphopt.row_norm_backward(%g, %x, %w, None, %mean, %rstd, %70, ...)
     %92 = getitem(%90, 0)

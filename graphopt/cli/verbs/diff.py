@@ -26,7 +26,13 @@ _LEVELS = {"captured": "semantic", "semantic": "semantic", "captured-joint": "jo
 @click.argument("b", metavar="B")
 @optimize_options
 @click.option(
-    "--format", "-f", "form", type=click.Choice(["text", "html"]), default="text", show_default=True
+    "--format",
+    "-f",
+    "form",
+    type=click.Choice(["text", "html"]),
+    default="text",
+    show_default=True,
+    help="Lines, or a page with both side by side.",
 )
 @output_option
 @click.option("--exit-code", is_flag=True, help="Exit with 1 where they differ.")

@@ -40,7 +40,12 @@ __all__ = ["command"]
     help="How far down the way to code.",
 )
 @click.option(
-    "--format", "-f", "form", default="text", show_default=True, help="text, json, py, html, dot; a plugin's."
+    "--format",
+    "-f",
+    "form",
+    default="text",
+    show_default=True,
+    help="text, json, py, html, dot, mlir, mlir-linalg; a plugin's.",
 )
 @output_option
 @json_option
@@ -60,7 +65,7 @@ def command(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Write the graphs of TARGET, rewritten, as text, JSON, Python, HTML or DOT."""
+    """Write the graphs of TARGET, rewritten, as text, JSON, Python, HTML, DOT or MLIR."""
     from graphopt.api import optimize
     from graphopt.cli.artefact import artefact_only, dump_artefact
     from graphopt.cli.rewrites import named_rewrites

@@ -15,7 +15,7 @@ from graphopt.plugins import default_host
 if TYPE_CHECKING:
     from graphopt.passes import Pass
 
-__all__ = ["command"]
+__all__ = ["command", "described"]
 
 
 @click.command("passes")
@@ -25,10 +25,10 @@ def command(name: str | None, as_json: bool) -> None:
     """List passes, or show one with its options."""
     host = default_host()
     if name is not None:
-        found = _described(host.pass_class(name))
+        found = described(host.pass_class(name))
         write_json(found) if as_json else click.echo(_page(found))
         return
-    listed = [_described(cls) for cls in host.passes().values()]
+    listed = [described(cls) for cls in host.passes().values()]
     if as_json:
         write_json(listed)
     else:
@@ -42,7 +42,8 @@ def command(name: str | None, as_json: bool) -> None:
         click.echo(f"graphopt: plugins that failed are left out: {names} (graphopt plugins)", err=True)
 
 
-def _described(cls: type[Pass]) -> dict[str, Any]:
+def described(cls: type[Pass]) -> dict[str, Any]:
+    """What ``--json`` says of a registered pass."""
     from graphopt.options import format_value
     from graphopt.passes import pass_options
 
