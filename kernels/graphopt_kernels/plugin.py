@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from graphopt.plugins import (
+    CacheScoreSpec,
     CodecSpec,
     Command,
     DumpFormat,
@@ -18,6 +19,7 @@ from graphopt.plugins import (
 
 __all__ = [
     "graphopt_api",
+    "graphopt_cache_scores",
     "graphopt_codecs",
     "graphopt_commands",
     "graphopt_formats",
@@ -427,6 +429,14 @@ def graphopt_stores() -> Iterable[str]:
         "graphopt_kernels.split_stores:SplitHeads",
         "graphopt_kernels.evict_store:Evict",
     )
+
+
+@hookimpl
+def graphopt_cache_scores() -> Iterable[CacheScoreSpec]:
+    """By what ``evict`` drops keys."""
+    from graphopt_kernels.evict_scores import SCORES
+
+    return SCORES
 
 
 @hookimpl
