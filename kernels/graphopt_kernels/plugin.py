@@ -43,6 +43,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
         add_product,
         attend_evict,
         attend_full,
+        attend_latent,
         attend_quant,
         attend_ring,
         attend_split,
@@ -215,6 +216,13 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=attend_full.attend_full_reference,
             supports=attend_full.attend_full_supports,
             summary="writes new keys and values into stores of all positions, and attends over them",
+        ),
+        KernelSpec(
+            name="attend-latent",
+            op="graphopt::attend_latent",
+            reference=attend_latent.attend_latent_reference,
+            supports=attend_latent.attend_latent_supports,
+            summary="attends over keys whose first columns are the values",
         ),
         KernelSpec(
             name="attend-ring",
@@ -423,6 +431,7 @@ def graphopt_stores() -> Iterable[str]:
     """Ways to keep keys and values between steps of decoding."""
     return (
         "graphopt_kernels.cache_stores:Full",
+        "graphopt_kernels.cache_stores:Latent",
         "graphopt_kernels.cache_stores:Ring",
         "graphopt_kernels.quant_store:Quant",
         "graphopt_kernels.split_stores:SinkWindow",
