@@ -9,10 +9,18 @@ import torch
 
 import graphopt
 from graphopt import GraphoptError, PluginError, UnknownNameError
+from graphopt.decoding import cache_scores
 from graphopt.decoding.cache_scores import ScoreContext, cache_score, make_known, scored
 from graphopt.plugins import CacheScoreSpec, hookimpl
 from graphopt_kernels.evict_scores import SCORES
 from tests.decoders import plain, tokens
+
+
+@pytest.fixture(autouse=True)
+def _known_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores of this file are known in this file alone."""
+    cache_scores.known_cache_scores()
+    monkeypatch.setattr(cache_scores, "_KNOWN", dict(cache_scores._KNOWN))
 
 
 def told(keys: list[list[float]], held: list[bool] | None = None) -> ScoreContext:
