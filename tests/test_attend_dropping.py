@@ -24,7 +24,7 @@ STORES: dict[str, CacheStore] = {
     "split-heads": SplitHeads(near=11, first=3, whole_heads=(2, 0)),
     **{
         policy: Evict(keep=20, policy=policy, recent=6)
-        for policy in ("h2o", "snapkv", "knorm", "value-aware")
+        for policy in ("h2o", "snapkv", "tova", "knorm", "value-aware", "keydiff")
     },
 }
 CASES: dict[str, dict[str, Any]] = {
@@ -139,7 +139,7 @@ def test_retrieval_heads_read_everything() -> None:
         (SinkWindow(near=0), "near=0, first=4: expected 1 or more, and 0 or more"),
         (SinkWindow(near=56), "60 positions are kept of the 60 that are read"),
         (SplitHeads(near=8, whole_heads=(3,)), "heads=[3]: expected some of 0 to 2"),
-        (Evict(keep=20, policy="h20"), "policy=h20: expected one of h2o, knorm, snapkv, value-aware"),
+        (Evict(keep=20, policy="h20"), "policy=h20: expected one of h2o, keydiff, knorm, "),
         (Evict(keep=20), "recent=32, keep=20: expected 0 < recent < keep"),
         (Evict(keep=60), "60 positions are kept of the 60 that are read"),
     ],
@@ -160,7 +160,7 @@ def test_stores_that_are_shared_are_refused() -> None:
         ("split-heads", -2, [1, 0], "whole heads [1, 0]: expected some of 0 to 2, ascending"),
         ("split-heads", -1, 14, "stores have 2 whole heads and 14 slots"),
         ("h2o", 1, None, "what a row has driven out is not what the rows before it read"),
-        ("h2o", -2, "h20", "policy 'h20': expected one of h2o, knorm"),
+        ("h2o", -2, "h20", "policy 'h20': expected one of h2o, keydiff, "),
         ("h2o", -1, 20, "recent=20: expected 1 to 19, of 20 slots"),
         ("h2o", 5, torch.zeros(3, 3, 20), "places are torch.float32 [3, 3, 20]: expected torch.int64"),
     ],

@@ -12,6 +12,7 @@ from graphopt import _torch
 from graphopt.budget import format_bytes, parse_bytes
 from graphopt.capture.semantic import semantic_program
 from graphopt.cost import Cost
+from graphopt.decoding.absorb import absorbed
 from graphopt.decoding.beside import SideBySide
 from graphopt.decoding.capture import Uncached, capture_uncached
 from graphopt.decoding.check_decoder import check_decoder
@@ -54,11 +55,16 @@ def build(
     """
     uncached = assigned.uncached or capture_uncached(model, inputs, options)
     batch, capacity = options.max_batch, options.max_tokens
-    sites = sites_of(uncached, session.host.stores(), batch, capacity, assigned.assignment)
+    assignment, stores = assigned.assignment, session.host.stores()
+    made = sites_of(uncached, stores, batch, capacity, assignment)
+    # What passes chose stores for was priced as it is.
+    low = absorbed(uncached, made, {*assignment.stores, *assignment.sources, *assignment.sources.values()})
+    sites = made if low is uncached else sites_of(low, stores, batch, capacity, assignment)
+    uncached = low
     device = next(iter(uncached.weights.values())).device
     padding = batch * capacity if uncached.mask is not None else 0
     cache_bytes = stored_bytes(sites, batch, capacity) + padding
-    bound = _check_cache(session, sites, cache_bytes, options)
+    bound = _check_cache(session, sites, made, cache_bytes, options)
     beside = None
     if session.cost.device.multiprocessors:
         beside = SideBySide(tuple(session.host.schemes().values()))
@@ -89,16 +95,17 @@ def build(
 
 
 def _check_cache(
-    session: Session, sites: tuple[Site, ...], cache_bytes: int, options: Generate
+    session: Session, sites: tuple[Site, ...], made: tuple[Site, ...], cache_bytes: int, options: Generate
 ) -> int | None:
-    """The bound on stores alone, which they keep. Raises ``BudgetError``, naming the largest."""
+    """The bound on stores alone, which they keep; ``made``: sites as passes see them. Raises ``BudgetError``,
+    naming the largest."""
     if session.budget.cache is None:
         return None
     bound = parse_bytes(session.budget.cache)
     if cache_bytes <= bound:
         return bound
     hint = f"allow Budget(cache={cache_bytes}), or ask for fewer tokens or sequences"
-    for name in _saving(session, sites, bound - cache_bytes + _stored(sites, options), options):
+    for name in _saving(session, made, bound - cache_bytes + _stored(sites, options), options):
         allow = f"{name}{{calibration=FILE}}"
         hint += f"; pass {name!r} changes results and is not allowed, it would do: allow=({allow!r},)"
     records = site_records(sites, options.max_batch, options.max_tokens)

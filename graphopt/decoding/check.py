@@ -7,6 +7,7 @@ that node does not work row by row, or reads something that was not told apart.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,16 +18,25 @@ from graphopt.decoding.decoder import Decoder
 from graphopt.errors import VerificationError
 from graphopt.program import layer_of
 
-__all__ = ["check_captured", "check_steps", "first_difference", "place_of", "tolerance"]
+__all__ = [
+    "SHARE",
+    "check_captured",
+    "check_rows",
+    "first_difference",
+    "padding_text",
+    "place_of",
+    "steps_of",
+    "tolerance",
+]
 
-_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+SHARE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 """By how much of the largest logit rows may be off: products of other shapes add in another order, at each of
 many layers; what reads a wrong position is off by as much as logits differ."""
 
 
 def tolerance(logits: torch.Tensor) -> float:
     """By how much logits may be off."""
-    return _TOLERANCE.get(logits.dtype, 1e-4) * max(1.0, float(logits.abs().max()))
+    return SHARE.get(logits.dtype, 1e-4) * max(1.0, float(logits.abs().max()))
 
 
 def check_captured(uncached: Uncached, tokens: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
@@ -50,34 +60,48 @@ def _shown(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     return values if mask is None else values.masked_fill((mask == 0)[..., None], 0.0)
 
 
-def check_steps(
+def steps_of(
+    decoder: Decoder, tokens: torch.Tensor, mask: torch.Tensor | None, prompt: int
+) -> dict[int, torch.Tensor]:
+    """Logits [B, 1, V] that ``decoder`` gives at each position from that of the last token of the prompt on:
+    ``prompt`` tokens at once, then one after another."""
+    decoder.reset(tokens.shape[0])
+    start, rows = 0, {}
+    for stop in range(prompt, tokens.shape[1] + 1):
+        shown = mask[:, start:stop] if mask is not None else None
+        rows[stop - 1] = decoder(tokens[:, start:stop], shown)
+        start = stop
+    return rows
+
+
+def check_rows(
+    rows: Mapping[int, torch.Tensor],
     expected: torch.Tensor,
     decoder: Decoder,
     tokens: torch.Tensor,
     mask: torch.Tensor | None,
-    prompt: int,
     reference: Uncached,
-    allowed: float,
 ) -> float:
-    """Compare what ``decoder`` gives for a prompt, and for each token behind it, with rows of ``expected``
-    [B, S, V], which ``reference`` gives; the largest difference. Raises ``VerificationError`` for the first
-    row that is off by more than ``allowed``."""
-    decoder.reset(tokens.shape[0])
-    start, worst = 0, 0.0
-    for stop in range(prompt, tokens.shape[1] + 1):
-        shown = mask[:, start:stop] if mask is not None else None
-        found = decoder(tokens[:, start:stop], shown)
-        off = float((found[:, -1] - expected[:, stop - 1]).abs().max())
+    """Compare ``rows`` of logits by position (``steps_of``) with those of ``expected`` [B, S, V], which
+    ``reference`` gives; the largest difference. Raises ``VerificationError`` for the first row that is off by
+    more than ``tolerance`` allows."""
+    start, worst, allowed = 0, 0.0, tolerance(expected)
+    for position, found in rows.items():
+        off = float((found[:, -1] - expected[:, position]).abs().max())
         worst = max(worst, off)
         if not off <= allowed:
-            place = _first_off(decoder, reference, tokens, mask, start, stop)
+            place = _first_off(decoder, reference, tokens, mask, start, position + 1)
             raise VerificationError(
-                f"decoding gives other logits than {_what(decoder)} at position {stop - 1}"
-                f"{' with padding' if mask is not None and bool((mask == 0).any()) else ''}: off by "
-                f"{off:.3g}, at most {allowed:.3g} is allowed{place}"
+                f"decoding gives other logits than {_what(decoder)} at position {position}"
+                f"{padding_text(mask)}: off by {off:.3g}, at most {allowed:.3g} is allowed{place}"
             )
-        start = stop
+        start = position + 1
     return worst
+
+
+def padding_text(mask: torch.Tensor | None) -> str:
+    """``" with padding"`` where there is some."""
+    return " with padding" if mask is not None and bool((mask == 0).any()) else ""
 
 
 def _what(decoder: Decoder) -> str:

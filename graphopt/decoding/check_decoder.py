@@ -1,27 +1,33 @@
 """Whether a decoder gives what it should: the model's own logits, or those that its stores are to give.
 
 A decoder whose stores are all exact is compared with the model without a cache. Stores that are not say what
-they give instead (``CacheStore.whole``), without tensors that are written and without packing, and the
-captured graph with that in the place of its attentions is what they are compared with, at the same tolerance.
+they give instead (``CacheStore.whole``), without tensors that are written and without packing. Two programs
+add in another order, so a number next to the border of two codes may get the other one, and logits would be
+off by all that this code does. So no program is compared whole: it is cut where rounding happens. The decoder
+runs, and what goes into each of those attentions and what comes out is written down. Then
 
-Rounding is not continuous: where two programs add in another order, a number next to the border of two codes
-may get the other one. Where logits are off by more than the tolerance it is measured by how much that moves
-them: the graph is run once more with keys and values off by a few units in their last place, and four times
-what that does is allowed besides. The report says what was allowed.
+- each attention is compared with ``whole`` of the very queries, keys and values that its store was given:
+  codes are the same, what differs is the order of sums (``check_sites``);
+- the captured graph, with what came out of those attentions in their place, gives the logits, and the
+  queries, keys and values of each attention. Nothing between is rounded to codes.
+
+Both hold to the tolerance of exact stores, whatever codes do.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from graphopt.decoding.capture import Uncached
-from graphopt.decoding.check import check_captured, check_steps, tolerance
+from graphopt.decoding.check import check_captured, check_rows, steps_of, tolerance
+from graphopt.decoding.check_sites import Watched, check_ends, check_sites
 from graphopt.decoding.decoder import Decoder
 from graphopt.decoding.stores import CacheStore
-from graphopt.decoding.whole import with_stores
-from graphopt.errors import CaptureError, VerificationError
+from graphopt.decoding.whole import with_outputs
+from graphopt.errors import CaptureError
 
 __all__ = ["Checked", "check_decoder"]
 
@@ -34,11 +40,6 @@ _CHECKED_WINDOW = 64
 
 _SINGLE = 40
 """Tokens that come one by one behind what lossy stores have begun with."""
-
-_UNITS = 4
-_MARGIN = 4
-"""Units in the last place by which keys and values are moved, and how many times what that does is allowed:
-sums over a few thousand numbers are off by about as much."""
 
 
 @dataclass(frozen=True)
@@ -73,21 +74,14 @@ def check_decoder(decoder: Decoder) -> Checked:
             expected = check_captured(uncached, tokens, mask)
         except IndexError as error:
             raise CaptureError(f"the model does not run {length} tokens: {error}") from error
-        reference, margin = uncached, tolerance(expected)
+        reference = uncached
         if lossy:
-            reference = _rounding(decoder, lossy, 0.0)
+            rows, reference = _cut(decoder, lossy, tokens, mask, prompt)
             expected = reference.run(tokens, mask)
-            margin = tolerance(expected)
-        try:
-            found = check_steps(expected, decoder, tokens, mask, prompt, reference, margin)
-        except VerificationError:
-            if not lossy:
-                raise
-            moved = _rounding(decoder, lossy, _UNITS * torch.finfo(expected.dtype).eps).run(tokens, mask)
-            shown = expected.new_ones(()) if mask is None else (mask != 0)[..., None]
-            margin += _MARGIN * float(((moved - expected) * shown).abs().max())
-            found = check_steps(expected, decoder, tokens, mask, prompt, reference, margin)
-        off, allowed = max(off, found), max(allowed, margin)
+        else:
+            rows = steps_of(decoder, tokens, mask, prompt)
+        off = max(off, check_rows(rows, expected, decoder, tokens, mask, reference))
+        allowed = max(allowed, tolerance(expected))
     decoder.reset(1)
     for tensor in decoder.held.values():
         tensor.zero_()
@@ -102,7 +96,22 @@ def _length(decoder: Decoder, stores: dict[int, CacheStore]) -> int:
     return max(_CHECKED, crossed, *(store.crossed(specs[i]) for i, store in stores.items()))
 
 
-def _rounding(decoder: Decoder, lossy: dict[int, CacheStore], noise: float) -> Uncached:
+def _cut(
+    decoder: Decoder,
+    lossy: Mapping[int, CacheStore],
+    tokens: torch.Tensor,
+    mask: torch.Tensor | None,
+    prompt: int,
+) -> tuple[dict[int, torch.Tensor], Uncached]:
+    """Logits by position, and the captured graph with what the decoder's lossy attentions gave in the place
+    of its own, both of which were compared. Raises ``VerificationError``."""
+    with Watched(decoder) as watched:
+        rows = steps_of(decoder, tokens, mask, prompt)
+    check_sites(decoder, watched, lossy, mask)
     regions = [site.region for site in decoder.sites]
-    specs = [site.spec for site in decoder.sites]
-    return with_stores(decoder.uncached, regions, specs, lossy, noise)
+    reference, ends = with_outputs(
+        decoder.uncached, regions, {index: watched.seen[index].made for index in lossy}
+    )
+    reference.run(tokens, mask)
+    check_ends(decoder, watched, ends, mask)
+    return rows, reference

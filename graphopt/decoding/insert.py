@@ -32,7 +32,7 @@ from graphopt.errors import CaptureError
 from graphopt.packing.scheme import operator_named
 from graphopt.program import layer_of
 
-__all__ = ["StepGraph", "step_graph"]
+__all__ = ["StepGraph", "step_graph", "turn_of"]
 
 aten = torch.ops.aten
 
@@ -176,21 +176,13 @@ class _Insertion:
                 operator_named(site.store.attend_op), query, key, value, *held, slots,
                 valid if spec.mask.padding or spec.mask.slopes else None, slopes, sinks, spec.scale,
                 spec.softcap, spec.mask.window, self.length,
-                *site.store.constants(replace(spec, turn=self._turn(index))),
+                *site.store.constants(replace(spec, turn=turn_of(self.sites, index))),
             )  # fmt: skip
             made.meta["nn_module_stack"] = output.meta.get("nn_module_stack")
             if region.flat:
                 made = self.call(aten.flatten.using_ints, made, 0, 1)
         output.replace_all_uses_with(made)
         self.graph.erase_node(output)
-
-    def _turn(self, index: int) -> int:
-        """Which of the sites that read one store this one is, as ``SiteSpec`` says."""
-        source = self.sites[index].source
-        readers = [i for i, site in enumerate(self.sites) if site.source == source]
-        if len(readers) == 1:
-            return 0
-        return 1 if index == readers[0] else 3 if index == readers[-1] else 2
 
     def _heads_apart(self, node: fx.Node, region: Region) -> fx.Node:
         if not region.flat:
@@ -276,6 +268,15 @@ class _Insertion:
                     hint="recognised are scaled_dot_product_attention and softmax(q @ k.mT * scale + mask) "
                     "@ v",
                 )
+
+
+def turn_of(sites: Sequence[Site], index: int) -> int:
+    """Which of the sites that read one store site ``index`` is, as ``SiteSpec`` says."""
+    source = sites[index].source
+    readers = [i for i, site in enumerate(sites) if site.source == source]
+    if len(readers) == 1:
+        return 0
+    return 1 if index == readers[0] else 3 if index == readers[-1] else 2
 
 
 def _dimension(node: fx.Node) -> int:

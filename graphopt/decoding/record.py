@@ -72,9 +72,10 @@ class CachePoint:
 @dataclass(frozen=True)
 class LossyRecord:
     """Attentions whose stores are not exact. ``allowed``: by how much logits might be off those of the
-    program that rounds as the stores do; ``notes``: what such stores do to other uses of what is kept;
-    ``divergence``: KL to the model in nats a token on ``tokens`` tokens of calibration, ``predicted`` the sum
-    of single prices, both ``None`` where nothing was measured; ``frontier``: bytes and least sum of prices.
+    program in which these attentions give what they gave; ``notes``: what such stores do to other uses of
+    what is kept; ``divergence``: KL to the model in nats a token on ``tokens`` tokens of calibration,
+    ``predicted`` the sum of single prices, both ``None`` where nothing was measured; ``frontier``: bytes and
+    least sum of prices.
     """
 
     attentions: int
@@ -90,8 +91,8 @@ class LossyRecord:
 class DecodingRecord:
     """``max_tokens``, ``max_batch``: what the stores are for; ``chunk``: tokens of a prompt taken in at once;
     ``cache_bytes``: stores and what is kept of padding; ``budget``: the bound on them, if there is one;
-    ``off``: by how much logits differed most when it was checked, from those without a cache, or from those
-    that ``lossy`` stores give; ``beside``: products whose weights were laid side by side, to be read by one;
+    ``off``: by how much logits differed most when it was checked, from those without a cache, what ``lossy``
+    attentions gave being given; ``beside``: products whose weights were laid side by side, to be read by one;
     ``sharing``: what passes let attentions share, if they did."""
 
     max_tokens: int

@@ -84,6 +84,16 @@ class Region:
     def fused(self) -> bool:
         return name_of(self.output) == "scaled_dot_product_attention"
 
+    @property
+    def is_within(self) -> bool:
+        """Whether the values are the first columns of the keys."""
+        if name_of(self.value) != "slice" or self.flat or self.key_transposed:
+            return False
+        names = ("source", "dim", "start", "stop", "step")
+        given: dict[str, object] = dict(zip(names, self.value.args, strict=False))
+        begins = given.get("dim", 0) in (3, -1) and given.get("start") in (0, None)
+        return bool(given["source"] is self.key and begins and given.get("step", 1) == 1)
+
 
 def token_values(uncached: Uncached) -> set[fx.Node]:
     """Nodes whose numbers depend on the tokens; sizes do not."""

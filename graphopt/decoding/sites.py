@@ -104,6 +104,7 @@ def specs_of(uncached: Uncached, regions: Sequence[Region], capacity: int) -> li
                 scale=region.scale,
                 softcap=region.softcap,
                 sinks=region.sinks is not None,
+                within=region.is_within,
             )
         )
     return specs

@@ -23,6 +23,7 @@ class SiteSpec:
     ``heads`` of queries share ``kv_heads`` of keys [.., ``key_width``] and values [.., ``value_width``].
     ``softcap`` 0: none. ``shares``: the site reads the store of an earlier one and writes nothing. ``turn``:
     0 where no other site reads the store, else 1 for the first, 3 for the last and 2 for those between.
+    ``within``: values are the first ``value_width`` columns of keys.
     """
 
     heads: int
@@ -36,6 +37,7 @@ class SiteSpec:
     sinks: bool = False
     shares: bool = False
     turn: int = 0
+    within: bool = False
 
 
 class CacheStore:

@@ -28,18 +28,26 @@ from graphopt.decoding.stores import CacheStore, SiteSpec
 from graphopt.order import has_effect
 from graphopt.quality import row_divergences
 
-__all__ = ["Whole", "single_divergences", "with_stores"]
+__all__ = ["Given", "Whole", "single_divergences", "with_outputs", "with_stores"]
+
+
+def heads_apart(
+    region: Region, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The values that a region reads as [B, H, S, D], [B, Hkv, S, D] and [B, Hkv, S, Dv]."""
+    if region.key_transposed:
+        key = key.transpose(-2, -1)
+    if region.flat:
+        query, key, value = (x.reshape(-1, region.heads, *x.shape[1:]) for x in (query, key, value))
+    return query, key, value
 
 
 class Whole(torch.nn.Module):
-    """``store.whole`` for the layout that the values of a region have; ``noise``: by which share keys and
-    values are moved at random."""
+    """``store.whole`` for the layout that the values of a region have."""
 
-    def __init__(self, region: Region, spec: SiteSpec, store: CacheStore, noise: float = 0.0) -> None:
+    def __init__(self, region: Region, spec: SiteSpec, store: CacheStore) -> None:
         super().__init__()
-        self.noise = noise
-        self.spec, self.store = spec, store
-        self.flat, self.heads, self.key_transposed = region.flat, region.heads, region.key_transposed
+        self.region, self.spec, self.store = region, spec, store
 
     def forward(
         self,
@@ -49,18 +57,7 @@ class Whole(torch.nn.Module):
         mask: torch.Tensor | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        if self.key_transposed:
-            key = key.transpose(-2, -1)
-        if self.flat:
-            query, key, value = (
-                x.reshape(-1, self.heads, *x.shape[1:]) for x in (query, key, value)
-            )
-        if self.noise:
-            generator = torch.Generator(key.device).manual_seed(0)
-            key, value = (
-                x * (1 + self.noise * torch.randn(x.shape, generator=generator, device=x.device)).to(x.dtype)
-                for x in (key, value)
-            )
+        query, key, value = heads_apart(self.region, query, key, value)
         spec = self.spec
         slopes = None
         if spec.mask.slopes:
@@ -69,9 +66,9 @@ class Whole(torch.nn.Module):
         if mask is not None and (spec.mask.padding or spec.mask.slopes):
             valid = mask != 0
         if sinks is not None:
-            sinks = sinks.reshape(self.heads)
+            sinks = sinks.reshape(self.region.heads)
         made = self.store.whole(spec, query, key, value, valid, slopes, sinks)
-        return made.flatten(0, 1) if self.flat else made
+        return made.flatten(0, 1) if self.region.flat else made
 
 
 def with_stores(
@@ -79,18 +76,49 @@ def with_stores(
     regions: Sequence[Region],
     specs: Sequence[SiteSpec],
     stores: Mapping[int, CacheStore],
-    noise: float = 0.0,
 ) -> Uncached:
-    """The same program, but region ``index`` gives what ``stores[index]`` makes of its keys and values, moved
-    by a share ``noise`` of each at random."""
+    """The same program, but region ``index`` gives what ``stores[index]`` makes of its keys and values."""
+    wholes = {index: Whole(regions[index], specs[index], store) for index, store in stores.items()}
+    return _replaced(uncached, regions, wholes)
+
+
+class Given(torch.nn.Module):
+    """``made`` [B, H, S, Dv] in the place of what a region gives. ``ends``: the queries, keys and values,
+    heads apart, that the region would have read."""
+
+    def __init__(self, region: Region, made: torch.Tensor) -> None:
+        super().__init__()
+        self.region, self.made = region, made
+        self.ends: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
+
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: torch.Tensor | None
+    ) -> torch.Tensor:
+        self.ends = query, key, value = heads_apart(self.region, query, key, value)
+        made = self.made[:, :, : query.shape[2]]
+        return made.flatten(0, 1) if self.region.flat else made
+
+
+def with_outputs(
+    uncached: Uncached, regions: Sequence[Region], outputs: Mapping[int, torch.Tensor]
+) -> tuple[Uncached, dict[int, Given]]:
+    """The same program, but region ``index`` gives the rows of ``outputs[index]`` [B, H, S, Dv], and what
+    keeps the queries, keys and values that it would have read."""
+    given = {index: Given(regions[index], made) for index, made in outputs.items()}
+    return _replaced(uncached, regions, given), given
+
+
+def _replaced(
+    uncached: Uncached, regions: Sequence[Region], modules: Mapping[int, torch.nn.Module]
+) -> Uncached:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(uncached.gm.graph, copies))
     root = torch.nn.Module()
     mask = copies[uncached.placeholder(uncached.mask)] if uncached.mask is not None else None
-    for index, store in stores.items():
+    for index, module in modules.items():
         region, name = regions[index], f"whole_{index}"
-        root.add_module(name, Whole(region, specs[index], store, noise))
+        root.add_module(name, module)
         sinks = copies[region.sinks] if region.sinks is not None else None
         output = copies[region.output]
         with graph.inserting_before(output):

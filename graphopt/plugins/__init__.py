@@ -5,6 +5,7 @@ from __future__ import annotations
 from graphopt.plugins.hookspecs import API_VERSION, GROUP, hookimpl
 from graphopt.plugins.host import PluginHost, default_host
 from graphopt.plugins.records import (
+    CacheScoreSpec,
     CodecSpec,
     Command,
     CostModelFactory,
@@ -23,6 +24,7 @@ from graphopt.plugins.records import (
 __all__ = [
     "API_VERSION",
     "GROUP",
+    "CacheScoreSpec",
     "CodecSpec",
     "Command",
     "CostModelFactory",

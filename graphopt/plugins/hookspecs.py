@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 import pluggy
 
 from graphopt.plugins.records import (
+    CacheScoreSpec,
     CodecSpec,
     Command,
     CostModelFactory,
@@ -97,6 +98,10 @@ class HookSpecs:
     @_hookspec
     def graphopt_share_scores(self) -> Iterable[ShareScoreSpec]:  # type: ignore[empty-body]
         """Ways to say what it costs to let attentions share keys and values."""
+
+    @_hookspec
+    def graphopt_cache_scores(self) -> Iterable[CacheScoreSpec]:  # type: ignore[empty-body]
+        """Ways to say which keys a store that drops some is to keep."""
 
     @_hookspec
     def graphopt_tunables(self) -> Iterable[TunableSpec]:  # type: ignore[empty-body]

@@ -16,6 +16,7 @@ from graphopt.errors import PipelineError, PluginError, UnknownNameError
 from graphopt.plugins.hookspecs import GROUP
 from graphopt.plugins.loading import GUARDED, LoadedPlugin, describe_error, load_plugins
 from graphopt.plugins.records import (
+    CacheScoreSpec,
     CodecSpec,
     Command,
     CostModelFactory,
@@ -31,6 +32,7 @@ from graphopt.plugins.records import (
     TunableSpec,
 )
 from graphopt.plugins.returned import (
+    read_cache_scores,
     read_passes,
     read_pipelines,
     read_records,
@@ -63,6 +65,7 @@ _FACADE = {
     "graphopt_stores": "stores",
     "graphopt_scorers": "scorers",
     "graphopt_share_scores": "share_scores",
+    "graphopt_cache_scores": "cache_scores",
     "graphopt_tunables": "tunables",
     "graphopt_replacements": "replacements",
     "graphopt_policies": "policies",
@@ -151,7 +154,8 @@ class PluginHost:
         return self._values("graphopt_weight_formats", read_weight_formats, "weight format")
 
     def stores(self) -> Mapping[str, type[CacheStore]]:
-        """Classes of ways to keep keys and values, by name."""
+        """Classes of ways to keep keys and values, by name; scores that they go by are known after it."""
+        self.cache_scores()
         return self._values("graphopt_stores", read_stores, "store")
 
     def scorers(self) -> Mapping[str, ScorerSpec]:
@@ -161,6 +165,10 @@ class PluginHost:
     def share_scores(self) -> Mapping[str, ShareScoreSpec]:
         """Ways to say what sharing keys and values costs, by name."""
         return self._values("graphopt_share_scores", read_records(ShareScoreSpec), "share score")
+
+    def cache_scores(self) -> Mapping[str, CacheScoreSpec]:
+        """Ways to say which keys to keep, by name; operators find them from here on."""
+        return self._values("graphopt_cache_scores", read_cache_scores, "cache score")
 
     def tunables(self) -> Mapping[str, TunableSpec]:
         """Kernels whose launches can be tuned, by name."""

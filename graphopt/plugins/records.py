@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from graphopt.candidate import Reason
     from graphopt.cost import CostModel, NodeCost
+    from graphopt.decoding.cache_scores import CacheScore
     from graphopt.decoding.look import Look
     from graphopt.device import DeviceSpec
     from graphopt.dump.page import Sheet
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from graphopt.program import Program
 
 __all__ = [
+    "CacheScoreSpec",
     "CodecSpec",
     "Command",
     "CostModelFactory",
@@ -150,6 +152,20 @@ class ShareScoreSpec:
     metric: str
     additive: bool = False
     accepts: Callable[[Look, Mapping[int, int]], bool] | None = None
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class CacheScoreSpec:
+    """A way to say which keys a store that drops some is to keep, for ``evict{policy=name}``.
+
+    ``score(given)`` takes a ``graphopt.decoding.cache_scores.ScoreContext`` and gives a number for each key,
+    float32 [B, Hkv, L]; the least goes first. It is a function of what it is given alone and changes none of
+    it.
+    """
+
+    name: str
+    score: CacheScore
     summary: str = ""
 
 

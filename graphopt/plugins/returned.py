@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from graphopt.errors import PluginError
+from graphopt.plugins.records import CacheScoreSpec
 
 if TYPE_CHECKING:
     from graphopt.decoding.stores import CacheStore
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "import_named",
+    "read_cache_scores",
     "read_passes",
     "read_pipelines",
     "read_records",
@@ -44,6 +46,15 @@ def read_records(record: type[T]) -> Callable[[object], Iterator[tuple[str, T]]]
             yield name, item
 
     return read
+
+
+def read_cache_scores(returned: object) -> Iterator[tuple[str, CacheScoreSpec]]:
+    """Records of scores, made known to operators."""
+    from graphopt.decoding.cache_scores import make_known
+
+    for name, spec in read_records(CacheScoreSpec)(returned):
+        make_known([spec])
+        yield name, spec
 
 
 def read_passes(returned: object) -> Iterator[tuple[str, type[Pass]]]:

@@ -5,7 +5,7 @@ Each head of keys has ``L`` slots. The row at position q::
     slot        one that is empty, else the one of least score that is not among the newest ``recent``
     write       key, value, position + 1 (0: empty), score 0
     read        softmax over all slots
-    score       what the policy makes of the score before and of what was read (``evict_scores``)
+    score       what the policy makes of the score before and of what was read (``ScoreContext``)
 
 Padding goes first. Rows of a prompt come one after another: what they give does not depend on how a prompt is
 taken in.
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from graphopt.candidate import Reason
+from graphopt.decoding.cache_scores import ScoreContext, known_cache_scores, scored
 from graphopt_kernels.attend_reference import allowed_keys, attend_supports, places_of
-from graphopt_kernels.evict_scores import SCORES
 
 __all__ = ["attend_evict", "attend_evict_reference", "attend_evict_supports", "attention_evicting"]
 
@@ -111,8 +111,8 @@ def attend_evict_supports(
     """``None``, or why the operator does not take these arguments."""
     if key is None or value is None:
         return Reason("what a row has driven out is not what the rows before it read")
-    if policy not in SCORES:
-        return Reason(f"policy {policy!r}: expected one of {', '.join(sorted(SCORES))}")
+    if policy not in (known := known_cache_scores()):
+        return Reason(f"policy {policy!r}: expected one of {', '.join(known)}")
     if not 0 < recent < key_store.shape[2]:
         return Reason(
             f"recent={recent}: expected 1 to {key_store.shape[2] - 1}, of {key_store.shape[2]} slots"
@@ -177,7 +177,11 @@ def attend_evict_reference(
         shares = _shares(asked, keys.to(query.dtype), allowed, bias, sinks, scale, softcap)
         made = torch.matmul(shares.to(query.dtype), values.to(query.dtype))
         outputs.append(made.reshape(batch, heads, 1, width))
-        scores.copy_(torch.where(again, scores, SCORES[policy](scores, shares.mean(2), keys, values)))
+        kept = held >= 0
+        if valid is not None:
+            kept = kept & _known(valid, held, batch)
+        given = ScoreContext(scores, shares.mean(2), asked, keys, values, held, at, kept)
+        scores.copy_(torch.where(again, scores, scored(policy, given)))
     return torch.cat(outputs, 2)
 
 
@@ -220,7 +224,8 @@ def _shares(
     softcap: float,
 ) -> torch.Tensor:
     """How much of each slot is read, float32 [B, Hkv, g, L], of queries [B, Hkv, g, D]."""
-    logits = torch.matmul(asked, keys.transpose(2, 3)).float() * scale
+    # In float32: of two keys that are read about as much, who goes must not hang on an order of sums.
+    logits = torch.matmul(asked.float(), keys.float().transpose(2, 3)) * scale
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
     if bias is not None:
@@ -253,7 +258,7 @@ def attention_evicting(
     places = torch.arange(rows, device=query.device)
     readable = allowed_keys(places, places, valid, batch, window).expand(batch, 1, rows, rows)
     asked = query.view(batch, groups, heads // groups, rows, -1)
-    logits = torch.matmul(asked, key[:, :, None].transpose(3, 4)).float() * scale
+    logits = torch.matmul(asked.float(), key[:, :, None].float().transpose(3, 4)) * scale
     if softcap:
         logits = torch.tanh(logits / softcap) * softcap
     if slopes is not None:
@@ -274,6 +279,10 @@ def attention_evicting(
         seen = logits[:, :, :, row].masked_fill(~(left & readable[:, :, row])[:, :, None], float("-inf"))
         shares = seen.softmax(-1) if column is None else torch.cat([seen, column], -1).softmax(-1)[..., :-1]
         outputs.append(torch.matmul(shares.to(value.dtype), value).reshape(batch, heads, 1, -1))
-        updated = SCORES[policy](scores, shares.mean(2), key, value)
-        scores = torch.where(left, updated, scores)
+        kept = left if valid is None else left & valid[:, None, :rows]
+        given = ScoreContext(
+            scores, shares.mean(2), asked[:, :, :, row], key, value, places.expand_as(scores), places[row],
+            kept,
+        )  # fmt: skip
+        scores = torch.where(left, scored(policy, given), scores)
     return torch.cat(outputs, 2)

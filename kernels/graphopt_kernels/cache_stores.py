@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from graphopt.candidate import Reason
 from graphopt.decoding.stores import CacheStore, SiteSpec
 from graphopt_kernels.attend_full import attend_full
+from graphopt_kernels.attend_latent import attend_latent
 from graphopt_kernels.attend_launch import kernels_follow
 from graphopt_kernels.attend_ring import attend_ring
 
-__all__ = ["Full", "Ring"]
+__all__ = ["Full", "Latent", "Ring"]
 
-OPERATORS = (attend_full, attend_ring)
+OPERATORS = (attend_full, attend_latent, attend_ring)
 """Loaded with the stores that name them."""
 
 
@@ -38,6 +40,29 @@ class Full(CacheStore):
 
     def follows(self, site: SiteSpec, device: torch.device) -> bool:
         return device.type == "cpu" or kernels_follow(device, site.dtype, site.key_width, site.value_width)
+
+
+@dataclass(frozen=True)
+class Latent(CacheStore):
+    """Every position of keys whose first columns are the values, [batch, heads, capacity, key width]."""
+
+    name = "latent"
+    summary = "keeps every position of keys that values are a part of"
+    exact = True
+    attend_op = "graphopt::attend_latent"
+
+    def refuses(self, site: SiteSpec, capacity: int) -> Reason | None:
+        if not site.within:
+            return Reason("its values are not the first columns of its keys")
+        return None
+
+    def tensors(
+        self, site: SiteSpec, batch: int, capacity: int
+    ) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {"key": ((batch, site.kv_heads, capacity, site.key_width), site.dtype)}
+
+    def constants(self, site: SiteSpec) -> tuple[Any, ...]:
+        return (site.value_width,)
 
 
 @dataclass(frozen=True)

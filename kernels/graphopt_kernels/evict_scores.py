@@ -1,52 +1,58 @@
-"""What keys are kept for: scores of eviction, all of one signature.
+"""Scores of ``evict`` that come with the package. Each is one function of a ``ScoreContext``, and a record.
 
-``score(before, weights, key, value)``: ``before`` float32 [B, Hkv, L] what each key had so far, 0 where it
-is new; ``weights`` float32 [B, Hkv, L] how much the row that comes reads of each, mean over the heads that
-share keys; ``key`` [B, Hkv, L, D], ``value`` [B, Hkv, L, Dv]. It gives the new scores; the least goes first.
-A score looks at each key by itself.
+A plugin adds one in the same way::
+
+    @graphopt.hookimpl
+    def graphopt_cache_scores():
+        return [CacheScoreSpec("oldest", lambda given: given.places.float(), "the oldest goes")]
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
-__all__ = ["SCORES", "Score"]
+from graphopt.decoding.cache_scores import ScoreContext
+from graphopt.plugins.records import CacheScoreSpec
 
-Score = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+__all__ = ["SCORES"]
 
 _SEEN = 32
 """Rows whose reading counts for ``snapkv``: older reading counts less and less."""
 
 
-def _h2o(before: torch.Tensor, weights: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """All that was read of a key (Zhang et al. 2023)."""
-    return before + weights
+def _h2o(given: ScoreContext) -> torch.Tensor:
+    return given.before + given.weights
 
 
-def _snapkv(
-    before: torch.Tensor, weights: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> torch.Tensor:
-    """What the last rows read of a key (Li et al. 2024), as a mean that forgets: there is no end of the
-    prompt at which to look."""
-    return before + (weights - before) / _SEEN
+def _snapkv(given: ScoreContext) -> torch.Tensor:
+    """A mean that forgets: there is no end of the prompt at which to look."""
+    return given.before + (given.weights - given.before) / _SEEN
 
 
-def _knorm(
-    before: torch.Tensor, weights: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> torch.Tensor:
-    """Keys of small norm are read more (Devoto et al. 2024)."""
-    norms: torch.Tensor = torch.linalg.vector_norm(key.float(), dim=-1)
+def _tova(given: ScoreContext) -> torch.Tensor:
+    return given.weights
+
+
+def _knorm(given: ScoreContext) -> torch.Tensor:
+    norms: torch.Tensor = torch.linalg.vector_norm(given.key.float(), dim=-1)
     return -norms
 
 
-def _value_aware(
-    before: torch.Tensor, weights: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> torch.Tensor:
-    """All that was read of a key times what its value adds (Guo et al. 2024)."""
-    return before + weights * value.float().abs().sum(-1)
+def _value_aware(given: ScoreContext) -> torch.Tensor:
+    return given.before + given.weights * given.value.float().abs().sum(-1)
 
 
-SCORES: dict[str, Score] = {"h2o": _h2o, "snapkv": _snapkv, "knorm": _knorm, "value-aware": _value_aware}
-"""Scores by the names that ``evict{policy=..}`` takes."""
+def _keydiff(given: ScoreContext) -> torch.Tensor:
+    directions = torch.nn.functional.normalize(given.key.float(), dim=-1)
+    mean = (directions * given.held[..., None]).sum(2, keepdim=True)
+    return -torch.nn.functional.cosine_similarity(directions, mean, dim=-1)
+
+
+SCORES = (
+    CacheScoreSpec("h2o", _h2o, "all that was read of a key (Zhang et al. 2023)"),
+    CacheScoreSpec("snapkv", _snapkv, "what was read of a key of late (Li et al. 2024)"),
+    CacheScoreSpec("tova", _tova, "what the newest row reads of a key (Oren et al. 2024)"),
+    CacheScoreSpec("knorm", _knorm, "keys of small norm are read more (Devoto et al. 2024)"),
+    CacheScoreSpec("value-aware", _value_aware, "what was read times what a value adds (Guo et al. 2024)"),
+    CacheScoreSpec("keydiff", _keydiff, "keys unlike the mean of those kept (Park et al. 2025)"),
+)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from graphopt.candidate import Reason
+from graphopt.decoding.cache_scores import known_cache_scores
 from graphopt.decoding.stores import CacheStore, SiteSpec
 from graphopt_kernels.attend_evict import attend_evict, attention_evicting
-from graphopt_kernels.evict_scores import SCORES
 
 __all__ = ["Evict"]
 
@@ -22,7 +22,7 @@ OPERATORS = (attend_evict,)
 @dataclass(frozen=True)
 class Evict(CacheStore):
     """``keep`` positions of each head of keys, the newest ``recent`` among them; of the others those of
-    highest score by ``policy``: ``h2o``, ``snapkv``, ``knorm`` or ``value-aware`` (``evict_scores``)."""
+    highest score by ``policy``, one of those that plugins register (``graphopt_cache_scores``)."""
 
     keep: int
     policy: str = "h2o"
@@ -37,8 +37,8 @@ class Evict(CacheStore):
     attend_op = "graphopt::attend_evict"
 
     def refuses(self, site: SiteSpec, capacity: int) -> Reason | None:
-        if self.policy not in SCORES:
-            return Reason(f"policy={self.policy}: expected one of {', '.join(sorted(SCORES))}")
+        if self.policy not in (known := known_cache_scores()):
+            return Reason(f"policy={self.policy}: expected one of {', '.join(known)}")
         if not 0 < self.recent < self.keep:
             return Reason(f"recent={self.recent}, keep={self.keep}: expected 0 < recent < keep")
         if self.keep >= (reach := min(capacity, site.mask.window or capacity)):

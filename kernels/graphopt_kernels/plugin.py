@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from graphopt.plugins import (
+    CacheScoreSpec,
     CodecSpec,
     Command,
     DumpFormat,
@@ -18,6 +19,7 @@ from graphopt.plugins import (
 
 __all__ = [
     "graphopt_api",
+    "graphopt_cache_scores",
     "graphopt_codecs",
     "graphopt_commands",
     "graphopt_formats",
@@ -41,6 +43,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
         add_product,
         attend_evict,
         attend_full,
+        attend_latent,
         attend_quant,
         attend_ring,
         attend_split,
@@ -213,6 +216,13 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=attend_full.attend_full_reference,
             supports=attend_full.attend_full_supports,
             summary="writes new keys and values into stores of all positions, and attends over them",
+        ),
+        KernelSpec(
+            name="attend-latent",
+            op="graphopt::attend_latent",
+            reference=attend_latent.attend_latent_reference,
+            supports=attend_latent.attend_latent_supports,
+            summary="attends over keys whose first columns are the values",
         ),
         KernelSpec(
             name="attend-ring",
@@ -421,12 +431,21 @@ def graphopt_stores() -> Iterable[str]:
     """Ways to keep keys and values between steps of decoding."""
     return (
         "graphopt_kernels.cache_stores:Full",
+        "graphopt_kernels.cache_stores:Latent",
         "graphopt_kernels.cache_stores:Ring",
         "graphopt_kernels.quant_store:Quant",
         "graphopt_kernels.split_stores:SinkWindow",
         "graphopt_kernels.split_stores:SplitHeads",
         "graphopt_kernels.evict_store:Evict",
     )
+
+
+@hookimpl
+def graphopt_cache_scores() -> Iterable[CacheScoreSpec]:
+    """By what ``evict`` drops keys."""
+    from graphopt_kernels.evict_scores import SCORES
+
+    return SCORES
 
 
 @hookimpl
