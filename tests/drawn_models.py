@@ -1,11 +1,12 @@
 """Random models as Python text: whole graphs for ``optimize``, valid by construction.
 
-A model has 1 to 14 steps, each a few lines: pointwise operators, broadcasts, views, slices, reductions, products,
-norms, attention, losses, lookups, conversions, writes in place of intermediates, buffers and inputs, lines that
-occur twice, stacks of equal layers; it returns one value or several, some of them views, integers, inputs or the
-same value twice. Steps are drawn one after the other and run at once, so that values stay finite and shapes are
-known. Nothing decides between two computed values (no ``>`` of two, no maximum): rounding shows as a small error, a
-wrong operator as one of an element's size. Only values that autograd keeps nothing of are written in place.
+A model has 1 to 14 steps, each a few lines: pointwise operators, broadcasts, views, slices, reductions,
+products, norms, attention, losses, lookups, conversions, writes in place of intermediates, buffers and
+inputs, lines that occur twice, stacks of equal layers; it returns one value or several, some of them views,
+integers, inputs or the same value twice. Steps are drawn one after the other and run at once, so that
+values stay finite and shapes are known. Nothing decides between two computed values (no ``>`` of two, no
+maximum): rounding shows as a small error, a wrong operator as one of an element's size. Only values that
+autograd keeps nothing of are written in place.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class DrawnModel:
         """A file that makes the model and its inputs."""
         made = "\n".join(f"{name} = {text}" for name, text in self.made)
         given = ", ".join(name for name, _ in self.made)
-        return f"{self.source}\n\ntorch.manual_seed({self.seed + 1})\n{made}\nmodel, inputs = Model(), ({given},)\n"
+        end = f"model, inputs = Model(), ({given},)"
+        return f"{self.source}\n\ntorch.manual_seed({self.seed + 1})\n{made}\n{end}\n"
 
 
 _HEAD = """import torch
@@ -414,6 +416,7 @@ def _attention(d: _Drawer, name: str) -> list[str]:
             lines.append(f"{x} = {x} * self.angle.cos() + {turned} * self.angle.sin()")
     if d.r.random() < 0.3:
         k, v = (f"{t}[:, :1].expand(-1, {heads}, -1, -1)" for t in (k, v))
+    zeros = f"torch.zeros({d.length}, {d.length}, dtype={q}.dtype)"
     mask = f"torch.ones({d.length}, {d.length}, dtype=torch.bool).tril()"
     kind = d.r.choice(("plain", "causal", "mask", "float", "written", "written causal"))
     if kind.startswith("written"):
@@ -426,7 +429,7 @@ def _attention(d: _Drawer, name: str) -> list[str]:
             "plain": "",
             "causal": ", is_causal=True",
             "mask": f", attn_mask={mask}",
-            "float": f", attn_mask=torch.zeros({d.length}, {d.length}, dtype={q}.dtype).masked_fill(~{mask}, -1e4)",
+            "float": f", attn_mask={zeros}.masked_fill(~{mask}, -1e4)",
         }
         made = f"F.scaled_dot_product_attention({q}, {k}, {v}{options[kind]})"
     shape = ", ".join(map(str, d.shape))

@@ -18,11 +18,11 @@ from graphopt.pipeline import Pipeline
 from graphopt.plugins import default_host
 from tests.drawn_models import DrawnModel, drawn_model
 
-__all__ = ["check_seed", "eager_passes"]
+__all__ = ["ANOTHER_RESULT", "WIDE", "check_seed", "compare", "forced_passes", "run_once"]
 
 WIDE, SINGLE, HALF = 1e-9, 2e-5, 2e-2
-"""Allowed beside twice eager's own error, of the largest element: of float64; of float32, against float64; and of
-models that round to sixteen bits on their way, where a last bit decides about one of those."""
+"""Allowed beside twice eager's own error, of the largest element: of float64; of float32; of models
+that round to sixteen bits on their way, where a last bit decides about one of those."""
 
 ANOTHER_RESULT = ("keep-kv", "lossy-cache", "quantize-linear", "quantize-saved", "share-kv")
 """Passes that change results by design."""
@@ -45,8 +45,10 @@ ALTERNATIVES = ("chunk", "linear-cross-entropy", "tile-convolutions")
 
 
 def forced_passes(alternatives: bool) -> tuple[Pass, ...]:
-    """Every registered pass that keeps results, with options that let it rewrite the smallest graphs; those of
-    ``ALTERNATIVES`` where asked for."""
+    """Every registered pass that keeps results, with options that let it rewrite the smallest graphs.
+
+    Those of ``ALTERNATIVES`` are among them where asked for.
+    """
     found = []
     for name, kind in default_host().passes().items():
         if name not in ANOTHER_RESULT and (alternatives or name not in ALTERNATIVES):
@@ -63,7 +65,8 @@ class Seen:
     spec: pytree.TreeSpec
 
 
-def _step(module: torch.nn.Module, owner: torch.nn.Module, inputs: Iterable[Any], train: bool) -> Seen:
+def run_once(module: torch.nn.Module, owner: torch.nn.Module, inputs: Iterable[Any], train: bool) -> Seen:
+    """One call on copies of ``inputs``, in training with a backward."""
     given = tuple(x.detach().clone().requires_grad_(x.requires_grad) for x in inputs)
     for parameter in owner.parameters():
         parameter.grad = None
@@ -72,6 +75,8 @@ def _step(module: torch.nn.Module, owner: torch.nn.Module, inputs: Iterable[Any]
     leaves, spec = pytree.tree_flatten(output)
     values: dict[str, Any] = {f"output {k}": x.detach().clone() for k, x in enumerate(leaves)}
     ends = [x for x in leaves if x.requires_grad]
+    # Where there are scalars, they are the loss: other outputs carry no gradients then.
+    ends = [x for x in ends if not x.dim()] or ends
     if train and ends:
         # Each element counts by another weight, in the backward as well.
         sum(((0.3 + x.double()) * _weights(x)).mean() for x in ends).backward()
@@ -96,7 +101,7 @@ def _distance(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float(off.max()) / max(float(b.abs().nan_to_num(0.0, 0.0, 0.0).max()), 1.0)
 
 
-def _compare(found: Seen, expected: Seen, precise: Seen, allowed: float) -> None:
+def compare(found: Seen, expected: Seen, precise: Seen, allowed: float) -> None:
     assert found.spec == expected.spec, f"{found.spec} instead of {expected.spec}"
     for name, right in expected.values.items():
         value, best = found.values[name], precise.values[name]
@@ -113,8 +118,10 @@ def _compare(found: Seen, expected: Seen, precise: Seen, allowed: float) -> None
 
 
 def check_seed(seed: int) -> graphopt.Optimized:
-    """Run the model of ``seed`` eagerly and optimized: a first and a second step, a step under a random budget
-    and back in inference. Raises ``AssertionError`` that has the whole example."""
+    """Run the model of ``seed`` eagerly and optimized: two steps, in training one more under a random budget.
+
+    Raises ``AssertionError`` that has the whole example.
+    """
     drawn = drawn_model(seed)
     try:
         return _checked(drawn, seed)
@@ -132,7 +139,9 @@ def _checked(drawn: DrawnModel, seed: int) -> graphopt.Optimized:
     plain, wide = drawn.model(dtype), drawn.model(torch.float32).double()
     plain.train(train), wide.train(train)
     model, inputs = copy.deepcopy(plain), drawn.inputs(dtype)
-    precise_inputs = [x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs]
+    precise_inputs = tuple(
+        x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for x in inputs
+    )
     torch._dynamo.reset()
     fast = graphopt.optimize(
         model,
@@ -146,13 +155,14 @@ def _checked(drawn: DrawnModel, seed: int) -> graphopt.Optimized:
     assert not fast.report.diagnostics or fast.report.programs, fast.report.diagnostics
 
     def step() -> None:
-        expected = _step(plain, plain, inputs, train)
-        precise = _step(wide, wide, precise_inputs, train)
-        _compare(_step(fast, model, inputs, train), expected, precise, allowed)
+        expected = run_once(plain, plain, inputs, train)
+        precise = run_once(wide, wide, precise_inputs, train)
+        compare(run_once(fast, model, inputs, train), expected, precise, allowed)
 
     step()
     step()
-    if train and fast.report.baseline is not None and fast.report.programs:
+    # A form that was chosen among alternatives stays: planning again would need all of them.
+    if train and not alternatives and fast.report.baseline is not None:
         session = fast._driver.session
         front = session.curve(session.static_bytes or 0)
         least, most = front[0][0], session.plan.baseline.peak_bytes
