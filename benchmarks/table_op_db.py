@@ -22,11 +22,11 @@ def op_db(record: dict[str, Any]) -> str:
     ]
     return (
         "## Any operator\n\n"
-        "PyTorch's own samples of its own operators (`op_db`) through `optimize`, forward and backward, op by "
-        "op on the CPU, in float32 or the first type that an operator has, the first "
-        f"{record['samples_each']} samples of each. Target: all are as in eager: {verdict(summary['met'])}. Of "
-        f"{sum(found.values())} samples of {summary['operators']} operators {found.get('ok', 0)} agree, "
-        f"{found.get('untraced ok', 0)} that AOTAutograd cannot trace in one graph agree too, and eager itself "
-        f"refuses {found.get('refused', 0)}. Rows were made in several starts.\n"
+        "PyTorch's own samples of its own operators (`op_db`) through `optimize`, forward and backward, op "
+        "by op on the CPU, in float32 or the first type that an operator has, the first "
+        f"{record['samples_each']} samples of each. Target: all are as in eager: {verdict(summary['met'])}. "
+        f"Of {sum(found.values())} samples of {summary['operators']} operators {found.get('ok', 0)} agree, "
+        f"{found.get('untraced ok', 0)} that AOTAutograd cannot trace in one graph agree too, and eager "
+        f"itself refuses {found.get('refused', 0)}. Rows were made in several starts.\n"
         + "".join(f"\n{x}" for x in lines)
     )
