@@ -31,6 +31,7 @@ from table_gpu import (
     gpu_step_kernels,
     gpu_train,
 )
+from table_op_db import op_db
 from table_quality import quality_packed
 from table_zoo import zoo
 
@@ -455,6 +456,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "quality_packed": quality_packed,
     "page": page,
     "zoo": zoo,
+    "op_db": op_db,
 }
 
 

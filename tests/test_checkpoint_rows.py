@@ -180,3 +180,22 @@ def test_skips_across_the_whole_depth_are_planned_too() -> None:
         item = plan.snapshot()
         profile = cost.memory([(program, to_schedule(model, item.saved, item.released))])
         assert item.peak == profile.peak_bytes
+
+
+def test_blocks_that_need_no_gradients_are_no_rows() -> None:
+    class Head(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.last = Deep(16, 8), nn.Linear(16, 1)
+            self.body.requires_grad_(False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for block in self.body.down:
+                x = block(x)
+            for _ in range(6):
+                x = self.last.weight * torch.sin(x)
+            return self.last(x).square().mean()
+
+    # The backward ends before it comes to the frozen blocks.
+    program, _ = captured(Head(), torch.randn(64, 16))
+    assert program.signature.by_role("tangent")

@@ -251,6 +251,8 @@ def test_random_numbers_end_a_region() -> None:
         (lambda x: x.exp().sin().cos().relu_().exp(), "its memory is written in place"),
         (lambda x: x.exp().sin().exp().flip(0).cumsum(0).exp(), "it mixes the rows"),
         (lambda x: x.exp().sin().roll(1, 0).exp(), "it may mix the rows"),
+        # Norms that have running statistics, and no switch for them of that name.
+        (lambda x: F.instance_norm(x.exp().sin()[None])[0].exp(), "it may mix the rows"),
     ],
 )
 def test_what_ends_a_region_is_said(function: Callable[..., Any], text: str) -> None:

@@ -107,6 +107,17 @@ def test_a_problem_that_does_not_fit_is_said() -> None:
     assert str(outcome.default.refused) == "the problem does not fit the memory of the device"
 
 
+def test_a_problem_that_cannot_be_timed_for_lack_of_memory_is_said() -> None:
+    class Full(Meter):
+        def __call__(self, runs: Any, operands: Any) -> Any:
+            raise torch.OutOfMemoryError("tried to allocate")
+
+    outcome = tuned(tunable(Way(100), Way(90)), Full())
+    assert outcome.chosen is None and outcome.entry(tunable(Way(100)), H200.name) is None
+    reasons = {str(trial.refused) for trial in outcome.trials}
+    assert reasons == {"timing it does not fit the memory of the device"}
+
+
 def test_what_the_kernel_does_not_allow_is_not_tried() -> None:
     launched.clear()
     outcome = tuned(tunable(Way(100), Way(1, "invalid"), Way(100), Way(90)))

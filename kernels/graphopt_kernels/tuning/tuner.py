@@ -241,7 +241,13 @@ def _measured(spec: TunableSpec, problem: Any, trials: Sequence[Trial], meter: M
         for number, seconds in zip(numbers, meter(runs, operands), strict=True):
             checked[number] = replace(checked[number], seconds=seconds)
 
-    timed(left)
+    try:
+        timed(left)
+    except torch.OutOfMemoryError:
+        # Timing takes copies of the operands, beyond what any cache holds.
+        reason = Reason("timing it does not fit the memory of the device")
+        refused = tuple(replace(trial, refused=trial.refused or reason) for trial in checked)
+        return Outcome(spec.name, problem, refused, None)
     best = min(left, key=lambda number: checked[number].seconds or 0.0)
     if _faster(checked[best], checked[0]):
         # The least of several figures is partly luck: it has to win against the default alone, too.

@@ -44,7 +44,9 @@ def follow(node: fx.Node, cut: Mapping[fx.Node, int], extent: int) -> Followed |
         source = node.args[0]
         assert isinstance(source, fx.Node)
         return Followed(cut[source])
-    if _has(node, "running_mean") and argument(node, "training") is not False:
+    # Of other norms with running statistics there is no rule.
+    of_a_batch = _has(node, "running_mean") and _has(node, "training")
+    if of_a_batch and argument(node, "training") is not False:
         return Reason("the statistics of a batch norm are of the whole batch", (node.name,))
     rule = _RULES.get(node.target)
     if rule is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):

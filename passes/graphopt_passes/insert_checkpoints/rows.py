@@ -150,5 +150,6 @@ class _Realised:
     def _keep(self, blocks: Sequence[Block], kept: set[int], slot: int | None) -> None:
         if slot is None:
             self.saved |= kept
-        else:
+        elif slot < len(self.chain.model.slots):
+            # The backward may end before it comes to blocks: those need no gradients and never run again.
             self.released.update((b, slot) for block in blocks for b in block.storages() if b not in kept)

@@ -1,0 +1,52 @@
+"""Random whole models through every pass, under random budgets, against eager: ``tests/fuzzing.py``.
+
+A failure has the model as text.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from graphopt.plugins import default_host
+from tests.drawn_models import drawn_model
+from tests.fuzzing import ANOTHER_RESULT, WIDE, check_seed, compare, forced_passes, run_once
+
+QUICK = (6, 8, 11, 17)
+
+
+@pytest.mark.parametrize("seed", QUICK)
+def test_random_models_compute_what_eager_does(seed: int) -> None:
+    check_seed(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", range(0, 2000, 50))
+def test_many_random_models_compute_what_eager_does(first: int) -> None:
+    for seed in range(first, first + 50):
+        check_seed(seed)
+
+
+def test_every_pass_that_keeps_results_is_forced() -> None:
+    assert {p.name for p in forced_passes(True)} == default_host().passes().keys() - set(ANOTHER_RESULT)
+    everywhere = [p for p in forced_passes(True) if hasattr(p, "everywhere")]
+    assert len(everywhere) > 5 and all(p.everywhere for p in everywhere)
+
+
+def test_models_are_drawn_the_same_each_time_and_are_worth_something() -> None:
+    drawn = [drawn_model(seed) for seed in range(30)]
+    assert [d.source for d in drawn] == [drawn_model(seed).source for seed in range(30)]
+    text = "".join(d.source.partition("def forward")[2] for d in drawn)
+    for what in ("self.seen.mul_", "n.mul_", "self.count +=", ".add_(", "scaled_dot", "softmax", "[..., "):
+        assert what in text, what
+    assert "bfloat16" in text and "double()" in text and "'out1'" in text
+
+
+def test_a_wrong_result_is_told() -> None:
+    net, x = torch.nn.Linear(3, 2).double(), torch.randn(4, 3, dtype=torch.float64)
+    right = run_once(net, net, (x,), train=True)
+    with torch.no_grad():
+        net.weight[0, 0] += 1e-6
+    with pytest.raises(AssertionError, match=r"output 0 is off by .*, eager by 0"):
+        compare(run_once(net, net, (x,), train=True), right, right, WIDE)
+    compare(right, right, right, 0.0)
