@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from table_cells import good, mib, number, percent, table, verdict
-from table_decode import gpu_decode, gpu_decode_attention, kv_stores, page
+from table_decode import gpu_decode, gpu_decode_attention, kv_stores, page, share_kv
 from table_gpu import (
     gpu_attention,
     gpu_compile_time,
@@ -441,6 +441,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu_decode": gpu_decode,
     "gpu_decode_attention": gpu_decode_attention,
     "kv_stores": kv_stores,
+    "share_kv": share_kv,
     "gpu_pack_linears": gpu_pack_linears,
     "gpu_convolutions": gpu_convolutions,
     "gpu_optimizer": gpu_optimizer,

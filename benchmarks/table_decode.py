@@ -93,6 +93,39 @@ def kv_stores(record: dict[str, Any]) -> str:
     )
 
 
+def share_kv(record: dict[str, Any]) -> str:
+    cells = [
+        (
+            row["what"], str(row["layers"]), f"{row['kv_share']:.3f}x", f"{row['perplexity']:.1f}",
+            f"{row['divergence']:.3f}", percent(row["agreement"]), f"{row['fit_seconds']:.0f}",
+        )
+        for row in record["rows"]
+    ]  # fmt: skip
+    found = record["summary"]
+    before = record["rows"][0]["perplexity_before"]
+    told = [
+        f"{count} attentions share at a perplexity of at most {target}: "
+        f"{verdict(found[f'target_met_{count}'])} "
+        f"({found[f'perplexity_{count}']:.1f})"
+        for count, target in found["targets"].items()
+        if f"target_met_{count}" in found
+    ]
+    told += [
+        f"KL of {count} against that of KVSharer's order, at most a third: "
+        f"{verdict(found[f'ratio_met_{count}'])} ({found[f'divergence_ratio_{count}']:.2f})"
+        for count in found["targets"]
+        if f"ratio_met_{count}" in found
+    ]
+    missing = ", ".join(record.get("missing", ())) or "nothing"
+    return (
+        "## Attentions that share keys and values, on a real checkpoint\n\n"
+        f"SmolLM2-135M-Instruct (perplexity {before:.1f}), 2,048 tokens of held-out text. `dissimilarity` is "
+        "KVSharer's order, `single-kl` the search by KL of single pairs, `local` its plan with queries and "
+        f"outputs fitted layer by layer. {'; '.join(told)}. Not measured: {missing}.\n\n"
+        + table(("", "attentions", "stores", "perplexity", "KL", "top-1", "fitted, s"), cells)
+    )
+
+
 def page(record: dict[str, Any]) -> str:
     found = record["summary"]
     return (
