@@ -15,10 +15,20 @@ settings.register_profile("search", deadline=None)
 settings.load_profile("repeatable")
 
 GOLDEN = Path(__file__).parent / "golden"
+LONG = frozenset((Path(__file__).parent / "slow.txt").read_text(encoding="utf-8").split("\n")) - {""}
+"""Tests that take long and say what a quicker one beside them says of something else: the long suite runs
+them. Measured with ``--durations``."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--accept", action="store_true", help="rewrite golden files with what the tests produce")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.nodeid in LONG:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture
