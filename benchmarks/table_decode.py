@@ -57,7 +57,7 @@ def gpu_decode_attention(record: dict[str, Any]) -> str:
         "32 heads of queries, 8 of keys, of 128 elements, bf16: microseconds, and the share of the bandwidth "
         f"of a sum ({record['read_gb_per_second']:.0f} GB/s) that filled positions are read with. `sdpa` is "
         "`scaled_dot_product_attention` over a static cache with a mask. Targets: 85 % (bf16, 8 bits), 75 % "
-        f"(4 bits), reached in: {reached}. Kernels of rounded stores are bound by their instructions, and "
+        f"(4 bits), reached in: {reached}. Kernels of rounded stores are "
         "slower than those of bf16: they save memory, not time.\n\n"
         + table(("batch", "capacity", "filled", *kinds), cells)
     )

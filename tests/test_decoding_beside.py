@@ -91,8 +91,13 @@ def test_original_checkpoints_load_and_what_takes_a_weights_place_is_read() -> N
         for parameter in other.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
     fast, ids = generating(model), tokens(1, 5)
+    assert fast._generator is not None
+    weights = fast._generator.built.decoder.step.weights
+    (whole,) = (weight for name, weight in weights.items() if name.endswith("0_gate_weight_beside"))
+    counted = whole._version
     model.load_state_dict(other.state_dict())
     assert torch.equal(fast.generate(ids, max_new_tokens=20), greedy(other, ids, 20))
+    assert whole._version > counted, "kernels that read early are told"
     with torch.no_grad():
         other.blocks[0].up.weight.mul_(-2)
     model.blocks[0].up.weight.data = other.blocks[0].up.weight.detach().clone()

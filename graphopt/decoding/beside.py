@@ -77,6 +77,7 @@ class SideBySide:
     schemes: Collection[type[Scheme]]
     _laid: dict[tuple[int, ...], torch.Tensor] = field(default_factory=dict)
     _parts: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+    _writes: dict[int, int | None] = field(default_factory=dict)
     count: int = 0
     """Products that were made one with others, in the last step."""
 
@@ -99,11 +100,17 @@ class SideBySide:
         return replace(step, weights={name: weights[name] for name in order})
 
     def settle(self) -> None:
-        """Take over weights that were put in the place of those that were laid out (``parameter.data = ..``).
+        """Take over weights that were put in the place of those that were laid out (``parameter.data = ..``),
+        and have those that were written count as written where they lie: kernels go by that
+        (``graphopt_kernels.quantized.settled``), and the two do not share what torch counts.
 
         Raises ``InputsError`` where one cannot stand where the other did.
         """
-        for part, rows in self._parts:
+        for index, (part, rows) in enumerate(self._parts):
+            written = _torch.writes(part)
+            if self._writes.setdefault(index, written) != written:
+                self._writes[index] = written
+                rows[:0].zero_()
             if part.data_ptr() == rows.data_ptr() and part.dtype is rows.dtype:
                 continue
             if part.shape != rows.shape or part.dtype is not rows.dtype or part.device != rows.device:
