@@ -126,6 +126,11 @@ def test_the_least_sum_that_fits_is_taken() -> None:
     assert within.measured <= 0.7 and within.bytes <= 180
     with pytest.raises(BudgetError, match="nats a token, max_kl=1e-12 is allowed"):
         allocate_stores(uncached, sites, choices, offered, batches, 185, max_kl=1e-12)
+    assert not found.gave_up and not within.gave_up
+    # Prices that promise no change at all are contradicted by what is measured, whatever they are scaled by.
+    free = [StoreChoice(choice.site, choice.store, choice.bytes, 0.0) for choice in choices]
+    left = allocate_stores(uncached, sites, free, offered, batches, None, max_kl=1e-12)
+    assert left.gave_up and set(left.assignment.stores.values()) == {"full"} and left.bytes == 300
 
 
 def test_budgets_of_stores_are_kept_where_loss_is_allowed(tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ class CacheAllocation:
     """What was chosen: ``bytes`` of all stores, ``predicted`` the sum of prices, ``measured`` the KL of all
     of them together, both in nats a token over ``tokens`` tokens; ``gap``: share by which the sum may be
     above the least; ``frontier``: the choices that are the least for what they take, the fewest bytes first.
+    ``gave_up``: whatever prices promised was measured to change predictions more than allowed, so that exact
+    stores were left.
     """
 
     assignment: CacheAssignment
@@ -60,6 +62,7 @@ class CacheAllocation:
     gap: float
     frontier: tuple[CachePoint, ...]
     choices: tuple[StoreChoice, ...]
+    gave_up: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -142,7 +145,7 @@ def allocate_stores(
     for choice in choices:
         by_site.setdefault(choice.site, []).append(choice)
     known = {str(store): store for store in candidates}
-    scale = 1.0
+    scale, gave_up = 1.0, False
     for _ in range(_ROUNDS):
         picked, gap = _solved(list(by_site.values()), bound, None if max_kl is None else max_kl / scale)
         lossy = {choice.site: known[choice.store] for choice in picked if choice.store in known}
@@ -163,6 +166,7 @@ def allocate_stores(
         # Prices were not to be trusted: what costs nothing is left.
         picked, gap = [options[0] for options in by_site.values()], 0.0
         predicted = measured = 0.0
+        gave_up = True
     assignment = CacheAssignment({choice.site: choice.store for choice in picked})
     return CacheAllocation(
         assignment,
@@ -173,6 +177,7 @@ def allocate_stores(
         gap,
         _frontier(list(by_site.values())),
         tuple(choices),
+        gave_up,
     )
 
 

@@ -83,6 +83,8 @@ class LossyCache(SitePass):
             f"{format_bytes(exact)} -> {format_bytes(found.bytes)}; KL {found.measured:.3g} nats a token "
             f"(sum of prices {found.predicted:.3g}) on {found.tokens} tokens"
         )
+        if found.gave_up:
+            reason = f"exact stores are left: no others were measured to stay within max_kl={self.max_kl:g}"
         return SiteAnswer(
             found.assignment, reason=reason, divergence=found.measured, tokens=found.tokens, allocation=found
         )
