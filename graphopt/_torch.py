@@ -826,6 +826,12 @@ def schema_of(target: Any) -> Any:
     return target._schema if isinstance(target, torch._ops.OpOverload) else None
 
 
+def gives_value(target: Any) -> bool:
+    """Whether a call gives anything: operators that only check something do not."""
+    schema = schema_of(target)
+    return schema is None or bool(schema.returns)
+
+
 def gives_other_bits(target: Any) -> bool:
     """Whether an operator says that a second run on the same inputs may round otherwise."""
     tag = getattr(torch.Tag, "nondeterministic_bitwise", None)

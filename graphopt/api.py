@@ -216,7 +216,7 @@ def _prepared(
         raise InputsError(
             'verify="numeric" needs inputs: a tuple of positional arguments or a dict of keyword arguments'
         )
-    optimized = _uncaptured(model, inputs, **options)
+    optimized = _uncaptured(model, inputs, compare=verify != "off", **options)
     if optimized._generator is not None:
         if step is not None:
             raise InputsError("step= and generate= exclude each other: a step is not what generates")
@@ -245,6 +245,7 @@ def _uncaptured(
     generate: Generate | None = None,
     assigned: Assigned | None = None,
     guard: str = "off",
+    compare: bool = False,
     **choices: Any,
 ) -> Optimized:
     """An optimized module that captures on its first call; its copies are made the same way, from a model
@@ -277,7 +278,10 @@ def _uncaptured(
         model = assigned.model
     session = fresh(model, budget)
     fit = WeightFit(model, session, fresh, attempt, dry_run)
-    driver = Driver(model, session, inputs=example, dynamic=dynamic_shapes, loss_fn=loss_fn, fit=fit)
+    driver = Driver(
+        model, session, inputs=example, dynamic=dynamic_shapes, loss_fn=loss_fn, fit=fit,
+        compare=compare and not dry_run,
+    )  # fmt: skip
     if not dry_run and guard == "measure":
         driver.guard = Guard(driver.remark)
     again = partial(
@@ -290,6 +294,7 @@ def _uncaptured(
         generate=generate,
         assigned=assigned,
         guard=guard,
+        compare=compare,
         **choices,
     )
     generator = None

@@ -110,6 +110,7 @@ class Session:
     recorded; ``recorders`` do that. ``keeps``: keep plan and code for later processes, and take over what
     earlier ones kept. ``watching(run, args, ran)`` runs a whole program in the place of ``run(*args)``.
     ``policy``: who picks within the budget in the planner's place, ``chosen_by``: its name where it did.
+    ``comparing``: a captured call computes what dynamo captured, without gradients, and nothing is captured.
     ``generates``: its programs decode. ``quantization``: how the weights of the model were packed for it, and
     ``dense_baseline`` what a step took before.
     """
@@ -133,6 +134,7 @@ class Session:
     whole: bool = True
     staged: bool = False
     capturing: bool = False
+    comparing: bool = False
     captured: list[Captured] = field(default_factory=list)
     current: list[Captured] = field(default_factory=list)
     plan: Plan | None = None
@@ -173,6 +175,8 @@ class Session:
         Of several graphs one that cannot be compiled is none: the function that it is of runs as it did, and
         what that calls is captured alone.
         """
+        if self.comparing:
+            raise NotPlanned
         known, present = len(self.captured), self.current
         # Dynamo hands over the same graph again for each function around it that it tries.
         calls = tuple(str(node.target) for node in gm.graph.nodes if node.op.startswith("call"))
@@ -248,7 +252,7 @@ class Session:
 
         def call(*args: Any) -> Any:
             if self.capturing and self.whole:
-                raise NotPlanned
+                return self._as_captured(original, args)
             if captured.provisional and self.staged:
                 if captured.ran:
                     self.finish()
@@ -257,6 +261,13 @@ class Session:
             return self._ran(captured.run, args, ran)
 
         return call
+
+    def _as_captured(self, gm: fx.GraphModule, args: Sequence[Any]) -> Any:
+        """What dynamo's own graph computes, where that is asked for in place of its capture alone."""
+        if not self.comparing:
+            raise NotPlanned
+        with torch.no_grad():
+            return gm.forward(*args)
 
     def guarded(self, run: Callable[..., Any], plain: Callable[..., Any], name: str) -> Callable[..., Any]:
         """``run``, with ``plain`` in its place should it fail when it is first called."""
@@ -469,7 +480,7 @@ class Session:
 
         def call(*args: Any) -> Any:
             if self.capturing:
-                raise NotPlanned
+                return self._as_captured(gm, args)
             return self._ran(run, args, ran)
 
         return call

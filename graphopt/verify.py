@@ -98,9 +98,9 @@ def verify_structure(program: Program, before: Interface) -> None:
 
 
 def verify_values(program: Program) -> None:
-    """Raise ``VerificationError`` for a call without ``meta["val"]``."""
+    """Raise ``VerificationError`` for a call without ``meta["val"]`` that gives a value."""
     for node in program.graph.nodes:
-        if node.op.startswith("call_") and "val" not in node.meta:
+        if node.op.startswith("call_") and "val" not in node.meta and _torch.gives_value(node.target):
             raise _broken(program, "values", f"node {node.name!r} ({node.target}) has no meta['val']")
 
 

@@ -11,6 +11,7 @@ import torch
 
 import graphopt
 from graphopt import _torch
+from graphopt.capture.faithful import compared
 from graphopt.capture.inputs import bind_inputs
 from graphopt.capture.observe import Observer
 from graphopt.capture.timeline import statistics_of, timeline_of
@@ -43,12 +44,16 @@ __all__ = ["Driver"]
 _PACK_FIRST = "weights are not packed for a step of several calls: call graphopt.quantize(model, ...) before"
 
 
+_OTHER_PATH = "look for code that asks torch.compiler.is_compiling() and takes another path then"
+
+
 class Driver:
     """Owns the compiled callables of one model.
 
     The whole model is captured in one graph if dynamo can; if not, in several with plain Python
     between them; if that fails too the model runs as it did and ``diagnostics`` say why
-    (``on_error="raise"`` raises instead). ``fit`` packs weights where nothing fits without.
+    (``on_error="raise"`` raises instead). ``fit`` packs weights where nothing fits without. ``compare``: run
+    what was captured once beside the model, and leave a model as it is that computes something else.
     """
 
     def __init__(
@@ -60,8 +65,9 @@ class Driver:
         dynamic: bool | None = None,
         loss_fn: Callable[[Any], torch.Tensor] | None = None,
         fit: WeightFit | None = None,
+        compare: bool = False,
     ) -> None:
-        self.fit = fit
+        self.fit, self.compare = fit, compare
         self.model, self.session, self.dynamic = model, session, dynamic
         self.example = inputs
         self.loss_fn = loss_fn
@@ -175,7 +181,8 @@ class Driver:
         try:
             call(*args, **kwargs)
         except NotPlanned:
-            self._call = call
+            if self._is_faithful(call, args, kwargs):
+                self._call = call
         except Exception as error:
             inner = _torch.inner_error(error)
             if isinstance(inner, GraphoptError):
@@ -188,6 +195,37 @@ class Driver:
             )
         finally:
             session.capturing = False
+
+    def _is_faithful(
+        self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether what was captured computes what the model does; a model of which it does not is left as it
+        is."""
+        if not self.compare:
+            return True
+        session = self.session
+        known = dict(self.model.named_parameters())
+        written = [known[name] for name in self.written_parameters() if name in known]
+
+        def captured(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return call(*args, **kwargs)
+            except NotPlanned:
+                raise CaptureError("copies of the inputs are captured as another program") from None
+
+        session.comparing = True
+        try:
+            found = compared(self.model, captured, args, kwargs, written)
+        finally:
+            session.comparing = False
+        if found.refused:
+            session.diagnostics.append(f"what was captured was not compared with the model: {found.refused}")
+        if not found.difference:
+            return True
+        why = f"compiled, the model computes something else than it does op by op: {found.difference}"
+        session.forget()
+        self._give_up(CaptureError(why, hint=_OTHER_PATH), args, kwargs)
+        return False
 
     def _capture_pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Several graphs: run the forward once, everything put back, to see them all."""
@@ -203,6 +241,8 @@ class Driver:
             with session.put_back(self.model):
                 with restored(self.model, leaves), torch.random.fork_rng(devices=_cuda_devices(self.model)):
                     call(*args, **kwargs)
+                if session.current and not self._is_faithful(call, args, kwargs):
+                    return
                 if session.observer is not None:
                     self._observe(session.observer, call, args, kwargs)
             # The scalar of a graph was taken for the loss, and is none.

@@ -1,0 +1,200 @@
+"""What dynamo captures is compared with the model itself before it is used."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import graphopt
+from graphopt.capture.faithful import CHUNK, differences
+from graphopt.errors import CaptureError
+
+X = torch.linspace(-1.0, 1.0, 12).reshape(3, 4)
+
+
+def optimized(model: nn.Module, *inputs: Any, **options: Any) -> graphopt.Optimized:
+    return graphopt.optimize(model, inputs or (X,), emit="eager", cache=False, **options)
+
+
+class TwoPaths(nn.Module):
+    """Another scale under the compiler, as masks that are only left out op by op make another result."""
+
+    def __init__(self, off: float) -> None:
+        super().__init__()
+        self.off = off
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = 1.0 + self.off if torch.compiler.is_compiling() else 1.0
+        return self.linear(x).relu() * scale
+
+
+class Breaking(TwoPaths):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        torch._dynamo.graph_break()
+        return y + 1
+
+
+@pytest.mark.parametrize("kind", [TwoPaths, Breaking])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_that_computes_something_else_compiled_runs_as_it_did(
+    kind: type[TwoPaths], training: bool
+) -> None:
+    model = kind(0.25).train(training)
+    fast = optimized(model)
+    assert torch.equal(fast(X), model(X))
+    assert fast.report.plan is None
+    (note,) = (text for text in fast.report.diagnostics if "runs as it did" in text)
+    assert "compiled, the model computes something else than it does op by op: output 0 differs by " in note
+    assert note.endswith("% of its largest number")
+
+
+def test_it_is_an_error_where_errors_are_raised() -> None:
+    with pytest.raises(CaptureError, match="computes something else than it does op by op: output 0 differs"):
+        optimized(TwoPaths(0.25), on_error="raise")
+
+
+def test_rounding_is_no_difference() -> None:
+    fast = optimized(TwoPaths(2**-20))
+    assert fast.report.plan is not None
+    assert not fast.report.diagnostics
+
+
+def test_nothing_is_compared_where_verification_is_off() -> None:
+    model = TwoPaths(0.25)
+    fast = optimized(model, verify="off")
+    assert torch.allclose(fast(X), 1.25 * model(X))
+
+
+def test_a_model_that_is_called_without_example_inputs_is_compared_on_its_first_call() -> None:
+    model = TwoPaths(0.25)
+    fast = graphopt.optimize(model, emit="eager", cache=False)
+    assert torch.equal(fast(X), model(X))
+    assert "output 0 differs" in fast.report.diagnostics[0]
+
+
+def test_a_model_that_never_gives_the_same_is_not_held_to_it() -> None:
+    ticks = itertools.count()
+
+    class Ticking(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + tick()
+
+    @torch.compiler.assume_constant_result
+    def tick() -> int:
+        return next(ticks)
+
+    fast = optimized(Ticking())
+    assert fast.report.plan is not None
+    assert (
+        "what was captured was not compared with the model: the model does not compute the same twice"
+        in fast.report.diagnostics
+    )
+
+
+class Remembering(nn.Module):
+    """Changes a buffer, an attribute, its input and an object that it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: torch.Tensor
+        self.register_buffer("seen", torch.zeros(()))
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor, kept: list[torch.Tensor]) -> torch.Tensor:
+        self.seen += 1
+        self.calls += 1
+        kept.append(x * 2)
+        x.mul_(2)
+        return x + self.seen + torch.rand(())
+
+
+def test_what_the_two_runs_change_is_put_back() -> None:
+    model, x, kept = Remembering(), X.clone(), [X]
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    fast = optimized(model, x, kept)
+    assert fast.report.plan is not None
+    assert not any("not compared" in note for note in fast.report.diagnostics)
+    assert torch.equal(x, X)
+    assert len(kept) == 1
+    assert (model.seen.item(), model.calls) == (0, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(0)
+    expected = Remembering()(X.clone(), [X])
+    torch.manual_seed(0)
+    assert torch.equal(fast(x, kept), expected)
+    assert len(kept) == 2
+
+
+def test_checks_that_give_nothing_do_not_stop_rewrites() -> None:
+    class Checked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))
+
+        def forward(self, x: torch.Tensor, n: torch.Tensor) -> torch.Tensor:
+            torch._check(n.sum().item() >= 0)
+            return self.parts(x).narrow(0, 0, 2)
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        fast = optimized(Checked(), X, torch.ones(2, dtype=torch.int64))
+    assert not [step for step in fast.report.steps if "has no meta" in (step.reason or "")]
+    assert fast.report.plan is not None
+    with pytest.raises(RuntimeError):
+        fast(X, -torch.ones(2, dtype=torch.int64))
+
+
+def numbers(*values: float, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    return [torch.tensor(values, dtype=dtype)]
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("found", "expected", "difference"),
+    [
+        (numbers(1.0, NAN, INF), numbers(1.0, NAN, INF), ""),
+        (numbers(1.0, NAN), numbers(1.0, 2.0), "output 0 differs by inf% of its largest number"),
+        (numbers(1.0, -INF), numbers(1.0, INF), "output 0 differs by inf% of its largest number"),
+        (numbers(0.0), numbers(0.0), ""),
+        (numbers(), numbers(), ""),
+        (numbers(1.0005), numbers(1.0), ""),
+        (numbers(1.002), numbers(1.0), "output 0 differs by 0.20% of its largest number"),
+        (numbers(1.0625, dtype=torch.bfloat16), numbers(1.0, dtype=torch.bfloat16), ""),
+        (
+            numbers(1.25, dtype=torch.bfloat16),
+            numbers(1.0, dtype=torch.bfloat16),
+            "output 0 differs by 25.00% of its largest number",
+        ),
+        (
+            numbers(1, 2, dtype=torch.int64),
+            numbers(1, 3, dtype=torch.int64),
+            "output 0 differs by 50.00% of its elements",
+        ),
+        ([torch.arange(1000)], [torch.arange(1000).clamp(max=998)], ""),
+        ([torch.ones(2)], [torch.ones(3)], "output 0 is float32[2] instead of float32[3]"),
+        ([torch.ones(2), 1], [torch.ones(2)], "2 outputs instead of 1"),
+        ([1, torch.ones(2)], [2, torch.zeros(2)], "output 1 differs by 100.00% of its largest number"),
+        (
+            [torch.ones(1, dtype=torch.complex64)],
+            [torch.full((1,), 1 + 1j)],
+            "output 0 differs by 70.71% of its largest number",
+        ),
+    ],
+)
+def test_what_counts_as_a_difference(found: list[Any], expected: list[Any], difference: str) -> None:
+    assert differences(found, expected) == difference
+
+
+def test_all_of_a_large_output_is_compared() -> None:
+    expected = torch.ones(CHUNK + 3)
+    found = expected.clone()
+    found[-1] = 2
+    assert differences([found], [expected]) == "output 0 differs by 100.00% of its largest number"
