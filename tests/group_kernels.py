@@ -14,8 +14,8 @@ import torch
 from graphopt.packing import Scheme
 from graphopt_kernels.quantized import group_products, groups_triton
 from graphopt_kernels.quantized.group_launch import GroupLaunch, check_launch
-from graphopt_kernels.quantized.group_products import GroupWeight
-from graphopt_kernels.quantized.int4 import Int4, int4_weight
+from graphopt_kernels.quantized.group_products import GroupWeight, int4_weight
+from graphopt_kernels.quantized.int4 import Int4
 from graphopt_kernels.quantized.int4_offset import Int4Offset
 from graphopt_kernels.quantized.lowbits import Int2, Int3, low_weight
 from graphopt_kernels.quantized.nf4 import Nf4, nf4_weight

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.candidate import Candidate, NearMiss
 from graphopt.testing import check_pass, semantic_programs
+from graphopt_kernels.quantized.int4 import Int4
 from graphopt_passes.functionalize import Functionalize
 from graphopt_passes.fuse_row_product import FuseRowProduct
 from graphopt_passes.normalize import Normalize
@@ -28,26 +29,26 @@ ops = torch.ops.graphopt
 class Layer(nn.Module):
     """A gated network between two residuals, as decoders have them."""
 
-    def __init__(self, gate: str = "silu") -> None:
+    def __init__(self, gate: str = "silu", hidden: int = 32, inner: int = 48) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.norm = nn.Parameter(torch.rand(32))
-        self.out, self.both = nn.Linear(32, 32, bias=False), nn.Linear(32, 96, bias=False)
-        self.down, self.gate = nn.Linear(48, 32), gate
+        self.norm = nn.Parameter(torch.rand(hidden))
+        self.out, self.both = (nn.Linear(hidden, size, bias=False) for size in (hidden, 2 * inner))
+        self.down, self.gate = nn.Linear(inner, hidden), gate
 
     def forward(self, x: Tensor, residual: Tensor) -> Tensor:
         x = residual + self.out(x)
         wide = x.float()
         normed = self.norm * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
-        gate, up = self.both(normed).split(48, -1)
+        gate, up = self.both(normed).split(self.down.in_features, -1)
         gate = F.silu(gate) if self.gate == "silu" else F.gelu(gate, approximate=self.gate)
         return x + self.down(gate * up)
 
 
 class Layers(nn.Module):
-    def __init__(self, gate: str = "silu", count: int = 2) -> None:
+    def __init__(self, gate: str = "silu", count: int = 2, hidden: int = 32, inner: int = 48) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer(gate) for _ in range(count))
+        self.layers = nn.ModuleList(Layer(gate, hidden, inner) for _ in range(count))
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers:
@@ -55,9 +56,9 @@ class Layers(nn.Module):
         return x
 
 
-def row(*shape: int) -> Tensor:
+def row(*shape: int, width: int = 32) -> Tensor:
     torch.manual_seed(1)
-    return torch.randn(*(shape or (1, 1)), 32).to(BF16)
+    return torch.randn(*(shape or (1, 1)), width).to(BF16)
 
 
 @pytest.mark.parametrize("gate", ["silu", "none", "tanh"])
@@ -75,13 +76,14 @@ def test_every_product_of_a_row_takes_what_is_around_it(gate: str) -> None:
     assert len(list(program.nodes())) == 6
 
 
-@pytest.mark.parametrize("scheme", [None, "int8"])
+@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
 def test_results_are_nearer_to_exact_ones_than_those_of_the_parts(scheme: str | None) -> None:
-    model, x = Layers().to(BF16).eval(), row()
+    sizes = {"hidden": 128, "inner": 256} if scheme == "int4" else {}
+    model, x = Layers(**sizes).to(BF16).eval(), row(width=sizes.get("hidden", 32))
     if scheme is not None:
         graphopt.quantize(model, (x,), schemes=(scheme,))
     wide = copy.deepcopy(model)
-    exact_model = Layers().double().eval()
+    exact_model = Layers(**sizes).double().eval()
     with torch.no_grad():
         for own, other in zip(exact_model.layers, wide.layers, strict=True):
             for name in ("out", "both", "down"):
@@ -161,6 +163,18 @@ def test_other_products_stay_and_the_report_says_why(
 ) -> None:
     (found,) = proposed(F.linear, x, weight, step=FuseRowProduct(everywhere=everywhere))
     assert isinstance(found, NearMiss) and found.reason.text.startswith(text)
+
+
+def test_codes_beyond_the_last_input_are_not_read() -> None:
+    codes, words = Int4(32).pack(torch.randn(64, 32), {}).values()
+
+    def product(x: Tensor, codes: Tensor, words: Tensor) -> Tensor:
+        found: Tensor = ops.linear_int4(x, codes, words, None, 32)
+        return found
+
+    (found,) = proposed(product, row(), codes, words, step=EVERYWHERE)
+    assert isinstance(found, NearMiss)
+    assert found.reason.text == "rows of 32 are not whole blocks of codes"
 
 
 def test_a_residual_that_is_written_later_is_not_read_later() -> None:

@@ -16,8 +16,8 @@ After::
 
 One token of one sequence reads every weight once. A library's product of one row leaves part of the memory's
 rate unused, and every norm, gate and residual in between is a kernel during which it idles. Weights of
-numbers and of bytes are taken (``graphopt.linear_int8``, ``linear_fp8``); programs of several rows keep what
-they have.
+numbers, of bytes and of int4 are taken (``graphopt.linear_int8``, ``linear_fp8``, ``linear_int4``);
+programs of several rows keep what they have.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ __all__ = ["FuseRowProduct"]
 
 _aten = torch.ops.aten
 _DTYPES = (torch.bfloat16, torch.float16)
-_PACKED = ("graphopt::linear_int8", "graphopt::linear_fp8")
+_PACKED = ("graphopt::linear_int8", "graphopt::linear_fp8", "graphopt::linear_int4")
 _START = 1.5e-6
 """Seconds until a kernel gets going and to its end, in a queue of others
 (benchmarks/results/gpu_quantized.json)."""
@@ -141,6 +141,8 @@ class FuseRowProduct(Pass):
             return Reason(f"no kernel runs on {x.device.type}, where the operator gains nothing", here)
         if weight.numel() < _LEAST and not self.everywhere:
             return Reason(f"a weight of {weight.numel()} numbers is read in no time", here)
+        if weight.dtype is torch.uint8 and x.shape[-1] != 2 * weight.shape[1]:
+            return Reason(f"rows of {x.shape[-1]} are not whole blocks of codes", here)
         if weight.shape[1] * weight.element_size() % 16:
             return Reason("rows of the weight do not begin on 16 bytes", here)
         if not weight.is_contiguous():

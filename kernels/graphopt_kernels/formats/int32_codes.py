@@ -6,7 +6,8 @@ import torch
 
 from graphopt.errors import CheckpointError
 from graphopt.packing.formats import PackedTensors
-from graphopt_kernels.quantized.int4 import GROUPS, Grouped, Int4
+from graphopt_kernels.quantized.group_products import GROUPS
+from graphopt_kernels.quantized.int4 import Grouped, Int4
 from graphopt_kernels.quantized.int4_ordered import Int4Ordered
 from graphopt_kernels.quantized.lowbits import Int2, Int3
 

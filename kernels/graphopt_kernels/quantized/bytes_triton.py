@@ -176,7 +176,7 @@ def _step(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _gated(gate, up, GATE: tl.constexpr):  # type: ignore[no-untyped-def]
+def gated(gate, up, GATE: tl.constexpr):  # type: ignore[no-untyped-def]
     if GATE == "silu":
         return gate / (1 + tl.exp(-gate)) * up
     elif GATE == "gelu":
@@ -288,7 +288,7 @@ def row_kernel(  # type: ignore[no-untyped-def]
         if BIASED:
             gate += tl.load(bias_ptr + columns, mask=inside_gate, other=0.0).to(tl.float32)
             up += tl.load(bias_ptr + N + columns, mask=inside_gate, other=0.0).to(tl.float32)
-        sums = _gated(gate, up, GATE)
+        sums = gated(gate, up, GATE)
     within = columns < N
     if PARTS == 1:
         if GATE == "":

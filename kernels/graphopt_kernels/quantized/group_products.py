@@ -22,14 +22,13 @@ from graphopt_kernels.quantized.group_launch import (
     steps_of,
     usual_launch,
 )
-from graphopt_kernels.quantized.group_rounding import SCALE, SHORT_SCALE
-from graphopt_kernels.quantized.nibbles import unpack_nibbles
+from graphopt_kernels.quantized.nibbles import SCALE, SHORT_SCALE, unpack_nibbles
 from graphopt_kernels.quantized.planes import Planes, unit_of, unpack_planes
 from graphopt_kernels.tuning.lookup import Choice, rows_class
 
 __all__ = [
-    "GROUP_PRODUCTS", "NF4_LEVELS", "GroupWeight", "kernels", "launch_product", "product",
-    "product_reference", "unpacked", "unpacked_reference",
+    "GROUPS", "GROUP_PRODUCTS", "NF4_LEVELS", "GroupWeight", "half_of", "int4_weight", "kernels",
+    "launch_product", "product", "product_reference", "unpacked", "unpacked_reference",
 ]  # fmt: skip
 
 _BLOCK = 64 * 2**20
@@ -37,6 +36,9 @@ _BLOCK = 64 * 2**20
 
 _MANY = 4096
 """Rows from which on more are alike for a launch."""
+
+GROUPS = (128, 64, 32)
+"""How many neighbours may share a scale."""
 
 _RANGED = 256
 """Groups that share a range where scales are codes."""
@@ -121,6 +123,17 @@ class GroupWeight:
             rows, self.codes.shape[0], self.inner, dtype, self.group, self.half, self.levels, self.double,
             self.bits, self.slots,
         )  # fmt: skip
+
+
+def half_of(group: int, k: int) -> int:
+    """Bytes of a block of codes of a row of ``k``: 64; 32 where that takes fewer, or groups are 32."""
+    return 32 if group == 32 or k % 128 else 64
+
+
+def int4_weight(codes: torch.Tensor, words: torch.Tensor, group: int) -> GroupWeight:
+    """The weight that they hold."""
+    inner = words.shape[1] * group
+    return GroupWeight(codes, words, words, inner, group, half_of(group, inner), levels=False)
 
 
 def product(x: torch.Tensor, weight: GroupWeight, bias: torch.Tensor | None) -> torch.Tensor:

@@ -29,10 +29,9 @@ import torch
 
 from graphopt.candidate import Reason
 from graphopt.errors import QuantizationError
+from graphopt_kernels.quantized.nibbles import SCALE
 
 __all__ = [
-    "SCALE",
-    "SHORT_SCALE",
     "Codes",
     "channel_factors",
     "error_feedback",
@@ -41,12 +40,6 @@ __all__ = [
     "reason_of_words",
     "words_of",
 ]
-
-SCALE = -256
-"""Bits of a word that are the scale: a float32 without its last eight."""
-
-SHORT_SCALE = -65536
-"""The same where words name slots too: a bfloat16."""
 
 _TOP = 15
 _WHOLE = (1.0,)

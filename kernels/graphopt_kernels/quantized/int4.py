@@ -27,7 +27,7 @@ import torch
 from graphopt.candidate import Reason
 from graphopt.errors import QuantizationError
 from graphopt.packing import Layout, Scheme
-from graphopt_kernels.quantized.group_products import GroupWeight, product, unpacked
+from graphopt_kernels.quantized.group_products import GROUPS, half_of, int4_weight, product, unpacked
 from graphopt_kernels.quantized.group_rounding import (
     Codes,
     channel_factors,
@@ -41,28 +41,12 @@ from graphopt_kernels.quantized.nibbles import pack_nibbles
 from graphopt_kernels.quantized.operators import define_operators
 from graphopt_kernels.quantized.scratch import beside_groups, beside_scaled_groups
 
-__all__ = [
-    "GROUPS", "Group", "Grouped", "Int4", "Int4Awq", "half_of", "int4_weight", "lacks_gram", "linear_int4",
-    "linear_int4_awq",
-]  # fmt: skip
+__all__ = ["Group", "Grouped", "Int4", "Int4Awq", "lacks_gram", "linear_int4", "linear_int4_awq"]
 
 Group = Literal[32, 64, 128]
-GROUPS = (128, 64, 32)
-"""How many neighbours may share a scale."""
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _GRAM = "gram"
-
-
-def half_of(group: int, k: int) -> int:
-    """Bytes of a block of codes of a row of ``k``: 64; 32 where that takes fewer, or groups are 32."""
-    return 32 if group == 32 or k % 128 else 64
-
-
-def int4_weight(codes: torch.Tensor, words: torch.Tensor, group: int) -> GroupWeight:
-    """The weight that they hold."""
-    inner = words.shape[1] * group
-    return GroupWeight(codes, words, words, inner, group, half_of(group, inner), levels=False)
 
 
 def linear_int4(

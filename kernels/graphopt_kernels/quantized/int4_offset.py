@@ -23,9 +23,9 @@ from typing import ClassVar
 import torch
 
 from graphopt.packing import Layout
-from graphopt_kernels.quantized.group_products import GroupWeight, product, unpacked
+from graphopt_kernels.quantized.group_products import GroupWeight, int4_weight, product, unpacked
 from graphopt_kernels.quantized.group_rounding import Codes
-from graphopt_kernels.quantized.int4 import Group, Grouped, int4_weight
+from graphopt_kernels.quantized.int4 import Group, Grouped
 from graphopt_kernels.quantized.operators import define_operators
 from graphopt_kernels.quantized.scratch import beside_offset_groups
 

@@ -20,9 +20,9 @@ import torch
 
 from graphopt.candidate import Reason
 from graphopt.packing import Layout
-from graphopt_kernels.quantized.group_products import product, unpacked
+from graphopt_kernels.quantized.group_products import int4_weight, product, unpacked
 from graphopt_kernels.quantized.group_rounding import error_feedback
-from graphopt_kernels.quantized.int4 import Group, Grouped, int4_weight, lacks_gram
+from graphopt_kernels.quantized.int4 import Group, Grouped, lacks_gram
 from graphopt_kernels.quantized.operators import define_operators
 from graphopt_kernels.quantized.scratch import beside_scaled_groups, beside_unpacked_in_order
 

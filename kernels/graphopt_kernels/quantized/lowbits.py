@@ -34,8 +34,6 @@ from graphopt.candidate import Reason
 from graphopt.packing import Layout
 from graphopt_kernels.quantized.group_products import GroupWeight, product, unpacked
 from graphopt_kernels.quantized.group_rounding import (
-    SCALE,
-    SHORT_SCALE,
     Codes,
     error_feedback,
     half_quadratic,
@@ -44,6 +42,7 @@ from graphopt_kernels.quantized.group_rounding import (
     words_of,
 )
 from graphopt_kernels.quantized.int4 import Grouped, lacks_gram
+from graphopt_kernels.quantized.nibbles import SCALE, SHORT_SCALE
 from graphopt_kernels.quantized.operators import define_operators
 from graphopt_kernels.quantized.planes import pack_planes, unit_of
 from graphopt_kernels.quantized.scratch import beside_groups

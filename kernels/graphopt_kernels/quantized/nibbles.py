@@ -15,7 +15,14 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["pack_nibbles", "unpack_nibbles"]
+__all__ = ["SCALE", "SHORT_SCALE", "pack_nibbles", "unpack_nibbles"]
+
+SCALE = -256
+"""Bits of the word of a group that are its scale: a float32 without its last eight."""
+
+SHORT_SCALE = -65536
+"""The same where words name slots too: a bfloat16."""
+
 
 
 def pack_nibbles(codes: torch.Tensor, half: int) -> torch.Tensor:

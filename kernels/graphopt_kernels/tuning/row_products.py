@@ -10,12 +10,14 @@ from typing import Any
 import torch
 
 from graphopt.plugins import TunableSpec
+from graphopt_kernels.quantized.int4 import Int4
 from graphopt_kernels.row_product import (
     ROW_PRODUCTS,
     RowLaunch,
     RowProblem,
     check_row_launch,
     launch_row_product,
+    row_kernels,
     row_launch,
     row_launches,
     row_product_reference,
@@ -42,7 +44,7 @@ def row_product_tunable() -> TunableSpec:
     return TunableSpec(
         name=ROW_PRODUCTS.kernel,
         sources=ROW_PRODUCTS.sources,
-        kernels=_kernels,
+        kernels=row_kernels,
         default=row_launch,
         configurations=row_launches,
         check=check_row_launch,
@@ -56,21 +58,17 @@ def row_product_tunable() -> TunableSpec:
     )
 
 
-def _kernels() -> Any:
-    from graphopt_kernels.quantized import bytes_triton
-
-    return bytes_triton
-
-
 def _shipped() -> Iterable[RowProblem]:
     kinds = (torch.bfloat16, *_LIMITS)
     for (columns, inner, normed, gated), codes in itertools.product(_SHAPES, kinds):
         yield RowProblem(columns, inner, torch.bfloat16, codes, normed, gated)
+    for columns, inner, normed, gated in _SHAPES:
+        yield RowProblem(columns, inner, torch.bfloat16, torch.uint8, normed, gated, 128)
 
 
 def _operands(problem: RowProblem, device: torch.device) -> tuple[Any, ...]:
     """All that ``row_product`` takes."""
-    columns, inner, dtype, codes, normed, gated = problem
+    columns, inner, dtype, codes, normed, gated, group = problem
     rows = 2 * columns if gated else columns
     x = torch.randn(1, inner, device=device, dtype=dtype)
     weight, scales = torch.randn(rows, inner, device=device) / inner**0.5, None
@@ -78,6 +76,9 @@ def _operands(problem: RowProblem, device: torch.device) -> tuple[Any, ...]:
         scales = weight.abs().amax(1) / _LIMITS[codes]
         weight = weight / scales[:, None]
         weight = weight.round() if codes is torch.int8 else weight
+    if group:
+        packed = Int4(128).pack(weight, {})
+        weight, scales = packed["codes"], packed["words"]
     norm = torch.rand(inner, device=device).to(dtype) if normed else None
     added = None if normed else torch.randn(1, columns, device=device, dtype=dtype)
     return x, weight.to(codes), scales, None, norm, normed, 1e-5, 0.0, added, "silu" if gated else ""
@@ -97,6 +98,10 @@ def _reference(problem: RowProblem, operands: tuple[Any, ...]) -> Sequence[torch
 
 def _estimated(problem: RowProblem, launch: RowLaunch) -> Usage:
     """Registers: codes of a step, of the next where there is one, numbers made of a part of them."""
+    if launch.kind == "digits":
+        # Four words of codes, words of groups and a sum for each row of the weight, and all that x becomes.
+        needed = launch.rows * (9 if launch.inner < problem.inner else 6) + 60
+        return Usage(min(needed, 255), 4 * max(0, needed - 255), 0)
     size = problem.codes.itemsize
     held = launch.rows // launch.warps * launch.inner * size // (32 * 4)
     held *= 2 if launch.inner < problem.inner else 1
@@ -110,7 +115,7 @@ def _predicted(problem: RowProblem, launch: RowLaunch, usage: Usage, gpu: Gpu) -
     together = resident(usage, launch.warps, gpu)
     if not together:
         return float("inf")
-    size = problem.codes.itemsize
+    size = problem.bits / 8
     on_its_way = min(together, -(-programs // gpu.processors)) * launch.rows * launch.inner * size
     share = min(1.0, on_its_way / _AHEAD)
     turns = programs / (gpu.processors * together)
