@@ -60,20 +60,23 @@ def main() -> int:
     out = given.out or Path(str(shipped_file(gpu.name)))
     work = shipped_work(given.kernels, ())
     specs = {spec.name: spec for spec, _ in work}
+    # Results are there as soon as they are known.
+    others = []
+    if out.is_file():
+        tunables = default_host().tunables()
+        others = [e for e in read_entries(out) if e.kernel in tunables and e.kernel not in specs]
+        others = [e for e in others if e.code == code_of(tunables[e.kernel].sources)]
+        out.unlink()
+    write_entries(out, others)
     outcomes = []
     for outcome in tune(work, GraphMeter(device), gpu, threads=given.threads):
         outcomes.append(outcome)
+        entry = outcome.entry(specs[outcome.kernel], gpu.name)
+        write_entries(out, [] if entry is None else [entry])
         print(row(outcome), flush=True)
         for trial in outcome.trials:
             if trial.refused is not None and not trial.refused.text.startswith("it spills"):
                 print(f"    refused {fields_text(trial.configuration)}: {trial.refused}", flush=True)
-    entries = [e for o in outcomes if (e := o.entry(specs[o.kernel], gpu.name)) is not None]
-    if out.is_file():
-        tunables = default_host().tunables()
-        others = [e for e in read_entries(out) if e.kernel in tunables and e.kernel not in specs]
-        out.unlink()
-        entries = [*(e for e in others if e.code == code_of(tunables[e.kernel].sources)), *entries]
-    write_entries(out, entries)
     gains = [o.default.seconds / o.chosen.seconds for o in outcomes if o.chosen and o.chosen is not o.default]
     print(
         f"{len(outcomes)} problems, {len(gains)} with another configuration than the default "

@@ -78,10 +78,10 @@ class RowLaunch(NamedTuple):
 
 
 class RowKernels(NamedTuple):
-    """Modules of the jitted kernels, by the kind of a launch."""
+    """The jitted kernels of either kind of launch."""
 
-    floats: Any
-    digits: Any
+    row_kernel: Any
+    row_digits_kernel: Any
 
 
 def row_product(
@@ -163,12 +163,12 @@ def launch_row_product(
     with torch.cuda.device(weight.device) if weight.is_cuda else contextlib.nullcontext():
         if digits:
             groups = k // problem.group if problem.group else 1
-            kernels.digits.row_digits_kernel[(-(-n // held),)](
+            kernels.row_digits_kernel[(-(-n // held),)](
                 *given, groups, eps, offset, BITS=problem.bits, GROUP=problem.group,
                 HALF=half_of(problem.group, k) if problem.group else 0, STEPS=steps, **constants,
             )  # fmt: skip
         else:
-            kernels.floats.row_kernel[(-(-n // held), 1)](
+            kernels.row_kernel[(-(-n // held), 1)](
                 *given, steps, eps, offset, SCALED=scales is not None, PARTS=1,
                 AHEAD=ahead_of(steps) if even else 0, BLOCK_K=launch.inner, **constants,
             )  # fmt: skip
@@ -308,14 +308,14 @@ def _kernels(x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor | None)
 
 @functools.cache
 def row_kernels() -> RowKernels | None:
-    """The modules of the jitted kernels, or ``None`` without triton."""
+    """``None`` without triton."""
     try:
         from graphopt_kernels.quantized import bytes_triton, row_digits_triton
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("triton"):
             raise
         return None
-    return RowKernels(bytes_triton, row_digits_triton)
+    return RowKernels(bytes_triton.row_kernel, row_digits_triton.row_digits_kernel)
 
 
 # --- launches -----------------------------------------------------------------------------------
