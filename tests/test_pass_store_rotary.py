@@ -264,7 +264,8 @@ def test_decoders_store_what_they_turn(name: str) -> None:
     model = family(name)
     step = graphopt.use("store-rotary", everywhere=True)
     fast = graphopt.optimize(
-        model, (tokens(1, 9),), generate=graphopt.Generate(64, max_batch=2), on_error="raise",
+        model, (tokens(1, 9),), generate=graphopt.Generate(64, max_batch=2), emit="inductor",
+        on_error="raise",
         pipeline=["normalize", "functionalize", "grouped-attention", step, "fuse-norm"],
     )  # fmt: skip
     ids = tokens(2, 9)
@@ -282,7 +283,7 @@ def test_on_a_gpu_decoders_give_the_models_tokens(name: str) -> None:
     model = family(name, **changes).cuda()
     ids = tokens(1, 9).cuda()
     fast = graphopt.optimize(
-        model, (ids,), generate=graphopt.Generate(128, max_batch=1), on_error="raise",
+        model, (ids,), generate=graphopt.Generate(128, max_batch=1), emit="inductor", on_error="raise",
         pipeline=["default", "store-rotary"],
     )  # fmt: skip
     expected = model.generate(ids, max_new_tokens=64, do_sample=False)
