@@ -59,6 +59,8 @@ CASES: dict[str, dict[str, Any]] = {
     "ring, all": {
         "ring": 20, "window": 20, "slopes": True, "padded": 50, "sinks": True, "softcap": 3.0, "seen": 58,
     },
+    "ring, written by others": {"ring": 20, "window": 19, "shares": True, "seen": 33, "padded": 18},
+    "ring, written by others, not full": {"ring": 20, "window": 20, "shares": True, "seen": 9},
     "ring, several rows": {"ring": 20, "window": 19, "rows": 4, "seen": 33, "slopes": True, "padded": 20},
     "ring, more rows than slots": {"ring": 18, "window": 18, "rows": 25, "seen": 30},
     "ring, more heads than a block": {"ring": 20, "window": 20, "group": 20, "batch": 1},

@@ -28,7 +28,7 @@ needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 LIMIT = {"float16": 2e-3, "wider than queries": 2e-3}
 
-QUICK = ("all", "float16", "several rows, all", "ring, all")
+QUICK = ("all", "float16", "several rows, all", "ring, all", "ring, written by others")
 
 
 @needs_triton
@@ -301,6 +301,7 @@ ON_GPU: dict[str, dict[str, Any]] = {
     "all": {"slopes": True, "padded": 40, "sinks": True, "softcap": 5.0, "window": 700},
     "several rows": {"rows": 5}, "a prompt": {"rows": 333}, "many heads": {"group": 20},
     "shared": {"shares": True, "rows": 2}, "ring": {"ring": 128, "window": 128},
+    "ring, shared": {"ring": 128, "window": 128, "shares": True},
     "ring, several rows": {"ring": 128, "window": 128, "rows": 7, "padded": 40, "sinks": True},
     "ring, a prompt": {"ring": 128, "window": 100, "rows": 333},
 }  # fmt: skip

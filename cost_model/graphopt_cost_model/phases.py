@@ -34,6 +34,7 @@ from graphopt_cost_model.rotary_cost import (
     cached_rotary_phases,
     rotary_backward_phases,
     rotary_phases,
+    stored_rotary_phases,
 )
 
 __all__ = ["Phase", "phases_of"]
@@ -178,6 +179,7 @@ _FORMULAS: dict[str, Callable[[Call], tuple[Phase, ...]]] = {
     "graphopt.rotary": rotary_phases,
     "graphopt.rotary_backward": rotary_backward_phases,
     "graphopt.rotary_to_cache": cached_rotary_phases,
+    "graphopt.rotary_to_stores": stored_rotary_phases,
     "graphopt.row_product": row_phases,
     "graphopt.sum_products": _summed_products,
     "graphopt.pack_bits": _packed,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from graphopt_cost_model.call import Call, TensorSpec
 from graphopt_cost_model.phase import Phase
 
-__all__ = ["cached_rotary_phases", "rotary_backward_phases", "rotary_phases"]
+__all__ = ["cached_rotary_phases", "rotary_backward_phases", "rotary_phases", "stored_rotary_phases"]
 
 
 def rotary_phases(call: Call) -> tuple[Phase, ...]:
@@ -30,6 +30,17 @@ def cached_rotary_phases(call: Call) -> tuple[Phase, ...]:
         written += batch * length * groups * count * size * call.argument(name).dtype.itemsize
     read = data.stored_bytes + _beside(call) + _bytes(call.argument("positions"))
     return (Phase(0, data.elements, read, written, "float32"),)
+
+
+def stored_rotary_phases(call: Call) -> tuple[Phase, ...]:
+    """One kernel; of the stores, the places of these rows are written."""
+    query, key, value = (call.argument(name) for name in ("query", "key", "value"))
+    read = sum(part.elements * part.dtype.itemsize for part in (query, key, value))
+    read += _beside(call) + _bytes(call.argument("positions"))
+    written = _bytes(*call.outputs)
+    for part, name in ((key, "key_store"), (value, "value_store")):
+        written += part.elements * call.argument(name).dtype.itemsize
+    return (Phase(0, query.elements + key.elements, read, written, "float32"),)
 
 
 def rotary_backward_phases(call: Call) -> tuple[Phase, ...]:

@@ -39,8 +39,9 @@ def attend_ring(
 
     ``key`` [B, Hkv, n, D] and ``value`` [B, Hkv, n, Dv] are of consecutive ``positions`` int64 [n], those
     right behind what the stores [at least B, Hkv, W, D or Dv] hold; they are written where they are not
-    overtaken by later ones of the same call. ``valid`` is by position, as for ``graphopt::attend_full``; 0 <
-    ``window`` <= W. There is no gradient.
+    overtaken by later ones of the same call. ``None``, for one row alone: they are there already, the newest
+    that the stores hold. ``valid`` is by position, as for ``graphopt::attend_full``; 0 < ``window`` <= W.
+    There is no gradient.
     """
     kernels = kernels_for(query, key_store, value_store)
     if kernels is not None:
@@ -97,7 +98,7 @@ def attend_ring_supports(
     *_: Any,
 ) -> Reason | None:
     """``None``, or why the operator does not take these arguments."""
-    if key is None or value is None:
+    if (key is None or value is None) and query.shape[2] != 1:
         return Reason("a ring that was written already has lost what the first of several rows may read")
     if not 0 < window <= key_store.shape[2]:
         return Reason(f"the window is {window}: expected 1 to {key_store.shape[2]}, what the store holds")
@@ -122,16 +123,17 @@ def attend_ring_reference(
     length: int,
 ) -> torch.Tensor:
     """What ``attend_ring`` does, with ATen operators."""
-    assert key is not None and value is not None
     batch, rows, slots = query.shape[0], query.shape[2], key_store.shape[2]
     keys, values = key_store[:batch], value_store[:batch]
     kept = min(rows, slots)
     if rows == 1:
         # What the row overwrites is out of its own window: no second copy of the ring is needed.
-        _write(keys, values, key, value, positions)
+        if key is not None and value is not None:
+            _write(keys, values, key, value, positions)
         key_positions = _positions_in(positions[-1], slots)
         held, given = keys.to(query.dtype), values.to(query.dtype)
     else:
+        assert key is not None and value is not None
         key_positions = torch.cat([_positions_in(positions[0] - 1, slots), positions])
         held = torch.cat([keys.to(query.dtype), key], 2)
         given = torch.cat([values.to(query.dtype), value], 2)
@@ -141,6 +143,7 @@ def attend_ring_reference(
         bias = slopes.float()[None, :, None, None] * places_of(key_positions, valid, batch)[:, None, None]
     output = attention_over(query, held, given, allowed, bias, sinks, scale, softcap)
     if rows > 1:
+        assert key is not None and value is not None
         _write(keys, values, key[:, :, rows - kept :], value[:, :, rows - kept :], positions[rows - kept :])
     return output
 

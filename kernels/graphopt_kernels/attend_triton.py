@@ -294,6 +294,9 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     if NEW:
         oldest = tl.load(positions).to(tl.int32)
         high = tl.minimum(oldest, slots)
+    elif RING:
+        # The one row is in its slot already.
+        oldest = last + 1
     if WINDOW and not RING:
         low = tl.maximum(first - window + 1, 0)
     total = tl.zeros([ROWS], tl.float32)

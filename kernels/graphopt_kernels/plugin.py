@@ -61,6 +61,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
         rotary,
         rotary_cache,
         rotary_reference,
+        rotary_stores,
         row_norm,
         row_product,
         row_quantize,
@@ -258,6 +259,13 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=rotary_cache.rotary_to_cache_reference,
             supports=rotary_cache.rotary_to_cache_supports,
             summary="rotary embeddings of a packed projection, keys and values written into a cache",
+        ),
+        KernelSpec(
+            name="rotary-to-stores",
+            op="graphopt::rotary_to_stores",
+            reference=rotary_stores.rotary_to_stores_reference,
+            supports=rotary_stores.rotary_to_stores_supports,
+            summary="rotary embeddings of a step, normed or not, keys and values written into its stores",
         ),
         KernelSpec(
             name="sum-products",

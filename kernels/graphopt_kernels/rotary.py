@@ -46,6 +46,7 @@ __all__ = [
     "rotary_backward",
     "rotary_backward_supports",
     "rotary_supports",
+    "supports_turn",
 ]
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
@@ -239,7 +240,7 @@ def rotary_supports(
         return Reason(
             f"groups, queries, keys and values {list(heads)} are not the {input.shape[2]} heads of the input"
         )
-    return _supports(input, cos, sin, query_weight, key_weight, width, eps)
+    return supports_turn(input, cos, sin, query_weight, key_weight, width, eps)
 
 
 def rotary_backward_supports(
@@ -272,10 +273,10 @@ def rotary_backward_supports(
             return Reason(f"the gradient of {name} has shape {list(gradient.shape)}: expected {list(shape)}")
     if eps is not None and input is None:
         return Reason("the gradient of a norm takes its input, got none")
-    return _supports(given, cos, sin, query_weight, key_weight, width, eps)
+    return supports_turn(given, cos, sin, query_weight, key_weight, width, eps)
 
 
-def _supports(
+def supports_turn(
     rows: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
@@ -284,6 +285,7 @@ def _supports(
     width: int,
     eps: float | None,
 ) -> Reason | None:
+    """``None``, or why heads ``rows`` [B, S, N, D] are not turned with these tables and weights."""
     batch, length, _, size = rows.shape
     if width % 2 or not 0 < width <= size:
         return Reason(f"turns an even number of up to {size} elements of a head, got {width}")

@@ -11,12 +11,15 @@ import torch
 
 from graphopt_kernels.rotary_reference import empty_weights, given_gradient
 
-__all__ = ["Launch", "backward_rows", "cached_rows", "forward_rows", "kernels_for", "launch_for"]
+__all__ = [
+    "WIDEST", "Launch", "backward_rows", "cached_rows", "dense", "forward_rows", "kernels_for", "launch_for",
+    "table_strides",
+]  # fmt: skip
 
 _TILE = 2048
 """Elements that a program works on at a time: norms of rows were fastest so on an H200."""
 
-_WIDEST = 1024
+WIDEST = 1024
 """Elements of a head that the kernels take."""
 
 _COLUMNS = 32
@@ -67,7 +70,7 @@ def _power(number: int) -> int:
 def kernels_for(rows: torch.Tensor, table: torch.Tensor, dtype: torch.dtype | None = None) -> Any:
     """The module of the jitted kernels where they take ``rows`` [..., D], else ``None``."""
     exact = torch.float64 in (rows.dtype, table.dtype, dtype)
-    if not rows.is_cuda or exact or not rows.dim() or rows.shape[-1] > _WIDEST:
+    if not rows.is_cuda or exact or not rows.dim() or rows.shape[-1] > WIDEST:
         return None
     return _kernels()
 
@@ -111,7 +114,7 @@ def forward_rows(
     )
     if query.numel() + key.numel() + value.numel():
         _turn(
-            kernels, _dense(input), (query, key, value), (cos, sin), (query_weight, key_weight), heads, width,
+            kernels, dense(input), (query, key, value), (cos, sin), (query_weight, key_weight), heads, width,
             interleaved, eps, weight_offset, launch, given=(True,) * 3, moves_values=copies_values,
             back=False,
         )  # fmt: skip
@@ -143,7 +146,7 @@ def cached_rows(
     if input.numel():
         parts = (query, key_cache.transpose(1, 2), value_cache.transpose(1, 2))
         _turn(
-            kernels, _dense(input), parts, (cos, sin), (query_weight, key_weight), heads, width, interleaved,
+            kernels, dense(input), parts, (cos, sin), (query_weight, key_weight), heads, width, interleaved,
             eps, weight_offset, launch, given=(True,) * 3, moves_values=True, back=False,
             places=places.contiguous(), capacity=key_cache.shape[2],
         )  # fmt: skip
@@ -182,19 +185,19 @@ def backward_rows(
     d_weights = empty_weights(like, query_weight, key_weight, output_mask)
     if not batch * length * whole[2]:
         return d_input, d_weights[0].zero_(), d_weights[1].zero_()
-    dense = tuple(like if gradient is None else _dense(gradient) for gradient in gradients)
+    parts = tuple(like if gradient is None else dense(gradient) for gradient in gradients)
     given = tuple(gradient is not None for gradient in gradients)
     if eps is None:
         if output_mask[0]:
             _turn(
-                kernels, d_input, dense, (cos, sin), weights, heads, width, interleaved, eps, weight_offset,
+                kernels, d_input, parts, (cos, sin), weights, heads, width, interleaved, eps, weight_offset,
                 launch, given=given, moves_values=True, back=True,
             )  # fmt: skip
         return d_input, *d_weights
     from graphopt_kernels import rotary_norm_triton
 
     assert input is not None
-    data = _dense(input)
+    data = dense(input)
     launch = launch or launch_for(heads, size, width, sums=True)
     blocks = [-(-heads[0] * count // launch.heads) for count in heads[1:]]
     if not output_mask[0]:
@@ -206,12 +209,12 @@ def backward_rows(
         torch.empty((count * programs if found.numel() else 0, size), dtype=torch.float32, device=like.device)
         for count, found in zip(blocks[:2], d_weights, strict=True)
     ]
-    tables = (_dense(cos), _dense(sin))
+    tables = (dense(cos), dense(sin))
     with _on(like.device):
         rotary_norm_triton.norm_backward_kernel[(programs, sum(blocks))](
-            data, *dense, d_input, *tables, *(data if weight is None else weight for weight in weights),
-            *sums, *_strides(data), *(stride for gradient in dense for stride in _strides(gradient)),
-            *(stride for table in tables for stride in _table_strides(table)),
+            data, *parts, d_input, *tables, *(data if weight is None else weight for weight in weights),
+            *sums, *_strides(data), *(stride for gradient in parts for stride in _strides(gradient)),
+            *(stride for table in tables for stride in table_strides(table)),
             batch * length, length, eps, weight_offset,
             **_parts(heads), **_given(given), D_DATA=bool(output_mask[0]),
             QUERY_WEIGHTED=query_weight is not None, KEY_WEIGHTED=key_weight is not None,
@@ -259,14 +262,14 @@ def _turn(
     launch = launch or launch_for(heads, size, width, whole=eps is None or not interleaved)
     counts = (*heads[1:3], heads[3] if moves_values else 0)
     blocks = sum(-(-heads[0] * count // launch.heads) for count in counts)
-    tables = [_dense(table) for table in tables]
+    tables = [dense(table) for table in tables]
     grid = (-(-batch * length // launch.positions) * (1 if launch.whole else blocks),)
     with _on(whole.device):
         kernels.turn_kernel[grid](
             whole, *parts, *tables, *(whole if weight is None else weight for weight in weights),
             whole if places is None else places, *_strides(whole),
             *(stride for part in parts for stride in _strides(part)),
-            *(stride for table in tables for stride in _table_strides(table)),
+            *(stride for table in tables for stride in table_strides(table)),
             batch * length, length, capacity, eps or 0.0, weight_offset, CACHED=places is not None,
             **_parts(heads), VALUES_MOVED=int(moves_values), **_given(given), BACK=back,
             NORMED=eps is not None,
@@ -299,7 +302,7 @@ def _tile_of(
     }
 
 
-def _dense(rows: torch.Tensor) -> torch.Tensor:
+def dense(rows: torch.Tensor) -> torch.Tensor:
     """Kernels take any strides but that of the last dimension."""
     return rows if rows.stride(-1) == 1 or rows.shape[-1] == 1 else rows.contiguous()
 
@@ -309,7 +312,7 @@ def _strides(rows: torch.Tensor) -> tuple[int, int, int]:
     return batch, position, head
 
 
-def _table_strides(table: torch.Tensor) -> tuple[int, int]:
+def table_strides(table: torch.Tensor) -> tuple[int, int]:
     """Of samples and positions; a table that all samples share stays where it is."""
     shared = table.dim() == 2 or table.shape[0] == 1
     return (0 if shared else table.stride(0)), table.stride(-2)

@@ -54,6 +54,7 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.share_kv:ShareKv",
         "graphopt_passes.keep_kv:KeepKv",
         "graphopt_passes.lossy_cache:LossyCache",
+        "graphopt_passes.store_rotary:StoreRotary",
         "graphopt_passes.sum_products:SumProducts",
         "graphopt_passes.tile_convolutions:TileConvolutions",
         "graphopt_passes.window_attention:WindowAttention",

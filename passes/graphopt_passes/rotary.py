@@ -38,10 +38,12 @@ from graphopt.passes import PassContext
 from graphopt.plugins import default_host
 from graphopt.program import Level
 from graphopt.rules import Match, RewritePass, Rule, either, operator
+from graphopt.rules.matching import Found, match_pattern
+from graphopt.rules.pattern import Pattern
 from graphopt_passes.memory_place import source_of, upwards, value_of
 from graphopt_passes.turned_heads import TurnedHeads, turned_heads
 
-__all__ = ["Rotary"]
+__all__ = ["Rotary", "Rotation", "rotation_at"]
 
 _aten = torch.ops.aten
 
@@ -122,6 +124,33 @@ def rounded_apart(
     cos: Any, sin: Any, first: Any, second: Any, again: Any, too: Any, axis: Any, place: Any, cast: Any
 ) -> Any:
     return _cast(_joined(*_both(cos, sin, first, second, again, too), axis, place), cast)
+
+
+_FORMS = tuple(Pattern.of(form) for form in (part, rounded, turned, halves, pairs, rounded_apart))
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """``heads`` are turned by ``nodes``, in no particular order; ``root`` is the result."""
+
+    heads: TurnedHeads
+    root: fx.Node
+    nodes: frozenset[fx.Node]
+
+
+def rotation_at(node: fx.Node) -> Rotation | Reason | None:
+    """The rotation that ``node`` is the result of; why the operator does not do it; ``None`` where it is
+    none."""
+    refused: Reason | None = None
+    for form in _FORMS:
+        match = match_pattern(form, node)
+        if not isinstance(match, Found):
+            continue
+        heads = _found(match.captures)
+        if not isinstance(heads, Reason):
+            return Rotation(heads, node, match.nodes | set(heads.path))
+        refused = refused or heads
+    return refused
 
 
 # --- what is called instead ---------------------------------------------------------------------
