@@ -4,7 +4,8 @@
 
 Greedy, ``--context`` tokens before, bf16 but for packed weights. ``graphopt`` generates with
 ``optimize(generate=...)``; ``graphopt-SCHEME`` the same with weights packed by ``graphopt.quantize`` before
-(the head and the table of embeddings too where the scheme has rows). ``compile`` is torch.compile
+(the head and the table of embeddings too where the scheme has rows), ``+PASS`` behind either with that pass
+besides the default ones. ``compile`` is torch.compile
 (``reduce-overhead``) of a step of transformers with a static cache, ``ao-int8`` that after torchao's int8
 weight-only quantization, where torchao is installed. ``ms`` is of one more token: the difference of two
 lengths of generation over the tokens between, median of ``--repeats``, host included. ``floor`` is the part
@@ -115,14 +116,20 @@ def static_cache(
     return generate
 
 
-def decoding(given: argparse.Namespace, model: Any, scheme: str) -> tuple[Callable[..., torch.Tensor], Any]:
+def decoding(given: argparse.Namespace, model: Any, mode: str) -> tuple[Callable[..., torch.Tensor], Any]:
     import graphopt
+
+    kind, *passes = mode.split("+")
+    scheme = kind.removeprefix("graphopt").removeprefix("-")
 
     whole, ids = Logits(model).eval(), torch.randint(0, given.vocab, (1, 32), device=given.device)
     if scheme:
         graphopt.quantize(whole, (ids,), schemes=(scheme,))
     wanted = graphopt.Generate(max_tokens=given.capacity, max_batch=given.batch)
-    fast = graphopt.optimize(whole, (ids,), generate=wanted, on_error="raise", emit=given.emit, cache=False)
+    fast = graphopt.optimize(
+        whole, (ids,), generate=wanted, on_error="raise", emit=given.emit, cache=False,
+        pipeline=["default", *passes] if passes else None,
+    )  # fmt: skip
     return lambda prompt, new: fast.generate(prompt, max_new_tokens=new), fast
 
 
@@ -143,7 +150,7 @@ def one(given: argparse.Namespace) -> dict[str, Any]:
     if mode in ("compile", "ao-int8"):
         generate = static_cache(given, model, mode == "ao-int8")
     else:
-        generate, report = decoding(given, model, mode.partition("-")[2])
+        generate, report = decoding(given, model, mode)
     ready = time.perf_counter() - begun
     few, many = 8, 8 + given.tokens
     generate(prompt, few)

@@ -66,7 +66,7 @@ def optimize(
     cache: bool = True,
     generate: Generate | None = None,
     rewrites: Sequence[str] | None = None,
-    guard: str = "off",
+    guard: str | None = None,
 ) -> Optimized:
     """The fastest version of ``model`` whose step fits ``budget``, with the same call.
 
@@ -76,8 +76,9 @@ def optimize(
     change results, with options where wanted: ``"quantize-linear{schemes=[int8]}"`` packs weights of the
     model in place where no plan fits without, as few and as little as does (docs/quantization.md).
     ``pipeline``: a preset, a YAML file, text or passes. ``emit``: ``"eager"`` runs op by op, ``"inductor"``
-    compiles, ``"auto"`` compiles where a compiler is found. ``verify``: ``"off"``, ``"structure"`` or
-    ``"numeric"`` (outputs and gradients against the model, needs ``inputs``). ``device`` names the device to
+    compiles, ``"auto"`` compiles where a compiler is found. ``verify``: ``"off"``,
+    ``"structure"`` (each rewrite, and once what was captured beside the model) or ``"numeric"`` (outputs and
+    gradients against the model too, needs ``inputs``). ``device`` names the device to
     plan for, by default the model's. ``loss_fn(output)`` gives the scalar to differentiate where the model
     returns no loss. ``dynamic_shapes``: a call of other input shapes is captured and planned again, under the
     same budget; ``None`` keeps the sizes that changed symbolic from then on, ``True`` keeps all symbolic from
@@ -113,7 +114,7 @@ def optimize(
     ``guard="measure"``: at the first call for training, and at the first for inference, a few steps of the
     program and of the model as it was are measured in turns, all that they change put back. Where the model
     is faster (and fits the budget) it runs as it did from then on; the report says what was measured.
-    ``"off"`` measures nothing.
+    ``"off"`` measures nothing. By default programs that are compiled for a GPU are measured.
 
     Gradients that the parameters carry when ``optimize`` is called count as held throughout (as in
     gradient accumulation); without them a step is taken to begin with none.
@@ -208,7 +209,7 @@ def _prepared(
         raise InputsError("plan= replays what was chosen: policy= would choose again; give one of them")
     if step is not None and not callable(step):
         raise InputsError(f"step is {step!r}: expected a function of the module that runs one whole step")
-    if options["guard"] not in GUARDS:
+    if options["guard"] is not None and options["guard"] not in GUARDS:
         raise UnknownNameError("value of guard", options["guard"], GUARDS)
     if verify not in _VERIFY:
         raise UnknownNameError("value of verify", verify, _VERIFY)
@@ -244,7 +245,7 @@ def _uncaptured(
     dry_run: bool,
     generate: Generate | None = None,
     assigned: Assigned | None = None,
-    guard: str = "off",
+    guard: str | None = None,
     compare: bool = False,
     **choices: Any,
 ) -> Optimized:
@@ -282,7 +283,8 @@ def _uncaptured(
         model, session, inputs=example, dynamic=dynamic_shapes, loss_fn=loss_fn, fit=fit,
         compare=compare and not dry_run,
     )  # fmt: skip
-    if not dry_run and guard == "measure":
+    compiled = where.type == "cuda" and session.emitter.name != "eager"
+    if not dry_run and (guard or ("measure" if compiled else "off")) == "measure":
         driver.guard = Guard(driver.remark)
     again = partial(
         _uncaptured,

@@ -161,10 +161,23 @@ def test_real_steps_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "inference runs as it did: optimized it measured" in fast.report.diagnostics[0]
 
 
-def test_nothing_is_measured_unless_asked() -> None:
+def test_nothing_is_measured_on_a_cpu_unless_asked() -> None:
     assert graphopt.optimize(Net(), emit="eager")._driver.guard is None
     with pytest.raises(graphopt.UnknownNameError, match=r"unknown value of guard 'mesure'.*measure"):
         graphopt.optimize(Net(), emit="eager", guard="mesure")
+
+
+@pytest.mark.parametrize(
+    ("emit", "guard", "measured"),
+    [("inductor", None, True), ("inductor", "off", False), ("eager", None, False), ("eager", "measure", True)],
+)
+def test_programs_that_are_compiled_for_a_gpu_are_measured(
+    emit: str, guard: str | None, measured: bool
+) -> None:
+    with torch._subclasses.FakeTensorMode():
+        model = nn.Linear(4, 4, device="cuda")
+    fast = graphopt.optimize(model, emit=emit, guard=guard, device="h200")
+    assert (fast._driver.guard is not None) == measured
 
 
 def test_steps_to_warm_up_are_enough_for_a_recorder() -> None:

@@ -196,8 +196,9 @@ def test_launches_stream_weights_16_bytes_at_a_time(codes: torch.dtype) -> None:
     pytest.importorskip("triton")
     for columns, inner, normed, gated in SHAPES[1:]:
         problem = RowProblem(columns, inner, BF16, codes, normed, gated)
-        launch = row_launch(problem)
-        assert check_row_launch(problem, launch) is None and launch in row_launches(problem)
+        launches = [row_launch(problem), *row_launches(problem)]
+        launch = next(launch for launch in launches if launch.kind == "floats")
+        assert check_row_launch(problem, launch) is None
         code = compiled(problem, launch)
         assert not code.spills, launch
         assert code.widths("LDG")[128] >= 8

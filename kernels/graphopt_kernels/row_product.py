@@ -43,6 +43,12 @@ _PLACE = 32 * _VECTOR * 8
 _MANY = 8192
 """Results from which on programs of 16 rows are enough to go round."""
 
+_FEW = 4096
+"""Results up to which more warps share a row, as programs are few."""
+
+_LONG = 8192
+"""Products of a result from which on a row takes several steps whatever the warps."""
+
 _MOST_ROWS = 16
 _WRITTEN_OUT = 16
 _STEPS = 14
@@ -322,19 +328,31 @@ def row_kernels() -> RowKernels | None:
 
 
 def row_launch(problem: RowProblem) -> RowLaunch:
-    """Short rows take two steps, which are on their way at once; longer ones small steps, by more warps.
-    benchmarks/gpu_row_product.py measures others."""
-    if problem.bits == 4:
-        return _by_digits(problem, 16 if problem.columns > _MANY else 8, 4)
+    """Codes that digits multiply are multiplied so. Of others short rows take two steps, which are on their
+    way at once; longer ones small steps, by more warps. benchmarks/gpu_row_product.py measures others."""
+    by_digits = _usual_digits(problem)
+    if check_row_launch(problem, by_digits) is None:
+        return by_digits
     size = problem.codes.itemsize
     unit = _LANES * _VECTOR // size
     rows, inner = 8, problem.inner
     if 2 * unit <= inner <= 2 * _MOST and not inner & (inner - 1):
+        if size == 1 and inner > 2 * unit:
+            return RowLaunch(16 if problem.columns > _FEW else 8, inner // 4, 4)
         return RowLaunch(rows, inner // 2, 4)
     steps = 1024
     while steps > unit and inner % steps:
         steps //= 2
     return RowLaunch(16, max(unit, steps), 8) if size == 1 else RowLaunch(rows, max(unit, steps), 4)
+
+
+def _usual_digits(problem: RowProblem) -> RowLaunch:
+    """A few rows of a long weight, in many steps; of a short one as many as leave programs to go round."""
+    if problem.inner > _LONG:
+        return _by_digits(problem, 4, 2)
+    if problem.bits == 4:
+        return _by_digits(problem, 16 if problem.columns > _MANY else 8, 4)
+    return _by_digits(problem, 16, 4 if problem.columns <= _FEW else 2)
 
 
 def _by_digits(problem: RowProblem, rows: int, warps: int) -> RowLaunch:
@@ -380,6 +398,8 @@ def check_row_launch(problem: RowProblem, launch: RowLaunch) -> Reason | None:
 def _check_digits(problem: RowProblem, launch: RowLaunch) -> Reason | None:
     if problem.codes not in (torch.uint8, torch.int8) or problem.dtype not in _HALVES:
         return Reason("digits are for int4 and int8, and rows of bfloat16 and float16")
+    if problem.inner * problem.bits % (8 * _VECTOR):
+        return Reason(f"rows of the weight do not begin on {_VECTOR} bytes")
     if launch.inner * problem.bits != launch.warps * _PLACE:
         return Reason(f"a step is {_PLACE // 8} bytes of a row for each warp")
     if launch.rows < (2 if problem.gated else 1):

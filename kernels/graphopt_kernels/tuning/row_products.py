@@ -58,11 +58,10 @@ def row_product_tunable() -> TunableSpec:
 
 
 def _shipped() -> Iterable[RowProblem]:
-    kinds = (torch.bfloat16, *_LIMITS)
-    for (columns, inner, normed, gated), codes in itertools.product(_SHAPES, kinds):
-        yield RowProblem(columns, inner, torch.bfloat16, codes, normed, gated)
-    for columns, inner, normed, gated in _SHAPES:
-        yield RowProblem(columns, inner, torch.bfloat16, torch.uint8, normed, gated, 128)
+    kinds = (torch.uint8, *_LIMITS, torch.bfloat16)
+    for codes, (columns, inner, normed, gated) in itertools.product(kinds, _SHAPES):
+        group = 128 if codes is torch.uint8 else 0
+        yield RowProblem(columns, inner, torch.bfloat16, codes, normed, gated, group)
 
 
 def _operands(problem: RowProblem, device: torch.device) -> tuple[Any, ...]:
