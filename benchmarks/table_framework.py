@@ -15,6 +15,7 @@ def matcher(record: dict[str, Any]) -> str:
             row["model"], row["nodes"], row["graphopt_matches"], row["near_misses"],
             f"{row['graphopt_seconds']:.2f}", f"{row['us_per_node']:.1f}", f"{row['inductor_seconds']:.2f}",
             f"{row['fx_seconds']:.1f}", number(row["times_inductor"]), number(row["times_fx"]),
+            number(row.get("times_fx_rewriter")),
         )
         for row in rows
     ]  # fmt: skip
@@ -28,7 +29,8 @@ def matcher(record: dict[str, Any]) -> str:
         "read in between, writes, gains and near misses.\n\n"
         + table(
             ("Llama, joint graph", "nodes", "matches", "near misses", "graphopt, s", "µs a node",
-             "Inductor, s", "fx, s", "Inductor / graphopt", "fx / graphopt"),
+             "Inductor, s", "fx, s", "Inductor / graphopt", "fx / graphopt",
+             "fx's rewriter / graphopt"),
             cells,
         )
     )  # fmt: skip

@@ -81,6 +81,10 @@ class Reaches:
     def __init__(self, patterns: Sequence[Pattern]) -> None:
         self._shapes: dict[Hashable, _Shape] = {}
         self.roots = tuple(self._shape(pattern.roots[0]) for pattern in patterns)
+        self._rooted: dict[Any, list[int]] = {}
+        for k, root in enumerate(self.roots):
+            for target in root.operator.targets:
+                self._rooted.setdefault(target, []).append(k)
         self._numbers: dict[Any, int] = {}
         # By target and by the operator of an argument; shapes that can do without such ones under None.
         self._above: dict[tuple[Any, Any], list[_Shape]] = {}
@@ -109,6 +113,10 @@ class Reaches:
                     state = self._seen[look] = self._work_out(node, states)
                 states[node] = state
                 yield node, state
+
+    def ends_at(self, state: State) -> Iterator[tuple[int, Reach]]:
+        """Numbers of the patterns whose first root has the operator of such a node, and how far each goes."""
+        return ((k, state.of(self.roots[k])) for k in self._rooted.get(state.target, ()))
 
     def _work_out(self, node: fx.Node, states: Mapping[fx.Node, State]) -> State:
         target = node.target

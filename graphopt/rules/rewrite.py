@@ -147,14 +147,14 @@ def _anchored(
     """Nodes at which rules may match, or nearly so, with these rules, larger ones first, and how far each may
     go."""
     ordered = sorted(rules, key=lambda rule: -rule.form.size)
-    tell = [rule.worth_telling for rule in ordered]
     reaches = Reaches([rule.form for rule in ordered])
     worth: dict[State, list[tuple[Rule, Reach]]] = {}
     for node, state in reaches.walk(program.graph):
         if state not in worth:
-            found = zip(ordered, tell, map(state.of, reaches.roots), strict=True)
             worth[state] = [
-                (rule, reach) for rule, least, reach in found if reach.may_match or reach.most >= least
+                (ordered[k], reach)
+                for k, reach in reaches.ends_at(state)
+                if reach.may_match or reach.most >= ordered[k].worth_telling
             ]
         if worth[state]:
             yield node, worth[state]
