@@ -13,6 +13,7 @@ from typing import Any
 
 from table_cells import good, mib, number, percent, table, verdict
 from table_decode import gpu_decode, gpu_decode_attention, kv_stores, page, share_kv
+from table_framework import matcher, overhead, start_up
 from table_gpu import (
     gpu_attention,
     gpu_compile_time,
@@ -455,6 +456,9 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "folded_norms": folded_norms,
     "quantized_cpu": quantized_cpu,
     "quality_packed": quality_packed,
+    "matcher": matcher,
+    "overhead": overhead,
+    "start_up": start_up,
     "page": page,
     "zoo": zoo,
     "op_db": op_db,

@@ -13,8 +13,10 @@ one program called with other arguments:
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_left
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,19 +47,43 @@ class Line:
     """The call nodes of a graph that matter, in execution order.
 
     Left out: placeholders, attributes, the output, and calls without effect that nobody reads.
-    ``labels`` are small integers, equal for nodes that compute the same. ``refs[i]`` are the
-    values that node ``i`` reads, in the order of its arguments, repeats included; constants that
-    belong to the structure and handles of autocast regions are not among them.
+    What compares nodes with each other (``labels``, ``refs``, ``inline``) is worked out when it is
+    first asked for, which has to be before the graph changes.
     """
 
     graph: fx.Graph
     nodes: tuple[fx.Node, ...]
     position: dict[fx.Node, int]
-    labels: tuple[int, ...]
-    refs: tuple[tuple[fx.Node, ...], ...]
-    inline: frozenset[fx.Node]
     ambient: AmbientMap
     aliases: Aliases
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Small integers, equal for nodes that compute the same."""
+        return self._labelled[0]
+
+    @property
+    def refs(self) -> tuple[tuple[fx.Node, ...], ...]:
+        """The values that each node reads, in the order of its arguments, repeats included; constants that
+        belong to the structure and handles of autocast regions are not among them."""
+        return self._labelled[1]
+
+    @cached_property
+    def inline(self) -> frozenset[fx.Node]:
+        return frozenset(_inline_constants(self.graph, self.aliases))
+
+    @cached_property
+    def _labelled(self) -> tuple[tuple[int, ...], tuple[tuple[fx.Node, ...], ...]]:
+        return _labelled(self)
+
+    @cached_property
+    def _writes(self) -> list[int]:
+        return [k for k, node in enumerate(self.nodes) if written_inputs(node)]
+
+    def writing(self, start: int, stop: int) -> list[fx.Node]:
+        """Nodes of ``start:stop`` that write to a value in place, in order."""
+        found = self._writes[bisect_left(self._writes, start) : bisect_left(self._writes, stop)]
+        return [self.nodes[k] for k in found]
 
     def last_reads(self) -> dict[fx.Node, int]:
         """Position of the last node that reads a value; ``len(nodes)`` for outputs of the graph."""
@@ -79,13 +105,16 @@ class Signature:
 
 
 def line_of(graph: fx.Graph) -> Line:
-    """Label the nodes of a graph whose nodes carry ``meta["val"]``. Linear in its size."""
+    """The line of a graph whose nodes carry ``meta["val"]``. Linear in its size."""
     live = _live_calls(graph)
     nodes = tuple(node for node in graph.nodes if node in live)
-    ambient = ambient_map(nodes)
-    aliases = alias_map(graph)
-    inline = frozenset(_inline_constants(graph, aliases))
-    contents = {node: content_key(attribute(graph, node)) for node in inline}
+    position = {node: i for i, node in enumerate(nodes)}
+    return Line(graph, nodes, position, ambient_map(nodes), alias_map(graph))
+
+
+def _labelled(line: Line) -> tuple[tuple[int, ...], tuple[tuple[fx.Node, ...], ...]]:
+    """Labels and references of the nodes."""
+    contents = {node: content_key(attribute(line.graph, node)) for node in line.inline}
     types: dict[fx.Node, Hashable] = {}
     numbers: dict[Hashable, int] = {}
 
@@ -97,7 +126,7 @@ def line_of(graph: fx.Graph) -> Line:
         return types[node]
 
     labels, all_refs = [], []
-    for i, node in enumerate(nodes):
+    for i, node in enumerate(line.nodes):
         refs: list[fx.Node] = []
 
         def leaf(ref: fx.Node, refs: list[fx.Node] = refs) -> Hashable:
@@ -109,12 +138,11 @@ def line_of(graph: fx.Graph) -> Line:
             return ("%", type_of(ref))
 
         arguments = _freeze((node.args, node.kwargs), leaf)
-        state = ambient.states[i].key
+        state = line.ambient.states[i].key
         key = (node.op, node.target, arguments, type_of(node), _freeze(state, leaf))
         labels.append(numbers.setdefault(key, len(numbers)))
         all_refs.append(tuple(refs))
-    position = {node: i for i, node in enumerate(nodes)}
-    return Line(graph, nodes, position, tuple(labels), tuple(all_refs), inline, ambient, aliases)
+    return tuple(labels), tuple(all_refs)
 
 
 def signature_of(line: Line, start: int, stop: int, last: dict[fx.Node, int]) -> Signature:

@@ -1,6 +1,7 @@
 """Finding a pattern in a graph: from its first root down, then up to its other roots.
 
-The work for a node is bounded by the pattern, so that searching a graph takes time linear in its size.
+The work for a node is bounded by the pattern and, where it has several roots, by how many calls read what
+they have in common. Which nodes are worth a search is known before (``graphopt.rules.reach``).
 Where a pattern does not match, what went furthest is told.
 """
 
@@ -13,11 +14,10 @@ from typing import Any
 
 import torch.fx as fx
 
-from graphopt import _torch
 from graphopt.candidate import Reason
-from graphopt.rules.pattern import Call, Capture, Either, Pattern
+from graphopt.rules.pattern import Call, Capture, Either, Expression, Operator, Pattern, parameters_of
 
-__all__ = ["Found", "Missed", "argument", "match_pattern"]
+__all__ = ["Found", "Missed", "argument", "match_pattern", "same_literal"]
 
 
 @dataclass(frozen=True)
@@ -48,17 +48,17 @@ def argument(node: fx.Node, name: str) -> Any:
 
     Raises ``KeyError`` where the operator has no such argument.
     """
-    for index, parameter in enumerate(_torch.schema_of(node.target).arguments):
-        if parameter.name == name:
-            if index < len(node.args):
-                return node.args[index]
-            return node.kwargs.get(name, parameter.default_value)
-    raise KeyError(name)
+    return _at(node, *parameters_of(node.target)[name])
+
+
+def _at(node: fx.Node, name: str, index: int, default: Any) -> Any:
+    args = node.args
+    return args[index] if index < len(args) else node.kwargs.get(name, default)
 
 
 def match_pattern(pattern: Pattern, node: fx.Node) -> Found | Missed:
     """Match ``pattern`` with its first root at ``node``."""
-    search = _Search()
+    search = _Search(pattern)
     for state in search.call(pattern.roots[0], node, _State()):
         for done in search.others(pattern.roots[1:], state):
             roots = tuple(done.calls[root] for root in pattern.roots)
@@ -77,12 +77,20 @@ class _State:
     def with_call(self, call: Call, node: fx.Node) -> _State:
         return _State(self.bound, {**self.calls, call: node})
 
+    def bound_node(self, part: Expression) -> fx.Node | None:
+        value = self.calls.get(part) if isinstance(part, Call) else self._captured(part)
+        return value if isinstance(value, fx.Node) else None
+
+    def _captured(self, part: Expression) -> Any:
+        return self.bound.get(part.name) if isinstance(part, Capture) else None
+
     def with_capture(self, name: str, value: Any) -> _State:
         return _State({**self.bound, name: value}, self.calls)
 
 
 @dataclass
 class _Search:
+    pattern: Pattern
     matched: int = 0
     reason: Reason = field(default_factory=lambda: Reason("nothing was compared"))
 
@@ -106,38 +114,27 @@ class _Search:
             self.miss(state, f"expected {call.operator}, found {value.target}", value)
             return
         begun = state.with_call(call, value)
-        for pairs in self._pairs(call, value, begun):
-            yield from self.all_of(pairs, begun)
-
-    def _pairs(self, call: Call, node: fx.Node, state: _State) -> Iterator[list[tuple[Any, Any]]]:
-        """Parts of the pattern beside the arguments of a node, in each order that is allowed."""
-        parameters = _torch.schema_of(node.target).arguments
-        names = [parameter.name for parameter in parameters]
-        given = [*zip(names, call.args, strict=False), *call.kwargs.items()]
-        foreign = next((name for name, _ in given if name not in names), None)
-        if len(call.args) > len(names) or foreign is not None:
-            what = f"argument {foreign!r}" if foreign is not None else f"{len(call.args)} arguments"
-            self.miss(state, f"{node.target} does not take {what}", node)
+        plan = self.pattern.given(call, value.target)
+        if isinstance(plan, str):
+            self.miss(begun, f"{value.target} does not take {plan}", value)
             return
-        stated = {name for name, _ in given}
-        for parameter in parameters:
-            value = argument(node, parameter.name)
-            if parameter.name not in stated and not same_literal(value, parameter.default_value):
-                self.miss(state, f"its {parameter.name} is {_shown(value)}", node)
+        for name, index, default in plan.unstated:
+            if not same_literal(found := _at(value, name, index, default), default):
+                self.miss(begun, f"its {name} is {_shown(found)}", value)
                 return
-        pairs = [(part, argument(node, name)) for name, part in given]
-        yield pairs
+        pairs = [(part, _at(value, name, index, default)) for part, name, index, default in plan.stated]
+        yield from self.all_of(pairs, 0, begun)
         if call.operator.commutes and len(pairs) > 1:
             (first, left), (second, right) = pairs[:2]
-            yield [(first, right), (second, left), *pairs[2:]]
+            yield from self.all_of([(first, right), (second, left), *pairs[2:]], 0, begun)
 
-    def all_of(self, pairs: Sequence[tuple[Any, Any]], state: _State) -> Iterator[_State]:
-        if not pairs:
+    def all_of(self, pairs: Sequence[tuple[Any, Any]], done: int, state: _State) -> Iterator[_State]:
+        """States in which ``pairs`` from the one after ``done`` on match as well."""
+        if done == len(pairs):
             yield state
             return
-        (part, value), rest = pairs[0], pairs[1:]
-        for reached in self.part(part, value, state):
-            yield from self.all_of(rest, reached)
+        for reached in self.part(*pairs[done], state):
+            yield from self.all_of(pairs, done + 1, reached)
 
     def part(self, part: Any, value: Any, state: _State) -> Iterator[_State]:
         if part is ...:
@@ -157,7 +154,7 @@ class _Search:
                 self.miss(state, f"{part.name} is {before} and {_shown(value)}", value)
         elif isinstance(part, (list, tuple)):
             if isinstance(value, (list, tuple)) and len(value) == len(part):
-                yield from self.all_of(list(zip(part, value, strict=True)), state)
+                yield from self.all_of(list(zip(part, value, strict=True)), 0, state)
             else:
                 self.miss(state, f"expected {len(part)} items, found {_shown(value)}", value)
         elif same_literal(part, value):
@@ -175,7 +172,7 @@ class _Search:
             # Another root reads it.
             yield from self.others(rest, state)
             return
-        near = _above(list(state.calls.values()), root)
+        near = _above(state, root)
         if not near:
             self.miss(state, f"nothing reads it by {root.operator}", state.calls[next(iter(state.calls))])
         for node in near:
@@ -183,7 +180,37 @@ class _Search:
                 yield from self.others(rest, reached)
 
 
-def _above(nodes: Sequence[fx.Node], root: Call) -> list[fx.Node]:
+def _above(state: _State, root: Call) -> list[fx.Node]:
+    """Nodes of ``root``'s operators that what is bound so far leads to.
+
+    Where a form of ``root`` has to read something that is bound, up from what fewest calls read; else up from
+    everything near, within the depth of ``root``.
+    """
+    matched = set(state.calls.values())
+    starts = [(state.bound_node(part), path) for part, path in _ways_up(root, ())]
+    known = [(node, path) for node, path in starts if node is not None]
+    if not known:
+        return _near(list(state.calls.values()), root)
+    node, path = min(known, key=lambda start: len(start[0].users))
+    layer = {node: None}
+    for operator in path:
+        layer = {user: None for node in layer for user in node.users if user.target in operator.targets}
+    return [node for node in layer if node not in matched]
+
+
+def _ways_up(part: Any, above: tuple[Operator, ...]) -> Iterator[tuple[Expression, tuple[Operator, ...]]]:
+    """What a call cannot do without, with the operators that lead up to it, ``above`` it on the right."""
+    if isinstance(part, (Call, Capture)):
+        yield part, above
+    if isinstance(part, Call):
+        for child in (*part.args, *part.kwargs.values()):
+            yield from _ways_up(child, (part.operator, *above))
+    elif isinstance(part, (list, tuple)):
+        for item in part:
+            yield from _ways_up(item, above)
+
+
+def _near(nodes: Sequence[fx.Node], root: Call) -> list[fx.Node]:
     """Nodes of ``root``'s operators that ``nodes``, or what these read, lead to within its depth."""
     reached: dict[fx.Node, None] = dict.fromkeys(
         itertools.chain(nodes, (source for node in nodes for source in node.all_input_nodes))

@@ -15,16 +15,29 @@ argument, a node or a literal, the same one wherever the capture is used. Everyt
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from graphopt import _torch
 from graphopt.errors import RuleError
 
-__all__ = ["Call", "Capture", "Either", "Expression", "Operator", "Pattern", "either", "operator"]
+__all__ = [
+    "Call",
+    "Capture",
+    "Either",
+    "Expression",
+    "Given",
+    "Operator",
+    "Pattern",
+    "either",
+    "given_to",
+    "operator",
+    "parameters_of",
+]
 
 
 class Expression:
@@ -90,6 +103,40 @@ def either(*options: Any) -> Either:
     return Either(options)
 
 
+class Parameter(NamedTuple):
+    """Of an operator overload: where it is in the schema, and what it is where it is not given."""
+
+    name: str
+    place: int
+    default: Any
+
+
+@functools.cache
+def parameters_of(target: Any) -> Mapping[str, Parameter]:
+    """Parameters of an operator overload by name, in order."""
+    arguments = _torch.schema_of(target).arguments
+    return {p.name: Parameter(p.name, k, p.default_value) for k, p in enumerate(arguments)}
+
+
+class Given(NamedTuple):
+    """What a call states of the arguments of an operator, ``(part, *parameter)`` each, and parameters that it
+    leaves to their defaults."""
+
+    stated: tuple[tuple[Any, str, int, Any], ...]
+    unstated: tuple[Parameter, ...]
+
+
+def given_to(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Given | str:
+    """What a pattern's call states of ``target``, or what of it ``target`` does not take."""
+    parameters = parameters_of(target)
+    foreign = next((name for name in kwargs if name not in parameters), None)
+    if len(args) > len(parameters) or foreign is not None:
+        return f"argument {foreign!r}" if foreign is not None else f"{len(args)} arguments"
+    parts = {**dict(zip(parameters, args, strict=False)), **kwargs}
+    stated = tuple((part, *parameters[name]) for name, part in parts.items())
+    return Given(stated, tuple(p for p in parameters.values() if p.name not in parts))
+
+
 @dataclass(frozen=True, eq=False)
 class Pattern:
     """``roots`` are what the function returns; the first is where the search begins."""
@@ -118,6 +165,16 @@ class Pattern:
         if unused:
             raise RuleError(f"pattern {name} never uses its parameter {unused[0]!r}")
         return pattern
+
+    def given(self, call: Call, target: Any) -> Given | str:
+        """``given_to`` of one of the pattern's calls."""
+        if (call, target) not in self._given:
+            self._given[call, target] = given_to(target, call.args, call.kwargs)
+        return self._given[call, target]
+
+    @cached_property
+    def _given(self) -> dict[tuple[Call, Any], Given | str]:
+        return {}
 
     @cached_property
     def parts(self) -> tuple[Expression, ...]:

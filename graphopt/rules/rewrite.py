@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +22,7 @@ from graphopt.plugins.loading import GUARDED
 from graphopt.program import Program
 from graphopt.rules.matching import Found, Missed, match_pattern
 from graphopt.rules.pattern import Pattern
+from graphopt.rules.reach import Reach, Reaches, State
 
 __all__ = ["Match", "RewritePass", "Rule"]
 
@@ -103,7 +103,9 @@ class RewritePass(Pass):
         line: Line | None = None
         for node, rules in _anchored(program, self.rules):
             nearest: NearMiss | None = None
-            for rule in rules:
+            for rule, reach in rules:
+                if not reach.may_match and nearest is not None and reach.most <= nearest.matched:
+                    continue
                 found = match_pattern(rule.form, node)
                 if isinstance(found, Missed):
                     if found.matched >= rule.worth_telling and (
@@ -139,15 +141,23 @@ class RewritePass(Pass):
         )  # fmt: skip
 
 
-def _anchored(program: Program, rules: Sequence[Rule]) -> Iterator[tuple[fx.Node, list[Rule]]]:
-    """Nodes at which a rule may begin, with these rules."""
-    by_target: dict[Any, list[Rule]] = defaultdict(list)
-    for rule in sorted(rules, key=lambda rule: -rule.form.size):
-        for target in rule.form.roots[0].operator.targets:
-            by_target[target].append(rule)
-    for node in program.nodes():
-        if node.target in by_target:
-            yield node, by_target[node.target]
+def _anchored(
+    program: Program, rules: Sequence[Rule]
+) -> Iterator[tuple[fx.Node, list[tuple[Rule, Reach]]]]:
+    """Nodes at which rules may match, or nearly so, with these rules, larger ones first, and how far each may
+    go."""
+    ordered = sorted(rules, key=lambda rule: -rule.form.size)
+    reaches = Reaches([rule.form for rule in ordered])
+    worth: dict[State, list[tuple[Rule, Reach]]] = {}
+    for node, state in reaches.walk(program.graph):
+        if state not in worth:
+            worth[state] = [
+                (ordered[k], reach)
+                for k, reach in reaches.ends_at(state)
+                if reach.may_match or reach.most >= ordered[k].worth_telling
+            ]
+        if worth[state]:
+            yield node, worth[state]
 
 
 def _match(rule: Rule, found: Found, line: Line) -> Match:
@@ -173,7 +183,7 @@ def _refusal(match: Match, line: Line) -> Reason | None:
         return Reason("autocast or the gradient mode changes within it", (match.roots[0].name,))
     reads = {ref for node in match.nodes for ref in node.all_input_nodes}
     roots = {root for ref in reads for root in line.aliases.roots.get(ref, ())}
-    for node in line.nodes[first : last + 1]:
+    for node in line.writing(first, last + 1):
         written = {root for ref in written_inputs(node) for root in line.aliases.roots[ref]}
         if written & roots:
             return Reason("what it reads is written within it", (node.name,))
