@@ -818,7 +818,14 @@ def compile_apart(
 ) -> Callable[..., Any]:
     """``torch.compile``, its compilations counted apart from those of other calls where torch can."""
     apart: dict[str, Any] = {"isolate_recompiles": True} if _ISOLATES else {}
-    return torch.compile(model, backend=backend, fullgraph=fullgraph, dynamic=dynamic, **apart)
+
+    def compiled(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """A function, which copies as itself: Lightning puts a copy of these arguments aside, and that of a
+        bound method would be one of all that its object holds."""
+        run: Callable[..., Any] = backend(gm, inputs)
+        return run
+
+    return torch.compile(model, backend=compiled, fullgraph=fullgraph, dynamic=dynamic, **apart)
 
 
 def schema_of(target: Any) -> Any:

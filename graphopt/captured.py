@@ -83,6 +83,15 @@ class Captured:
         self.point = point
         self.become(point.alternative)
 
+    def start_over(self) -> None:
+        """Be again what was captured, nothing seen or chosen of it. Forms are made of that alone: seen from
+        one that was chosen, the others would be lost and its own name stand for another program."""
+        self.become("")
+        self.forms = {}
+        self.joint, self.traced, self.baseline = None, "", None
+        self.frontier, self.reference, self.point = None, None, None
+        self.settled = False
+
     def become(self, alternative: str) -> None:
         """Take on the programs of a form. Raises ``StalePlanError`` for one that is not offered."""
         if alternative not in self.forms:

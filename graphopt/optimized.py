@@ -274,6 +274,24 @@ class Optimized(torch.nn.Module):
 
         return save(self, Path(path), weights=weights)
 
+    def exportable(self, *, references: bool = False) -> torch.nn.Module:
+        """The rewritten program of an inference step as a module for ``torch.export.export`` and
+        ``torch.onnx.export``: same call, parameters, buffers and names as the model, for inputs of the shapes
+        that it was captured with.
+
+        Operators of kernels are called by name and have to be there where the program is loaded: ``import
+        graphopt_kernels``, or the plugin that has them. ``references=True`` puts what they compute in their
+        place, so that torch alone, or another runtime, runs it. The step runs once on its example inputs,
+        everything put back.
+
+        Raises ``CaptureError`` before anything was captured, and ``ArtefactError`` for a training step, what
+        is more than one program, sizes known at run time alone, forwards that do more than compute their
+        result, and operators without a reference where those are asked for.
+        """
+        from graphopt.exportable import exportable
+
+        return exportable(self, references=references)
+
     def _loss(self, output: Any) -> torch.Tensor:
         return loss_of(output, self._loss_fn)
 

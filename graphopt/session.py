@@ -39,7 +39,7 @@ from graphopt.disallowed import advice_on_disallowed
 from graphopt.emit.eager import EagerEmitter
 from graphopt.emit.emitter import NONE, Emitter, Gradients
 from graphopt.emit.fused_point import fused_point
-from graphopt.errors import BudgetError, GraphoptError, LoweringError
+from graphopt.errors import BudgetError, CaptureError, GraphoptError, LoweringError
 from graphopt.first_run import FirstRun
 from graphopt.forms import see, weigh_forms
 from graphopt.observed import ObservedStep, Ports
@@ -225,7 +225,8 @@ class Session:
             weigh_forms(self, captured, inputs, mode)
 
         def look() -> None:
-            captured.provisional, captured.joint, captured.point = False, None, None
+            captured.provisional = False
+            captured.start_over()
             with _torch.within(context):
                 weigh_forms(self, captured, inputs, mode)
                 if captured.joint is None:
@@ -551,6 +552,21 @@ class Session:
         if self._observed(self.current) is None:
             _settle(self.current, self.cost.device.allocation_granularity)
         compile_together(self, self.current)
+
+    def plan_again(self, budget: Budget) -> None:
+        """Plan the present programs anew under another budget, with all that passes offer instead of them,
+        and compile them. Raises ``BudgetError`` where no plan fits and ``CaptureError`` for a step that is
+        planned by segments or was taken over: its programs cannot be looked at again."""
+        fixed = [captured.name for captured in self.current if captured.look is None]
+        if fixed or not self.current:
+            what = f"program {fixed[0]!r} is planned by segments" if fixed else "nothing was captured"
+            raise CaptureError(
+                f"no plan can be made again: {what}", hint="call graphopt.optimize(model, inputs, budget=...)"
+            )
+        self.budget = budget
+        for captured in self.current:
+            captured.provisional = True
+        self.finish()
 
     def forget(self) -> None:
         """Nothing of what was captured so far is used: the model is captured in another way."""

@@ -161,14 +161,10 @@ def _checked(drawn: DrawnModel, seed: int) -> graphopt.Optimized:
 
     step()
     step()
-    # A form that was chosen among alternatives stays: planning again would need all of them.
-    if train and not alternatives and fast.report.baseline is not None:
+    if train and fast.report.baseline is not None:
         session = fast._driver.session
         front = session.curve(session.static_bytes or 0)
         least, most = front[0][0], session.plan.baseline.peak_bytes
-        session.budget = Budget.of(int(least + part * max(most - least, 0)))
-        for captured in session.current:
-            captured.provisional = True
-        session.finish()
+        session.plan_again(Budget.of(int(least + part * max(most - least, 0))))
         step()
     return fast

@@ -12,9 +12,10 @@ from torch.utils.flop_counter import register_flop_formula
 
 import graphopt
 from graphopt.alternatives import alternatives, coordinate_wise, united
+from graphopt.budget import Budget
 from graphopt.candidate import Candidate, CostDelta, Frontier, FrontierPoint
 from graphopt.edit import Edit
-from graphopt.errors import GraphoptError, StalePlanError
+from graphopt.errors import CaptureError, GraphoptError, StalePlanError
 from graphopt.passes import Pass
 from graphopt.program import Level, Program
 from graphopt.schedule import Schedule
@@ -322,6 +323,31 @@ def test_op_by_op_a_plan_with_an_alternative_is_replayed() -> None:
     assert again.predicted.peak_bytes == plan.predicted.peak_bytes
     with pytest.raises(StalePlanError, match="which no pass offers here: there is none"):
         op_by_op(plan=plan, plugins=(), pipeline="insert-checkpoints")
+
+
+def test_op_by_op_what_was_not_taken_is_open_again_under_another_budget() -> None:
+    roomy = op_by_op(budget="16GiB").plan
+    fast = op_by_op(budget="50%")
+    session, tight = fast._driver.session, fast.plan
+    assert tight.choices[0].alternative
+    session.plan_again(Budget.of("16GiB"))
+    free = fast.plan
+    assert [choice.alternative for choice in free.choices] == [""]
+    assert free.predicted == roomy.predicted
+    test_op_by_op_values_are_the_models(fast)
+    session.plan_again(Budget.of("50%"))
+    assert fast.plan.choices == tight.choices and fast.plan.predicted == tight.predicted
+    test_op_by_op_values_are_the_models(fast)
+
+
+def test_what_cannot_be_planned_again_is_told(tight: graphopt.Optimized) -> None:
+    session = tight._driver.session
+    name, budget = session.current[0].name, session.budget
+    with pytest.raises(CaptureError, match=rf"^no plan can be made again: program '{name}' is planned by "):
+        session.plan_again(Budget.of(None))
+    with pytest.raises(CaptureError, match=r"^no plan can be made again: nothing was captured"):
+        graphopt.optimize(Wide(), emit="eager")._driver.session.plan_again(Budget.of(None))
+    assert session.budget is budget
 
 
 @pytest.mark.parametrize("emit", ["eager", "inductor"])

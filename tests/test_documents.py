@@ -42,7 +42,9 @@ def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize("document", (*DOCUMENTS, "docs/plugins.md", "docs/rules.md"))
+@pytest.mark.parametrize(
+    "document", (*DOCUMENTS, "docs/integrations.md", "docs/plugins.md", "docs/rules.md")
+)
 def test_python_blocks_run(document: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType("document")
     monkeypatch.setitem(sys.modules, "document", module)

@@ -75,13 +75,11 @@ def written(path: str | os.PathLike[str], facts: Mapping[str, Any]) -> Iterator[
         (made / MANIFEST).write_text(text + "\n", encoding="utf-8")
         if target.exists():
             os.rename(target, old)
-        try:
-            os.rename(made, target)
-        except OSError:
-            if old.exists():
-                os.rename(old, target)
-            raise
+        os.rename(made, target)
     finally:
+        # Whatever ended this between the two, an interrupt as well: what was there is there again.
+        if old.exists() and not target.exists():
+            os.rename(old, target)
         shutil.rmtree(made, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
 

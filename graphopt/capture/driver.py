@@ -81,6 +81,11 @@ class Driver:
         self._first_plan: Plan | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting():
+            raise CaptureError(
+                "an exporter traces the code of the model, and nothing of what was optimized",
+                hint="export fast.exportable(), or the model itself",
+            )
         if self._watched is not None:
             self.calls += 1
             return self._watched(*args, **kwargs)

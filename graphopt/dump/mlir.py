@@ -31,6 +31,7 @@ from graphopt import _torch
 from graphopt.dump.listing import Listing, listing_of
 from graphopt.dump.mlir_operators import operators_apart
 from graphopt.errors import DumpError, brief
+from graphopt.kernel_references import references_of
 from graphopt.plugins.records import KernelSpec
 from graphopt.program import Program
 
@@ -106,7 +107,7 @@ def mlir_module(program: Program, dialect: Dialect, kernels: Mapping[str, Kernel
     gm, inputs = _lifted(program)
     called = _custom(gm.graph)
     try:
-        references = _references(called, kernels) if dialect == "linalg" else {}
+        references = references_of(called, kernels) if dialect == "linalg" else {}
         gm, written = _functional(gm, inputs, references)
         if dialect == "linalg":
             gm = _taken_apart(gm)
@@ -191,19 +192,6 @@ def _custom(graph: fx.Graph) -> dict[str, int]:
     return dict(sorted(count.items()))
 
 
-def _references(
-    called: Mapping[str, int], kernels: Mapping[str, KernelSpec]
-) -> dict[Any, Callable[..., Any]]:
-    """What operators do, by overload: the references of kernels, and of those that are called without being a
-    kernel the function that they were made of."""
-    found = {_overload(spec.op): spec.reference for spec in kernels.values()}
-    for name in called:
-        made = _torch.implementation_of(name)
-        if made is not None:
-            found.setdefault(_overload(name), made)
-    return found
-
-
 def _functional(
     gm: fx.GraphModule, inputs: Sequence[str], references: dict[Any, Callable[..., Any]]
 ) -> tuple[fx.GraphModule, tuple[str, ...]]:
@@ -241,12 +229,6 @@ def _taken_apart(gm: fx.GraphModule) -> fx.GraphModule:
 
 def _values(gm: fx.GraphModule) -> list[Any]:
     return [node.meta["val"] for node in gm.graph.nodes if node.op == "placeholder"]
-
-
-def _overload(name: str) -> Any:
-    namespace, _, operator = name.partition("::")
-    operator, _, overload = operator.partition(".")
-    return getattr(getattr(getattr(torch.ops, namespace), operator), overload or "default")
 
 
 def _writes_returned(gm: fx.GraphModule, inputs: Sequence[str]) -> tuple[str, ...]:

@@ -1,0 +1,154 @@
+"""How arguments and results of a call belong to inputs and outputs of its program.
+
+That is seen, not told: the step runs once on its example inputs, everything put back, and tensors are known
+by identity.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from graphopt import _torch
+from graphopt.artefact.calling import structure_json
+from graphopt.errors import ArtefactError
+from graphopt.restored import restored
+from graphopt.session import Ran
+
+if TYPE_CHECKING:
+    from graphopt.capture.driver import Driver
+
+__all__ = ["SeenCall", "seen_call"]
+
+
+@dataclass
+class SeenCall:
+    """One run of the step: the tensors ``given`` to it, inputs of its program, and what came of them."""
+
+    given: list[torch.Tensor] = field(default_factory=list)
+    inputs: Sequence[Any] = ()
+    ran: Ran | None = None
+    arguments: Any = None
+    results: Any = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    state: Mapping[int, str] = field(default_factory=dict)
+
+
+def seen_call(driver: Driver) -> SeenCall:
+    """Run the step on its example inputs, and see where tensors go. Raises ``ArtefactError``."""
+    model, session = driver.model, driver.session
+    session.unfold()
+    args, kwargs = driver.bind(None)
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    bound.apply_defaults()
+    seen = SeenCall()
+    seen.state = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    places: dict[int, int] = {}
+
+    def argument(tensor: torch.Tensor, path: str) -> Any:
+        if id(tensor) in seen.state:
+            raise ArtefactError(f"{path} is {seen.state[id(tensor)]} of the model itself")
+        if id(tensor) not in places:
+            places[id(tensor)] = len(seen.given)
+            seen.given.append(tensor)
+        return {"argument": places[id(tensor)]}
+
+    seen.arguments = {
+        "dict": {name: structure_json(value, argument, name) for name, value in bound.arguments.items()}
+    }
+    outputs: list[Any] = []
+
+    def watch(run: Callable[..., Any], inputs: Sequence[Any], ran: Ran) -> Any:
+        if seen.ran is not None:
+            raise ArtefactError("a call of the model runs its program more than once")
+        seen.ran, seen.inputs = ran, list(inputs)
+        outputs.extend(run(*inputs))
+        return list(outputs)
+
+    before = _attributes(model)
+    training = driver.training_step()
+    assert driver._call is not None
+    session.watching, session.arguments = watch, (args, kwargs)
+    try:
+        known = dict(model.named_parameters())
+        changed = [known[name] for name in driver.written_parameters() if name in known]
+        leaves = [p for p in model.parameters() if p.requires_grad]
+        with (
+            driver.launching(),
+            restored(model, leaves, changed),
+            torch.random.fork_rng(devices=_cuda_devices(model)),
+            _torch.quiet_capture(),
+            torch.set_grad_enabled(training),
+        ):
+            returned = driver._call(*args, **kwargs)
+    finally:
+        session.watching = session.arguments = None
+    _check_effects(before, _attributes(model))
+    # Written in place by the program, these may be other objects in what is returned: known by position.
+    numbers = {
+        id(value): k for k, value in reversed(list(enumerate(outputs))) if isinstance(value, torch.Tensor)
+    }
+    used: set[int] = set()
+
+    def result(tensor: torch.Tensor, path: str) -> Any:
+        if id(tensor) in numbers:
+            used.add(id(tensor))
+            return {"value": numbers[id(tensor)]}
+        if id(tensor) in places:
+            return {"argument": places[id(tensor)]}
+        if id(tensor) in seen.state:
+            return {"state": seen.state[id(tensor)]}
+        raise ArtefactError(f"{path} is a tensor that is made outside of the program")
+
+    seen.results = structure_json(returned, result, "the result")
+    lost = [k for k, value in enumerate(outputs) if id(value) in numbers and id(value) not in used]
+    if lost:
+        raise ArtefactError(
+            f"forward keeps value {lost[0]} of its program without returning it: what it does with that is "
+            "code of the model, which an artefact cannot hold"
+        )
+    tensors = [value for value in seen.inputs if isinstance(value, torch.Tensor)]
+    devices = sorted({str(value.device) for value in tensors} - {"cpu"}) or ["cpu"]
+    if len(devices) > 1:
+        raise ArtefactError(f"the step is on {' and '.join(devices)}: artefacts are of one device")
+    seen.device = torch.device(devices[0])
+    return seen
+
+
+def _cuda_devices(model: torch.nn.Module) -> list[int]:
+    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+
+
+def _attributes(model: torch.nn.Module) -> dict[str, Any]:
+    """What the modules of a model have as attributes, parameters and buffers among them."""
+    return {
+        f"{path}.{name}".lstrip("."): value
+        for path, module in model.named_modules()
+        for name, value in {**vars(module), **module._parameters, **module._buffers}.items()
+        if name not in ("_parameters", "_buffers", "_modules")
+    }
+
+
+def _check_effects(before: Mapping[str, Any], after: Mapping[str, Any]) -> None:
+    changed = [name for name, value in after.items() if name not in before or before[name] is not value]
+    # Equal numbers and texts may be other objects.
+    real = [
+        name
+        for name in changed
+        if name not in before
+        or type(before[name]) is not type(after[name])
+        or not _equal(before[name], after[name])
+    ]
+    if real:
+        raise ArtefactError(
+            f"forward sets {real[0]} of the model, which is code that an artefact cannot hold",
+            hint="keep state in buffers that forward writes in place",
+        )
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return type(one) in (bool, int, float, str) and one == other
