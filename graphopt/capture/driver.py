@@ -11,6 +11,7 @@ import torch
 
 import graphopt
 from graphopt import _torch
+from graphopt.agreement import Agreement, for_programs
 from graphopt.capture.faithful import compared
 from graphopt.capture.inputs import bind_inputs
 from graphopt.capture.observe import Observer
@@ -34,6 +35,7 @@ from graphopt.program import Program, layer_of
 from graphopt.report import Environment, Report
 from graphopt.restored import random_state_restored, restored
 from graphopt.session import NotPlanned, Session
+from graphopt.several import compile_together
 
 if TYPE_CHECKING:
     from graphopt.packing.fit import Fitted, WeightFit
@@ -79,6 +81,9 @@ class Driver:
         self.first: FirstStep | None = None
         self.guard: Guard | None = None
         self._first_plan: Plan | None = None
+        self.agreement: Agreement | None = None
+        self.apart = ""
+        """What the predicted peak leaves out, for the report."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._watched is not None:
@@ -121,11 +126,39 @@ class Driver:
         return output
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Capture and plan, if that has not happened yet."""
+        """Capture and plan, if that has not happened yet; together with the ranks that share the model."""
         if self._call is not None or self._uncaptured:
             return
         if self.example is None:
             self.example = kwargs if kwargs and not args else args
+        if self.agreement is None:
+            self._decide(args, kwargs)
+            return
+        self.agreement.compare(self.model, (args, kwargs))
+        self.agreement.together("capture", lambda: self._decide(args, kwargs))
+        self._settle(self.agreement, lambda: self._prepare(args, kwargs))
+
+    def _settle(self, agreement: Agreement, again: Callable[[], None]) -> None:
+        """Run what all ranks agree on; ``again`` captures and plans once more."""
+
+        def adopt(plan: Plan) -> None:
+            session = self.session
+            whole, session.replay = session.whole, for_programs(plan, session)
+            try:
+                if whole:
+                    session.forget()
+                    again()
+                else:
+                    # What lies between the graphs was seen: only the choice is another.
+                    compile_together(session, session.current)
+            finally:
+                session.replay = None
+
+        agreement.settle(self.session, adopt)
+        self.session.confirm = agreement.confirm
+
+    def _decide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Capture and plan, weights packed where that is allowed and nothing fits without."""
         if self.fit is not None and (fitted := self.fit.before(args, kwargs)) is not None:
             self._take(fitted)
         try:
@@ -268,10 +301,19 @@ class Driver:
         self._call = call
 
     def prepare_step(self, step: Callable[[], object]) -> None:
-        """Capture and plan all that ``step()`` runs of the model, everything put back afterwards.
+        """Capture and plan all that ``step()`` runs of the model, everything put back afterwards; together
+        with the ranks that share the model.
 
         Raises ``InputsError`` where ``step`` raises or never calls the model.
         """
+        if self.agreement is None:
+            self._decide_step(step)
+            return
+        self.agreement.compare(self.model, ())
+        self.agreement.together("capture", lambda: self._decide_step(step))
+        self._settle(self.agreement, lambda: self._decide_step(step))
+
+    def _decide_step(self, step: Callable[[], object]) -> None:
         session = self.session
         self.step = step
         if self.fit is not None and session.budget.weights is not None:
@@ -579,7 +621,11 @@ class Driver:
             steps=tuple(session.records),
             declined=tuple(session.declined),
             near_misses=(*session.near_misses, *dict.fromkeys(session.emitter.near_misses)),
-            diagnostics=(*session.diagnostics, *session.missing_rewrites()),
+            diagnostics=(
+                *session.diagnostics,
+                *session.missing_rewrites(),
+                *((self.apart,) if self.apart else ()),
+            ),
             groups=tuple(dict.fromkeys(session.emitter.groups)),
             quantization=session.quantization,
             rewrites=session.chosen_rewrites(),
