@@ -15,8 +15,9 @@ under a budget of what that mode's forward and backward took at its peak, on the
 over ranks, at the median step of the slowest. A mode that is not done within ``--mode-limit`` is ended, and
 the results say so.
 
-``--quick``: four layers, fewer steps. ``--tiny``: a few kilobytes, two processes, Gloo and CPU: that it runs,
-not what it takes (peaks are then those of ``Optimized.measure`` and tokens a second mean nothing).
+``--quick``: four layers, fewer steps. ``--tiny``: a few kilobytes, two processes, Gloo and CPU, no code
+generated: that it runs, not what it takes (peaks are then those of ``Optimized.measure``, tokens a second
+mean nothing).
 """
 
 from __future__ import annotations
@@ -85,14 +86,14 @@ def sharded(shape: argparse.Namespace, device: torch.device) -> LossOnly:
     return fully_shard(made, mp_policy=policy).train()
 
 
-def compiled(made: LossOnly, *, checkpoints: bool) -> LossOnly:
+def compiled(made: LossOnly, *, checkpoints: bool, backend: str) -> LossOnly:
     """The peer: each part under ``torch.compile``."""
     if checkpoints:
         made.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for layer in made.model.model.layers:
-        layer.compile()
-    made.model.model.norm.compile()
-    made.loss = torch.compile(made.loss)  # type: ignore[method-assign]
+        layer.compile(backend=backend)
+    made.model.model.norm.compile(backend=backend)
+    made.loss = torch.compile(made.loss, backend=backend)  # type: ignore[method-assign]
     return made
 
 
@@ -142,15 +143,18 @@ def measured(
         import graphopt
 
         bound = None if budget is None else graphopt.Budget(budget, reserve=states)
-        emit = "eager" if shape.tiny else "auto"
+        emit, passes = ("eager", "insert-checkpoints") if shape.tiny else ("auto", None)
         module: torch.nn.Module
         try:
-            module = graphopt.optimize(made, (ids,), budget=bound, emit=emit, on_error="raise")
+            module = graphopt.optimize(
+                made, (ids,), budget=bound, emit=emit, pipeline=passes, on_error="raise"
+            )
         except graphopt.BudgetError as error:
             return row | {"budget_bytes": budget, "least_bytes": error.least_bytes + states}
         row |= {"optimize_s": round(time.perf_counter() - begun, 1), "budget_bytes": budget}
     else:
-        module = compiled(made, checkpoints=mode.endswith("ckpt"))
+        backend = "aot_eager" if shape.tiny else "inductor"
+        module = compiled(made, checkpoints=mode.endswith("ckpt"), backend=backend)
 
     seconds, peak = timed(lambda: module(ids), optimizer, shape.steps, device)
     if shape.tiny and mode.startswith("graphopt"):

@@ -1747,6 +1747,22 @@ def ranks_in_group(group: object) -> list[int] | None:
     return list(torch.distributed.get_process_group_ranks(group))
 
 
+@contextmanager
+def gathers_ended(model: torch.nn.Module) -> Iterator[None]:
+    """Afterwards weights that ``fully_shard`` gathered for a forward are spread over the ranks again.
+
+    Where no backward followed they would stay gathered, and ``parameters()`` would be the gathered ones,
+    which no optimizer may be given.
+    """
+    try:
+        yield
+    finally:
+        if not runs_alone():
+            for module in model.modules():
+                if isinstance(module, torch.distributed.fsdp.FSDPModule):
+                    module.reshard()
+
+
 def bucket_bytes(model: torch.nn.Module) -> int:
     """Bytes that each ``DistributedDataParallel`` in ``model`` holds to average gradients in: as many as the
     gradients, which lie in them with ``gradient_as_bucket_view``."""

@@ -201,7 +201,8 @@ def sharded(rank: int, reshard: bool, mixed: bool, tight: bool) -> Said:
             options["mp_policy"] = policy
         for block in made.blocks:
             fully_shard(block, **options)
-        return fully_shard(made, **options)
+        # As it is by default the root stays gathered after its forward.
+        return fully_shard(made, mp_policy=policy) if mixed else fully_shard(made)
 
     def sync(wrapped: nn.Module, last: bool) -> Any:
         sharding = wrapped if isinstance(wrapped, FSDPModule) else wrapped._model

@@ -272,7 +272,11 @@ class Driver:
         leaves = [p for p in self.model.parameters() if p.requires_grad]
         try:
             with session.put_back(self.model):
-                with restored(self.model, leaves), torch.random.fork_rng(devices=_cuda_devices(self.model)):
+                with (
+                    restored(self.model, leaves),
+                    torch.random.fork_rng(devices=_cuda_devices(self.model)),
+                    _torch.gathers_ended(self.model),
+                ):
                     call(*args, **kwargs)
                 if session.current and not self._is_faithful(call, args, kwargs):
                     return
@@ -335,6 +339,7 @@ class Driver:
                     session.put_back(self.model),
                     restored(self.model, leaves),
                     torch.random.fork_rng(devices=_cuda_devices(self.model)),
+                    _torch.gathers_ended(self.model),
                 ):
                     self._watched = call
                     # The first run captures, and has things to set up that later ones find done.
@@ -396,7 +401,7 @@ class Driver:
         leaves = [t for t in (*self.model.parameters(), *tensors) if t.is_leaf and t.requires_grad]
         held = self.gradients_held()
         try:
-            with restored(self.model, leaves):
+            with restored(self.model, leaves), _torch.gathers_ended(self.model):
                 # The first backward has things to set up that later ones find done.
                 for setting_up in (True, False):
                     if not held:
@@ -408,7 +413,7 @@ class Driver:
                         seen = observer.observe(lambda: call(*args, **kwargs), backward)
         except Exception as error:
             reason = _first_line(error)
-            with restored(self.model, leaves):
+            with restored(self.model, leaves), _torch.gathers_ended(self.model):
                 try:
                     backward(self.model(*args, **kwargs))
                 except Exception:
@@ -430,6 +435,7 @@ class Driver:
             _buffers_restored(self.model),
             random_state_restored(),
             torch.random.fork_rng(devices=_cuda_devices(self.model)),
+            _torch.gathers_ended(self.model),
         ):
             try:
                 self.model(*args, **kwargs)
