@@ -39,6 +39,7 @@ if TYPE_CHECKING:
         StalePlanError,
         StaleReportError,
         TargetError,
+        UnevenRanksError,
         UnknownNameError,
         VerificationError,
     )
@@ -109,6 +110,7 @@ __all__ = [
     "StalePlanError",
     "StaleReportError",
     "TargetError",
+    "UnevenRanksError",
     "UnknownNameError",
     "VerificationError",
     "WeightFormat",
@@ -163,6 +165,7 @@ _HOME = {
         "StalePlanError",
         "StaleReportError",
         "TargetError",
+        "UnevenRanksError",
         "UnknownNameError",
         "VerificationError",
     ),

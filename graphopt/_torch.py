@@ -31,8 +31,10 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils.checkpoint import CheckpointPolicy
+
+from graphopt.collectives import is_collective
 
 __all__ = [
     "capture_context",
@@ -228,9 +230,28 @@ def has_own_gradients(gm: fx.GraphModule) -> bool:
     )
 
 
+def wrapped_kinds(gm: fx.GraphModule) -> list[str]:
+    """Names of the tensor subclasses (``DTensor``) that a graph of dynamo's computes on, which AOTAutograd
+    takes apart into the plain tensors that they wrap, below autograd.
+
+    Above it an operator on them is one call, which a trace cannot enter.
+    """
+    values = [node.meta.get("example_value") for node in gm.graph.nodes]
+    return sorted({type(value).__name__ for value in values if is_traceable_wrapper_subclass(value)})
+
+
+def plain_tensors(value: object) -> list[torch.Tensor]:
+    """The tensors with memory of their own that a tensor wraps: of a DTensor this rank's part; of a plain
+    tensor itself."""
+    if not is_traceable_wrapper_subclass(value):
+        return [value] if isinstance(value, torch.Tensor) else []
+    names, _ = value.__tensor_flatten__()
+    return [tensor for name in names for tensor in plain_tensors(getattr(value, name))]
+
+
 def stays_as_captured(gm: fx.GraphModule) -> bool:
     """Whether a graph of dynamo's cannot be traced above autograd without becoming another."""
-    return transforms_functions(gm) or has_own_gradients(gm)
+    return transforms_functions(gm) or has_own_gradients(gm) or bool(wrapped_kinds(gm))
 
 
 def traced_constants(gm: fx.GraphModule) -> list[str]:
@@ -376,20 +397,49 @@ def extract_halves(
     """Forward and backward modules of a joint module that hands over exactly ``saved``.
 
     Handles what AOTAutograd's runtime expects of the hand-over: symbol bindings, values without
-    version counters, opaque objects, random offsets.
+    version counters, opaque objects (meshes of ranks), random offsets.
     """
+    numbers = [node for node in saved_symbols if not is_opaque(node)]
+    opaque = [node for node in saved_symbols if is_opaque(node)]
+    # Older torch tells opaque objects from tensors itself.
+    apart: dict[str, Any] = {"saved_opaque_nodes": opaque} if _HANDS_OVER_OPAQUE else {}
+    values = [*saved] if _HANDS_OVER_OPAQUE else [*saved, *opaque]
     return partitioners._extract_fwd_bwd_modules(
-        joint, list(saved), saved_sym_nodes=list(saved_symbols), num_fwd_outputs=num_outputs
+        joint, values, saved_sym_nodes=numbers, num_fwd_outputs=num_outputs, **apart
     )
 
 
+_HANDS_OVER_OPAQUE = (
+    "saved_opaque_nodes" in inspect.signature(partitioners._extract_fwd_bwd_modules).parameters
+)
+
+
+def is_opaque(node: fx.Node) -> bool:
+    """Whether the value of a node of a joint graph is neither a tensor nor a number: a mesh of ranks."""
+    numbers = (torch.SymInt, torch.SymFloat, torch.SymBool, int, float, bool)
+    return not isinstance(node.meta.get("val"), (torch.Tensor, type(None), *numbers))
+
+
 def eliminate_common_subexpressions(gm: fx.GraphModule) -> None:
-    """Dead code and repeated pure computations out of a joint graph, as torch's partitioner does."""
+    """Dead code and repeated pure computations out of a joint graph, as torch's partitioner does.
+
+    Collectives all stay: ranks count on each other to run the same ones.
+    """
     from torch._functorch.compile_utils import fx_graph_cse
 
-    gm.graph.eliminate_dead_code()
+    gm.graph.eliminate_dead_code(lambda node: node.is_impure() or is_collective(node.target))
+    for number, node in enumerate(gm.graph.nodes):
+        if is_collective(node.target):
+            # Two calls with other arguments are not the same.
+            node.kwargs = {**node.kwargs, _NUMBER: number}
     gm.graph = fx_graph_cse(gm.graph)
+    for node in gm.graph.nodes:
+        if _NUMBER in node.kwargs:
+            node.kwargs = {name: value for name, value in node.kwargs.items() if name != _NUMBER}
     gm.recompile()
+
+
+_NUMBER = "graphopt_number"
 
 
 def torch_partition(
@@ -553,9 +603,9 @@ def is_same_size(one: Any, other: Any) -> bool:
 def describe_joint(gm: fx.GraphModule) -> tuple[list[tuple[str, str, int]], list[tuple[str, str, int]]]:
     """What AOTAutograd says of a joint graph's inputs and outputs.
 
-    Inputs as (node, role, index): ``input`` with the index of the argument, ``tangent`` with the
-    index of the output, ``other``. Outputs as (node or "", role, index): ``output``, ``mutation``
-    (index of the input written), ``gradient`` (index of the input).
+    Inputs as (node, role, index): ``input`` with the index of the argument (that wraps it, where one does),
+    ``tangent`` with the index of the output, ``other``. Outputs as (node or "", role, index): ``output``,
+    ``mutation`` (index of the input written), ``gradient`` (index of the input).
     """
     from torch._functorch._aot_autograd import descriptors as d
 
@@ -574,7 +624,7 @@ def describe_joint(gm: fx.GraphModule) -> tuple[list[tuple[str, str, int]], list
         desc = node.meta.get("desc")
         if isinstance(desc, d.TangentAOTInput):
             inputs.append((node.name, "tangent", argument(desc.output)))
-        elif isinstance(desc, (d.PlainAOTInput, d.ViewBaseAOTInput)):
+        elif isinstance(desc, (d.PlainAOTInput, d.ViewBaseAOTInput, d.SubclassGetAttrAOTInput)):
             inputs.append((node.name, "input", argument(desc)))
         elif node.name.startswith("tangents"):
             inputs.append((node.name, "tangent", -1))
@@ -586,8 +636,12 @@ def describe_joint(gm: fx.GraphModule) -> tuple[list[tuple[str, str, int]], list
     outputs = []
     for value, desc in zip(values, descs, strict=False):
         name = value.name if isinstance(value, fx.Node) else ""
+        while isinstance(desc, d.SubclassGetAttrAOTOutput):
+            desc = desc.base
         if isinstance(desc, d.GradAOTOutput):
-            outputs.append((name, "gradient", argument(desc.grad_of)))
+            # The gradient of a tensor that wraps others names what it is spread over beside the numbers.
+            number = "" if isinstance(value, fx.Node) and is_opaque(value) else name
+            outputs.append((number, "gradient", argument(desc.grad_of)))
         elif isinstance(desc, d.InputMutationAOTOutput):
             outputs.append((name, "mutation", argument(desc.mutated_input)))
         elif isinstance(desc, d.PlainAOTOutput):
@@ -739,6 +793,8 @@ def quiet_capture() -> Iterator[None]:
     that changes from call to call, or from model to model (the rate of a dropout), stays a number: dynamo
     would make it a tensor that the graph reads back, which no program at the semantic level can say. Random
     numbers of NumPy are drawn from NumPy's generator, as in eager: dynamo would draw them from torch's.
+    What ``DistributedDataParallel`` wraps stays one graph: dynamo would cut it where buckets of gradients
+    end, and calls of a chain hand their gradients over one by one anyway.
     """
     from torch._dynamo import config
 
@@ -752,6 +808,7 @@ def quiet_capture() -> Iterator[None]:
     settings: dict[str, Any] = {name: set(getattr(config, name)) | loggers}
     settings["specialize_float"] = True
     settings["use_numpy_random_stream"] = True
+    settings["optimize_ddp"] = False
     settings["accumulated_recompile_limit"] = max(config.accumulated_recompile_limit, _MANY)
     if not _ISOLATES:
         settings["recompile_limit"] = max(config.recompile_limit, _MANY)
@@ -872,12 +929,13 @@ def set_grad_enabled() -> Callable[..., Any]:
 
 
 def storage_bytes(values: Any) -> int:
-    """Bytes of the distinct storages under a pytree of tensors."""
+    """Bytes of the distinct storages under a pytree of tensors, on this rank where they are distributed."""
     found: dict[int, int] = {}
     for value in torch.utils._pytree.tree_leaves(values):
-        if isinstance(value, torch.Tensor) and value.layout is torch.strided:
-            storage = value.untyped_storage()
-            found[storage._cdata] = hint(storage.nbytes())
+        for tensor in plain_tensors(value):
+            if tensor.layout is torch.strided:
+                storage = tensor.untyped_storage()
+                found[storage._cdata] = hint(storage.nbytes())
     return sum(found.values())
 
 
@@ -939,12 +997,16 @@ def kernel_graph(nodes: Sequence[Any]) -> tuple[list[KernelLaunch], list[KernelB
     )
     position = {node: index for index, node in enumerate(nodes)}
     parts = _parts(nodes)
+    talking = [index for index, node in enumerate(nodes) if _communicates(node)]
+    # Ranks run collectives in one order, whatever memory would say.
+    earlier = dict(zip(talking[1:], talking, strict=False))
     launches, buffers = list[KernelLaunch](), list[KernelBuffer]()
     tuples: dict[str, int] = {}
     held_by: dict[str, tuple[set[int], set[int]]] = {}
     for index, node in enumerate(nodes):
         generated = not (node.is_extern() or node.is_template())
         waits = frozenset(position[n] for n in node.mpi_node.pred_nodes)
+        waits |= {earlier[index]} if index in earlier else set()
         launches.append(KernelLaunch(waits, node.min_order))
         for buffer in node.get_outputs():
             info, made_by, name = buffer.mpi_buffer, index, buffer.get_name()
@@ -978,6 +1040,13 @@ def kernel_graph(nodes: Sequence[Any]) -> tuple[list[KernelLaunch], list[KernelB
         free = source.mpi_buffer.size_free
         buffers.append(KernelBuffer(free, frozenset(), readers, source.name in returned, over))
     return launches, buffers
+
+
+def _communicates(kernel: Any) -> bool:
+    """Whether a kernel of Inductor's is a collective, or waits for one."""
+    from torch._inductor.utils import contains_collective, contains_wait
+
+    return bool(contains_collective(kernel) or contains_wait(kernel))
 
 
 def _bytes_of(name: str) -> int:
@@ -1661,3 +1730,68 @@ def propagate_fakes(gm: fx.GraphModule, values: Sequence[Any], mode: FakeTensorM
     FakeTensorProp(gm, mode).propagate_dont_convert_inputs(*values)
     for node, meta in others:
         node.meta = meta
+
+
+def runs_alone() -> bool:
+    """Whether other ranks exist on paper alone (torch's ``fake`` process group) or not at all."""
+    distributed = torch.distributed
+    if not distributed.is_available() or not distributed.is_initialized():
+        return True
+    return distributed.get_world_size() < 2 or distributed.get_backend() == "fake"
+
+
+def rank_store() -> Any:
+    """The key-value store that the default process group was set up with."""
+    from torch.distributed import distributed_c10d
+
+    return distributed_c10d._get_default_store()
+
+
+def ranks_in_group(group: object) -> list[int] | None:
+    """The global ranks of a process group, ``None`` for what is none."""
+    if not torch.distributed.is_available() or not isinstance(group, torch.distributed.ProcessGroup):
+        return None
+    return list(torch.distributed.get_process_group_ranks(group))
+
+
+@contextmanager
+def gathers_ended(model: torch.nn.Module) -> Iterator[None]:
+    """Afterwards weights that ``fully_shard`` gathered for a forward are spread over the ranks again.
+
+    Where no backward followed they would stay gathered, and ``parameters()`` would be the gathered ones,
+    which no optimizer may be given.
+    """
+    try:
+        yield
+    finally:
+        if not runs_alone():
+            for module in model.modules():
+                if isinstance(module, torch.distributed.fsdp.FSDPModule):
+                    module.reshard()
+
+
+def bucket_bytes(model: torch.nn.Module) -> int:
+    """Bytes that each ``DistributedDataParallel`` in ``model`` holds to average gradients in: as many as the
+    gradients, which lie in them with ``gradient_as_bucket_view``."""
+    return sum(
+        storage_bytes([parameter for parameter in module.parameters() if parameter.requires_grad])
+        for module in model.modules()
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel)
+    )
+
+
+def ranks_in(model: torch.nn.Module) -> list[int]:
+    """The global ranks that parameters of ``model`` are spread over, or that a ``DistributedDataParallel``
+    in it averages gradients over."""
+    if runs_alone():
+        return []
+    from torch.distributed.tensor import DTensor
+
+    found: set[int] = set()
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):
+            found.update(parameter.device_mesh.mesh.flatten().tolist())
+    for module in model.modules():
+        if isinstance(module, torch.nn.parallel.DistributedDataParallel):
+            found.update(torch.distributed.get_process_group_ranks(module.process_group))
+    return sorted(found)

@@ -10,8 +10,10 @@ from typing import Any
 
 import torch
 
+import graphopt
 from graphopt import _torch
-from graphopt.budget import Budget
+from graphopt.agreement import Agreement
+from graphopt.budget import Budget, format_bytes
 from graphopt.capture.driver import Driver
 from graphopt.capture.inputs import bind_inputs
 from graphopt.cost import CostModel
@@ -28,13 +30,15 @@ from graphopt.guard import GUARDS, Guard
 from graphopt.hand_over import is_watched
 from graphopt.operator_costs import with_operator_costs
 from graphopt.optimized import Optimized
+from graphopt.options import OptionError
 from graphopt.packing.fit import WeightFit
 from graphopt.pareto_front import Pareto
-from graphopt.passes import Pass
+from graphopt.passes import Pass, pass_text
 from graphopt.pipeline import Pipeline, parse_items
 from graphopt.plans import Plan
 from graphopt.plugins.host import PluginHost, default_host
 from graphopt.plugins.loading import GUARDED
+from graphopt.ranks import ranks_of
 from graphopt.rewrites import checked_rewrites
 from graphopt.session import Session
 
@@ -67,6 +71,7 @@ def optimize(
     generate: Generate | None = None,
     rewrites: Sequence[str] | None = None,
     guard: str | None = None,
+    process_group: Any = "auto",
 ) -> Optimized:
     """The fastest version of ``model`` whose step fits ``budget``, with the same call.
 
@@ -116,11 +121,17 @@ def optimize(
     is faster (and fits the budget) it runs as it did from then on; the report says what was measured.
     ``"off"`` measures nothing. By default programs that are compiled for a GPU are measured.
 
+    ``process_group``: the ranks that have to run the same programs under the same plan, each within the
+    ``budget``, which is per rank (docs/distributed.md). ``"auto"``: those that the model is spread over
+    (``fully_shard``, ``parallelize_module``, ``DistributedDataParallel``), a ``torch.distributed`` group:
+    its members, ``"off"``: each rank decides alone. All of them have to capture at the same point.
+
     Gradients that the parameters carry when ``optimize`` is called count as held throughout (as in
     gradient accumulation); without them a step is taken to begin with none.
 
     Raises ``BudgetError`` if nothing allowed fits, ``BudgetSyntaxError``, ``InputsError``,
-    ``UnknownNameError`` (pass, option, device, emitter, policy, cost model), ``StalePlanError``, and with
+    ``UnknownNameError`` (pass, option, device, emitter, policy, cost model), ``StalePlanError``,
+    ``UnevenRanksError`` (on every rank, where ranks differ or one fails), and with
     ``on_error="raise"`` ``CaptureError`` and whatever a pass raises.
     """
     return _prepared(
@@ -146,6 +157,7 @@ def optimize(
         generate=generate,
         rewrites=rewrites,
         guard=guard,
+        process_group=process_group,
     )
 
 
@@ -247,6 +259,7 @@ def _uncaptured(
     assigned: Assigned | None = None,
     guard: str | None = None,
     compare: bool = False,
+    process_group: Any = "auto",
     **choices: Any,
 ) -> Optimized:
     """An optimized module that captures on its first call; its copies are made the same way, from a model
@@ -286,6 +299,22 @@ def _uncaptured(
     compiled = where.type == "cuda" and session.emitter.name != "eager"
     if not dry_run and (guard or ("measure" if compiled else "off")) == "measure":
         driver.guard = Guard(driver.remark)
+    ranks = ranks_of(model, process_group)
+    if generate is not None:
+        if process_group not in ("auto", "off"):
+            raise InputsError("process_group= and generate= exclude each other: ranks agree on steps alone")
+        ranks = None
+    if ranks is not None:
+        asked = {
+            "options": f"emit={session.emitter.name}, on_error={session.on_error}, dynamic={dynamic_shapes}",
+            "passes": ", ".join(map(_spelt, session.passes)),
+            "allowed passes": ", ".join(sorted(session.allow)),
+            "rewrites": "all" if session.only is None else ", ".join(sorted(session.only)),
+            "device": session.cost.device.name,
+            "policy": choices["policy"] or "none",
+            "versions": f"graphopt {graphopt.__version__}, torch {torch.__version__}",
+        }
+        driver.agreement = Agreement(ranks, asked, str(session.budget), driver.remark)
     again = partial(
         _uncaptured,
         device=device,
@@ -297,12 +326,23 @@ def _uncaptured(
         assigned=assigned,
         guard=guard,
         compare=compare,
+        process_group=process_group,
         **choices,
     )
+    if buckets := _torch.bucket_bytes(model):
+        driver.apart = f"buckets of DistributedDataParallel are not counted: {format_bytes(buckets)}"
     generator = None
     if generate is not None and assigned is not None:
         generator = Generator(assigned, example, generate, fresh(model, budget))
     return Optimized(model, driver, loss_fn, again, generator)
+
+
+def _spelt(step: Pass) -> str:
+    """A pass with its options, as far as they have a spelling."""
+    try:
+        return pass_text(step)
+    except OptionError:
+        return step.name
 
 
 def _see_model(session: Session, model: torch.nn.Module) -> None:

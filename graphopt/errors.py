@@ -24,6 +24,7 @@ __all__ = [
     "StalePlanError",
     "StaleReportError",
     "TargetError",
+    "UnevenRanksError",
     "UnknownNameError",
     "VerificationError",
     "brief",
@@ -167,6 +168,13 @@ class TargetError(GraphoptError):
     """A command-line target that names no model."""
 
     code = "target"
+
+
+class UnevenRanksError(GraphoptError):
+    """Processes that share a model do not agree: their options, inputs, programs or plans differ, one failed,
+    or one did not answer in time. Raised on each of them."""
+
+    code = "uneven-ranks"
 
 
 class VerificationError(GraphoptError):

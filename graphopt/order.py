@@ -14,6 +14,7 @@ import torch.fx as fx
 from graphopt import _torch
 from graphopt.capture.aliasing import alias_map, written_inputs
 from graphopt.capture.ambient import is_state_call
+from graphopt.collectives import is_collective
 from graphopt.errors import VerificationError
 
 __all__ = ["felt", "has_effect", "restore_order"]
@@ -23,10 +24,12 @@ _PURE_MODULES = ("_operator", operator.__name__, math.__name__)
 
 def has_effect(node: fx.Node) -> bool:
     """Whether a node must stay although nobody reads it: it writes, draws random numbers, switches a
-    mode, or calls what nothing is known of."""
+    mode, takes part in a collective, or calls what nothing is known of."""
     if node.op == "get_attr":
         return False
     if node.op != "call_function" or node.is_impure() or is_state_call(node) or written_inputs(node):
+        return True
+    if is_collective(node.target):
         return True
     target = node.target
     if isinstance(target, torch._ops.HigherOrderOperator):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from graphopt import _torch
 from graphopt.candidate import Reason
 from graphopt.chain_rows import draws_random, written_inputs
 from graphopt.cuda_graph import CudaGraphs
@@ -35,7 +36,10 @@ def replayed(
     if all(device.type != "cuda" for device in devices):
         return run
     found: Roles | Reason = Reason("it reads tensors of several devices")
-    if len(devices) == 1:
+    if not _torch.runs_alone():
+        # What averages gradients over ranks waits for the kernels of a backward one by one.
+        found = Reason("other processes take part in training")
+    elif len(devices) == 1:
         found = roles()
     if isinstance(found, Reason):
         session.diagnostics.append(f"steps are launched kernel by kernel: {found}")

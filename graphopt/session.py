@@ -111,6 +111,7 @@ class Session:
     earlier ones kept. ``watching(run, args, ran)`` runs a whole program in the place of ``run(*args)``.
     ``policy``: who picks within the budget in the planner's place, ``chosen_by``: its name where it did.
     ``comparing``: a captured call computes what dynamo captured, without gradients, and nothing is captured.
+    ``confirm``: asks other ranks about programs that are planned after the first agreement.
     ``generates``: its programs decode. ``quantization``: how the weights of the model were packed for it, and
     ``dense_baseline`` what a step took before.
     """
@@ -168,6 +169,7 @@ class Session:
     _seen: tuple[tuple[Captured, ...], ObservedPlan] | None = None
     _counted: tuple[tuple[int | None, ...], tuple[FrontierPoint, ...], Cost] | None = None
     watching: Callable[[Callable[..., Any], Sequence[Any], Ran], Any] | None = None
+    confirm: Callable[[Session], None] | None = None
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A dynamo backend: compiles one graph under this session's budget.
@@ -183,7 +185,10 @@ class Session:
         if not self.whole and calls in self._refused:
             raise _torch.splitting(self._refused[calls])
         try:
-            return self._compiled(gm, inputs)
+            made = self._compiled(gm, inputs)
+            if self.whole and self.confirm is not None:
+                self.confirm(self)
+            return made
         except GraphoptError:
             raise
         except Exception as error:
@@ -291,7 +296,9 @@ class Session:
             written, self._written = self._written, None
             with torch.no_grad():
                 for tensor, value in written.values():
-                    tensor.copy_(value)
+                    # Of a weight that is gathered from other ranks the memory is gone again.
+                    if _torch.storage_bytes(tensor):
+                        tensor.copy_(value)
             others = [name for name, p, was in before if p._version != was and id(p) not in written]
             if others:
                 more = f" and {len(others) - 1} more" if len(others) > 1 else ""
@@ -351,6 +358,11 @@ class Session:
         auxiliary: Sequence[int],
     ) -> tuple[Program, Sequence[int]]:
         """The rewritten program at the semantic level, and which of its outputs are cut off from autograd."""
+        if kinds := _torch.wrapped_kinds(gm):
+            self.diagnostics.append(
+                f"{name}: it computes on {' and '.join(kinds)}, taken apart below autograd: passes of the "
+                "semantic level see no operators, those of the joint level do"
+            )
         try:
             semantic = semantic_graph(gm, inputs)
         except Exception as error:
@@ -552,6 +564,8 @@ class Session:
         if self._observed(self.current) is None:
             _settle(self.current, self.cost.device.allocation_granularity)
         compile_together(self, self.current)
+        if self.confirm is not None:
+            self.confirm(self)
 
     def plan_again(self, budget: Budget) -> None:
         """Plan the present programs anew under another budget, with all that passes offer instead of them,
@@ -1176,12 +1190,9 @@ def _one_line(error: BaseException) -> str:
 
 
 def _storage_bytes(inputs: Sequence[Any], specs: Sequence[InputSpec], roles: tuple[str, ...]) -> int:
-    storages = {
-        value.untyped_storage()._cdata: _torch.hint(value.untyped_storage().nbytes())
-        for value, spec in zip(inputs, specs, strict=True)
-        if isinstance(value, torch.Tensor) and spec.role in roles
-    }
-    return sum(storages.values())
+    return _torch.storage_bytes(
+        [value for value, spec in zip(inputs, specs, strict=True) if spec.role in roles]
+    )
 
 
 def _trained(inputs: Sequence[Any]) -> bool:

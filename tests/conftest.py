@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from tests.ranks import Pair
+
 # The quick suite says the same of the same sources; `make test-all` draws anew each time.
 # Tests judge no times: a busy machine would fail them.
 settings.register_profile("repeatable", derandomize=True, deadline=None)
@@ -50,3 +52,11 @@ def _nothing_kept() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRAPHOPT_CACHE", "0")
         yield
+
+
+@pytest.fixture(scope="session")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """Two processes that train together, kept from test to test."""
+    made = Pair(tmp_path_factory.mktemp("ranks"))
+    yield made
+    made.close()

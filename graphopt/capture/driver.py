@@ -11,6 +11,7 @@ import torch
 
 import graphopt
 from graphopt import _torch
+from graphopt.agreement import Agreement, for_programs
 from graphopt.capture.faithful import compared
 from graphopt.capture.inputs import bind_inputs
 from graphopt.capture.observe import Observer
@@ -34,6 +35,7 @@ from graphopt.program import Program, layer_of
 from graphopt.report import Environment, Report
 from graphopt.restored import random_state_restored, restored
 from graphopt.session import NotPlanned, Session
+from graphopt.several import compile_together
 
 if TYPE_CHECKING:
     from graphopt.packing.fit import Fitted, WeightFit
@@ -79,6 +81,9 @@ class Driver:
         self.first: FirstStep | None = None
         self.guard: Guard | None = None
         self._first_plan: Plan | None = None
+        self.agreement: Agreement | None = None
+        self.apart = ""
+        """What the predicted peak leaves out, for the report."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_exporting():
@@ -126,11 +131,39 @@ class Driver:
         return output
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Capture and plan, if that has not happened yet."""
+        """Capture and plan, if that has not happened yet; together with the ranks that share the model."""
         if self._call is not None or self._uncaptured:
             return
         if self.example is None:
             self.example = kwargs if kwargs and not args else args
+        if self.agreement is None:
+            self._decide(args, kwargs)
+            return
+        self.agreement.compare(self.model, (args, kwargs))
+        self.agreement.together("capture", lambda: self._decide(args, kwargs))
+        self._settle(self.agreement, lambda: self._prepare(args, kwargs))
+
+    def _settle(self, agreement: Agreement, again: Callable[[], None]) -> None:
+        """Run what all ranks agree on; ``again`` captures and plans once more."""
+
+        def adopt(plan: Plan) -> None:
+            session = self.session
+            whole, session.replay = session.whole, for_programs(plan, session)
+            try:
+                if whole:
+                    session.forget()
+                    again()
+                else:
+                    # What lies between the graphs was seen: only the choice is another.
+                    compile_together(session, session.current)
+            finally:
+                session.replay = None
+
+        agreement.settle(self.session, adopt)
+        self.session.confirm = agreement.confirm
+
+    def _decide(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Capture and plan, weights packed where that is allowed and nothing fits without."""
         if self.fit is not None and (fitted := self.fit.before(args, kwargs)) is not None:
             self._take(fitted)
         try:
@@ -244,7 +277,11 @@ class Driver:
         leaves = [p for p in self.model.parameters() if p.requires_grad]
         try:
             with session.put_back(self.model):
-                with restored(self.model, leaves), torch.random.fork_rng(devices=_cuda_devices(self.model)):
+                with (
+                    restored(self.model, leaves),
+                    torch.random.fork_rng(devices=_cuda_devices(self.model)),
+                    _torch.gathers_ended(self.model),
+                ):
                     call(*args, **kwargs)
                 if session.current and not self._is_faithful(call, args, kwargs):
                     return
@@ -273,10 +310,19 @@ class Driver:
         self._call = call
 
     def prepare_step(self, step: Callable[[], object]) -> None:
-        """Capture and plan all that ``step()`` runs of the model, everything put back afterwards.
+        """Capture and plan all that ``step()`` runs of the model, everything put back afterwards; together
+        with the ranks that share the model.
 
         Raises ``InputsError`` where ``step`` raises or never calls the model.
         """
+        if self.agreement is None:
+            self._decide_step(step)
+            return
+        self.agreement.compare(self.model, ())
+        self.agreement.together("capture", lambda: self._decide_step(step))
+        self._settle(self.agreement, lambda: self._decide_step(step))
+
+    def _decide_step(self, step: Callable[[], object]) -> None:
         session = self.session
         self.step = step
         if self.fit is not None and session.budget.weights is not None:
@@ -298,6 +344,7 @@ class Driver:
                     session.put_back(self.model),
                     restored(self.model, leaves),
                     torch.random.fork_rng(devices=_cuda_devices(self.model)),
+                    _torch.gathers_ended(self.model),
                 ):
                     self._watched = call
                     # The first run captures, and has things to set up that later ones find done.
@@ -359,7 +406,7 @@ class Driver:
         leaves = [t for t in (*self.model.parameters(), *tensors) if t.is_leaf and t.requires_grad]
         held = self.gradients_held()
         try:
-            with restored(self.model, leaves):
+            with restored(self.model, leaves), _torch.gathers_ended(self.model):
                 # The first backward has things to set up that later ones find done.
                 for setting_up in (True, False):
                     if not held:
@@ -371,7 +418,7 @@ class Driver:
                         seen = observer.observe(lambda: call(*args, **kwargs), backward)
         except Exception as error:
             reason = _first_line(error)
-            with restored(self.model, leaves):
+            with restored(self.model, leaves), _torch.gathers_ended(self.model):
                 try:
                     backward(self.model(*args, **kwargs))
                 except Exception:
@@ -393,6 +440,7 @@ class Driver:
             _buffers_restored(self.model),
             random_state_restored(),
             torch.random.fork_rng(devices=_cuda_devices(self.model)),
+            _torch.gathers_ended(self.model),
         ):
             try:
                 self.model(*args, **kwargs)
@@ -584,7 +632,11 @@ class Driver:
             steps=tuple(session.records),
             declined=tuple(session.declined),
             near_misses=(*session.near_misses, *dict.fromkeys(session.emitter.near_misses)),
-            diagnostics=(*session.diagnostics, *session.missing_rewrites()),
+            diagnostics=(
+                *session.diagnostics,
+                *session.missing_rewrites(),
+                *((self.apart,) if self.apart else ()),
+            ),
             groups=tuple(dict.fromkeys(session.emitter.groups)),
             quantization=session.quantization,
             rewrites=session.chosen_rewrites(),

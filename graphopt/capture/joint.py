@@ -9,6 +9,7 @@ import torch
 import torch.fx as fx
 
 from graphopt import _torch
+from graphopt.collectives import is_collective
 from graphopt.program import InputSpec, Level, OutputSpec, Program, Signature
 from graphopt.replay import is_random_state, random_state_of
 from graphopt.schedule import Schedule
@@ -68,10 +69,13 @@ def joint_program(name: str, gm: fx.GraphModule, specs: Sequence[InputSpec], num
 def inference_program(name: str, gm: fx.GraphModule, specs: Sequence[InputSpec]) -> Program:
     """A ``Program`` over AOTAutograd's functional inference graph."""
     placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
-    offset = len(placeholders) - len(specs)
+    described = [index for _, role, index in _torch.describe_joint(gm)[0] if role == "input"]
+    if len(described) < len(placeholders) or not all(0 <= index < len(specs) for index in described):
+        offset = len(placeholders) - len(specs)
+        described = [position - offset for position in range(len(placeholders))]
     inputs = []
-    for position, node in enumerate(placeholders):
-        spec = specs[position - offset] if position >= offset else InputSpec(node.name, "input")
+    for index, node in zip(described, placeholders, strict=True):
+        spec = specs[index] if index >= 0 else InputSpec(node.name, "input")
         role = spec.role if isinstance(node.meta.get("val"), torch.Tensor) else "symbol"
         inputs.append(InputSpec(node.name, role, spec.fqn))
     outputs = []
@@ -79,7 +83,7 @@ def inference_program(name: str, gm: fx.GraphModule, specs: Sequence[InputSpec])
         if not node:
             continue
         if role == "mutation" and 0 <= index < len(specs):
-            target = specs[index].fqn or placeholders[index + offset].name
+            target = specs[index].fqn or placeholders[described.index(index)].name
             outputs.append(OutputSpec(node, "mutation", target))
         else:
             outputs.append(OutputSpec(node, "output", str(position)))
@@ -108,7 +112,7 @@ def save_everything(program: Program, *, random_states: bool = False) -> Schedul
         # An effect that no output carries happens where eager would have it: in the forward. That a
         # random generator moves on is an effect too.
         if (
-            (node.is_impure() or random_state_of(node))
+            (node.is_impure() or random_state_of(node) or is_collective(node.target))
             and node not in backward_only
             and node.op == "call_function"
         ):

@@ -26,8 +26,8 @@ def semantic_graph(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     """``gm`` as pre-autograd ATen, composite operators whole, same inputs and outputs.
 
     Metadata assertions are dropped: they compute nothing, and they keep dead code alive. A graph
-    that calls function transforms (``torch.vmap``) or has gradients of its own (``torch.autograd.Function``,
-    hooks on tensors) stays as dynamo wrote it.
+    that calls function transforms (``torch.vmap``), has gradients of its own (``torch.autograd.Function``,
+    hooks on tensors) or computes on tensors that wrap others (``DTensor``) stays as dynamo wrote it.
     """
     if _torch.stays_as_captured(gm):
         return _copied(gm)

@@ -25,6 +25,7 @@ import torch.fx as fx
 from graphopt import _torch
 from graphopt.capture.aliasing import Aliases, alias_map, written_inputs
 from graphopt.capture.ambient import AmbientMap, ambient_map
+from graphopt.collectives import is_collective
 
 __all__ = [
     "Line",
@@ -254,7 +255,8 @@ def _live_calls(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _has_effect(node: fx.Node) -> bool:
-    return node.is_impure() or bool(written_inputs(node)) or not _torch.is_operator(node.target)
+    effect = node.is_impure() or bool(written_inputs(node)) or is_collective(node.target)
+    return effect or not _torch.is_operator(node.target)
 
 
 def _freeze(value: Any, leaf: Callable[[fx.Node], Hashable]) -> Hashable:
