@@ -54,6 +54,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 """Model types of transformers and what to build each from."""
 
+HYBRIDS: dict[str, dict[str, Any]] = {
+    "lfm2": {**_COMMON, "layer_types": ["conv", "full_attention"], "conv_L_cache": 3, "block_ff_dim": 96},
+}
+"""Decoders that keep what convolutions read last besides keys and values."""
+
 _RECURRENT = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": VOCABULARY, "pad_token_id": 0}
 OTHERS: dict[str, dict[str, Any]] = {
     "mamba": {**_RECURRENT, "state_size": 4},
@@ -73,7 +78,7 @@ OTHERS: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "full_attention"],
     },
 }  # fmt: skip
-"""Decoders that keep states besides keys and values, or instead of them."""
+"""Decoders that keep states which are not understood besides keys and values, or instead of them."""
 
 
 def family(name: str, attention: str | None = None, **changes: Any) -> nn.Module:
@@ -81,7 +86,7 @@ def family(name: str, attention: str | None = None, **changes: Any) -> nn.Module
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = CONFIG_MAPPING[name](**{**FAMILIES, **OTHERS}[name] | changes)
+    config = CONFIG_MAPPING[name](**{**FAMILIES, **HYBRIDS, **OTHERS}[name] | changes)
     torch.manual_seed(0)
     kwargs = {} if attention is None else {"attn_implementation": attention}
     model: Any = transformers.AutoModelForCausalLM.from_config(config, **kwargs)

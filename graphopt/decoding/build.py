@@ -16,13 +16,14 @@ from graphopt.decoding.absorb import absorbed
 from graphopt.decoding.beside import SideBySide
 from graphopt.decoding.capture import Uncached, capture_uncached
 from graphopt.decoding.check_decoder import check_decoder
+from graphopt.decoding.convolutions import causal_convolutions, kept_tensors
 from graphopt.decoding.decoder import MOVED, Decoder
 from graphopt.decoding.insert import StepGraph, step_graph
 from graphopt.decoding.options import Generate
 from graphopt.decoding.record import DecodingRecord, LossyRecord, site_records
 from graphopt.decoding.singles import Singles
 from graphopt.decoding.site_pass import SitePass, site_passes
-from graphopt.decoding.sites import Site, sites_of, stored_bytes, tensors_of
+from graphopt.decoding.sites import Site, sites_of, stored_bytes
 from graphopt.decoding.sizes import compute_sizes
 from graphopt.errors import BudgetError, InputsError, brief
 from graphopt.program import InputSpec, Program
@@ -63,7 +64,10 @@ def build(
     uncached = low
     device = next(iter(uncached.weights.values())).device
     padding = batch * capacity if uncached.mask is not None else 0
-    cache_bytes = stored_bytes(sites, batch, capacity) + padding
+    kept = padding + batch * sum(
+        one.channels * one.reach * one.dtype.itemsize for one in causal_convolutions(uncached)
+    )
+    cache_bytes = stored_bytes(sites, batch, capacity) + kept
     bound = _check_cache(session, sites, made, cache_bytes, options)
     beside = None
     if session.cost.device.multiprocessors:
@@ -85,7 +89,7 @@ def build(
     decoder.single = Singles(session)
     sharing = assigned.sharing
     if sharing is not None:
-        freed = assigned.cache_bytes_before + padding - decoder.cache_bytes
+        freed = assigned.cache_bytes_before + kept - decoder.cache_bytes
         sharing = replace(sharing, cache_bytes=replace(sharing.cache_bytes, realised=freed))
     record = DecodingRecord(
         capacity, batch, chunk, cache_bytes, bound, checked.off, site_records(sites, batch, capacity),
@@ -265,7 +269,7 @@ class _Arithmetic:
         )
         shapes["slots"] = ((count,), torch.int64)
         shapes["valid"] = ((batch, self.options.max_tokens), torch.bool)
-        kinds = tensors_of(self.sites, batch, self.options.max_tokens)
+        kinds = kept_tensors(self.uncached, self.sites, batch, self.options.max_tokens)
         shapes |= {name: kinds[key] for name, key in self.step.stores.items()}
         given = {name: shapes[name] for name in self.step.inputs}
         program = _sized("step", self.general.gm, self.step.weights, given)

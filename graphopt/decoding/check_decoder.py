@@ -24,6 +24,7 @@ import torch
 from graphopt.decoding.capture import Uncached
 from graphopt.decoding.check import check_captured, check_rows, steps_of, tolerance
 from graphopt.decoding.check_sites import Watched, check_ends, check_sites
+from graphopt.decoding.convolutions import causal_convolutions
 from graphopt.decoding.decoder import Decoder
 from graphopt.decoding.stores import CacheStore
 from graphopt.decoding.whole import with_outputs
@@ -91,6 +92,7 @@ def check_decoder(decoder: Decoder) -> Checked:
 def _length(decoder: Decoder, stores: dict[int, CacheStore]) -> int:
     """Positions after which all that stores do has happened."""
     windows = [site.spec.mask.window for site in decoder.sites]
+    windows += [one.reach for one in causal_convolutions(decoder.uncached)]
     crossed = max((2 * w + 3 for w in windows if w <= _CHECKED_WINDOW), default=0)
     specs = [site.spec for site in decoder.sites]
     return max(_CHECKED, crossed, *(store.crossed(specs[i]) for i, store in stores.items()))

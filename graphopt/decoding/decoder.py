@@ -10,9 +10,10 @@ import torch
 
 from graphopt.decoding.beside import SideBySide
 from graphopt.decoding.capture import Uncached
+from graphopt.decoding.convolutions import kept_tensors
 from graphopt.decoding.insert import StepGraph
 from graphopt.decoding.options import Generate
-from graphopt.decoding.sites import Site, tensors_of
+from graphopt.decoding.sites import Site
 from graphopt.errors import InputsError
 
 __all__ = ["MOVED", "Decoder"]
@@ -49,7 +50,7 @@ class Decoder:
 
     def __post_init__(self) -> None:
         batch, capacity = self.options.max_batch, self.options.max_tokens
-        kinds: Mapping[tuple[int, str], Any] = tensors_of(self.sites, batch, capacity)
+        kinds: Mapping[tuple[int, str], Any] = kept_tensors(self.uncached, self.sites, batch, capacity)
         for name, key in self.step.stores.items():
             shape, dtype = kinds[key]
             # Zeros: a place that was never written is masked, but NaN times zero is NaN.

@@ -23,6 +23,7 @@ import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.decoding.capture import Uncached
+from graphopt.decoding.convolutions import OPERATOR, Convolution, causal_convolutions
 from graphopt.decoding.dead import remove_dead
 from graphopt.decoding.last_row import keep_last_row
 from graphopt.decoding.layouts import name_of
@@ -36,6 +37,8 @@ __all__ = ["StepGraph", "step_graph", "turn_of"]
 
 aten = torch.ops.aten
 
+_CONVOLUTIONS = ("conv1d", "convolution")
+
 
 @dataclass(frozen=True)
 class StepGraph:
@@ -43,7 +46,7 @@ class StepGraph:
 
     ``inputs``: tokens [B, n], mask [B, n] and positions [B, n] where the model takes them, ``slots`` int64
     [n], ``valid`` bool [max batch, capacity] where it takes a mask, then the stores' tensors, ``stores``:
-    names and ``(site, tensor)``.
+    names and ``(site, tensor)``; numbers behind those of sites are of convolutions.
     """
 
     gm: fx.GraphModule
@@ -73,6 +76,7 @@ class _Insertion:
         self.stores: dict[str, tuple[int, str]] = {}
         self.slopes: dict[tuple[float, ...], fx.Node] = {}
         self.weights = dict(uncached.weights)
+        self.convolutions = causal_convolutions(uncached)
 
     def node(self, of: fx.Node) -> fx.Node:
         return self.copies[of]
@@ -81,7 +85,12 @@ class _Insertion:
         uncached = self.uncached
         last = [n for n in self.graph.nodes if n.op == "placeholder"][-1]
         tensors: dict[tuple[int, str], fx.Node] = {}
+        # Of the example's batch at least: taking its rows must not look impossible while tracing.
+        most = max(self.batch, _torch.hint(uncached.batch))
         with self.graph.inserting_after(last):
+            for index, one in reversed(list(enumerate(self.convolutions, len(self.sites)))):
+                rows = (most, one.channels, one.reach)
+                tensors[index, "history"] = self._placeholder(f"store_{index}_history", rows, one.dtype)
             for index, site in reversed(list(enumerate(self.sites))):
                 if site.source != index:
                     continue
@@ -90,9 +99,7 @@ class _Insertion:
                     tensors[index, name] = self._placeholder(f"store_{index}_{name}", shape, dtype)
             valid = None
             if uncached.mask is not None:
-                # Of the example's batch at least: taking its rows must not look impossible while tracing.
-                rows = max(self.batch, _torch.hint(uncached.batch))
-                valid = self._placeholder("valid", (rows, self.capacity), torch.bool)
+                valid = self._placeholder("valid", (most, self.capacity), torch.bool)
             slots = self._placeholder("slots", (uncached.length,), torch.int64)
         self._place_slopes()
         first = next(n for n in self.graph.nodes if n.op == "call_function")
@@ -103,6 +110,8 @@ class _Insertion:
         for index, site in enumerate(self.sites):
             held = [tensors[site.source, name] for name in site.store.tensors(site.spec, 1, self.capacity)]
             self._attend(index, site, held, slots, valid if uses_padding else None)
+        for index, one in enumerate(self.convolutions, len(self.sites)):
+            self._convolve(one, tensors[index, "history"], slots)
         remove_dead(self.graph)
         self._count_padding(valid, slots)
         self._take_positions(slots)
@@ -184,6 +193,19 @@ class _Insertion:
         output.replace_all_uses_with(made)
         self.graph.erase_node(output)
 
+    def _convolve(self, one: Convolution, history: fx.Node, slots: fx.Node) -> None:
+        output = self.node(one.output)
+        with self.graph.inserting_before(output):
+            bias = None if one.bias is None else self.node(one.bias)
+            made = self.call(
+                operator_named(OPERATOR), self.node(one.source), self.node(one.weight), bias, history, slots,
+                one.dilation, one.groups,
+            )  # fmt: skip
+            made.meta["nn_module_stack"] = output.meta.get("nn_module_stack")
+        output.replace_all_uses_with(made)
+        self.graph.erase_node(output)
+        self.graph.erase_node(self.node(one.node))
+
     def _heads_apart(self, node: fx.Node, region: Region) -> fx.Node:
         if not region.flat:
             return node
@@ -261,6 +283,11 @@ class _Insertion:
             value = node.meta.get("val")
             if node.op != "call_function" or not isinstance(value, torch.Tensor):
                 continue
+            if name_of(node) in _CONVOLUTIONS and self._has_length(node.args[0].meta["val"].shape[-1]):
+                raise CaptureError(
+                    f"{_where(node)} convolves positions in a way that was not recognised as causal",
+                    hint="recognised is conv1d(x, w, padding=dilation * (taps - 1))[..., :length], stride 1",
+                )
             if sum(self._has_length(size) for size in value.shape) > 1:
                 raise CaptureError(
                     f"{_where(node)} makes a value of {list(map(str, value.shape))}: positions are mixed "

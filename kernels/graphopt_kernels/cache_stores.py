@@ -14,11 +14,12 @@ from graphopt_kernels.attend_full import attend_full
 from graphopt_kernels.attend_latent import attend_latent
 from graphopt_kernels.attend_launch import kernels_follow
 from graphopt_kernels.attend_ring import attend_ring
+from graphopt_kernels.causal_convolution import causal_convolution
 
 __all__ = ["Full", "Latent", "Ring"]
 
-OPERATORS = (attend_full, attend_latent, attend_ring)
-"""Loaded with the stores that name them."""
+OPERATORS = (attend_full, attend_latent, attend_ring, causal_convolution)
+"""Loaded with the stores that name them, or that stand beside them."""
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
         attend_split,
         attention,
         bandwidth,
+        causal_convolution,
         convolution_relu,
         cross_entropy,
         dropout_add,
@@ -252,6 +253,13 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             reference=attend_evict.attend_evict_reference,
             supports=attend_evict.attend_evict_supports,
             summary="attends over as many positions as there are slots, the least important one going",
+        ),
+        KernelSpec(
+            name="causal-convolution",
+            op="graphopt::causal_convolution",
+            reference=causal_convolution.causal_convolution_reference,
+            supports=causal_convolution.causal_convolution_supports,
+            summary="convolves new rows and the last ones before them, which it keeps",
         ),
         KernelSpec(
             name="rotary-to-cache",
