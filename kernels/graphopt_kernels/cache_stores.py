@@ -28,6 +28,7 @@ class Full(CacheStore):
     name = "full"
     summary = "keeps every position"
     exact = True
+    last_alone = True
     attend_op = "graphopt::attend_full"
 
     def tensors(
@@ -49,6 +50,7 @@ class Latent(CacheStore):
     name = "latent"
     summary = "keeps every position of keys that values are a part of"
     exact = True
+    last_alone = True
     attend_op = "graphopt::attend_latent"
 
     def refuses(self, site: SiteSpec, capacity: int) -> Reason | None:
@@ -72,6 +74,7 @@ class Ring(CacheStore):
     name = "ring"
     summary = "keeps the positions of a sliding window"
     exact = True
+    last_alone = True
     attend_op = "graphopt::attend_ring"
 
     def refuses(self, site: SiteSpec, capacity: int) -> Reason | None:
