@@ -143,8 +143,17 @@ def sharing_lines(record: SharingRecord) -> list[str]:
     pairs = ", ".join(f"{consumer} <- {source}" for consumer, source in record.sources[:_PAIRS_SHOWN])
     more = f" and {len(record.sources) - _PAIRS_SHOWN} more" if len(record.sources) > _PAIRS_SHOWN else ""
     bytes_, weights, flops = record.cache_bytes, record.weight_bytes, record.flops
-    lines = [
-        f"{len(record.sources)} attentions read the keys and values of others: {pairs}{more}",
+    lines = []
+    if record.sources:
+        lines.append(f"{len(record.sources)} attentions read the keys and values of others: {pairs}{more}")
+    if record.streams:
+        early = ", ".join(map(str, sorted({early for _, early in record.streams})))
+        lines.append(
+            f"{len(record.streams)} attentions make keys and values of what enters attention {early}: "
+            f"{record.prompt_flops.realised:,} FLOPs of a prompt of {record.prompt:,} tokens are gone "
+            f"({record.prompt_flops.promised:,} promised)"
+        )
+    lines += [
         f"freed: {format_bytes(bytes_.realised)} of stores ({format_bytes(bytes_.promised)} promised), "
         f"{format_bytes(weights.realised)} of weights ({format_bytes(weights.promised)}), "
         f"{flops.realised:,} FLOPs a token ({flops.promised:,})",

@@ -18,19 +18,19 @@ from tests.decoders import family, tokens
 
 
 def test_an_assignment_comes_back_from_json() -> None:
-    made = CacheAssignment({0: "full", 2: "ring"}, {3: 2, 1: 0})
+    made = CacheAssignment({0: "full", 2: "ring"}, {3: 2, 1: 0}, {2: 0})
     text = json.dumps(made.to_json())
     assert CacheAssignment.from_json(json.loads(text)) == made
-    assert hash(CacheAssignment({2: "ring", 0: "full"}, {1: 0, 3: 2})) == hash(made)
+    assert hash(CacheAssignment({2: "ring", 0: "full"}, {1: 0, 3: 2}, {2: 0})) == hash(made)
     assert list(made.sources) == [1, 3] and not CacheAssignment()
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        ({"format": 9, "stores": {}, "sources": {}}, "format 9: expected 1"),
-        ({"format": 1, "stores": {}}, "expected format, stores and sources"),
-        ({"format": 1, "stores": {}, "sources": {"a": 0}}, "expected indices of attentions"),
+        ({"format": 1, "stores": {}, "sources": {}, "streams": {}}, "format 1: expected 2"),
+        ({"format": 2, "stores": {}, "sources": {}}, "expected format, stores, sources and streams"),
+        ({"format": 2, "stores": {}, "sources": {"a": 0}, "streams": {}}, "expected indices of attentions"),
         ([1], "got list"),
     ],
     ids=["version", "field", "key", "kind"],

@@ -41,7 +41,8 @@ def attend_phases(call: Call) -> tuple[Phase, ...]:
     read = query.stored_bytes + stored * seen
     written = sum(spec.stored_bytes for spec in call.outputs)
     if call.argument("key") is not None:
-        read, written = read + stored * rows, written + stored * rows
+        new = stored * int(call.argument("key").shape[2])
+        read, written = read + new, written + new
     dtype = str(query.dtype).removeprefix("torch.")
     parts = _parts(query.device, batch * groups * -(-rows * heads // (groups * _TILE)), seen)
     if parts == 1:
@@ -71,8 +72,9 @@ def attend_workspace(call: Call) -> int:
     groups, width, value_width = _widths(call)
     size = call.argument("query").dtype.itemsize
     copies = 0
-    if str(call.packet).endswith("attend_ring") and rows > 1:
-        seen += rows
+    new = int(call.argument("positions").shape[0])
+    if str(call.packet).endswith("attend_ring") and new > 1:
+        seen += new
         copies = batch * groups * seen * (width + value_width) * size
     valid = call.argument("valid")
     known = batch if valid is not None else 1

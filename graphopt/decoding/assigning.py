@@ -25,16 +25,24 @@ from graphopt.budget import parse_bytes
 from graphopt.decoding.allocate import CacheAllocation
 from graphopt.decoding.assignment import NOTHING, CacheAssignment
 from graphopt.decoding.capture import Uncached, capture_uncached
-from graphopt.decoding.freed import Promise, flops_of_token, promised
+from graphopt.decoding.freed import (
+    Promise,
+    flops_of_prompt,
+    flops_of_token,
+    promised,
+    promised_prompt,
+)
 from graphopt.decoding.narrow import narrowed
 from graphopt.decoding.options import Generate
 from graphopt.decoding.record import Freed, SharingRecord
 from graphopt.decoding.regions import Region
-from graphopt.decoding.share import redirected, without_dead
+from graphopt.decoding.reroot import as_assigned
+from graphopt.decoding.share import without_dead
 from graphopt.decoding.shared_model import SharedProgram, program_of, shared_model
 from graphopt.decoding.site_pass import SiteAnswer, SitePass, SiteQuestion, site_passes
-from graphopt.decoding.sites import sites_of, specs_of, stored_bytes
+from graphopt.decoding.sites import Site, sites_of, specs_of, stored_bytes
 from graphopt.decoding.sources import Fits
+from graphopt.decoding.stores import CacheStore
 from graphopt.errors import (
     CaptureError,
     GraphoptError,
@@ -107,7 +115,7 @@ def assign(model: torch.nn.Module, inputs: Any, options: Generate, session: Sess
         question = _after(question, answer, session, options)
     assignment = question.assigned
     allocation = next((answer.allocation for answer in answers if answer.allocation is not None), None)
-    if not assignment.sources:
+    if not assignment.sources and not assignment.streams:
         return Assigned(model, assignment, allocation=allocation, records=tuple(records))
     done = _shared(model, uncached, regions, assignment, answers, options, session)
     return replace(done, allocation=allocation, records=tuple(records))
@@ -154,11 +162,11 @@ def _after(
     before, new = question.assigned, answer.assignment
     stores = {**before.stores, **new.stores}
     sources = {**before.sources, **new.sources}
-    assigned = CacheAssignment({i: text for i, text in stores.items() if i not in sources}, sources)
+    streams = {**before.streams, **new.streams}
+    assigned = CacheAssignment({i: text for i, text in stores.items() if i not in sources}, sources, streams)
     sites = sites_of(question.uncached, question.stores, options.max_batch, options.max_tokens, assigned)
-    weights = {**question.uncached.weights, **answer.weights}
     return replace(
-        question, uncached=replace(question.uncached, weights=weights), sites=sites, assigned=assigned
+        question, sites=sites, assigned=assigned, weights={**question.weights, **answer.weights}
     )
 
 
@@ -185,8 +193,7 @@ def _shared(
     sites = sites_of(uncached, stores, batch, capacity, assignment)
     promise: Promise = promised(uncached, regions, assignment.sources)
     replaced: Mapping[str, torch.Tensor] = {k: v for one in answers for k, v in one.weights.items()}
-    weights = {**uncached.weights, **replaced}
-    reference = replace(redirected(uncached, regions, assignment.sources), weights=weights)
+    reference = as_assigned(uncached, regions, assignment.sources, assignment.streams, replaced)
     after, narrow = narrowed(without_dead(reference))
     made = shared_model(model, uncached, after, narrow, replaced, options)
     off = _compared(made, reference)
@@ -204,6 +211,17 @@ def _shared(
         measured[-1].divergence if measured else None,
         measured[-1].tokens if measured else 0,
     )
+    if assignment.streams:
+        record = replace(
+            record,
+            streams=tuple(sorted(assignment.streams.items())),
+            prompt=capacity,
+            prompt_flops=Freed(
+                promised_prompt(uncached, regions, assignment.sources, assignment.streams, capacity),
+                flops_of_prompt(uncached, plain, capacity, session.cost)
+                - flops_of_prompt(after, _plain_sites(after, stores, options), capacity, session.cost),
+            ),
+        )
     program = program_of(made)
 
     def eager(*values: torch.Tensor) -> torch.Tensor:
@@ -212,6 +230,13 @@ def _shared(
 
     rewritten = replace(after, eager=eager, weights=program.weights(made))
     return Assigned(made, assignment, rewritten, record, before)
+
+
+def _plain_sites(
+    after: Uncached, stores: Mapping[str, type[CacheStore]], options: Generate
+) -> tuple[Site, ...]:
+    """Sites of the rewritten program with exact stores: what lossy ones compute is no saving of sharing."""
+    return sites_of(after, stores, options.max_batch, options.max_tokens)
 
 
 def _given(program: SharedProgram) -> list[str]:

@@ -17,7 +17,7 @@ from graphopt.pipeline import parse_items
 
 __all__ = ["FORMAT", "NOTHING", "CacheAssignment", "store_named"]
 
-FORMAT = 1
+FORMAT = 2
 """Version of what ``to_json`` writes."""
 
 
@@ -28,18 +28,34 @@ class CacheAssignment:
     ``stores``: how a store is spelled (``"full"``, ``"ring"``, ``"quantized{bits=4}"``); an attention that is
     not named gets the exact store of least bytes. ``sources``: attention ``consumer`` reads the keys and
     values of attention ``source``, its own projections of them being gone; one that is not named reads what
-    it read.
+    it read. ``streams``: attention ``index`` makes its keys and values of what enters attention ``early``.
 
     Raises ``InputsError`` when made for what is no mapping of ints, a source that is no earlier attention or
-    reads another's itself, and a store for an attention that has none of its own.
+    reads another's itself, a stream that is no earlier one's, and a store or a stream for an attention that
+    keeps nothing of its own.
     """
 
     stores: Mapping[int, str] = field(default_factory=dict)
     sources: Mapping[int, int] = field(default_factory=dict)
+    streams: Mapping[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stores", dict(_mapping(self.stores, "stores", str)))
         object.__setattr__(self, "sources", dict(_mapping(self.sources, "sources", int)))
+        object.__setattr__(self, "streams", dict(_mapping(self.streams, "streams", int)))
+        for index, early in self.streams.items():
+            if early >= index:
+                raise InputsError(
+                    f"attention {index} cannot make keys and values of what enters attention {early}, which "
+                    "comes no earlier",
+                    hint=f"the nearest that does: {index - 1}" if index else "leave attention 0 out",
+                )
+            if index in self.sources:
+                raise InputsError(
+                    f"attention {index} is to make keys and values of what enters attention {early}, and "
+                    f"reads those of attention {self.sources[index]}",
+                    hint="name it once",
+                )
         for consumer, source in self.sources.items():
             _check_order(consumer, source, self.sources)
         for index in self.stores:
@@ -51,10 +67,10 @@ class CacheAssignment:
                 )
 
     def __hash__(self) -> int:
-        return hash((tuple(self.stores.items()), tuple(self.sources.items())))
+        return hash(tuple(tuple(part.items()) for part in (self.stores, self.sources, self.streams)))
 
     def __bool__(self) -> bool:
-        return bool(self.stores or self.sources)
+        return bool(self.stores or self.sources or self.streams)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -62,18 +78,21 @@ class CacheAssignment:
             "format": FORMAT,
             "stores": {str(index): text for index, text in self.stores.items()},
             "sources": {str(index): source for index, source in self.sources.items()},
+            "streams": {str(index): early for index, early in self.streams.items()},
         }
 
     @classmethod
     def from_json(cls, data: object) -> CacheAssignment:
         """What ``to_json`` wrote. Raises ``InputsError`` for another version, other fields, other values."""
-        if not isinstance(data, Mapping) or set(data) != {"format", "stores", "sources"}:
+        if not isinstance(data, Mapping) or set(data) != {"format", "stores", "sources", "streams"}:
             found = sorted(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
-            raise InputsError(f"no assignment of stores: expected format, stores and sources, got {found}")
+            raise InputsError(
+                f"no assignment of stores: expected format, stores, sources and streams, got {found}"
+            )
         if data["format"] != FORMAT:
             raise InputsError(f"an assignment of stores of format {data['format']!r}: expected {FORMAT}")
         parts = {}
-        for name in ("stores", "sources"):
+        for name in ("stores", "sources", "streams"):
             part = data[name]
             if not isinstance(part, Mapping) or not all(str(key).isdecimal() for key in part):
                 raise InputsError(f"{name} of an assignment: expected indices of attentions, got {part!r}")

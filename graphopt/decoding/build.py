@@ -19,6 +19,7 @@ from graphopt.decoding.check_decoder import check_decoder
 from graphopt.decoding.convolutions import causal_convolutions, kept_tensors
 from graphopt.decoding.decoder import MOVED, Decoder
 from graphopt.decoding.insert import StepGraph, step_graph
+from graphopt.decoding.last_row import last_row
 from graphopt.decoding.options import Generate
 from graphopt.decoding.record import DecodingRecord, LossyRecord, site_records
 from graphopt.decoding.singles import Singles
@@ -73,7 +74,7 @@ def build(
     if session.cost.device.multiprocessors:
         beside = SideBySide(tuple(session.host.schemes().values()))
     step = step_graph(uncached, sites, batch, capacity, capacity)
-    step = step if beside is None else beside(step)
+    step = last_row(step if beside is None else beside(step), uncached, sites)
     general = _rewritten("decode", step, uncached, session)
     weight_bytes = _torch.storage_bytes([*model.parameters(), *model.buffers()])
     arithmetic = _Arithmetic(uncached, sites, step, general, session, options, weight_bytes, cache_bytes)

@@ -176,11 +176,14 @@ def first_difference(
 
 
 def _rows(before: torch.Tensor, after: torch.Tensor, start: int) -> torch.Tensor | None:
-    """``before`` from row ``start`` on, in the one dimension in which its size is another."""
+    """``before`` from row ``start`` on, or its last row where ``after`` has no other, in the one dimension in
+    which its size is another."""
     different = [d for d in range(before.dim()) if before.shape[d] != after.shape[d]]
     if len(different) != 1:
         return before if not different else None
     (dim,) = different
+    if after.shape[dim] == 1:
+        return before.narrow(dim, before.shape[dim] - 1, 1)
     if before.shape[dim] != after.shape[dim] + start:
         return None
     return before.narrow(dim, start, after.shape[dim])

@@ -112,7 +112,9 @@ def _cut(
     check_sites(decoder, watched, lossy, mask)
     regions = [site.region for site in decoder.sites]
     reference, ends = with_outputs(
-        decoder.uncached, regions, {index: watched.seen[index].made for index in lossy}
+        decoder.uncached,
+        regions,
+        {index: watched.seen[index].spread(watched.seen[index].made) for index in lossy},
     )
     reference.run(tokens, mask)
     check_ends(decoder, watched, ends, mask)

@@ -36,9 +36,10 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 @dataclass(frozen=True)
 class Seen:
-    """What an attention was given, rows of all steps: ``query`` [B, H, S, D], ``key`` [B, Hkv, S, D] and
+    """What an attention was given, rows of all steps: ``query`` [B, H, R, D], ``key`` [B, Hkv, S, D] and
     ``value`` [B, Hkv, S, Dv] or ``None`` where it reads another's, ``sinks`` [H] or ``None``; and what it
-    ``made`` [B, H, S, Dv]. ``counts``: rows of each step."""
+    ``made`` [B, H, R, Dv]. ``counts``: new rows of each step, S in all; ``asked``: how many of these, the
+    last ones, the queries of each step are of; ``places`` int64 [R]: their positions."""
 
     query: torch.Tensor
     key: torch.Tensor | None
@@ -46,6 +47,21 @@ class Seen:
     sinks: torch.Tensor | None
     made: torch.Tensor
     counts: tuple[int, ...]
+    asked: tuple[int, ...]
+    places: torch.Tensor
+
+    def spread(self, rows: torch.Tensor) -> torch.Tensor:
+        """``rows`` [B, H, R, D] at their places among all, [B, H, S, D], zeros where nothing was asked."""
+        every = rows.new_zeros((*rows.shape[:2], sum(self.counts), rows.shape[3]))
+        return every.index_copy_(2, self.places, rows)
+
+    def within(self, rows: torch.Tensor) -> torch.Tensor:
+        """Those of ``rows`` [B, H, S, D] that were asked for, [B, H, R, D]."""
+        return rows.index_select(2, self.places)
+
+    def shown(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Those of ``mask`` [B, S] that were asked for."""
+        return None if mask is None else mask.index_select(1, self.places)
 
 
 class Watched:
@@ -90,8 +106,10 @@ class Watched:
         )
         assert query is not None
         made = torch.cat([call.made for call in calls], 2)
-        counts = tuple(call.made.shape[2] for call in calls)
-        return Seen(query, key, value, calls[0].given[3 + held + 3], made, counts)
+        counts = tuple(call.given[3 + held].shape[0] for call in calls)
+        asked = tuple(call.made.shape[2] for call in calls)
+        places = torch.cat([call.given[3 + held][-count:] for call, count in zip(calls, asked, strict=True)])
+        return Seen(query, key, value, calls[0].given[3 + held + 3], made, counts, asked, places)
 
 
 @dataclass(frozen=True)
@@ -130,13 +148,13 @@ def check_sites(
     for index, store in lossy.items():
         site, seen = decoder.sites[index], watched.seen[index]
         kept = watched.seen[site.source]
-        numbers = seen.query, kept.key, kept.value
+        numbers = seen.spread(seen.query), kept.key, kept.value
         if index in replayed:
             wide = replace(site.spec, dtype=torch.float32)
             expected = _whole(store, wide, [_wide(x) for x in numbers], _wide(seen.sinks), mask)
-            _compare(index, site, store, replayed[index], expected, mask, " in float32")
+            _compare(index, site, store, seen, replayed[index], expected, mask, " in float32")
         expected = _whole(store, site.spec, numbers, seen.sinks, mask)
-        _compare(index, site, store, seen.made, expected, mask, "")
+        _compare(index, site, store, seen, seen.made, expected, mask, "")
 
 
 def _whole(
@@ -168,7 +186,7 @@ def _replayed(
     index."""
     store, spec = decoder.sites[source].store, replace(decoder.sites[source].spec, dtype=torch.float32)
     first = watched.seen[source]
-    batch, _, length, _ = first.query.shape
+    batch, length = first.query.shape[0], sum(first.counts)
     held = [
         torch.zeros(shape, dtype=dtype, device=decoder.device)
         for shape, dtype in store.tensors(spec, batch, decoder.options.max_tokens).values()
@@ -177,13 +195,14 @@ def _replayed(
     readers = [i for i, site in enumerate(decoder.sites) if site.source == source]
     made: dict[int, list[torch.Tensor]] = {index: [] for index in readers}
     start = 0
-    for count in first.counts:
+    asked = dict.fromkeys(readers, 0)
+    for step, count in enumerate(first.counts):
         stop = start + count
         for index in readers:
             seen, own = watched.seen[index], replace(decoder.sites[index].spec, dtype=torch.float32)
-            rows = [
-                None if x is None else x[:, :, start:stop].float() for x in (seen.query, seen.key, seen.value)
-            ]
+            rows = [None if x is None else x[:, :, start:stop].float() for x in (seen.key, seen.value)]
+            query = seen.query[:, :, asked[index] : asked[index] + seen.asked[step]].float()
+            asked[index] += seen.asked[step]
             slopes = torch.tensor(own.mask.slopes, device=decoder.device) if own.mask.slopes else None
             valid = _valid(own, mask)
             if valid is not None:
@@ -193,8 +212,8 @@ def _replayed(
             with torch.no_grad():
                 made[index].append(
                     attend(
-                        *rows, *held, positions, valid, slopes, _wide(seen.sinks), own.scale, own.softcap,
-                        own.mask.window, decoder.options.max_tokens, *constants,
+                        query, *rows, *held, positions, valid, slopes, _wide(seen.sinks), own.scale,
+                        own.softcap, own.mask.window, decoder.options.max_tokens, *constants,
                     )
                 )  # fmt: skip
         start = stop
@@ -205,12 +224,13 @@ def _compare(
     index: int,
     site: Site,
     store: CacheStore,
+    seen: Seen,
     found: torch.Tensor,
     expected: torch.Tensor,
     mask: torch.Tensor | None,
     how: str,
 ) -> None:
-    position, off, allowed = _first_off(found, expected, mask)
+    position, off, allowed = _first_off(found, expected, mask, seen)
     if position is not None:
         where = site.region.layer or site.region.output.name
         raise VerificationError(
@@ -232,7 +252,7 @@ def check_ends(
         ):
             if found is None:
                 continue
-            position, off, allowed = _first_off(found, expected, mask)
+            position, off, allowed = _first_off(found, expected, mask, seen if name == "queries" else None)
             if position is not None:
                 region = decoder.sites[index].region
                 raise VerificationError(
@@ -243,10 +263,13 @@ def check_ends(
 
 
 def _first_off(
-    found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None
+    found: torch.Tensor, expected: torch.Tensor, mask: torch.Tensor | None, seen: Seen | None
 ) -> tuple[int | None, float, float]:
-    """The first row of [B, H, S, D] that is off by more than a share of the largest number, by how much, and
-    how much was allowed; rows of padding are left out."""
+    """The position of the first row of ``expected`` [B, H, S, D] that ``found`` is off by more than a share
+    of the largest number, by how much, and how much was allowed; rows of padding are left out, and those that
+    nothing was asked for where ``found`` are the rows of ``seen``."""
+    if seen is not None:
+        expected, mask = seen.within(expected), seen.shown(mask)
     shown = torch.ones_like(found[:, 0, :, 0], dtype=torch.bool) if mask is None else mask != 0
     shown = shown[:, None, :, None]
     allowed = SHARE.get(expected.dtype, 1e-4) * float(expected.masked_fill(~shown, 0.0).abs().max())
@@ -254,5 +277,5 @@ def _first_off(
     wrong = (~(rows <= allowed)).nonzero()
     if not len(wrong):
         return None, float(rows.max()), allowed
-    position = int(wrong[0])
-    return position, float(rows[position]), allowed
+    row = int(wrong[0])
+    return row if seen is None else int(seen.places[row]), float(rows[row]), allowed

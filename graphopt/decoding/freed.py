@@ -14,12 +14,17 @@ from graphopt.capture.semantic import semantic_program
 from graphopt.cost import CostModel
 from graphopt.decoding.capture import Uncached
 from graphopt.decoding.columns import PRODUCTS, TURNS, columns_of
+from graphopt.decoding.insert import step_graph
+from graphopt.decoding.last_row import last_row
 from graphopt.decoding.layouts import name_of
+from graphopt.decoding.part import Part, following
 from graphopt.decoding.regions import Region
+from graphopt.decoding.reroot import streams_into
 from graphopt.decoding.share import between
+from graphopt.decoding.sites import Site, tensors_of
 from graphopt.program import InputSpec
 
-__all__ = ["Promise", "flops_of_token", "promised"]
+__all__ = ["Promise", "flops_of_prompt", "flops_of_token", "promised", "promised_prompt"]
 
 
 @dataclass(frozen=True)
@@ -107,12 +112,92 @@ def _share(product: fx.Node, live: set[fx.Node], other: _Edges) -> float:
     return len(columns) / int(product.meta["val"].shape[-1])
 
 
+def promised_prompt(
+    uncached: Uncached,
+    regions: Sequence[Region],
+    sources: Mapping[int, int],
+    streams: Mapping[int, int],
+    tokens: int,
+) -> int:
+    """FLOPs of a prompt of ``tokens`` tokens in products with weights that ``streams`` are to save: all rows
+    but the last of what is behind the last attention that makes keys and values of its own stream, and makes
+    none. What is behind the last attention of all sees the last row as it is."""
+    graph = uncached.gm.graph
+    entering = streams_into(uncached, regions)
+    first = max(i for i in range(len(regions)) if i not in streams and i not in sources)
+    stream = entering[first]
+    if stream is None:
+        return 0
+    kept: dict[fx.Node, float] = dict.fromkeys(following(graph, [regions[-1].output]), 1.0)
+    for index in range(first, len(regions)):
+        start = entering[index]
+        if start is None:
+            return 0
+        behind = following(graph, [start])
+        region = regions[index]
+        asking = _between(graph, start, {region.query.name}, behind)
+        if index == len(regions) - 1:
+            kept |= dict.fromkeys(asking, 1.0)
+        if index not in sources:
+            for node in _between(graph, start, {region.key.name, region.value.name}, behind):
+                asked = _asked(node, region.query, asking) if node in asking and node not in kept else 0.0
+                kept[node] = 1.0 - asked
+    flops = 0.0
+    for node in following(graph, [stream]):
+        for source in node.all_input_nodes if name_of(node) in PRODUCTS else ():
+            while name_of(source) in TURNS and isinstance(source.args[0], fx.Node):
+                source = source.args[0]
+            tensor = uncached.weights.get(source.name)
+            if tensor is not None and tensor.dim() == 2:
+                flops += 2 * tensor.numel() * (1.0 - kept.get(node, 0.0))
+    return round(flops) * (tokens - 1)
+
+
+def _between(graph: fx.Graph, start: fx.Node, ends: set[str], behind: set[fx.Node]) -> set[fx.Node]:
+    return {node for node in Part(graph, ends, {start.name}).nodes if node in behind}
+
+
+def _asked(node: fx.Node, query: fx.Node, asking: set[fx.Node]) -> float:
+    """The share of the columns of a product that queries are made of; 1 for what is no product."""
+    if name_of(node) not in PRODUCTS:
+        return 1.0
+    known = columns_of(node)
+    columns: set[int] = set()
+    for held, numbers in known.items():
+        read = held is query or any(user in asking and user not in known for user in held.users)
+        if isinstance(numbers, torch.Tensor) and read:
+            columns.update(numbers.flatten().tolist())
+    return len(columns) / int(node.meta["val"].shape[-1])
+
+
+def flops_of_prompt(uncached: Uncached, sites: Sequence[Site], tokens: int, cost: CostModel) -> int:
+    """FLOPs of the step that takes in a prompt of ``tokens`` tokens of one sequence at once."""
+    step = last_row(step_graph(uncached, sites, 1, tokens, tokens), uncached, sites)
+    kinds = tensors_of(sites, 1, tokens)
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]
+    shapes = dict.fromkeys(uncached.inputs, ((1, tokens), torch.int64))
+    shapes |= {"slots": ((tokens,), torch.int64), "valid": ((1, tokens), torch.bool)}
+    shapes |= {name: kinds[key] for name, key in step.stores.items()}
+    given = [shapes[name] for name in step.inputs]
+    return _flops("prompt", step.gm, list(step.weights.values()), given, cost)
+
+
 def flops_of_token(uncached: Uncached, cost: CostModel) -> int:
     """FLOPs of the program for a single token of a single sequence."""
     shapes = [((1, 1), torch.int64)] * len(uncached.inputs)
-    traced = _torch.retraced_at(uncached.gm, list(uncached.weights.values()), shapes)
-    roles = ["parameter"] * len(uncached.weights) + ["input"] * len(shapes)
+    return _flops("token", uncached.gm, list(uncached.weights.values()), shapes, cost)
+
+
+def _flops(
+    name: str,
+    gm: fx.GraphModule,
+    weights: list[torch.Tensor],
+    shapes: Sequence[tuple[tuple[int, ...], torch.dtype]],
+    cost: CostModel,
+) -> int:
+    traced = _torch.retraced_at(gm, weights, list(shapes))
+    roles = ["parameter"] * len(weights) + ["input"] * len(shapes)
     placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
     specs = [InputSpec(node.name, role) for node, role in zip(placeholders, roles, strict=True)]
-    program = semantic_program("token", traced, specs)
+    program = semantic_program(name, traced, specs)
     return int(sum(cost.node(node).flops for node in program.nodes()))

@@ -6,7 +6,7 @@ Before, for tokens [B, S]::
 
 After, for the n tokens at ``slots`` [n]::
 
-    attend_full(q[B,H,n,D], k[B,Hkv,n,D], v, stores.., slots) slots            table[slots]   logits [B,1,V]
+    attend_full(q[B,H,n,D], k[B,Hkv,n,D], v, stores.., slots) slots            table[slots]   logits [B,n,V]
 
 What makes the masks is dead then. All else works row by row, or the numbers will not be those of the captured
 graph, which ``graphopt.decoding.check`` finds out.
@@ -25,7 +25,6 @@ from graphopt import _torch
 from graphopt.decoding.capture import Uncached
 from graphopt.decoding.convolutions import OPERATOR, Convolution, causal_convolutions
 from graphopt.decoding.dead import remove_dead
-from graphopt.decoding.last_row import keep_last_row
 from graphopt.decoding.layouts import name_of
 from graphopt.decoding.regions import Region
 from graphopt.decoding.sites import Site
@@ -42,7 +41,7 @@ _CONVOLUTIONS = ("conv1d", "convolution")
 
 @dataclass(frozen=True)
 class StepGraph:
-    """A graph over new rows: placeholders are the weights, then ``inputs``; the output is logits [B, 1, V].
+    """A graph over new rows: placeholders are the weights, then ``inputs``; the output is logits [B, n, V].
 
     ``inputs``: tokens [B, n], mask [B, n] and positions [B, n] where the model takes them, ``slots`` int64
     [n], ``valid`` bool [max batch, capacity] where it takes a mask, then the stores' tensors, ``stores``:
@@ -115,7 +114,6 @@ class _Insertion:
         remove_dead(self.graph)
         self._count_padding(valid, slots)
         self._take_positions(slots)
-        keep_last_row(self.graph, self._has_length)
         remove_dead(self.graph)
         self._refuse_rest()
         self.graph.lint()

@@ -22,6 +22,7 @@ from graphopt.decoding.columns import PRODUCTS
 from graphopt.decoding.layouts import name_of
 from graphopt.decoding.part import Part, following
 from graphopt.decoding.regions import Region
+from graphopt.decoding.reroot import as_assigned
 from graphopt.decoding.share import between, redirected, without_dead
 from graphopt.errors import InputsError
 from graphopt.quality import row_divergences
@@ -110,10 +111,19 @@ class Look:
         return torch.cat([kept[self._states] for kept in self._kept]), torch.cat(found)
 
     def divergence(
-        self, sources: Mapping[int, int], weights: Mapping[str, torch.Tensor] | None = None
+        self,
+        sources: Mapping[int, int],
+        weights: Mapping[str, torch.Tensor] | None = None,
+        streams: Mapping[int, int] | None = None,
     ) -> float:
-        """KL of predictions with ``sources`` from those without, in nats: the mean over tokens."""
+        """KL of predictions with ``sources`` from those without, in nats: the mean over tokens. With
+        ``streams`` (``graphopt.decoding.reroot``) the whole program is run again."""
         total = 0.0
+        if streams:
+            changed = as_assigned(self.uncached, self.regions, sources, streams, weights)
+            for kept, part in zip(self._kept, self.parts, strict=True):
+                total += float(row_divergences(kept[self._logits], changed.run(part)).double().sum())
+            return total / self.tokens
         for before, after in self.logits(sources, weights):
             total += float(row_divergences(before, after).double().sum())
         return total / self.tokens

@@ -50,6 +50,10 @@ class SharingRecord:
     ``off``: by how much logits differed most from those of the program in which consumers are redirected and
     nothing is taken away. ``divergence``: KL in nats to the model before, as measured on ``tokens`` tokens of
     calibration; ``None`` where it was not.
+
+    ``streams``: attentions that make keys and values of what enters an early one, as pairs (attention, early
+    one); ``prompt_flops``: what is saved by all of it of a prompt of ``prompt`` tokens, and was to be in
+    products with weights.
     """
 
     sources: tuple[tuple[int, int], ...]
@@ -59,6 +63,9 @@ class SharingRecord:
     off: float
     divergence: float | None = None
     tokens: int = 0
+    streams: tuple[tuple[int, int], ...] = ()
+    prompt_flops: Freed = Freed(0, 0)
+    prompt: int = 0
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ class _Part:
 @dataclass(frozen=True)
 class SharedProgram:
     """What a shared model runs. ``gone``: names of the original that are no more; ``columns``: of which
-    dimension of a weight which columns are left. ``attention``: names of weights of projections next to
-    attentions. ``returned``: the type that the original returns."""
+    weight of the original, and which dimension of it, which columns a weight has. ``attention``: names of
+    weights of projections next to attentions. ``returned``: the type that the original returns."""
 
     gm: fx.GraphModule
     parts: tuple[_Part, ...]
@@ -51,7 +51,7 @@ class SharedProgram:
     positions: str | None
     options: Generate
     gone: frozenset[str]
-    columns: Mapping[str, tuple[int, torch.Tensor]]
+    columns: Mapping[str, tuple[str, int, torch.Tensor]]
     attention: tuple[str, ...]
     returned: type
     signature: inspect.Signature
@@ -108,8 +108,10 @@ class SharedModel(nn.Module):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         for name in self._shared.gone:
             state_dict.pop(prefix + name, None)
-        for name, (dim, columns) in self._shared.columns.items():
-            found = state_dict.get(prefix + name)
+        columns_of = self._shared.columns
+        whole = {source: state_dict.get(prefix + source) for source, _, _ in columns_of.values()}
+        for name, (source, dim, columns) in columns_of.items():
+            found = state_dict.get(prefix + name, whole[source])
             own = operator.attrgetter(name)(self)
             if isinstance(found, torch.Tensor) and found.dim() == own.dim() and found.shape != own.shape:
                 state_dict[prefix + name] = found.index_select(dim, columns.to(found.device))
@@ -157,9 +159,17 @@ def shared_model(
         made.named_buffers(remove_duplicate=False)
     )
     parts = []
+    taken: dict[str, str] = {}
     for index, (placeholder, tensor) in enumerate(after.weights.items()):
-        path = before.names.get(placeholder, "")
-        if path not in known:
+        path = after.names.get(placeholder, "")
+        if path in taken.values() and placeholder in own:
+            # Other columns of what is a weight already.
+            source = path
+            path = f"{source}_early"
+            owner, attribute = _owner(made, path)
+            grad = known[source].requires_grad
+            owner.register_parameter(attribute, nn.Parameter(tensor.detach(), requires_grad=grad))
+        elif path not in known:
             # Constants of the program, and where columns are put back.
             path = f"shared_constant_{index}"
             made.register_buffer(path, tensor, persistent=False)
@@ -174,9 +184,12 @@ def shared_model(
                 owner._parameters[attribute] = nn.Parameter(value, requires_grad=old.requires_grad)
             else:
                 owner._buffers[attribute] = value
+        taken[placeholder] = path
         parts.append(_Part(placeholder, path))
     beside = weights_beside(after, attention_regions(after))
-    columns = {before.names[one.placeholder]: (one.dim, one.columns) for one in narrowed}
+    columns = {
+        taken[one.placeholder]: (after.names[one.placeholder], one.dim, one.columns) for one in narrowed
+    }
     program = SharedProgram(
         after.gm, tuple(parts), after.inputs, after.tokens, after.mask, after.positions, options, gone,
         columns, tuple(part.path for part in parts if part.placeholder in beside),

@@ -13,6 +13,7 @@ from graphopt.decoding.assignment import CacheAssignment
 from graphopt.decoding.capture import Uncached
 from graphopt.decoding.options import Generate
 from graphopt.decoding.regions import Region
+from graphopt.decoding.reroot import as_assigned
 from graphopt.decoding.sites import Site
 from graphopt.decoding.stores import CacheStore
 from graphopt.passes import Pass, PassContext, Proposal
@@ -29,7 +30,8 @@ class SiteQuestion:
 
     ``fits(consumer, source)``: ``""``, or why attention ``consumer`` cannot read the keys and values of
     attention ``source``. ``tell`` takes a line about how far a long search is. ``bound``: bytes that stores
-    may take, ``None`` without a budget of them.
+    may take, ``None`` without a budget of them. ``weights``: those that earlier passes fitted, by placeholder
+    of ``program()``.
     """
 
     uncached: Uncached
@@ -42,12 +44,18 @@ class SiteQuestion:
     host: PluginHost
     tell: Callable[[str], None]
     bound: int | None = None
+    weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def program(self) -> Uncached:
+        """The program as it comes to be with what was assigned so far."""
+        assigned = self.assigned
+        return as_assigned(self.uncached, self.regions, assigned.sources, assigned.streams, self.weights)
 
 
 @dataclass(frozen=True)
 class SiteAnswer:
-    """What a pass wants: stores and sources, added to what others assigned; weights that are to take the
-    place of those of the program, by placeholder; and a sentence that says why.
+    """What a pass wants: stores, sources and streams, added to what others assigned; weights that are to take
+    the place of those of the program that this makes, by placeholder; and a sentence that says why.
 
     ``divergence``: by how much predictions are off with it, KL in nats, where that was measured on
     ``tokens`` tokens. ``allocation``: how stores were chosen among several, if they were.

@@ -57,15 +57,18 @@ class CacheStore:
     ``length``: no position is at or beyond it. It gives [B, H, n, Dv], declares which tensors it writes, and
     never looks at the numbers of ``positions`` from the host on an accelerator.
 
-    ``exact``: it gives what the program gives without a cache. A store that does not says with ``whole`` what
-    it gives instead: decoders are compared with that, and what it costs is measured by it. ``takes_turns``:
-    all sites that read the store are given the new rows, and ``site.turn`` says who is to write them.
+    ``last_alone``: the operator takes queries of the last of several new rows alone, [B, H, 1, D], beside the
+    keys and values of all. ``exact``: it gives what the program gives without a cache. A store that does not
+    says with ``whole`` what it gives instead: decoders are compared with that, and what it costs is measured
+    by it. ``takes_turns``: all sites that read the store are given the new rows, and ``site.turn`` says who
+    is to write them.
     ``note``: what the report says besides, of a store that serves some uses badly.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
     exact: ClassVar[bool] = False
+    last_alone: ClassVar[bool] = False
     attend_op: ClassVar[str]
     takes_turns: ClassVar[bool] = False
     note: ClassVar[str] = ""

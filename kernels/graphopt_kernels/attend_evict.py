@@ -111,6 +111,10 @@ def attend_evict_supports(
     """``None``, or why the operator does not take these arguments."""
     if key is None or value is None:
         return Reason("what a row has driven out is not what the rows before it read")
+    if list(positions.shape) != [query.shape[2]]:
+        return Reason(
+            f"{query.shape[2]} rows ask at positions {list(positions.shape)}: all that come are scored by"
+        )
     if policy not in (known := known_cache_scores()):
         return Reason(f"policy {policy!r}: expected one of {', '.join(known)}")
     if not 0 < recent < key_store.shape[2]:

@@ -15,7 +15,13 @@ import torch
 from graphopt.candidate import Reason
 from graphopt.operator_scratch import state_scratch
 from graphopt_kernels.attend_launch import attend_on_gpu, attend_scratch, kernels_for
-from graphopt_kernels.attend_reference import allowed_keys, attend_supports, attention_over, places_of
+from graphopt_kernels.attend_reference import (
+    allowed_keys,
+    asked_at,
+    attend_supports,
+    attention_over,
+    places_of,
+)
 
 __all__ = ["attend_full", "attend_full_reference", "attend_full_supports"]
 
@@ -38,13 +44,16 @@ def attend_full(
 ) -> torch.Tensor:
     """[B, H, n, Dv] of ``query`` [B, H, n, D] over what the stores hold, dense.
 
+    ``query`` may be of the last row alone, [B, H, 1, D], of several new ones.
     ``key`` [B, Hkv, n, D] and ``value`` [B, Hkv, n, Dv] go to ``positions`` int64 [n], which ascend, of the
     stores [at least B, Hkv, capacity, D or Dv]; ``None``: they are there already, as where layers share a
     store. ``valid`` bool [at least B, capacity]: which positions are no padding. ``length``: no position is
     at or beyond it, so that no more of the store needs to be read. ``slopes``, ``sinks`` [H]. There is no
     gradient.
     """
-    kernels = kernels_for(query, key_store, value_store)
+    kernels = None
+    if query.shape[2] == positions.shape[0]:
+        kernels = kernels_for(query, key_store, value_store)
     if kernels is not None:
         return attend_on_gpu(
             kernels, query, key, value, key_store, value_store, positions, valid, slopes, sinks, scale,
@@ -130,7 +139,7 @@ def attend_full_reference(
         length = min(length, int(positions[-1]) + 1)
     keys, values = keys[:, :, :length], values[:, :, :length]
     key_positions = torch.arange(length, device=positions.device)
-    allowed = allowed_keys(positions, key_positions, valid, batch, window)
+    allowed = allowed_keys(asked_at(query, positions), key_positions, valid, batch, window)
     bias = None
     if slopes is not None:
         bias = slopes.float()[None, :, None, None] * places_of(key_positions, valid, batch)[:, None, None]

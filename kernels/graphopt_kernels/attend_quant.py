@@ -25,7 +25,13 @@ import torch
 from graphopt.candidate import Reason
 from graphopt.operator_scratch import state_scratch
 from graphopt_kernels.attend_quant_launch import kernels_for, quant_scratch, row_on_gpu
-from graphopt_kernels.attend_reference import allowed_keys, attend_supports, attention_over, places_of
+from graphopt_kernels.attend_reference import (
+    allowed_keys,
+    asked_at,
+    attend_supports,
+    attention_over,
+    places_of,
+)
 from graphopt_kernels.cache_codes import (
     PLANES,
     read_keys,
@@ -89,7 +95,9 @@ def attend_quant(
     ``graphopt::attend_full``. There is no gradient.
     """
     stores = (key_codes, key_scales, value_codes, value_scales, key_ring, value_ring)
-    kernels = kernels_for(query, stores, group)
+    kernels = None
+    if query.shape[2] == positions.shape[0]:
+        kernels = kernels_for(query, stores, group)
     if kernels is not None and key is not None and value is not None:
         return row_on_gpu(
             kernels, query, key, value, stores, positions, valid, slopes, sinks, scale, softcap, window,
@@ -221,7 +229,7 @@ def attend_quant_reference(
 ) -> torch.Tensor:
     """What ``attend_quant`` does, with ATen operators."""
     assert key is not None and value is not None
-    batch, rows = query.shape[0], query.shape[2]
+    batch, rows = query.shape[0], positions.shape[0]
     block = value_codes.shape[2] // key_codes.shape[2]
     held = _Held(
         key_codes[:batch], key_scales[:batch], value_codes[:batch], value_scales[:batch], key_ring[:batch],
@@ -241,8 +249,9 @@ def attend_quant_reference(
         near = [held.newest(before), new]
     every = _Rows.cat([*far, *near])
     is_far = torch.arange(len(every.places), device=positions.device) < sum(len(r.places) for r in far)
-    allowed = allowed_keys(positions, every.places, valid, batch, window)
-    allowed = allowed & (held.reads_rounded(positions, every.places) == is_far)
+    asked = asked_at(query, positions)
+    allowed = allowed_keys(asked, every.places, valid, batch, window)
+    allowed = allowed & (held.reads_rounded(asked, every.places) == is_far)
     bias = None
     if slopes is not None:
         bias = slopes.float()[None, :, None, None] * places_of(every.places, valid, batch)[:, None, None]

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from graphopt.candidate import Reason
 
-__all__ = ["allowed_keys", "attend_supports", "attention_over", "places_of"]
+__all__ = ["allowed_keys", "asked_at", "attend_supports", "attention_over", "places_of"]
 
 
 def allowed_keys(
@@ -43,6 +43,12 @@ def allowed_keys(
         return allowed[None, None]
     known = valid[:batch].index_select(1, key_positions.clamp(min=0))
     return (allowed[None] & known[:, None, :] | (key_positions == rows)[None])[:, None]
+
+
+def asked_at(query: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """Positions [m] of the rows of ``query`` [B, H, m, D], the last ones of the new rows at ``positions``
+    [n]."""
+    return positions[positions.shape[0] - query.shape[2] :]
 
 
 def places_of(key_positions: torch.Tensor, valid: torch.Tensor | None, batch: int) -> torch.Tensor:
@@ -123,10 +129,12 @@ def attend_supports(
     if (key is None) is not (value is None):
         return Reason("keys and values come together: one of them is missing")
     for name, new, store in (("key", key, key_store), ("value", value, value_store)):
-        expected = [batch, groups, rows, store.shape[3]]
+        expected = [batch, groups, positions.shape[0] if positions.dim() else 0, store.shape[3]]
         if new is not None and list(new.shape) != expected:
             return Reason(f"the new {name} has shape {list(new.shape)}: expected {expected}")
-    if positions.dtype is not torch.int64 or list(positions.shape) != [rows]:
+    # A step's length may be a symbol, of which nothing is asked.
+    is_last = isinstance(rows, int) and rows == 1 and positions.dim() == 1
+    if positions.dtype is not torch.int64 or (not is_last and list(positions.shape) != [rows]):
         return Reason(
             f"positions are {positions.dtype} {list(positions.shape)}: expected torch.int64 of shape [{rows}]"
         )

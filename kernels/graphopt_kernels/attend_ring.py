@@ -14,7 +14,13 @@ import torch
 from graphopt.candidate import Reason
 from graphopt.operator_scratch import state_scratch
 from graphopt_kernels.attend_launch import attend_on_gpu, attend_scratch, kernels_for
-from graphopt_kernels.attend_reference import allowed_keys, attend_supports, attention_over, places_of
+from graphopt_kernels.attend_reference import (
+    allowed_keys,
+    asked_at,
+    attend_supports,
+    attention_over,
+    places_of,
+)
 
 __all__ = ["attend_ring", "attend_ring_reference", "attend_ring_supports"]
 
@@ -43,7 +49,9 @@ def attend_ring(
     that the stores hold. ``valid`` is by position, as for ``graphopt::attend_full``; 0 < ``window`` <= W.
     There is no gradient.
     """
-    kernels = kernels_for(query, key_store, value_store)
+    kernels = None
+    if query.shape[2] == positions.shape[0]:
+        kernels = kernels_for(query, key_store, value_store)
     if kernels is not None:
         return attend_on_gpu(
             kernels, query, key, value, key_store, value_store, positions, valid, slopes, sinks, scale,
@@ -98,7 +106,7 @@ def attend_ring_supports(
     *_: Any,
 ) -> Reason | None:
     """``None``, or why the operator does not take these arguments."""
-    if (key is None or value is None) and query.shape[2] != 1:
+    if (key is None or value is None) and positions.shape[0] != 1:
         return Reason("a ring that was written already has lost what the first of several rows may read")
     if not 0 < window <= key_store.shape[2]:
         return Reason(f"the window is {window}: expected 1 to {key_store.shape[2]}, what the store holds")
@@ -123,7 +131,7 @@ def attend_ring_reference(
     length: int,
 ) -> torch.Tensor:
     """What ``attend_ring`` does, with ATen operators."""
-    batch, rows, slots = query.shape[0], query.shape[2], key_store.shape[2]
+    batch, rows, slots = query.shape[0], positions.shape[0], key_store.shape[2]
     keys, values = key_store[:batch], value_store[:batch]
     kept = min(rows, slots)
     if rows == 1:
@@ -137,7 +145,7 @@ def attend_ring_reference(
         key_positions = torch.cat([_positions_in(positions[0] - 1, slots), positions])
         held = torch.cat([keys.to(query.dtype), key], 2)
         given = torch.cat([values.to(query.dtype), value], 2)
-    allowed = allowed_keys(positions, key_positions, valid, batch, window)
+    allowed = allowed_keys(asked_at(query, positions), key_positions, valid, batch, window)
     bias = None
     if slopes is not None:
         bias = slopes.float()[None, :, None, None] * places_of(key_positions, valid, batch)[:, None, None]

@@ -16,7 +16,13 @@ import torch
 
 from graphopt.candidate import Reason
 from graphopt_kernels.attend_full import attend_full_reference
-from graphopt_kernels.attend_reference import allowed_keys, attend_supports, attention_over, places_of
+from graphopt_kernels.attend_reference import (
+    allowed_keys,
+    asked_at,
+    attend_supports,
+    attention_over,
+    places_of,
+)
 
 __all__ = ["attend_split", "attend_split_reference", "attend_split_supports", "attention_split"]
 
@@ -213,7 +219,7 @@ def _near(
     first: int,
 ) -> torch.Tensor:
     """Heads that keep the first and the newest positions."""
-    batch, rows = query.shape[0], query.shape[2]
+    batch, rows = query.shape[0], positions.shape[0]
     keys, values = key_store[:batch], value_store[:batch]
     near = keys.shape[2] - first
     if rows == 1:
@@ -227,8 +233,9 @@ def _near(
         places = torch.cat([_places(positions[0] - 1, first, near), positions])
         held = torch.cat([keys.to(query.dtype), key], 2)
         given = torch.cat([values.to(query.dtype), value], 2)
-    allowed = allowed_keys(positions, places, valid, batch, window)
-    allowed = allowed & ((places < first) | (places > positions[:, None] - near))
+    asked = asked_at(query, positions)
+    allowed = allowed_keys(asked, places, valid, batch, window)
+    allowed = allowed & ((places < first) | (places > asked[:, None] - near))
     bias = None
     if slopes is not None:
         bias = slopes.float()[None, :, None, None] * places_of(places, valid, batch)[:, None, None]

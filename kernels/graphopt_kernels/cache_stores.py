@@ -29,6 +29,7 @@ class Full(CacheStore):
     name = "full"
     summary = "keeps every position"
     exact = True
+    last_alone = True
     attend_op = "graphopt::attend_full"
 
     def tensors(
@@ -50,6 +51,7 @@ class Latent(CacheStore):
     name = "latent"
     summary = "keeps every position of keys that values are a part of"
     exact = True
+    last_alone = True
     attend_op = "graphopt::attend_latent"
 
     def refuses(self, site: SiteSpec, capacity: int) -> Reason | None:
@@ -73,6 +75,7 @@ class Ring(CacheStore):
     name = "ring"
     summary = "keeps the positions of a sliding window"
     exact = True
+    last_alone = True
     attend_op = "graphopt::attend_ring"
 
     def refuses(self, site: SiteSpec, capacity: int) -> Reason | None:

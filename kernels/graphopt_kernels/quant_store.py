@@ -40,6 +40,7 @@ class Quant(CacheStore):
     name = "quant"
     summary = "rounds keys per channel and values per token, but for the newest"
     exact = False
+    last_alone = True
     attend_op = "graphopt::attend_quant"
     takes_turns = True
 

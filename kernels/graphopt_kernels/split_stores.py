@@ -32,6 +32,7 @@ class SinkWindow(CacheStore):
     name = "sink-window"
     summary = "keeps the first and the newest positions"
     exact = False
+    last_alone = True
     note = f"sink-window: {_NOTE}"
     attend_op = "graphopt::attend_split"
 

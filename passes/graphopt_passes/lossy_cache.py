@@ -24,7 +24,6 @@ from graphopt.budget import format_bytes
 from graphopt.decoding.allocate import allocate_stores, store_choices
 from graphopt.decoding.assignment import store_named
 from graphopt.decoding.capture import Uncached
-from graphopt.decoding.share import redirected
 from graphopt.decoding.site_pass import SiteAnswer, SitePass, SiteQuestion
 from graphopt.decoding.sites import sites_of, stored_bytes
 from graphopt.decoding.stores import CacheStore
@@ -69,9 +68,10 @@ class LossyCache(SitePass):
             return SiteAnswer(question.assigned, reason="nothing bounds stores: no Budget(cache=), no max_kl")
         batches = self._batches(question.uncached)
         uncached, sites = question.uncached, question.sites
-        if question.assigned.sources:
+        assigned = question.assigned
+        if assigned.sources or assigned.streams:
             # Prices are those of the model that shares.
-            uncached = redirected(uncached, question.regions, question.assigned.sources)
+            uncached = question.program()
             sites = sites_of(uncached, question.stores, batch, capacity)
         offered = self._offered(question)
         choices = store_choices(

@@ -10,9 +10,14 @@ After, with ``plan={1: 0}``::
     attention 0: keys, values <- x0;   store 0
     attention 1:                       store 0
 
+With ``preset="swiftkv", early=0``::
+
+    attention 0: keys, values <- x0;   store 0
+    attention 1: keys, values <- x0;   store 1        prompts do not go through what is behind x0
+
 Projections, norms, rotary embeddings and the store of attention 1 are gone, from program, weights and FLOPs
-(KVSharer, arXiv 2410.18517; CLA, arXiv 2405.12981). It changes results: models that were not trained so lose
-by it.
+(KVSharer, arXiv 2410.18517; CLA, arXiv 2405.12981; SwiftKV, arXiv 2410.03960). It changes results: models
+that were not trained so lose by it.
 """
 
 from __future__ import annotations
@@ -25,13 +30,14 @@ import torch
 
 from graphopt.decoding.assignment import CacheAssignment
 from graphopt.decoding.look import Look
+from graphopt.decoding.reroot import check_streams
 from graphopt.decoding.site_pass import SiteAnswer, SitePass, SiteQuestion
 from graphopt.decoding.sources import check_sources
 from graphopt.errors import InputsError
 from graphopt.passes import pass_text
 from graphopt.program import Level
 from graphopt_passes.share_kv.calibration import rows_from_batches, rows_of
-from graphopt_passes.share_kv.presets import preset_plan
+from graphopt_passes.share_kv.presets import preset_plan, preset_streams
 from graphopt_passes.share_kv.recover import recovered
 from graphopt_passes.share_kv.search import candidate_pairs, search
 
@@ -46,14 +52,16 @@ class ShareKv(SitePass):
     """Lets attentions share keys and values, by one of three:
 
     ``plan``: pairs (consumer, source) of indices of attentions; in Python also a mapping ``{1: 0, 3: 2}``.
-    ``preset``: ``"cla"`` (in every ``group`` that follow each other all read the first) or ``"sandwich"``
-    (all but ``group`` at either end read one). ``layers`` and ``max_kl``: so many consumers, and no more than
+    ``preset``: ``"cla"`` (in every ``group`` that follow each other all read the first), ``"sandwich"`` (all
+    but ``group`` at either end read one) or ``"swiftkv"`` (attentions behind ``early``, by default the one in
+    the middle, make keys and values of the stream that enters it, and in every ``group`` of them all read the
+    first). ``layers`` and ``max_kl``: so many consumers, and no more than
     that much KL in nats, chosen on ``calibration`` by ``score`` (``graphopt_share_scores``) among the
     ``reach`` nearest sources of each.
 
     ``calibration``: rows of token ids, a safetensors file of ``input_ids`` int64[N, S], or, in Python,
-    batches. ``recover``: ``"local"`` fits queries and outputs of consumers to what they read now, for
-    ``steps`` steps each on ``calibration``.
+    batches. ``recover``: ``"local"`` fits queries and outputs of consumers to what they read now, and with
+    ``"swiftkv"`` what makes keys and values too, for ``steps`` steps each on ``calibration``.
     """
 
     name: ClassVar[str] = "share-kv"
@@ -63,7 +71,8 @@ class ShareKv(SitePass):
 
     plan: tuple[tuple[int, int], ...] = ()
     preset: str = ""
-    group: int = 2
+    group: int | None = None
+    early: int | None = None
     layers: int | None = None
     max_kl: float | None = None
     score: str = "single-kl"
@@ -81,6 +90,10 @@ class ShareKv(SitePass):
         ]  # fmt: skip
         if len(asked) > 1:
             raise InputsError(f"share-kv is given {' and '.join(asked)}: each says what is shared; give one")
+        if self.early is not None and self.preset != "swiftkv":
+            raise InputsError(
+                f"share-kv: early={self.early} is an option of preset 'swiftkv': got preset={self.preset!r}"
+            )
         for name, least in (("layers", 1), ("max_kl", 0), ("reach", 1), ("steps", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -118,6 +131,7 @@ class ShareKv(SitePass):
         rows = rows_of(self.calibration) if self.calibration else None
         look = None
         divergence = None
+        streams: dict[int, int] = {}
         if self.layers is not None or self.max_kl is not None:
             assert rows is not None
             spec = question.host.share_score(self.score)
@@ -129,13 +143,21 @@ class ShareKv(SitePass):
             if found.predicted is not None:
                 reason += f", KL {found.predicted:.3g} by single pairs, {found.measured:.3g} together"
         elif self.preset:
-            sources = preset_plan(self.preset, len(question.regions), question.fits, self.group)
+            count, first = len(question.regions), 0
+            if self.preset == "swiftkv":
+                streams = preset_streams(count, self.early)
+                first = min(streams)
+            sources = preset_plan(self.preset, count, question.fits, self.group, first)
+            streams = {index: early for index, early in streams.items() if index not in sources}
+            check_streams(question.uncached, question.regions, streams)
             reason = f"{len(sources)} by preset {self.preset}"
+            if streams:
+                reason += f", {len(streams)} out of what enters attention {min(streams.values())}"
         else:
             sources, reason = dict(self.plan), f"{len(self.plan)} as planned"
-        if not sources:
+        if not sources and not streams:
             return SiteAnswer(CacheAssignment(), reason=reason)
-        assignment = CacheAssignment(sources=sources)
+        assignment = CacheAssignment(sources=sources, streams=streams)
         weights: Mapping[str, torch.Tensor] = {}
         if self.recover:
             assert rows is not None
@@ -143,11 +165,11 @@ class ShareKv(SitePass):
             check_sources(question.uncached, question.regions, specs, sources)
             some = rows[: max(1, _MEASURED // rows.shape[1])]
             look = look or Look(question.uncached, question.regions, some)
-            before = look.divergence(sources)
+            before = look.divergence(sources, streams=streams)
             weights = recovered(
-                question.uncached, question.regions, sources, rows, self.steps, question.tell
+                question.uncached, question.regions, sources, rows, self.steps, question.tell, streams
             )
-            divergence = look.divergence(sources, weights)
+            divergence = look.divergence(sources, weights, streams)
             reason += f"; fitted to what they read: KL {before:.3g} -> {divergence:.3g}"
         tokens = look.tokens if look is not None else 0
         return SiteAnswer(assignment, weights, reason, divergence, tokens)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from graphopt.errors import InputsError, UnknownNameError
 
-__all__ = ["PRESETS", "preset_plan"]
+__all__ = ["PRESETS", "preset_plan", "preset_streams"]
 
 Fits = Callable[[int, int], str]
 
@@ -40,19 +40,43 @@ def sandwich(count: int, fits: Fits, group: int) -> dict[int, int]:
     return plan
 
 
-PRESETS = {"cla": cla, "sandwich": sandwich}
+def swiftkv(count: int, fits: Fits, group: int) -> dict[int, int]:
+    """Among attentions whose keys and values are made of one early stream, every ``group`` that follow each
+    other and fit share (AcrossKV, arXiv 2410.03960)."""
+    return cla(count, fits, group)
 
 
-def preset_plan(name: str, count: int, fits: Fits, group: int) -> dict[int, int]:
-    """The plan of preset ``name`` for ``count`` attentions. Raises ``UnknownNameError``, and ``InputsError``
-    where nothing comes to be shared."""
+PRESETS = {"cla": cla, "sandwich": sandwich, "swiftkv": swiftkv}
+_GROUPS = {"cla": (2, 2), "sandwich": (2, 1), "swiftkv": (1, 1)}
+"""What ``group`` is where it is not given, and at least."""
+
+
+def preset_streams(count: int, early: int | None) -> dict[int, int]:
+    """All attentions behind ``early``, by default the one in the middle, make keys and values of what enters
+    it. Raises ``InputsError`` where that is none of ``count`` attentions, or there are none behind it."""
+    if early is None:
+        early = min(count // 2, count - 2)
+    if not 0 <= early < count - 1:
+        raise InputsError(
+            f"preset 'swiftkv' with early={early}: the model attends {count} times, and one attention at "
+            "least is to be behind the early one",
+            hint=f"the nearest valid choice is {max(0, min(early, count - 2))}" if count > 1 else "",
+        )
+    return dict.fromkeys(range(early + 1, count), early)
+
+
+def preset_plan(name: str, count: int, fits: Fits, group: int | None, first: int = 0) -> dict[int, int]:
+    """The plan of preset ``name`` for the attentions from ``first`` on of ``count``. Raises
+    ``UnknownNameError``, and ``InputsError`` where nothing comes to be shared."""
     if name not in PRESETS:
         raise UnknownNameError("preset of share-kv", name, PRESETS)
-    least = {"cla": 2, "sandwich": 1}[name]
+    default, least = _GROUPS[name]
+    group = default if group is None else group
     if group < least:
         raise InputsError(f"preset {name!r} with group={group}: the nearest valid choice is {least}")
-    plan = PRESETS[name](count, fits, group)
-    if not plan:
+    plan = PRESETS[name](count - first, lambda one, other: fits(one + first, other + first), group)
+    plan = {consumer + first: source + first for consumer, source in plan.items()}
+    if not plan and not (name == "swiftkv" and group == 1):
         raise InputsError(
             f"preset {name!r} with group={group} lets none of {count} attentions share: none fit so"
         )

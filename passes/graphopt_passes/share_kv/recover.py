@@ -21,8 +21,8 @@ from graphopt.decoding.capture import Uncached, arguments_of
 from graphopt.decoding.layouts import name_of
 from graphopt.decoding.part import Part, following
 from graphopt.decoding.projections import projection_before, projection_behind, weights_of
-from graphopt.decoding.regions import Region
-from graphopt.decoding.share import redirected
+from graphopt.decoding.regions import Region, attention_regions
+from graphopt.decoding.reroot import as_assigned
 from graphopt.errors import InputsError
 
 __all__ = ["recovered"]
@@ -51,15 +51,18 @@ def recovered(
     rows: torch.Tensor,
     steps: int,
     tell: Callable[[str], None],
+    streams: Mapping[int, int],
 ) -> dict[str, torch.Tensor]:
-    """New weights by placeholder of ``uncached``, trained for ``steps`` steps each on ``rows`` int64[N, S].
+    """New weights by placeholder of the program that is made of ``uncached``, trained for ``steps`` steps
+    each on ``rows`` int64[N, S]. Attentions of ``streams`` have their projections of keys and values trained
+    as well.
 
     Raises ``InputsError`` where a consumer has no projection of its own that could be trained.
     """
-    shared = redirected(uncached, regions, sources)
-    named = {node.name: node for node in shared.gm.graph.nodes}
-    order = sorted(sources)
-    locals_ = {index: _local(shared, regions[index], named) for index in order}
+    shared = as_assigned(uncached, regions, sources, streams)
+    regions = attention_regions(shared)
+    order = sorted({*sources, *streams})
+    locals_ = {index: _local(shared, regions[index], index in streams) for index in order}
     device = uncached.placeholder(uncached.tokens).meta["val"].device
     size = max(1, _AT_ONCE // rows.shape[1])
     parts = [part.to(device) for part in torch.split(rows, size) if len(part) == min(size, len(rows))]
@@ -71,7 +74,7 @@ def recovered(
     known: list[dict[str, Any]] = [{} for _ in parts]
     for number, index in enumerate(order):
         one = locals_[index]
-        early = {sources[later] for later in order[number:] if sources[later] < index}
+        early = {sources[later] for later in order[number:] if sources.get(later, index) < index}
         read = {node.name for source in early for node in (regions[source].key, regions[source].value)}
         before = Part(shared.gm.graph, one.boundary | read, set(known[0]))
         with torch.no_grad():
@@ -84,7 +87,7 @@ def recovered(
         with torch.no_grad():
             for place in range(len(parts)):
                 known[place] |= inside({**values[place], **new})
-        tell(f"share-kv: attention {index} reads {sources[index]}: off by {first:.3g} -> {last:.3g}")
+        tell(f"share-kv: attention {index}: the stream behind it is off by {first:.3g} -> {last:.3g}")
     return weights
 
 
@@ -130,10 +133,12 @@ def _trained(
     return {name: value.to(kinds[name]) for name, value in kept.items()}, first, best
 
 
-def _local(shared: Uncached, region: Region, named: Mapping[str, fx.Node]) -> _Local:
+def _local(shared: Uncached, region: Region, makes: bool) -> _Local:
+    """``makes``: keys and values are made anew, of another stream."""
     graph = shared.gm.graph
-    query = projection_before(shared, named[region.query.name])
-    output = projection_behind(shared, named[region.output.name])
+    query = projection_before(shared, region.query)
+    output = projection_behind(shared, region.output)
+    made = [projection_before(shared, node) for node in (region.key, region.value) if makes]
     if query is None or output is None:
         where = region.layer or region.output.name
         what = "queries" if query is None else "what it attended to"
@@ -144,12 +149,13 @@ def _local(shared: Uncached, region: Region, named: Mapping[str, fx.Node]) -> _L
     end = _stream_behind(output)
     trained: list[fx.Node] = []
     turns: set[fx.Node] = set()
-    for product in (query, output):
+    products = list(dict.fromkeys([query, *(one for one in made if one is not None), output]))
+    for product in products:
         for weight, turned in weights_of(shared, product):
             if len(weight.users) == 1 and shared.weights[weight.name].is_floating_point():
                 trained.append(weight)
                 turns.update(turned)
-    behind = following(graph, [query])
+    behind = following(graph, products)
     nodes = [node for node in Part(graph, {end.name}).nodes if node in behind or node in turns]
     inside = set(nodes)
     boundary = {
