@@ -461,6 +461,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "start_up": start_up,
     "page": page,
     "zoo": zoo,
+    "zoo_torch211": zoo,
     "op_db": op_db,
 }
 

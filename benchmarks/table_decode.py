@@ -13,7 +13,7 @@ _ATTENTION = {"graphopt": 0.85, "quant-8": 0.85, "quant-4": 0.75}
 def gpu_decode(record: dict[str, Any]) -> str:
     cells = []
     for row in sorted(record["rows"], key=lambda row: row["ms"]):
-        wanted = _WANTED.get(row["mode"])
+        wanted = _WANTED.get(row["mode"].partition("+")[0])
         met = "" if wanted is None else f"{wanted}: {verdict(row['tokens_per_s'] >= wanted)}"
         cells.append(
             (
@@ -28,7 +28,8 @@ def gpu_decode(record: dict[str, Any]) -> str:
         "floor*: "
         "the time in which the weights alone are read, over what a token took. *regret*: by how much the "
         "logit of each token is below the largest, in float32, in standard deviations of logits; random "
-        "weights suffer more from rounding than trained ones. Rows of one `at` are of one run.\n\n"
+        "weights suffer more from rounding than trained ones. `+PASS`: with that pass besides the default "
+        f"ones. Rows of one `at` are of one run. {record.get('note', '')}\n\n"
         + table(("mode", "ms a token", "tokens/s", "target", "of the floor", "regret", "at"), cells)
     )
 

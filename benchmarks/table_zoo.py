@@ -1,4 +1,4 @@
-"""The section of docs/benchmarks.md on any model, from ``results/zoo.json``."""
+"""The sections of docs/benchmarks.md on any model, from ``results/zoo.json`` and ``zoo_torch211.json``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def zoo(record: dict[str, Any]) -> str:
     cells.append(("all", summary["models"], *(counts.get(word, "") for word in WORDS)))
     budgets = summary["budgets_kept"] + summary["budgets_refused_with_a_floor_that_holds"]
     return (
-        "## Any model\n\n"
+        f"## Any model, torch {record['versions']['torch']}\n\n"
         "`optimize` on the model types of `zoo_types.txt` (transformers, small configurations) and on nets "
         "of other packages (`zoo_others.py`), op by op on the CPU: inference, two whole steps of training, "
         f"steps under {record['share']:.0%} of the activations, all against the model's own numbers. "
@@ -37,12 +37,16 @@ def zoo(record: dict[str, Any]) -> str:
         f"{budgets + summary['budgets_exceeded']}. Outputs, gradients and buffers of training are the "
         f"model's own to the bit for {summary['exact_training']} of {summary['models']}; "
         f"{summary['training_in_one_graph']} train in one graph. `as it did`: the model is left alone, "
-        "with the reason. `stopped`: not done within the limit of time, on a machine that others used. "
+        f"with the reason. `stopped`: not done within the limit of time{_aside(record)}. "
         f"Of the {len(families)} types of the list {sum(name in families for name in record['rows'])} were "
         "run so far; `python benchmarks/zoo.py` goes on from there.\n\n"
         + table(("models", "tried", *WORDS), cells)
         + _named(record)
     )
+
+
+def _aside(record: dict[str, Any]) -> str:
+    return f" ({record['note']})" if "note" in record else ", on a machine that others used"
 
 
 def _named(record: dict[str, Any]) -> str:

@@ -300,7 +300,8 @@ def _inputs(model: Any, config: Any, draw: torch.Generator, batch: int) -> Itera
     text = config.get_text_config()
     words = getattr(text, "vocab_size", None) or getattr(config, "vocab_size", 64)
     vision = getattr(config, "vision_config", None) or config
-    tokens = torch.randint(5, max(6, words - 12), (batch, LENGTH), generator=draw)
+    longest = getattr(text, "max_position_embeddings", None) or LENGTH
+    tokens = torch.randint(5, max(6, words - 12), (batch, min(LENGTH, longest)), generator=draw)
 
     if "past_values" in takes:
         yield from _series(config, takes, draw, batch)
