@@ -272,7 +272,8 @@ class Session:
         """What dynamo's own graph computes, where that is asked for in place of its capture alone."""
         if not self.comparing:
             raise NotPlanned
-        with torch.no_grad():
+        # Transforms of functions differentiate within the graph.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and _torch.stays_as_captured(gm)):
             return gm.forward(*args)
 
     def guarded(self, run: Callable[..., Any], plain: Callable[..., Any], name: str) -> Callable[..., Any]:

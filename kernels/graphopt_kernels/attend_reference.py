@@ -128,16 +128,16 @@ def attend_supports(
         return Reason(f"queries have {width} elements a head, the store of keys {key_store.shape[3]}")
     if (key is None) is not (value is None):
         return Reason("keys and values come together: one of them is missing")
-    for name, new, store in (("key", key, key_store), ("value", value, value_store)):
-        expected = [batch, groups, positions.shape[0] if positions.dim() else 0, store.shape[3]]
-        if new is not None and list(new.shape) != expected:
-            return Reason(f"the new {name} has shape {list(new.shape)}: expected {expected}")
     # A step's length may be a symbol, of which nothing is asked.
     is_last = isinstance(rows, int) and rows == 1 and positions.dim() == 1
     if positions.dtype is not torch.int64 or (not is_last and list(positions.shape) != [rows]):
         return Reason(
             f"positions are {positions.dtype} {list(positions.shape)}: expected torch.int64 of shape [{rows}]"
         )
+    for name, new, store in (("key", key, key_store), ("value", value, value_store)):
+        expected = [batch, groups, positions.shape[0], store.shape[3]]
+        if new is not None and list(new.shape) != expected:
+            return Reason(f"the new {name} has shape {list(new.shape)}: expected {expected}")
     if valid is not None and (valid.dtype is not torch.bool or valid.dim() != 2):
         return Reason(f"valid is {valid.dtype} {list(valid.shape)}: expected torch.bool [batch, positions]")
     for name, numbers in (("slopes", slopes), ("sinks", sinks)):
