@@ -37,12 +37,14 @@ def sites_of(
     batch: int,
     capacity: int,
     assignment: CacheAssignment = NOTHING,
+    fitted: Mapping[int, Mapping[str, torch.Tensor]] | None = None,
 ) -> tuple[Site, ...]:
     """Every place where the program attends, each with the store that ``assignment`` names, or else the exact
     store of least bytes that takes it.
 
     Sites that read the same keys and values share one store, and so do those that ``assignment`` lets read
-    another's. Raises ``CaptureError`` for a program that attends nowhere, a mask that is not understood, and
+    another's. ``fitted``: what stores were fitted to, by site. Raises ``CaptureError`` for a
+    program that attends nowhere, a mask that is not understood, and
     a site that no store takes; ``InputsError`` and ``UnknownNameError`` for an assignment that does not fit.
     """
     regions = attention_regions(uncached)
@@ -68,7 +70,15 @@ def sites_of(
             given = named.get(part[0])
             split = all(index not in assignment.sources for index in part)
             for index, source, store in _chosen(regions, specs, part, stores, batch, capacity, given, split):
-                spec = replace(specs[index], shares=source != index)
+                tensors = (fitted or {}).get(source, {}) if store.needs_fit else {}
+                if store.needs_fit and not tensors:
+                    where = regions[index].layer or regions[index].output.name
+                    raise InputsError(
+                        f"{where}: store {store} of attention {index} is fitted to calibration tokens: it "
+                        "was not",
+                        hint='name it with graphopt.use("keep-kv", store=..., calibration=batches)',
+                    )
+                spec = replace(specs[index], shares=source != index, fitted=tensors)
                 sites[index] = Site(regions[index], spec, store, source)
     return tuple(sites[index] for index in range(len(regions)))
 

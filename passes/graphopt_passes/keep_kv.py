@@ -13,13 +13,21 @@ A store that is not exact changes results; the report says so.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import torch
 
 from graphopt.decoding.assignment import CacheAssignment, store_named
+from graphopt.decoding.fitting import fit_stores
 from graphopt.decoding.site_pass import SiteAnswer, SitePass, SiteQuestion
+from graphopt.decoding.sites import sites_of
+from graphopt.decoding.sources import check_indices
+from graphopt.decoding.stores import CacheStore
 from graphopt.errors import InputsError
 from graphopt.program import Level
+from graphopt_passes.share_kv.calibration import rows_from_batches, rows_of
 
 __all__ = ["KeepKv"]
 
@@ -29,7 +37,9 @@ class KeepKv(SitePass):
     """Gives attentions the store ``store`` (``graphopt_stores``), spelled with its options.
 
     ``layers``: indices of attentions; without, all that keep keys and values of their own and that the store
-    takes. Raises ``InputsError`` where the store takes none, or not one that was named.
+    takes. ``calibration``, of stores that are fitted to tokens: rows of token ids, a safetensors file of
+    ``input_ids`` int64[N, S], or, in Python, batches. Raises ``InputsError`` where the store takes none, or
+    not one that was named.
     """
 
     name: ClassVar[str] = "keep-kv"
@@ -39,6 +49,16 @@ class KeepKv(SitePass):
 
     store: str
     layers: tuple[int, ...] = ()
+    calibration: str | tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def configured(cls, **options: Any) -> KeepKv:
+        given = options.get("calibration", ())
+        if not isinstance(given, str):
+            options["calibration"] = rows_from_batches(given)
+        made = super().configured(**options)
+        assert isinstance(made, KeepKv)
+        return made
 
     def assign(self, question: SiteQuestion) -> SiteAnswer:
         store = store_named(self.store, question.stores)
@@ -55,4 +75,24 @@ class KeepKv(SitePass):
                 refused = f"; attention {left[0]} keeps {question.sites[left[0]].store}: {reasons[left[0]]}"
         kind = "exact" if store.exact else "lossy"
         reason = f"{store} ({kind}) for {len(layers)} of {len(owners)} attentions{refused}"
-        return SiteAnswer(CacheAssignment(dict.fromkeys(layers, str(store))), reason=reason)
+        fitted = self._fitted(store, layers, question) if store.needs_fit else {}
+        return SiteAnswer(CacheAssignment(dict.fromkeys(layers, str(store))), reason=reason, fitted=fitted)
+
+    def _fitted(
+        self, store: CacheStore, layers: Sequence[int], question: SiteQuestion
+    ) -> dict[int, Mapping[str, torch.Tensor]]:
+        if not self.calibration:
+            raise InputsError(
+                f"store {store} is fitted to calibration tokens, and keep-kv was given none",
+                hint='use("keep-kv", store=..., calibration=batches), batches of token ids',
+            )
+        program, options = question.program(), question.options
+        sites = sites_of(program, question.stores, options.max_batch, options.max_tokens)
+        for index in layers:
+            check_indices([site.region for site in sites], [index], f"the store {store}")
+            if (reason := store.refuses(sites[index].spec, options.max_tokens)) is not None:
+                raise InputsError(f"store {store} does not take attention {index}: {reason}")
+        rows = rows_of(self.calibration).to(program.placeholder(program.tokens).meta["val"].device)
+        batches = [(part, None) for part in torch.split(rows, 1)]
+        found = fit_stores(program, sites, {index: [store] for index in layers}, batches)
+        return {index: tensors for (index, _), tensors in found.items()}
