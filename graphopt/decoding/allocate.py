@@ -87,7 +87,7 @@ def store_choices(
     """What each site with a store of its own could have, the one that it has first, priced on ``batches``.
 
     A candidate that a site refuses, or that takes no fewer bytes than the exact store that it has, is left
-    out. Raises ``InputsError`` without batches.
+    out. ``fitted``: what candidates that need it were fitted to. Raises ``InputsError`` without batches.
     """
     if not batches:
         raise InputsError("stores are priced on calibration tokens: there are none")

@@ -70,9 +70,8 @@ _CHECKED = 24
 @dataclass(frozen=True)
 class Assigned:
     """The model to go on with, its program where it was rewritten, the stores of its attentions, and what is
-    reported of it. ``fitted``: what stores were
-    fitted to. ``cache_bytes_before``: of stores as they would have been. ``allocation``: how stores were
-    chosen among several, if they were."""
+    reported of it. ``cache_bytes_before``: of stores as they would have been. ``allocation``: how stores were
+    chosen among several, if they were. ``fitted``: what stores were fitted to, by attention."""
 
     model: torch.nn.Module
     assignment: CacheAssignment = NOTHING

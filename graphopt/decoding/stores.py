@@ -13,10 +13,15 @@ from graphopt.candidate import Reason
 from graphopt.decoding.masks import MaskSpec
 from graphopt.options import format_value
 
-__all__ = ["CacheStore", "Call", "SiteSpec", "store_text"]
+__all__ = ["CacheStore", "Call", "SiteSpec", "called", "store_text"]
 
 Call = Callable[..., Any]
 """``call(operator, *arguments)``: what it gives, or the node of a program that will."""
+
+
+def called(operator: Callable[..., Any], *arguments: Any) -> Any:
+    """A ``Call`` on tensors."""
+    return operator(*arguments)
 
 
 @dataclass(frozen=True)
@@ -26,8 +31,8 @@ class SiteSpec:
     ``heads`` of queries share ``kv_heads`` of keys [.., ``key_width``] and values [.., ``value_width``].
     ``softcap`` 0: none. ``shares``: the site reads the store of an earlier one and writes nothing. ``turn``:
     0 where no other site reads the store, else 1 for the first, 3 for the last and 2 for those between.
-    ``within``: values are the first ``value_width`` columns of keys. ``fitted``: what the store was
-    fitted to, tensors by name (``CacheStore.fit``).
+    ``within``: values are the first ``value_width`` columns of keys. ``fitted``: what the store made of
+    calibration tokens, by name (``CacheStore.fit``): tensors, or the nodes of a program that hold them.
     """
 
     heads: int
@@ -66,9 +71,8 @@ class CacheStore:
     keys and values of all. ``exact``: it gives what the program gives without a cache. A store that does not
     says with ``whole`` what it gives instead: decoders are compared with that, and what it costs is measured
     by it. ``takes_turns``: all sites that read the store are given the new rows, and ``site.turn`` says who
-    is to write them.
-    ``note``: what the report says besides, of a store that serves some uses badly. ``needs_fit``: it has
-    tensors of its own at each site, which ``fit`` makes of calibration tokens.
+    is to write them. ``note``: what the report says besides, of a store that serves some uses badly.
+    ``needs_fit``: it has tensors of its own at each site, which ``fit`` makes of calibration tokens.
     """
 
     name: ClassVar[str]
@@ -79,6 +83,11 @@ class CacheStore:
     takes_turns: ClassVar[bool] = False
     note: ClassVar[str] = ""
     needs_fit: ClassVar[bool] = False
+
+    @classmethod
+    def named(cls, known: Mapping[str, type[CacheStore]], **options: Any) -> CacheStore:
+        """The store with these ``options``; other stores that they name are among ``known``."""
+        return cls(**options)
 
     def refuses(self, site: SiteSpec, capacity: int) -> Reason | None:
         """``None``, or why this store cannot serve a site whose sequences have up to ``capacity``
@@ -114,11 +123,16 @@ class CacheStore:
         """Shape and dtype of each tensor that ``fit`` makes."""
         return {}
 
+    def fit_rows(self, site: SiteSpec) -> int:
+        """Of how many calibration tokens at least ``fit`` is to be told."""
+        return 1
+
     def fit(
         self, site: SiteSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> Mapping[str, torch.Tensor]:
-        """Tensors of its own for a site, which come to be ``site.fitted``, made of what it attends with on
-        calibration tokens: ``query`` [N, H, S, D], ``key`` [N, Hkv, S, D] and ``value`` [N, Hkv, S, Dv]."""
+        """Tensors of its own for a site, which come to be ``site.fitted``, made of what it attends with on R
+        calibration tokens, by head of keys: ``key`` [Hkv, R, D], ``value`` [Hkv, R, Dv], and ``query`` [Hkv,
+        Q, D], those of all heads and attentions that read the head. All are finite, in ``site.dtype``."""
         return {}
 
     def inside(self, site: SiteSpec) -> tuple[CacheStore, SiteSpec]:
@@ -164,6 +178,7 @@ class CacheStore:
 
 def store_text(store: CacheStore) -> str:
     """``ring{slots=64}``: the one spelling of a configured store."""
-    values = [(f.name, getattr(store, f.name), f.default) for f in fields(store)]  # type: ignore[arg-type]
+    options_of = (f for f in fields(store) if f.init)  # type: ignore[arg-type]
+    values = [(f.name, getattr(store, f.name), f.default) for f in options_of]
     options = [f"{name}={format_value(value)}" for name, value, default in values if value != default]
     return store.name + (f"{{{','.join(options)}}}" if options else "")

@@ -24,20 +24,14 @@ import torch.fx as fx
 
 from graphopt.decoding.capture import Uncached, arguments_of
 from graphopt.decoding.regions import Region
-from graphopt.decoding.stores import CacheStore, SiteSpec
+from graphopt.decoding.stores import CacheStore, SiteSpec, called
 from graphopt.order import has_effect
 from graphopt.quality import row_divergences
 
-__all__ = ["Given", "Whole", "called", "heads_apart", "single_divergences", "with_outputs", "with_stores"]
-
+__all__ = ["Fitted", "Given", "Whole", "heads_apart", "single_divergences", "with_outputs", "with_stores"]
 
 Fitted = Mapping[tuple[int, str], Mapping[str, torch.Tensor]]
 """What stores were fitted to, by site and spelling."""
-
-
-def called(operator: Callable[..., Any], *arguments: Any) -> Any:
-    """What ``CacheStore.enter`` calls with on tensors."""
-    return operator(*arguments)
 
 
 def heads_apart(
@@ -105,7 +99,7 @@ class Given(torch.nn.Module):
     ) -> torch.Tensor:
         query, key, value = heads_apart(self.region, query, key, value)
         self.ends = self.store.enter(called, self.spec, query, key, value)
-        made = self.store.leave(called, self.spec, self.made[:, :, : query.shape[2]])
+        made: torch.Tensor = self.store.leave(called, self.spec, self.made[:, :, : query.shape[2]])
         return made.flatten(0, 1) if self.region.flat else made
 
 
@@ -159,10 +153,10 @@ def single_divergences(
     """KL(model || model with that one store at that one site), mean over rows of logits that are no padding,
     in nats.
 
-    ``fitted``: what stores were fitted to. ``readers``: sites that read the store of a site besides itself,
-    by its index. ``batches``: tokens int64
+    ``readers``: sites that read the store of a site besides itself, by its index. ``batches``: tokens int64
     [B, S] and their mask or ``None``. A site costs the part of a forward behind it for each of its stores;
     values that this part reads, and the logits twice, are in memory. ``told(done, of)`` is called after each.
+    ``fitted``: what those of the stores that need it were fitted to (``fit_stores``).
     """
     sums: dict[tuple[int, CacheStore], float] = {}
     rows, done = 0, 0

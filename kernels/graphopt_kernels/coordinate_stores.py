@@ -11,35 +11,43 @@ After, with fitted matrices of orthonormal columns A [D, r] and C [Dv, s]::
 ``<query A, key A>`` is the product of the query with the key's projection on the columns of A, and a mean of
 ``value C`` is the mean's coordinates: nothing is put together again to be read. So rows of coordinates are
 kept in any other store, rounded, in rings or dropped, and its operator and kernels do the rest.
+
+Keys are those that are attended with, behind rotary embeddings and norms: nothing is rotated afterwards, so
+a basis need not respect the pairs of channels that are. Bases are constants of the program: weights that
+change later (other checkpoints, healing) leave them as they are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import InitVar, dataclass, field, replace
 from typing import Any
 
 import torch
 
 from graphopt.candidate import Reason
 from graphopt.decoding.assignment import store_named
-from graphopt.decoding.stores import CacheStore, Call, SiteSpec
+from graphopt.decoding.stores import CacheStore, Call, SiteSpec, called
 
-__all__ = ["Coordinates", "LowRank", "StaticChannels"]
+__all__ = ["Coordinates", "KeyChannels", "LowRank"]
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
 class Coordinates(CacheStore):
-    """``key_rank`` numbers of a key and ``value_rank`` of a value (0: all), in the store ``store``.
+    """``key_rank`` numbers of a key and ``value_rank`` of a value (0: all), in the store ``store``, which is
+    spelled with its options and looked for among ``known``, by default those of installed plugins.
 
-    What subclasses say is ``basis_of_keys`` and ``basis_of_values``: columns of full rank, best first.
+    What subclasses say is ``basis_of_keys`` and ``basis_of_values``: all columns, those first that matter
+    most. Raises ``UnknownNameError`` and ``InputsError`` for a store that cannot be made.
     """
 
     key_rank: int = 0
     value_rank: int = 0
     store: str = "full"
+    kept: CacheStore = field(init=False, repr=False, compare=False)
+    known: InitVar[Mapping[str, type[CacheStore]] | None] = None
 
     exact = False
     needs_fit = True
@@ -47,7 +55,7 @@ class Coordinates(CacheStore):
 
     @staticmethod
     def basis_of_keys(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        """[Hkv, D, D] of ``query`` [Hkv, Q, D], of heads that read a key's, and ``key`` [Hkv, R, D], float64:
+        """[Hkv, D, D] of ``query`` [Hkv, Q, D], of all that read a head, and ``key`` [Hkv, R, D], float64:
         orthonormal columns, those first that matter most."""
         raise NotImplementedError
 
@@ -56,22 +64,24 @@ class Coordinates(CacheStore):
         """The same of ``value`` [Hkv, R, Dv]."""
         return principal(value)
 
-    def __post_init__(self) -> None:
-        inner = self._inner()
+    def __post_init__(self, known: Mapping[str, type[CacheStore]] | None) -> None:
+        if known is None:
+            from graphopt.plugins.host import default_host
+
+            known = default_host().stores()
+        kept = store_named(self.store, known)
+        object.__setattr__(self, "kept", kept)
         # What the operator of the other store does and needs is what this one does and needs.
         for name in ("attend_op", "takes_turns", "last_alone", "note"):
-            object.__setattr__(self, name, getattr(inner, name))
+            object.__setattr__(self, name, getattr(kept, name))
 
-    def _inner(self) -> CacheStore:
-        from graphopt.plugins.host import default_host
-
-        return store_named(self.store, default_host().stores())
+    @classmethod
+    def named(cls, known: Mapping[str, type[CacheStore]], **options: Any) -> CacheStore:
+        return cls(**options, known=known)
 
     def inside(self, site: SiteSpec) -> tuple[CacheStore, SiteSpec]:
         key, value = self.key_rank or site.key_width, self.value_rank or site.value_width
-        low = replace(site, key_width=key, value_width=value, within=False, fitted={})
-        inner = self._inner()
-        return inner, low
+        return self.kept, replace(site, key_width=key, value_width=value, within=False, fitted={})
 
     def refuses(self, site: SiteSpec, capacity: int) -> Reason | None:
         for name, rank, width in (
@@ -82,9 +92,12 @@ class Coordinates(CacheStore):
         if not self.key_rank and not self.value_rank:
             return Reason("neither key_rank nor value_rank is given: nothing would be left out")
         inner, low = self.inside(site)
-        if isinstance(inner, Coordinates):
-            return Reason(f"store={self.store}: coordinates of coordinates are those of one store")
-        return inner.refuses(low, capacity)
+        if inner.needs_fit:
+            return Reason(f"store={inner}: expected one that is not fitted to tokens itself")
+        if type(inner).whole is CacheStore.whole:
+            return Reason(f"store={inner}: it does not say what whole sequences give (CacheStore.whole)")
+        reason = inner.refuses(low, capacity)
+        return None if reason is None else Reason(f"store={inner}: {reason}")
 
     def tensors(
         self, site: SiteSpec, batch: int, capacity: int
@@ -108,16 +121,18 @@ class Coordinates(CacheStore):
         sizes = {"keys": (site.key_width, self.key_rank), "values": (site.value_width, self.value_rank)}
         return {name: ((site.kv_heads, *size), site.dtype) for name, size in sizes.items() if size[1]}
 
+    def fit_rows(self, site: SiteSpec) -> int:
+        # Of directions that no row has any is as good as the others.
+        return max(site.key_width if self.key_rank else 1, site.value_width if self.value_rank else 1)
+
     def fit(
         self, site: SiteSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> Mapping[str, torch.Tensor]:
-        asked = query.double().unflatten(1, (site.kv_heads, -1)).flatten(2, 3).transpose(0, 1).flatten(1, 2)
-        keys, values = (rows.double().transpose(0, 1).flatten(1, 2) for rows in (key, value))
         made = {}
         if self.key_rank:
-            made["keys"] = self.basis_of_keys(asked, keys)[..., : self.key_rank]
+            made["keys"] = self.basis_of_keys(query.double(), key.double())[..., : self.key_rank]
         if self.value_rank:
-            made["values"] = self.basis_of_values(values)[..., : self.value_rank]
+            made["values"] = self.basis_of_values(value.double())[..., : self.value_rank]
         return {name: basis.to(site.dtype).contiguous() for name, basis in made.items()}
 
     def enter(self, call: Call, site: SiteSpec, query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
@@ -141,9 +156,6 @@ class Coordinates(CacheStore):
     def whole(
         self, site: SiteSpec, query: Any, key: Any, value: Any, valid: Any, slopes: Any, sinks: Any
     ) -> torch.Tensor:
-        def called(operator: Any, *arguments: Any) -> Any:
-            return operator(*arguments)
-
         inner, low = self.inside(site)
         rows = self.enter(called, site, query, key, value)
         made = inner.whole(low, *rows, valid, slopes, sinks)
@@ -154,13 +166,18 @@ class Coordinates(CacheStore):
 def principal(rows: torch.Tensor) -> torch.Tensor:
     """[H, D, D]: directions of ``rows`` [H, R, D] as columns, those of most energy first. Not centred: what
     is left out is added to nothing."""
-    return torch.linalg.eigh(rows.mT @ rows).eigenvectors.flip(-1)
+    # In ascending order.
+    found: torch.Tensor = torch.linalg.eigh(rows.mT @ rows).eigenvectors
+    return found.flip(-1)
 
 
 @dataclass(frozen=True)
 class LowRank(Coordinates):
     """``key_rank`` coordinates of a key and ``value_rank`` of a value in the directions of most energy of
-    calibration rows, head by head (MatryoshkaKV, Lin et al. 2024; CSKV, Wang et al. 2024)."""
+    calibration rows, head by head: the projection that MatryoshkaKV (Lin et al. 2024, arXiv 2410.14731)
+    trains on from. CSKV (Wang et al. 2024, arXiv 2409.10593) keeps coordinates of all heads together, and the
+    newest rows as they are; xKV (Chang et al. 2025, arXiv 2503.18893) takes one basis for several layers,
+    made of the prompt itself. None of these is done here."""
 
     name = "low-rank"
     summary = "keeps coordinates of keys and values in a basis fitted to calibration tokens"
@@ -169,21 +186,25 @@ class LowRank(Coordinates):
     def basis_of_keys(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return principal(key)
 
-    @classmethod
-    def choices(cls) -> tuple[CacheStore, ...]:
-        return ()
-
 
 @dataclass(frozen=True)
-class StaticChannels(Coordinates):
-    """The ``key_rank`` channels of a key whose products with queries are largest on calibration tokens
-    (ThinK, Xu et al. 2024), head by head; of values as many coordinates as ``value_rank`` says."""
+class KeyChannels(Coordinates):
+    """The ``key_rank`` channels of a key whose products with queries are largest on calibration tokens, head
+    by head; of values as many coordinates as ``value_rank`` says.
+
+    ``|queries[:, c]| * |keys[:, c]|``, the norm of what channel c adds to all scores, is what ThinK (Xu et
+    al. 2024, arXiv 2407.21018) chooses by, for each prompt anew and from its last queries; here it is chosen
+    once. As there, keys are those behind rotary embeddings and queries enter the same channels: one channel
+    of a rotated pair adds its own product to a score, with or without the other, so pairs need not be
+    dropped together.
+    """
 
     name = "key-channels"
     summary = "keeps the channels of keys that queries read most, chosen on calibration tokens"
 
     @staticmethod
     def basis_of_keys(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        # |a b^T| of two columns is |a| |b|.
         score = query.norm(dim=1) * key.norm(dim=1)
         order = torch.sort(score, dim=-1, descending=True, stable=True).indices
         return torch.eye(key.shape[-1], dtype=key.dtype, device=key.device)[order].mT
