@@ -11,7 +11,7 @@ measured and it is solved again.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from graphopt.decoding.capture import Uncached
 from graphopt.decoding.record import CachePoint
 from graphopt.decoding.sites import Site
 from graphopt.decoding.stores import CacheStore
-from graphopt.decoding.whole import single_divergences, with_stores
+from graphopt.decoding.whole import Fitted, single_divergences, with_stores
 from graphopt.errors import BudgetError, InputsError
 from graphopt.packing.knapsack import hull_walk, least
 from graphopt.quality import row_divergences
@@ -82,11 +82,12 @@ def store_choices(
     batch: int,
     capacity: int,
     told: Callable[[int, int], None] | None = None,
+    fitted: Fitted | None = None,
 ) -> tuple[StoreChoice, ...]:
     """What each site with a store of its own could have, the one that it has first, priced on ``batches``.
 
     A candidate that a site refuses, or that takes no fewer bytes than the exact store that it has, is left
-    out. Raises ``InputsError`` without batches.
+    out. ``fitted``: what candidates that need it were fitted to. Raises ``InputsError`` without batches.
     """
     if not batches:
         raise InputsError("stores are priced on calibration tokens: there are none")
@@ -112,6 +113,7 @@ def store_choices(
         batches,
         {source: members[1:] for source, members in readers.items()},
         told,
+        fitted,
     )
     choices = []
     for source, stores in offered.items():
@@ -132,6 +134,7 @@ def allocate_stores(
     batches: Batches,
     bound: int | None,
     max_kl: float | None = None,
+    fitted: Fitted | None = None,
 ) -> CacheAllocation:
     """The choices of least divergence within ``bound`` bytes, or, without one, those of fewest bytes within
     ``max_kl`` nats.
@@ -150,7 +153,7 @@ def allocate_stores(
         picked, gap = _solved(list(by_site.values()), bound, None if max_kl is None else max_kl / scale)
         lossy = {choice.site: known[choice.store] for choice in picked if choice.store in known}
         predicted = sum(choice.divergence for choice in picked)
-        measured, tokens = _measured(uncached, sites, lossy, batches)
+        measured, tokens = _measured(uncached, sites, lossy, batches, fitted or {})
         if max_kl is None or measured <= max_kl:
             break
         if bound is not None:
@@ -209,11 +212,18 @@ def _frontier(things: Sequence[Sequence[StoreChoice]]) -> tuple[CachePoint, ...]
 
 
 def _measured(
-    uncached: Uncached, sites: Sequence[Site], lossy: Mapping[int, CacheStore], batches: Batches
+    uncached: Uncached,
+    sites: Sequence[Site],
+    lossy: Mapping[int, CacheStore],
+    batches: Batches,
+    fitted: Fitted,
 ) -> tuple[float, int]:
     """KL in nats a token of all ``lossy`` stores together, and over how many tokens."""
     everywhere = {i: lossy[site.source] for i, site in enumerate(sites) if site.source in lossy}
     regions, specs = [site.region for site in sites], [site.spec for site in sites]
+    for index, store in everywhere.items():
+        own = fitted.get((sites[index].source, str(store)), {})
+        specs[index] = replace(specs[index], fitted=own)
     changed = with_stores(uncached, regions, specs, everywhere)
     total, rows = 0.0, 0
     for tokens, mask in batches:

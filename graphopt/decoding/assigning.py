@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,7 +71,7 @@ _CHECKED = 24
 class Assigned:
     """The model to go on with, its program where it was rewritten, the stores of its attentions, and what is
     reported of it. ``cache_bytes_before``: of stores as they would have been. ``allocation``: how stores were
-    chosen among several, if they were."""
+    chosen among several, if they were. ``fitted``: what stores were fitted to, by attention."""
 
     model: torch.nn.Module
     assignment: CacheAssignment = NOTHING
@@ -80,6 +80,7 @@ class Assigned:
     cache_bytes_before: int = 0
     allocation: CacheAllocation | None = None
     records: tuple[PassRecord, ...] = ()
+    fitted: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
 
 def assign(model: torch.nn.Module, inputs: Any, options: Generate, session: Session) -> Assigned:
@@ -116,9 +117,11 @@ def assign(model: torch.nn.Module, inputs: Any, options: Generate, session: Sess
     assignment = question.assigned
     allocation = next((answer.allocation for answer in answers if answer.allocation is not None), None)
     if not assignment.sources and not assignment.streams:
-        return Assigned(model, assignment, allocation=allocation, records=tuple(records))
-    done = _shared(model, uncached, regions, assignment, answers, options, session)
-    return replace(done, allocation=allocation, records=tuple(records))
+        return Assigned(
+            model, assignment, allocation=allocation, records=tuple(records), fitted=question.fitted
+        )
+    done = _shared(model, uncached, regions, assignment, answers, options, session, question.fitted)
+    return replace(done, allocation=allocation, records=tuple(records), fitted=question.fitted)
 
 
 def _question(
@@ -164,10 +167,14 @@ def _after(
     sources = {**before.sources, **new.sources}
     streams = {**before.streams, **new.streams}
     assigned = CacheAssignment({i: text for i, text in stores.items() if i not in sources}, sources, streams)
-    sites = sites_of(question.uncached, question.stores, options.max_batch, options.max_tokens, assigned)
-    return replace(
-        question, sites=sites, assigned=assigned, weights={**question.weights, **answer.weights}
+    fitted = {**question.fitted, **answer.fitted}
+    sites = sites_of(
+        question.uncached, question.stores, options.max_batch, options.max_tokens, assigned, fitted
     )
+    return replace(
+        question, sites=sites, assigned=assigned, weights={**question.weights, **answer.weights},
+        fitted=fitted,
+    )  # fmt: skip
 
 
 def _record(
@@ -185,12 +192,13 @@ def _shared(
     answers: Sequence[SiteAnswer],
     options: Generate,
     session: Session,
+    fitted: Mapping[int, Mapping[str, torch.Tensor]],
 ) -> Assigned:
     """The model that shares, compared with the program in which nothing was taken away."""
     batch, capacity = options.max_batch, options.max_tokens
     stores = session.host.stores()
     plain = sites_of(uncached, stores, batch, capacity)
-    sites = sites_of(uncached, stores, batch, capacity, assignment)
+    sites = sites_of(uncached, stores, batch, capacity, assignment, fitted)
     promise: Promise = promised(uncached, regions, assignment.sources)
     replaced: Mapping[str, torch.Tensor] = {k: v for one in answers for k, v in one.weights.items()}
     reference = as_assigned(uncached, regions, assignment.sources, assignment.streams, replaced)

@@ -153,7 +153,7 @@ def store_named(text: str, known: Mapping[str, type[CacheStore]]) -> CacheStore:
     if name not in known:
         raise UnknownNameError("store", name, known)
     kind = known[name]
-    defaults = {f.name: f.default for f in fields(kind)}  # type: ignore[arg-type]
+    defaults = {f.name: f.default for f in fields(kind) if f.init}  # type: ignore[arg-type]
     hints = get_type_hints(kind)
     values = {}
     for option, value in options.items():
@@ -166,7 +166,7 @@ def store_named(text: str, known: Mapping[str, type[CacheStore]]) -> CacheStore:
     missing = [option for option, default in defaults.items() if default is MISSING and option not in values]
     if missing:
         raise InputsError(f"store {name!r} needs option {missing[0]!r}")
-    return kind(**values)
+    return kind.named(known, **values)
 
 
 NOTHING = CacheAssignment()

@@ -58,10 +58,10 @@ def build(
     uncached = assigned.uncached or capture_uncached(model, inputs, options)
     batch, capacity = options.max_batch, options.max_tokens
     assignment, stores = assigned.assignment, session.host.stores()
-    made = sites_of(uncached, stores, batch, capacity, assignment)
+    made = sites_of(uncached, stores, batch, capacity, assignment, assigned.fitted)
     # What passes chose stores for was priced as it is.
     low = absorbed(uncached, made, {*assignment.stores, *assignment.sources, *assignment.sources.values()})
-    sites = made if low is uncached else sites_of(low, stores, batch, capacity, assignment)
+    sites = made if low is uncached else sites_of(low, stores, batch, capacity, assignment, assigned.fitted)
     uncached = low
     device = next(iter(uncached.weights.values())).device
     padding = batch * capacity if uncached.mask is not None else 0

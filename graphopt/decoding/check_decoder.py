@@ -114,6 +114,8 @@ def _cut(
     reference, ends = with_outputs(
         decoder.uncached,
         regions,
+        [site.spec for site in decoder.sites],
+        lossy,
         {index: watched.seen[index].spread(watched.seen[index].made) for index in lossy},
     )
     reference.run(tokens, mask)

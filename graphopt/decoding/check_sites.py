@@ -164,6 +164,7 @@ def _whole(
     sinks: torch.Tensor | None,
     mask: torch.Tensor | None,
 ) -> torch.Tensor:
+    store, spec = store.inside(spec)
     query, key, value = numbers
     assert query is not None and key is not None and value is not None
     slopes = torch.tensor(spec.mask.slopes, device=query.device) if spec.mask.slopes else None

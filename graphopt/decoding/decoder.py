@@ -65,7 +65,9 @@ class Decoder:
 
     @property
     def cache_bytes(self) -> int:
-        return sum(t.numel() * t.element_size() for t in self.held.values())
+        own = [site for i, site in enumerate(self.sites) if site.source == i]
+        fitted = [tensor for site in own for tensor in site.spec.fitted.values()]
+        return sum(t.numel() * t.element_size() for t in (*self.held.values(), *fitted))
 
     def reset(self, batch: int) -> None:
         """Begin anew with ``batch`` sequences. Raises ``InputsError`` for more than there are stores for, and

@@ -74,6 +74,7 @@ class _Insertion:
         self.mode = _torch.fake_mode_of([self.node(uncached.placeholder(uncached.tokens)).meta["val"]])
         self.stores: dict[str, tuple[int, str]] = {}
         self.slopes: dict[tuple[float, ...], fx.Node] = {}
+        self.fitted: dict[int, dict[str, fx.Node]] = {}
         self.weights = dict(uncached.weights)
         self.convolutions = causal_convolutions(uncached)
 
@@ -101,6 +102,7 @@ class _Insertion:
                 valid = self._placeholder("valid", (most, self.capacity), torch.bool)
             slots = self._placeholder("slots", (uncached.length,), torch.int64)
         self._place_slopes()
+        self._place_fitted()
         first = next(n for n in self.graph.nodes if n.op == "call_function")
         with self.graph.inserting_before(first):
             if valid is not None:
@@ -134,6 +136,16 @@ class _Insertion:
                     node = self._placeholder(f"slopes_{len(self.slopes)}", (len(slopes),), torch.float32)
                 self.slopes[slopes] = node
                 self.weights[node.name] = torch.tensor(slopes, device=tokens.meta["val"].device)
+
+    def _place_fitted(self) -> None:
+        """What stores were fitted to, as weights."""
+        tokens = self.node(self.uncached.placeholder(self.uncached.tokens))
+        for index, site in enumerate(self.sites):
+            for name, tensor in site.spec.fitted.items() if site.source == index else ():
+                with self.graph.inserting_before(tokens):
+                    node = self._placeholder(f"fitted_{index}_{name}", tensor.shape, tensor.dtype)
+                self.fitted.setdefault(index, {})[name] = node
+                self.weights[node.name] = tensor
 
     def _placeholder(self, name: str, shape: Sequence[int | torch.SymInt], dtype: torch.dtype) -> fx.Node:
         node = self.graph.placeholder(name)
@@ -179,6 +191,8 @@ class _Insertion:
                 sinks = self.call(aten.reshape.default, self.node(region.sinks), [spec.heads])
             if spec.mask.slopes:
                 slopes = self.slopes[spec.mask.slopes]
+            spec = replace(spec, fitted=self.fitted.get(site.source, {}))
+            query, key, value = site.store.enter(self.call, spec, query, key, value)
             made = self.call(
                 operator_named(site.store.attend_op), query, key, value, *held, slots,
                 valid if spec.mask.padding or spec.mask.slopes else None, slopes, sinks, spec.scale,
@@ -186,6 +200,7 @@ class _Insertion:
                 *site.store.constants(replace(spec, turn=turn_of(self.sites, index))),
             )  # fmt: skip
             made.meta["nn_module_stack"] = output.meta.get("nn_module_stack")
+            made = site.store.leave(self.call, spec, made)
             if region.flat:
                 made = self.call(aten.flatten.using_ints, made, 0, 1)
         output.replace_all_uses_with(made)

@@ -31,7 +31,7 @@ class SiteQuestion:
     ``fits(consumer, source)``: ``""``, or why attention ``consumer`` cannot read the keys and values of
     attention ``source``. ``tell`` takes a line about how far a long search is. ``bound``: bytes that stores
     may take, ``None`` without a budget of them. ``weights``: those that earlier passes fitted, by placeholder
-    of ``program()``.
+    of ``program()``. ``fitted``: what stores were fitted to, by attention.
     """
 
     uncached: Uncached
@@ -45,6 +45,7 @@ class SiteQuestion:
     tell: Callable[[str], None]
     bound: int | None = None
     weights: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    fitted: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
     def program(self) -> Uncached:
         """The program as it comes to be with what was assigned so far."""
@@ -58,7 +59,8 @@ class SiteAnswer:
     the place of those of the program that this makes, by placeholder; and a sentence that says why.
 
     ``divergence``: by how much predictions are off with it, KL in nats, where that was measured on
-    ``tokens`` tokens. ``allocation``: how stores were chosen among several, if they were.
+    ``tokens`` tokens. ``allocation``: how stores were chosen among several, if they were. ``fitted``: what
+    stores were fitted to (``graphopt.decoding.fitting``), by attention.
     """
 
     assignment: CacheAssignment
@@ -67,6 +69,7 @@ class SiteAnswer:
     divergence: float | None = None
     tokens: int = 0
     allocation: CacheAllocation | None = None
+    fitted: Mapping[int, Mapping[str, torch.Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

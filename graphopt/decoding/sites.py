@@ -17,7 +17,7 @@ from graphopt.decoding.sources import check_indices, check_sources, first_reader
 from graphopt.decoding.stores import CacheStore, SiteSpec
 from graphopt.errors import CaptureError, InputsError
 
-__all__ = ["Site", "sites_of", "specs_of", "stored_bytes", "tensors_of"]
+__all__ = ["Site", "kinds_text", "sites_of", "specs_of", "stored_bytes", "tensors_of"]
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,16 @@ def sites_of(
     batch: int,
     capacity: int,
     assignment: CacheAssignment = NOTHING,
+    fitted: Mapping[int, Mapping[str, torch.Tensor]] | None = None,
 ) -> tuple[Site, ...]:
     """Every place where the program attends, each with the store that ``assignment`` names, or else the exact
     store of least bytes that takes it.
 
     Sites that read the same keys and values share one store, and so do those that ``assignment`` lets read
-    another's. Raises ``CaptureError`` for a program that attends nowhere, a mask that is not understood, and
-    a site that no store takes; ``InputsError`` and ``UnknownNameError`` for an assignment that does not fit.
+    another's. ``fitted``: what stores were fitted to, by site (``graphopt.decoding.fitting``). Raises
+    ``CaptureError`` for a program that attends nowhere, a mask that is not understood, and a site that no
+    store takes; ``InputsError`` and ``UnknownNameError`` for an assignment that does not fit, and for a store
+    that needs to be fitted and was not.
     """
     regions = attention_regions(uncached)
     if not regions:
@@ -69,8 +72,31 @@ def sites_of(
             split = all(index not in assignment.sources for index in part)
             for index, source, store in _chosen(regions, specs, part, stores, batch, capacity, given, split):
                 spec = replace(specs[index], shares=source != index)
+                if store.needs_fit:
+                    tensors = (fitted or {}).get(source, {})
+                    spec = replace(spec, fitted=_fitting(regions[index], index, spec, store, tensors))
                 sites[index] = Site(regions[index], spec, store, source)
     return tuple(sites[index] for index in range(len(regions)))
+
+
+def _fitting(
+    region: Region, index: int, spec: SiteSpec, store: CacheStore, tensors: Mapping[str, torch.Tensor]
+) -> Mapping[str, torch.Tensor]:
+    """``tensors``, if they are those that ``store`` makes of calibration tokens."""
+    found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    if found != dict(store.fitted(spec)):
+        where = region.layer or region.output.name
+        state = "it was not" if not found else f"it was fitted as another, with {kinds_text(found)}"
+        raise InputsError(
+            f"{where}: store {store} of attention {index} is to be fitted to calibration tokens: {state}",
+            hint='name it with graphopt.use("keep-kv", store=..., calibration=batches)',
+        )
+    return tensors
+
+
+def kinds_text(kinds: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> str:
+    """``keys torch.float32 [2, 16, 8]``, and so on."""
+    return ", ".join(f"{name} {dtype} {list(shape)}" for name, (shape, dtype) in kinds.items()) or "nothing"
 
 
 def specs_of(uncached: Uncached, regions: Sequence[Region], capacity: int) -> list[SiteSpec]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,15 @@ from graphopt.candidate import Reason
 from graphopt.decoding.masks import MaskSpec
 from graphopt.options import format_value
 
-__all__ = ["CacheStore", "SiteSpec", "store_text"]
+__all__ = ["CacheStore", "Call", "SiteSpec", "called", "store_text"]
+
+Call = Callable[..., Any]
+"""``call(operator, *arguments)``: what it gives, or the node of a program that will."""
+
+
+def called(operator: Callable[..., Any], *arguments: Any) -> Any:
+    """A ``Call`` on tensors."""
+    return operator(*arguments)
 
 
 @dataclass(frozen=True)
@@ -23,7 +31,8 @@ class SiteSpec:
     ``heads`` of queries share ``kv_heads`` of keys [.., ``key_width``] and values [.., ``value_width``].
     ``softcap`` 0: none. ``shares``: the site reads the store of an earlier one and writes nothing. ``turn``:
     0 where no other site reads the store, else 1 for the first, 3 for the last and 2 for those between.
-    ``within``: values are the first ``value_width`` columns of keys.
+    ``within``: values are the first ``value_width`` columns of keys. ``fitted``: what the store made of
+    calibration tokens, by name (``CacheStore.fit``): tensors, or the nodes of a program that hold them.
     """
 
     heads: int
@@ -38,6 +47,7 @@ class SiteSpec:
     shares: bool = False
     turn: int = 0
     within: bool = False
+    fitted: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
 class CacheStore:
@@ -61,8 +71,8 @@ class CacheStore:
     keys and values of all. ``exact``: it gives what the program gives without a cache. A store that does not
     says with ``whole`` what it gives instead: decoders are compared with that, and what it costs is measured
     by it. ``takes_turns``: all sites that read the store are given the new rows, and ``site.turn`` says who
-    is to write them.
-    ``note``: what the report says besides, of a store that serves some uses badly.
+    is to write them. ``note``: what the report says besides, of a store that serves some uses badly.
+    ``needs_fit``: it has tensors of its own at each site, which ``fit`` makes of calibration tokens.
     """
 
     name: ClassVar[str]
@@ -72,6 +82,12 @@ class CacheStore:
     attend_op: ClassVar[str]
     takes_turns: ClassVar[bool] = False
     note: ClassVar[str] = ""
+    needs_fit: ClassVar[bool] = False
+
+    @classmethod
+    def named(cls, known: Mapping[str, type[CacheStore]], **options: Any) -> CacheStore:
+        """The store with these ``options``; other stores that they name are among ``known``."""
+        return cls(**options)
 
     def refuses(self, site: SiteSpec, capacity: int) -> Reason | None:
         """``None``, or why this store cannot serve a site whose sequences have up to ``capacity``
@@ -103,6 +119,37 @@ class CacheStore:
         stores and without packing, so that it tells what ``attend_op`` does wrong."""
         raise NotImplementedError(f"{type(self).__name__} does not define whole()")
 
+    def fitted(self, site: SiteSpec) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and dtype of each tensor that ``fit`` makes."""
+        return {}
+
+    def fit_rows(self, site: SiteSpec) -> int:
+        """Of how many calibration tokens at least ``fit`` is to be told."""
+        return 1
+
+    def fit(
+        self, site: SiteSpec, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> Mapping[str, torch.Tensor]:
+        """Tensors of its own for a site, which come to be ``site.fitted``, made of what it attends with on R
+        calibration tokens, by head of keys: ``key`` [Hkv, R, D], ``value`` [Hkv, R, Dv], and ``query`` [Hkv,
+        Q, D], those of all heads and attentions that read the head. All are finite, in ``site.dtype``."""
+        return {}
+
+    def inside(self, site: SiteSpec) -> tuple[CacheStore, SiteSpec]:
+        """The store that keeps rows and what it is to know, where this one keeps them as something else
+        (``enter``); itself where it does not."""
+        return self, site
+
+    def enter(self, call: Call, site: SiteSpec, query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:
+        """What ``attend_op`` is given of the rows that the program makes, by operators that are called with
+        ``call`` alone: it is run on tensors as well as written into programs. ``key`` and ``value`` may be
+        ``None``."""
+        return query, key, value
+
+    def leave(self, call: Call, site: SiteSpec, made: Any) -> Any:
+        """What the program is given of what ``attend_op`` made."""
+        return made
+
     @classmethod
     def choices(cls) -> tuple[CacheStore, ...]:
         """What is tried of it where the stores of a decoder are to take fewer bytes, most bytes first."""
@@ -119,10 +166,10 @@ class CacheStore:
         return device.type == "cpu"
 
     def stored_bytes(self, site: SiteSpec, batch: int, capacity: int) -> int:
-        """Bytes of all tensors; none for a site that shares."""
+        """Bytes of all tensors, fitted ones included; none for a site that shares."""
         if site.shares:
             return 0
-        kinds = self.tensors(site, batch, capacity).values()
+        kinds = [*self.tensors(site, batch, capacity).values(), *self.fitted(site).values()]
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds)
 
     def __str__(self) -> str:
@@ -131,6 +178,7 @@ class CacheStore:
 
 def store_text(store: CacheStore) -> str:
     """``ring{slots=64}``: the one spelling of a configured store."""
-    values = [(f.name, getattr(store, f.name), f.default) for f in fields(store)]  # type: ignore[arg-type]
+    options_of = (f for f in fields(store) if f.init)  # type: ignore[arg-type]
+    values = [(f.name, getattr(store, f.name), f.default) for f in options_of]
     options = [f"{name}={format_value(value)}" for name, value, default in values if value != default]
     return store.name + (f"{{{','.join(options)}}}" if options else "")

@@ -24,11 +24,14 @@ import torch.fx as fx
 
 from graphopt.decoding.capture import Uncached, arguments_of
 from graphopt.decoding.regions import Region
-from graphopt.decoding.stores import CacheStore, SiteSpec
+from graphopt.decoding.stores import CacheStore, SiteSpec, called
 from graphopt.order import has_effect
 from graphopt.quality import row_divergences
 
-__all__ = ["Given", "Whole", "single_divergences", "with_outputs", "with_stores"]
+__all__ = ["Fitted", "Given", "Whole", "heads_apart", "single_divergences", "with_outputs", "with_stores"]
+
+Fitted = Mapping[tuple[int, str], Mapping[str, torch.Tensor]]
+"""What stores were fitted to, by site and spelling."""
 
 
 def heads_apart(
@@ -83,28 +86,34 @@ def with_stores(
 
 
 class Given(torch.nn.Module):
-    """``made`` [B, H, S, Dv] in the place of what a region gives. ``ends``: the queries, keys and values,
-    heads apart, that the region would have read."""
+    """``made`` [B, H, S, Dv], what an operator gave, in the place of what a region gives. ``ends``: the
+    queries, keys and values, heads apart, that the operator would have been given."""
 
-    def __init__(self, region: Region, made: torch.Tensor) -> None:
+    def __init__(self, region: Region, spec: SiteSpec, store: CacheStore, made: torch.Tensor) -> None:
         super().__init__()
-        self.region, self.made = region, made
+        self.region, self.spec, self.store, self.made = region, spec, store, made
         self.ends: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def forward(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: torch.Tensor | None
     ) -> torch.Tensor:
-        self.ends = query, key, value = heads_apart(self.region, query, key, value)
-        made = self.made[:, :, : query.shape[2]]
+        query, key, value = heads_apart(self.region, query, key, value)
+        self.ends = self.store.enter(called, self.spec, query, key, value)
+        made: torch.Tensor = self.store.leave(called, self.spec, self.made[:, :, : query.shape[2]])
         return made.flatten(0, 1) if self.region.flat else made
 
 
 def with_outputs(
-    uncached: Uncached, regions: Sequence[Region], outputs: Mapping[int, torch.Tensor]
+    uncached: Uncached,
+    regions: Sequence[Region],
+    specs: Sequence[SiteSpec],
+    stores: Mapping[int, CacheStore],
+    outputs: Mapping[int, torch.Tensor],
 ) -> tuple[Uncached, dict[int, Given]]:
-    """The same program, but region ``index`` gives the rows of ``outputs[index]`` [B, H, S, Dv], and what
-    keeps the queries, keys and values that it would have read."""
-    given = {index: Given(regions[index], made) for index, made in outputs.items()}
+    """The same program, but region ``index`` gives what operators of ``stores[index]`` made, the rows of
+    ``outputs[index]`` [B, H, S, Dv], and what keeps the queries, keys and values that these would have been
+    given."""
+    given = {i: Given(regions[i], specs[i], stores[i], made) for i, made in outputs.items()}
     return _replaced(uncached, regions, given), given
 
 
@@ -139,6 +148,7 @@ def single_divergences(
     batches: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
     readers: Mapping[int, Sequence[int]] | None = None,
     told: Callable[[int, int], None] | None = None,
+    fitted: Fitted | None = None,
 ) -> dict[tuple[int, CacheStore], float]:
     """KL(model || model with that one store at that one site), mean over rows of logits that are no padding,
     in nats.
@@ -146,6 +156,7 @@ def single_divergences(
     ``readers``: sites that read the store of a site besides itself, by its index. ``batches``: tokens int64
     [B, S] and their mask or ``None``. A site costs the part of a forward behind it for each of its stores;
     values that this part reads, and the logits twice, are in memory. ``told(done, of)`` is called after each.
+    ``fitted``: what those of the stores that need it were fitted to (``fit_stores``).
     """
     sums: dict[tuple[int, CacheStore], float] = {}
     rows, done = 0, 0
@@ -154,7 +165,9 @@ def single_divergences(
         shown = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask != 0
         rows += int(shown.sum())
         reference = uncached.run(tokens, mask)[shown]
-        for key, logits in _variants(uncached, regions, specs, candidates, readers or {}, tokens, mask):
+        for key, logits in _variants(
+            uncached, regions, specs, candidates, readers or {}, tokens, mask, fitted or {}
+        ):
             off = row_divergences(reference, logits[shown]).double().sum()
             sums[key] = sums.get(key, 0.0) + float(off)
             done += 1
@@ -171,6 +184,7 @@ def _variants(
     readers: Mapping[int, Sequence[int]],
     tokens: torch.Tensor,
     mask: torch.Tensor | None,
+    fitted: Fitted,
 ) -> Iterator[tuple[tuple[int, CacheStore], torch.Tensor]]:
     """Logits with one store at one site, and at those that read it, site by site."""
     nodes = list(uncached.gm.graph.nodes)
@@ -190,8 +204,11 @@ def _variants(
             if place in at:
                 index = at[place]
                 for store in candidates[index]:
+                    own = fitted.get((index, str(store)), {})
                     swapped = {
-                        regions[one].output: (regions[one], Whole(regions[one], specs[one], store))
+                        regions[one].output: (
+                            regions[one], Whole(regions[one], replace(specs[one], fitted=own), store)
+                        )
                         for one in (index, *readers.get(index, ()))
                     }
                     yield (index, store), _rest(nodes, place, dict(known), last, swapped, shown)

@@ -20,7 +20,14 @@ from torch.nn import functional
 
 from graphopt.candidate import Reason
 
-__all__ = ["allowed_keys", "asked_at", "attend_supports", "attention_over", "places_of"]
+__all__ = [
+    "allowed_keys",
+    "asked_at",
+    "attend_supports",
+    "attention_over",
+    "attention_whole",
+    "places_of",
+]
 
 
 def allowed_keys(
@@ -98,6 +105,26 @@ def attention_over(
     weights = torch.softmax(scores, -1)[..., : keys.shape[2]].to(values.dtype)
     output = torch.matmul(weights.reshape(batch, groups, heads // groups * rows, -1), values)
     return output.view(batch, heads, rows, -1)
+
+
+def attention_whole(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    valid: torch.Tensor | None,
+    slopes: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    softcap: float,
+    window: int,
+) -> torch.Tensor:
+    """What stores that keep rows as they are give for all rows of a sequence at once."""
+    places = torch.arange(query.shape[2], device=query.device)
+    allowed = allowed_keys(places, places, valid, query.shape[0], window)
+    bias = None
+    if slopes is not None:
+        bias = slopes.float()[None, :, None, None] * places_of(places, valid, query.shape[0])[:, None, None]
+    return attention_over(query, key, value, allowed, bias, sinks, scale, softcap)
 
 
 def attend_supports(

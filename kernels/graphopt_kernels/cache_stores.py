@@ -13,6 +13,7 @@ from graphopt.decoding.stores import CacheStore, SiteSpec
 from graphopt_kernels.attend_full import attend_full
 from graphopt_kernels.attend_latent import attend_latent
 from graphopt_kernels.attend_launch import kernels_follow
+from graphopt_kernels.attend_reference import attention_whole
 from graphopt_kernels.attend_ring import attend_ring
 from graphopt_kernels.causal_convolution import causal_convolution
 
@@ -22,8 +23,19 @@ OPERATORS = (attend_full, attend_latent, attend_ring, causal_convolution)
 """Loaded with the stores that name them, or that stand beside them."""
 
 
+class _AsTheyAre(CacheStore):
+    """Stores whose rows are read as they came."""
+
+    def whole(
+        self, site: SiteSpec, query: Any, key: Any, value: Any, valid: Any, slopes: Any, sinks: Any
+    ) -> torch.Tensor:
+        return attention_whole(
+            query, key, value, valid, slopes, sinks, site.scale, site.softcap, site.mask.window
+        )
+
+
 @dataclass(frozen=True)
-class Full(CacheStore):
+class Full(_AsTheyAre):
     """Every position, [batch, heads, capacity, width]."""
 
     name = "full"
@@ -69,7 +81,7 @@ class Latent(CacheStore):
 
 
 @dataclass(frozen=True)
-class Ring(CacheStore):
+class Ring(_AsTheyAre):
     """The last positions of a site with a sliding window, [batch, heads, window, width]."""
 
     name = "ring"

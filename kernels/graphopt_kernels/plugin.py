@@ -449,6 +449,8 @@ def graphopt_stores() -> Iterable[str]:
         "graphopt_kernels.cache_stores:Full",
         "graphopt_kernels.cache_stores:Latent",
         "graphopt_kernels.cache_stores:Ring",
+        "graphopt_kernels.coordinate_stores:KeyChannels",
+        "graphopt_kernels.coordinate_stores:LowRank",
         "graphopt_kernels.quant_store:Quant",
         "graphopt_kernels.split_stores:SinkWindow",
         "graphopt_kernels.split_stores:SplitHeads",

@@ -8,18 +8,30 @@ After, with ``store="quant{bits=4}"``::
 
     attention 0: quant       attention 1: quant       attention 2: quant, of the window's blocks
 
+With ``store='low-rank{key_rank=32,store="quant{bits=4}"}'``, fitted to ``calibration``::
+
+    attention 0: bases of 32 columns, coordinates in quant      attention 1: ..
+
 A store that is not exact changes results; the report says so.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
 
 from graphopt.decoding.assignment import CacheAssignment, store_named
+from graphopt.decoding.fitting import fit_stores
 from graphopt.decoding.site_pass import SiteAnswer, SitePass, SiteQuestion
+from graphopt.decoding.sites import sites_of
+from graphopt.decoding.sources import check_indices
+from graphopt.decoding.stores import CacheStore
 from graphopt.errors import InputsError
 from graphopt.program import Level
+from graphopt_passes.share_kv.calibration import rows_from_batches, rows_of
 
 __all__ = ["KeepKv"]
 
@@ -29,7 +41,10 @@ class KeepKv(SitePass):
     """Gives attentions the store ``store`` (``graphopt_stores``), spelled with its options.
 
     ``layers``: indices of attentions; without, all that keep keys and values of their own and that the store
-    takes. Raises ``InputsError`` where the store takes none, or not one that was named.
+    takes. ``calibration``, for stores that are fitted to tokens: rows of token ids without padding, a
+    safetensors file of ``input_ids`` int64[N, S], or, in Python, batches. Raises ``InputsError`` where the
+    store takes none, or not one that was named, and where it is to be fitted and ``calibration`` is missing,
+    too short, or no tokens of the model.
     """
 
     name: ClassVar[str] = "keep-kv"
@@ -39,6 +54,22 @@ class KeepKv(SitePass):
 
     store: str
     layers: tuple[int, ...] = ()
+    calibration: str | tuple[tuple[int, ...], ...] = ()
+
+    @classmethod
+    def configured(cls, **options: Any) -> KeepKv:
+        given = options.get("calibration", ())
+        if not isinstance(given, str):
+            options["calibration"] = rows_from_batches(given)
+        made = super().configured(**options)
+        assert isinstance(made, KeepKv)
+        return made
+
+    def spelled(self) -> str:
+        if not self.calibration or isinstance(self.calibration, str):
+            return super().spelled()
+        rows = f"[{len(self.calibration)} rows of token ids]"
+        return replace(self, calibration=rows).spelled().replace(f'"{rows}"', rows)
 
     def assign(self, question: SiteQuestion) -> SiteAnswer:
         store = store_named(self.store, question.stores)
@@ -55,4 +86,32 @@ class KeepKv(SitePass):
                 refused = f"; attention {left[0]} keeps {question.sites[left[0]].store}: {reasons[left[0]]}"
         kind = "exact" if store.exact else "lossy"
         reason = f"{store} ({kind}) for {len(layers)} of {len(owners)} attentions{refused}"
-        return SiteAnswer(CacheAssignment(dict.fromkeys(layers, str(store))), reason=reason)
+        assignment = CacheAssignment(dict.fromkeys(layers, str(store)))
+        return SiteAnswer(assignment, reason=reason, fitted=self._fitted(store, layers, question))
+
+    def _fitted(
+        self, store: CacheStore, layers: Sequence[int], question: SiteQuestion
+    ) -> dict[int, Mapping[str, torch.Tensor]]:
+        if not store.needs_fit:
+            if self.calibration:
+                raise InputsError(
+                    f"store {store} is not fitted to calibration tokens, and keep-kv was given some",
+                    hint="leave calibration out",
+                )
+            return {}
+        if not self.calibration:
+            raise InputsError(
+                f"store {store} is fitted to calibration tokens, and keep-kv was given none",
+                hint='use("keep-kv", store=..., calibration=batches), batches of token ids',
+            )
+        program, options = question.program(), question.options
+        sites = sites_of(program, question.stores, options.max_batch, options.max_tokens)
+        check_indices([site.region for site in sites], layers, f"the store {store}")
+        for index in layers:
+            if (reason := store.refuses(sites[index].spec, options.max_tokens)) is not None:
+                where = sites[index].region.layer or sites[index].region.output.name
+                raise InputsError(f"{where}: store {store} does not take attention {index}: {reason}")
+        rows = rows_of(self.calibration).to(program.placeholder(program.tokens).meta["val"].device)
+        batches = [(part, None) for part in torch.split(rows, 1)]
+        found = fit_stores(program, sites, {index: [store] for index in layers}, batches)
+        return {index: tensors for (index, _), tensors in found.items()}

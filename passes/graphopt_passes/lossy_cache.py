@@ -24,6 +24,7 @@ from graphopt.budget import format_bytes
 from graphopt.decoding.allocate import allocate_stores, store_choices
 from graphopt.decoding.assignment import store_named
 from graphopt.decoding.capture import Uncached
+from graphopt.decoding.fitting import fit_stores
 from graphopt.decoding.site_pass import SiteAnswer, SitePass, SiteQuestion
 from graphopt.decoding.sites import sites_of, stored_bytes
 from graphopt.decoding.stores import CacheStore
@@ -74,11 +75,17 @@ class LossyCache(SitePass):
             uncached = question.program()
             sites = sites_of(uncached, question.stores, batch, capacity)
         offered = self._offered(question)
+        own = [index for index, site in enumerate(sites) if site.source == index]
+        taken = {i: [s for s in offered if s.refuses(sites[i].spec, capacity) is None] for i in own}
+        fitted = fit_stores(uncached, sites, taken, batches)
         choices = store_choices(
             uncached, sites, offered, batches, batch, capacity,
             lambda done, of: question.tell(f"lossy-cache: {done} of {of} stores priced"),
+            fitted,
         )  # fmt: skip
-        found = allocate_stores(uncached, sites, choices, offered, batches, bound, self.max_kl or None)
+        found = allocate_stores(
+            uncached, sites, choices, offered, batches, bound, self.max_kl or None, fitted
+        )
         reason = (
             f"{format_bytes(exact)} -> {format_bytes(found.bytes)}; KL {found.measured:.3g} nats a token "
             f"(sum of prices {found.predicted:.3g}) on {found.tokens} tokens"
@@ -86,8 +93,9 @@ class LossyCache(SitePass):
         if found.gave_up:
             reason = f"exact stores are left: no others were measured to stay within max_kl={self.max_kl:g}"
         return SiteAnswer(
-            found.assignment, reason=reason, divergence=found.measured, tokens=found.tokens, allocation=found
-        )
+            found.assignment, reason=reason, divergence=found.measured, tokens=found.tokens, allocation=found,
+            fitted={i: fitted[i, text] for i, text in found.assignment.stores.items() if (i, text) in fitted},
+        )  # fmt: skip
 
     def _offered(self, question: SiteQuestion) -> list[CacheStore]:
         if self.stores:
