@@ -116,6 +116,10 @@ class _Rows:
         return every
 
     def _can_be_narrowed(self, node: fx.Node, last: set[fx.Node]) -> bool:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and self._dimension(value) is None:
+            # Other rows than the step's, as of what was padded.
+            return False
         sources: Sequence[fx.Node] = node.all_input_nodes
         if node in self.attending:
             sources = [node.args[0]] if isinstance(node.args[0], fx.Node) else []
