@@ -135,7 +135,8 @@ def row_divergences(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     """KL(before || after) of each row of logits [..., classes], float32[rows], in nats."""
     rows, others = _flat(before), _flat(after)
     found = [
-        torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
+        # None is below zero but by rounding.
+        torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1).clamp(min=0.0)
         for p, q in zip(_log_shares(rows), _log_shares(others), strict=True)
     ]
     return torch.cat(found)
