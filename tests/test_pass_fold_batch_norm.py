@@ -182,8 +182,8 @@ def test_errors_are_those_of_separate_operators_or_what_the_pass_says(
     threads: Callable[[int], None], count: int
 ) -> None:
     """Against float64, with statistics of the values as in networks that were trained. A single network may
-    lie above: convolutions of 1 x 1 begin their sums with the bias on some CPUs and threads: 1.17 on one thread
-    of some, below 1.1 on others."""
+    lie above: convolutions of 1 x 1 begin their sums with the bias on some CPUs and threads: 1.17 on one
+    thread of some, below 1.1 on others."""
     threads(count)
     ratios = []
     for make, seed in itertools.product((Bottleneck, Inverted), range(4)):
