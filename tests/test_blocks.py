@@ -240,9 +240,14 @@ def test_four_times_the_blocks_take_four_times_the_work() -> None:
 
     few = trace(stack, torch.randn(4, 8), *[torch.randn(8, 8) for _ in range(4)])
     assert shapes(few) == [(4, 1)]
-    graphs = [repeated(few, count) for count in (100, 400)]
-    once, more = (calls_of(partial(find_blocks, graph)) for graph in graphs)
-    assert [len(run) for graph in graphs for run in find_blocks(graph).runs] == [100, 400]
+    found: list[int] = []
+
+    def find(graph: torch.fx.Graph) -> None:
+        found.extend(len(run) for run in find_blocks(graph).runs)
+
+    graphs = [repeated(few, count) for count in (250, 1000)]
+    once, more = (calls_of(partial(find, graph)) for graph in graphs)
+    assert found == [250, 1000] and len(graphs[1].nodes) > 15_000
     assert more <= 4.1 * once
 
 

