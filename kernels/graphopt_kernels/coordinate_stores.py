@@ -57,7 +57,7 @@ class Coordinates(CacheStore):
     def basis_of_keys(query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """[Hkv, D, D] of ``query`` [Hkv, Q, D], of all that read a head, and ``key`` [Hkv, R, D], float64:
         orthonormal columns, those first that matter most."""
-        raise NotImplementedError(f"{type(self).__name__} does not define basis_of_keys()")
+        raise NotImplementedError("a store of coordinates defines basis_of_keys()")
 
     @staticmethod
     def basis_of_values(value: torch.Tensor) -> torch.Tensor:
