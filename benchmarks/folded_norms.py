@@ -70,7 +70,7 @@ def ratio(model: nn.Module) -> float:
     fast = graphopt.optimize(
         copy.deepcopy(model),
         (x,),
-        pipeline=["fold-batch-norm"],
+        pipeline=["fold-batch-norm{bias_first=true}"],
         allow=("fold-batch-norm",),
         emit="eager",
         on_error="raise",
