@@ -810,7 +810,7 @@ def quiet_capture() -> Iterator[None]:
     settings["use_numpy_random_stream"] = True
     settings["optimize_ddp"] = False
     settings["accumulated_recompile_limit"] = max(config.accumulated_recompile_limit, _MANY)
-    if not _ISOLATES:
+    if not ISOLATES_RECOMPILES:
         settings["recompile_limit"] = max(config.recompile_limit, _MANY)
     silent = _Silent()
     for logger in talkative:
@@ -863,26 +863,8 @@ class _Silent(logging.Filter):
 
 
 _MANY = 1 << 16
-_ISOLATES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
-
-
-def compile_apart(
-    model: Callable[..., Any],
-    backend: Callable[..., Any],
-    *,
-    fullgraph: bool = False,
-    dynamic: bool | None = None,
-) -> Callable[..., Any]:
-    """``torch.compile``, its compilations counted apart from those of other calls where torch can."""
-    apart: dict[str, Any] = {"isolate_recompiles": True} if _ISOLATES else {}
-
-    def compiled(gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
-        """A function, which copies as itself: Lightning puts a copy of these arguments aside, and that of a
-        bound method would be one of all that its object holds."""
-        run: Callable[..., Any] = backend(gm, inputs)
-        return run
-
-    return torch.compile(model, backend=compiled, fullgraph=fullgraph, dynamic=dynamic, **apart)
+ISOLATES_RECOMPILES = "isolate_recompiles" in inspect.signature(torch.compile).parameters
+"""Whether ``torch.compile`` can count compilations of one caller apart from those of others."""
 
 
 def schema_of(target: Any) -> Any:

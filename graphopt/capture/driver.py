@@ -12,6 +12,7 @@ import torch
 import graphopt
 from graphopt import _torch
 from graphopt.agreement import Agreement, for_programs
+from graphopt.apart import CompiledApart
 from graphopt.capture.faithful import compared
 from graphopt.capture.inputs import bind_inputs
 from graphopt.capture.observe import Observer
@@ -215,7 +216,7 @@ class Driver:
     def _capture_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         session = self.session
         session.whole, session.capturing = True, True
-        call = _torch.compile_apart(self.model, session.backend, fullgraph=True, dynamic=self.dynamic)
+        call = CompiledApart(self.model, session.backend, fullgraph=True, dynamic=self.dynamic)
         try:
             call(*args, **kwargs)
         except NotPlanned:
@@ -273,7 +274,7 @@ class Driver:
         session.current = []
         session.captured = []
         session.observer = _observer((self.model.parameters(), self.model.buffers(), args, kwargs))
-        call = _torch.compile_apart(self.model, session.backend, dynamic=self.dynamic)
+        call = CompiledApart(self.model, session.backend, dynamic=self.dynamic)
         leaves = [p for p in self.model.parameters() if p.requires_grad]
         try:
             with session.put_back(self.model):
@@ -329,7 +330,7 @@ class Driver:
             raise InputsError("a bound of weights is met for single calls, not for step=", hint=_PACK_FIRST)
         session.whole, session.current, session.captured = False, [], []
         session.observer = _observer((self.model.parameters(), self.model.buffers()))
-        call = _torch.compile_apart(self.model, session.backend, dynamic=self.dynamic)
+        call = CompiledApart(self.model, session.backend, dynamic=self.dynamic)
         leaves = [p for p in self.model.parameters() if p.requires_grad]
 
         def reset() -> None:

@@ -11,6 +11,7 @@ import torch.fx as fx
 from torch import nn
 
 from graphopt import _torch
+from graphopt.apart import CompiledApart
 from graphopt.capture.semantic import input_specs, semantic_graph, semantic_program
 from graphopt.errors import CaptureError, GraphoptError, InputsError, brief
 from graphopt.packing.discover import Read, reads_of
@@ -39,7 +40,7 @@ class Tracer:
             **{id(p): ("parameter", name) for name, p in model.named_parameters()},
         }
         self._running = True
-        self._call = _torch.compile_apart(model, self._backend)
+        self._call = CompiledApart(model, self._backend)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own result. Raises what the model raises."""
@@ -55,7 +56,7 @@ class Tracer:
     def capture(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The programs of one call, without running it where one graph holds it all."""
         self._running = False
-        whole = _torch.compile_apart(self.model, self._backend, fullgraph=True)
+        whole = CompiledApart(self.model, self._backend, fullgraph=True)
         try:
             with _torch.quiet_capture():
                 whole(*args, **kwargs)
