@@ -80,7 +80,10 @@ class Reaches:
 
     def __init__(self, patterns: Sequence[Pattern]) -> None:
         self._shapes: dict[Hashable, _Shape] = {}
+        # Patterns hold calls in common, and unfolded they are far larger; by identity, as equality unfolds them.
+        self._known: dict[int, _Shape] = {}
         self.roots = tuple(self._shape(pattern.roots[0]) for pattern in patterns)
+        self._known.clear()
         self._rooted: dict[Any, list[int]] = {}
         for k, root in enumerate(self.roots):
             for target in root.operator.targets:
@@ -150,6 +153,11 @@ class Reaches:
         return Reach(1 + found.most, 1 + found.whole if found.may_match else -1)
 
     def _shape(self, call: Call) -> _Shape:
+        if id(call) not in self._known:
+            self._known[id(call)] = self._new_shape(call)
+        return self._known[id(call)]
+
+    def _new_shape(self, call: Call) -> _Shape:
         args = tuple(map(self._part, call.args))
         kwargs = {name: self._part(part) for name, part in call.kwargs.items()}
         below = (*args, *kwargs.values())
