@@ -15,6 +15,8 @@ help: ## what can be made
 demo: $(STAMP) ## train a small Llama in about half of its memory
 	$(BIN)/python examples/demo.py --out demo-out
 
+# Workers share the cores: threads of operators would spin while they wait for those of the other worker.
+test: export OMP_NUM_THREADS ?= 1
 test: lint ## the quick suite
 	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu" $(PYTEST_ARGS)
 
