@@ -13,8 +13,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from graphopt.errors import PipelineError, PluginError, UnknownNameError
+from graphopt.plugins.capturing import CaptureHook
 from graphopt.plugins.hookspecs import GROUP
-from graphopt.plugins.loading import GUARDED, LoadedPlugin, describe_error, load_plugins
+from graphopt.plugins.loading import GUARDED, INLINE, LoadedPlugin, describe_error, load_plugins
 from graphopt.plugins.records import (
     CacheScoreSpec,
     CodecSpec,
@@ -309,11 +310,13 @@ class PluginHost:
         )
 
     def check(self) -> tuple[PluginRecord, ...]:
-        """Ask every registration hook and look into what is registered, then ``records()``."""
-        from graphopt.plugins.diagnosis import diagnosed
+        """Ask every registration hook and look into what is registered, have a small model captured, then
+        ``records()``."""
+        from graphopt.plugins.diagnosis import diagnosed, probe_captures
 
         for ask in _FACADE.values():
             getattr(self, ask)()
+        probe_captures(self)
         for hook, name, wrong in diagnosed(self):
             self.blame(hook, name, PluginError(f"{_KIND[hook]} {name!r}: {wrong}"))
         return self.records()
@@ -347,6 +350,17 @@ class PluginHost:
         wanted = self.owner(hook, name)
         same = (p for p in self._plugins if (p.name, p.distribution) == (wanted.plugin, wanted.distribution))
         return next(same, None)
+
+    # --- capture ---------------------------------------------------------------------------
+
+    def capture_hooks(self) -> tuple[CaptureHook, ...]:
+        """Plugins that may capture a model, in the order in which they are asked: inline ones, which the
+        caller named, come first."""
+        having = [plugin for plugin in self._plugins if CaptureHook.NAME in plugin.hooks]
+        having.sort(key=lambda plugin: plugin.distribution != INLINE)
+        return tuple(
+            CaptureHook(plugin, functools.partial(self._fail, plugin, CaptureHook.NAME)) for plugin in having
+        )
 
     # --- observers -------------------------------------------------------------------------
 
@@ -438,7 +452,8 @@ class PluginHost:
         else:
             what = f"{hook} raised {describe_error(error)}"
         plugin.status = "failed"
-        plugin.error = f"{plugin.error}; {what}" if plugin.error else what
+        if what not in plugin.error:
+            plugin.error = f"{plugin.error}; {what}" if plugin.error else what
         if self._strict:
             raise PluginError(f"plugin {plugin} failed: {what}") from error
 
