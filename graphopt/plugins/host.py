@@ -369,7 +369,8 @@ class PluginHost:
         self._notify("graphopt_before_pass", ctx=ctx, step=step, program=program)
 
     def notify_after(self, ctx: PassContext, step: Pass, program: Program, record: PassRecord) -> None:
-        """Tell observers what came of ``step``. One that raises is recorded and not told again."""
+        """Tell observers what came of ``step``. One that raises, or changes the program, is recorded and not
+        told again."""
         self._notify("graphopt_after_pass", ctx=ctx, step=step, program=program, record=record)
 
     # --- inside ----------------------------------------------------------------------------
@@ -441,10 +442,23 @@ class PluginHost:
             if hook in plugin.hooks and hook not in plugin.silenced:
                 try:
                     with plugin.watched(hook):
-                        plugin.call(hook, **arguments)
+                        self._observe(plugin, hook, **arguments)
                 except GUARDED as error:
                     plugin.silenced.add(hook)
                     self._fail(plugin, hook, error)
+
+    def _observe(self, plugin: LoadedPlugin, hook: str, program: Program, **arguments: Any) -> None:
+        """Call an observer; a program that it changes is put back."""
+        failed: BaseException | None = None
+        with program.edit(hook) as edit:
+            try:
+                plugin.call(hook, program=program, **arguments)
+            except GUARDED as error:
+                failed = error
+            if edit.differs:
+                raise PluginError("it changed the program, which was put back: observers only look")
+        if failed is not None:
+            raise failed
 
     def _fail(self, plugin: LoadedPlugin, hook: str, error: BaseException) -> None:
         if isinstance(error, PluginError):
