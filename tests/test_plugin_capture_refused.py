@@ -186,6 +186,10 @@ MISBEHAVIOUR: dict[str, tuple[Callable[..., Any], str]] = {
         ": names['first.bias'] is 'frist.bias': the model has no parameter or buffer of that name; did you "
         "mean 'first.bias'?",
     ),
+    "a name for the model's own": (
+        lambda model, *rest: Capture(fx.symbolic_trace(model), names={"norm.weight": "norm.bias"}),
+        ": names['norm.weight'] is 'norm.bias': it is of a module of the model's own",
+    ),
     "placeholders too few": (
         lambda model, *rest: Capture(fx.symbolic_trace(model), placeholders=(0,)),
         ": placeholders has 1 entries, its graph 2 placeholders",

@@ -66,7 +66,7 @@ def stand_in(model: torch.nn.Module, returned: object, leaves: int) -> torch.nn.
     except RuntimeError as error:
         raise PluginError(f"its graph does not hold together: {brief(error)}") from error
     own = state_of(model)
-    _bind(graph, own, returned.names)
+    _bind(graph, model, own, returned.names)
     given = _given(graph, returned.placeholders, own, leaves)
     if given is None and returned.out_tree is None:
         return graph
@@ -123,19 +123,24 @@ def _named(name: str, own: Mapping[str, torch.Tensor], where: str) -> torch.Tens
     return own[name]
 
 
-def _bind(graph: fx.GraphModule, own: Mapping[str, torch.Tensor], names: object) -> None:
-    """Put the model's own parameters and buffers in the place of copies."""
+def _bind(
+    graph: fx.GraphModule, model: torch.nn.Module, own: Mapping[str, torch.Tensor], names: object
+) -> None:
+    """Put the model's own parameters and buffers in the place of copies; its own modules are not touched."""
     if not isinstance(names, Mapping):
         raise PluginError(f"names is {names!r}: expected a mapping of names in its graph to the model's")
     known = {id(tensor) for tensor in own.values()}
     storages = {_torch.storage_key(t): name for name, t in own.items() if _has_storage(t)}
+    modules = {id(module) for module in model.modules()}
     held = list(_held(graph))
     if strange := [name for name in names if name not in {path for path, _, _, _ in held}]:
         raise PluginError(f"names[{strange[0]!r}]: its graph has no tensor of that name")
     for path, owner, key, tensor in held:
         if path in names:
             theirs = _named(str(names[path]), own, f"names[{path!r}]")
-        elif id(tensor) in known:
+            if id(owner) in modules and theirs is not tensor:
+                raise PluginError(f"names[{path!r}] is {names[path]!r}: it is of a module of the model's own")
+        elif id(tensor) in known or id(owner) in modules:
             continue
         elif path in own:
             theirs = own[path]
