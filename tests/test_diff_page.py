@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from graphopt.cli.main import main
 from graphopt.dump.difference import difference
 from graphopt.dump.difference_page import KINDS, difference_page
 from graphopt.dump.rows import ProgramRows, Row, Side
@@ -107,8 +108,10 @@ def test_a_program_of_one_side_alone_stands_beside_nothing() -> None:
     assert {KINDS[k] for k in before["change"]} == {"", "removed"}
 
 
-def test_the_command_writes_it_from_a_file_and_from_a_target(tmp_path: Path) -> None:
-    (tmp_path / "gates.py").write_text(
+def test_the_command_writes_it_from_a_file_and_from_a_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "diff_gates.py").write_text(
         "import torch\n"
         "class Gate(torch.nn.Module):\n"
         "    def __init__(self, half=0.5):\n        super().__init__()\n        self.half = half\n"
@@ -117,13 +120,17 @@ def test_the_command_writes_it_from_a_file_and_from_a_target(tmp_path: Path) -> 
         "def half():\n    return Gate(), (torch.ones(2, 4),)\n"
         "def third():\n    return Gate(0.3), (torch.ones(2, 4),)\n"
     )
-    code = "import sys; from graphopt.cli.main import main; main(sys.argv[1:])"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
 
     def run(*arguments: str) -> None:
-        subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, check=True, timeout=120)
+        torch._dynamo.reset()
+        with pytest.raises(SystemExit) as stopped:
+            main([*arguments, "--emit", "eager"])
+        assert not stopped.value.code
 
-    run("dump", "gates:half", "-f", "json", "-o", "before.json", "--emit", "eager", "--stage", "semantic")
-    run("diff", "before.json", "gates:third", "-f", "html", "-o", "diff.html", "--emit", "eager")
+    run("dump", "diff_gates:half", "-f", "json", "-o", "before.json", "--stage", "semantic")
+    run("diff", "before.json", "diff_gates:third", "-f", "html", "-o", "diff.html")
     before, after = data_of((tmp_path / "diff.html").read_text())["programs"]
     for side in (before, after):
         assert [KINDS[k] for k in side["change"] if k] == ["changed"]

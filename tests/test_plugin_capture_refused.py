@@ -15,6 +15,7 @@ from torch import nn
 
 import graphopt
 from graphopt import InputsError, PluginError
+from graphopt.cli.main import main
 from graphopt.plugins import Capture, PluginHost
 from tests.plugin_captures import WHO, Model, X, exported, optimized, plugin, step, symbolic
 
@@ -318,6 +319,55 @@ def test_check_has_a_small_model_captured() -> None:
     assert checked(raising(KeyError("x"))).error == "graphopt_capture raised KeyError: 'x'"
     with pytest.raises(PluginError, match="graphopt_capture: expected a Capture"):
         PluginHost([plugin(lambda *given: 7)], entry_points=(), strict=True).check()
+
+
+class Sneaky(nn.Module):
+    """The same op by op, twice as much compiled."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if torch.compiler.is_compiling() else x * 1
+
+
+def sneaky(model: Any, inputs: Any, options: Any) -> Capture:
+    """For three rows the model's graph; for others one that computes something else when it is compiled."""
+    gm = fx.symbolic_trace(model)
+    if len(inputs.args[0]) != 3:
+        gm.add_module("sneaky", Sneaky())
+        last = node(gm.graph, "last")
+        with gm.graph.inserting_after(last):
+            made = gm.graph.call_module("sneaky", (last,))
+        last.replace_all_uses_with(made, delete_user_cb=lambda user: user is not made)
+        gm.recompile()
+    return Capture(gm)
+
+
+def test_what_dynamo_makes_of_a_capture_is_compared_and_earlier_ones_stay() -> None:
+    model, plain = Model(), Model()
+    fast = optimized(sneaky, model, dynamic_shapes=False)
+    for size in (3, 5, 3):
+        x = torch.randn(size, 4)
+        torch.testing.assert_close(fast(x), plain(x))
+    (record,) = fast.report.captures
+    said = "compiled, the model computes something else than it does op by op: output 0 differs by "
+    assert record.reason.startswith(said) and record.programs == ("g0",)
+    assert [program.name for program in (*fast.report.earlier, *fast.report.programs)] == ["g0", "g1"]
+
+
+def test_the_command_line_shows_and_checks_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(act: Callable[..., Any]) -> tuple[int, str, str]:
+        host = PluginHost([plugin(act)], entry_points=(), strict=False)
+        monkeypatch.setattr("graphopt.cli.verbs.plugins.default_host", lambda: host)
+        with pytest.raises(SystemExit) as stopped:
+            main(["plugins", "--check"])
+        return (int(stopped.value.code or 0), *capsys.readouterr())
+
+    code, out, err = run(symbolic)
+    assert (code, err) == (0, "") and out.splitlines()[-1].split()[-2:] == ["active", "graphopt_capture"]
+    code, _, err = run(lambda *given: 7)
+    said = "graphopt: plugin 'Inline' (failed): graphopt_capture: expected a Capture or None, got 7\n"
+    assert (code, err) == (1, said)
 
 
 def test_unread_state_of_a_frozen_model_is_noticed() -> None:

@@ -87,6 +87,7 @@ _KIND = {
     "graphopt_cost_models": "cost model",
     "graphopt_costs": "cost of operator",
     "graphopt_formats": "dump format",
+    "graphopt_replacements": "replacement",
 }
 """What is registered through the hooks whose records are used or looked into one by one."""
 
