@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import re
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -149,6 +151,25 @@ def test_a_dynamic_capture_is_of_other_sizes_too(trace: Callable[..., Any]) -> N
     assert asked == [1]
     assert re.search(r"f32\[s\d+=5,4\]", fast.report.programs[0].inputs)
     assert fast.report.captures[0].programs == ("g0", "g1")
+
+
+@pytest.mark.parametrize("act", [symbolic, exported, lifted])
+def test_what_was_captured_and_deleted_is_gone(act: Callable[..., Any]) -> None:
+    gone: list[weakref.ref[Any]] = []
+
+    def telling(model: Any, inputs: Any, options: Any) -> Capture:
+        made: Capture = act(model, inputs, options)
+        gone.append(weakref.ref(made.graph))
+        return made
+
+    model = Model()
+    fast = optimized(telling, model)
+    step(fast, model)
+    gone += [weakref.ref(model), weakref.ref(fast), weakref.ref(fast._driver.session)]
+    assert fast.report.captures[0].programs
+    del model, fast
+    gc.collect()
+    assert [kept() for kept in gone] == [None] * len(gone)
 
 
 def test_plugins_are_asked_about_so_many_kinds_of_calls() -> None:

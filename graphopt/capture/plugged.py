@@ -16,6 +16,7 @@ import torch.fx as fx
 from torch.utils import _pytree as pytree
 
 from graphopt import _torch
+from graphopt.apart import CompiledApart
 from graphopt.capture.faithful import stands_for
 from graphopt.capture.kept import KeptModel
 from graphopt.capture.stand_in import keep_layers, stand_in, state_of
@@ -135,7 +136,7 @@ class PluggedCapture:
                 return self._run(self._entries[-1], args, kwargs)
             self._declined.append(key)
         if self._own is None:
-            self._own = _torch.compile_apart(
+            self._own = CompiledApart(
                 self.model, self.session.backend, fullgraph=True, dynamic=self.dynamic
             )
         return self._own(*args, **kwargs)
@@ -207,7 +208,7 @@ class PluggedCapture:
             keep_layers(offer.module, gm.graph)
             return session.backend(gm, inputs)
 
-        call = _torch.compile_apart(offer.module, backend, fullgraph=True, dynamic=dynamic)
+        call = CompiledApart(offer.module, backend, fullgraph=True, dynamic=dynamic)
         known = len(session.captured)
         session.whole, session.capturing = True, True
         why = "its graph runs no tensor operation"
