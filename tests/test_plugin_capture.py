@@ -153,6 +153,28 @@ def test_a_dynamic_capture_is_of_other_sizes_too(trace: Callable[..., Any]) -> N
     assert fast.report.captures[0].programs == ("g0", "g1")
 
 
+def test_a_decoder_of_transformers_trains_within_a_budget() -> None:
+    pytest.importorskip("transformers")
+    from examples.targets import llama
+
+    model, inputs = llama()
+    plain, _ = llama()
+    torch._dynamo.reset()
+    fast = graphopt.optimize(
+        model, inputs, budget="75%", plugins=(plugin(exported),), emit="eager", cache=False, on_error="raise"
+    )
+    assert fast.report.captures[0].programs == ("g0",) and not fast.report.diagnostics
+    assert fast.plan.predicted.peak_bytes <= fast.plan.budget < fast.plan.baseline.peak_bytes
+    assert {"model.layers.0.mlp.gate_proj", "model.layers.1.input_layernorm"} <= {
+        layer_of(node) for node in fast.programs[0].graph.nodes
+    }
+    ours, theirs = fast(**inputs), plain(**inputs)
+    assert type(ours) is type(theirs) and torch.equal(ours.loss, theirs.loss)
+    ours.loss.backward(), theirs.loss.backward()
+    for mine, other in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine.grad, other.grad)
+
+
 @pytest.mark.parametrize("act", [symbolic, exported, lifted])
 def test_what_was_captured_and_deleted_is_gone(act: Callable[..., Any]) -> None:
     gone: list[weakref.ref[Any]] = []

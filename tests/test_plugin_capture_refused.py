@@ -289,6 +289,30 @@ def test_a_graph_without_tensors_is_left() -> None:
     assert fast(X) == 7
 
 
+@pytest.mark.parametrize(
+    ("made", "changed"),
+    [
+        (lambda table: dict(table), False),
+        (lambda table: {**table, "rows": (1, 2, [4])}, True),
+        (lambda table: {**table, "more": 1}, True),
+        (lambda table: tuple(table.items()), True),
+    ],
+    ids=["a copy", "another value", "another key", "another type"],
+)
+def test_equal_copies_of_plain_containers_are_no_change(made: Callable[..., Any], changed: bool) -> None:
+    def act(model: Any, inputs: Any, options: Any) -> Capture:
+        model.table = made(model.table)
+        return symbolic(model, inputs, options)
+
+    model = Model()
+    table = model.table = {"rows": (1, 2, [3]), "name": "model"}  # type: ignore[assignment]
+    fast = optimized(act, model, pipeline=())
+    (record,) = fast.report.captures
+    said = "it changed the model, which was put back: attribute 'table'"
+    assert (record.reason, bool(record.programs)) == ((said, False) if changed else ("", True))
+    assert model.table is table
+
+
 def test_inputs_that_the_model_refuses_are_the_caller_s() -> None:
     for on_error in ("rollback", "raise"):
         with pytest.raises(InputsError, match="the model does not run with these inputs: RuntimeError: mat1"):

@@ -34,16 +34,11 @@ class KeptModel:
         changes: list[str] = []
         for path, module, attributes, tables in self._modules:
             where = f" of {path!r}" if path else ""
-            if name := _changed(vars(module), attributes):
+            if name := _restored(vars(module), attributes):
                 changes.append(f"attribute {name!r}{where}")
-                vars(module).clear()
-                vars(module).update(attributes)
             for table, entries in tables.items():
-                now = vars(module)[table]
-                if name := _changed(now, entries):
+                if name := _restored(vars(module)[table], entries):
                     changes.append(f"{name!r} in {table}{where}")
-                    now.clear()
-                    now.update(entries)
         with torch.no_grad():
             for name, tensor, trained, gradient, values in self._state.values():
                 for part, value in values:
@@ -63,16 +58,29 @@ def _tables(module: torch.nn.Module) -> dict[str, dict[Any, Any]]:
     return {name: dict(value) for name, value in vars(module).items() if isinstance(value, dict)}
 
 
-def _changed(now: Mapping[str, Any], was: Mapping[str, Any]) -> str:
-    """The first name that stands for something else."""
-    for name in (*was, *now):
-        if name not in now or name not in was:
-            return str(name)
-        before, after = was[name], now[name]
-        plain = type(after) in _PLAIN and type(after) is type(before)
-        if after is not before and not (plain and after == before):
-            return str(name)
-    return ""
+def _restored(now: dict[Any, Any], was: Mapping[Any, Any]) -> str:
+    """Make a table what it was; the first name that stood for something else. Tracers put equal copies of
+    plain containers in the place of a module's own, which is told of nobody."""
+    if now.keys() == was.keys() and all(now[name] is value for name, value in was.items()):
+        return ""
+    changed = [name for name in (*was, *now) if name not in now or name not in was]
+    changed += [name for name, value in was.items() if name in now and not _alike(now[name], value)]
+    now.clear()
+    now.update(was)
+    return str(changed[0]) if changed else ""
+
+
+def _alike(now: Any, was: Any) -> bool:
+    """Whether two values are one object, or equal and made of plain values alone."""
+    if now is was:
+        return True
+    if type(now) is not type(was):
+        return False
+    if isinstance(now, Mapping):
+        return list(now) == list(was) and all(_alike(now[key], was[key]) for key in now)
+    if isinstance(now, (list, tuple)):
+        return len(now) == len(was) and all(map(_alike, now, was))
+    return type(now) in _PLAIN and bool(now == was)
 
 
 def _on_host(tensor: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
