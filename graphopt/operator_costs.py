@@ -62,7 +62,8 @@ class PricedByPlugins:
         if spec is None:
             return own
         try:
-            found = spec.price(node, self.device)
+            with self._host.using("graphopt_costs", spec.name):
+                found = spec.price(node, self.device)
             if wrong := _nonsense(found):
                 raise PluginError(f"cost of operator {spec.name!r}: {wrong}")
         except GUARDED as error:

@@ -18,7 +18,15 @@ from graphopt.plugins.records import PluginRecord
 from graphopt.record_json import RecordFormatError, decode, encode
 from graphopt.rewrites import Rewrite
 
-__all__ = ["REPORT_VERSION", "Environment", "PassRecord", "PassStatus", "ProgramSummary", "Report"]
+__all__ = [
+    "REPORT_VERSION",
+    "CaptureRecord",
+    "Environment",
+    "PassRecord",
+    "PassStatus",
+    "ProgramSummary",
+    "Report",
+]
 
 REPORT_VERSION = "graphopt/report@1"
 
@@ -53,6 +61,17 @@ class ProgramSummary:
 
 
 @dataclass(frozen=True)
+class CaptureRecord:
+    """A plugin that captured the model, or was asked to: ``programs`` are the names of those that are made of
+    its capture, ``reason`` says why it was not used."""
+
+    plugin: str
+    distribution: str
+    programs: tuple[str, ...] = ()
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class PassRecord:
     """One run of one pass: ``reason`` says why it did what ``status`` tells, ``options`` how it was set.
 
@@ -75,7 +94,8 @@ class Report:
     could not be captured: it runs as it did, ``diagnostics`` say why), ``measured`` what running it
     showed (``None`` before it was measured). ``budget`` is the bound on the peak in bytes.
     ``programs`` are those of the step that was captured last, which costs and plan are of; ``earlier``
-    those captured for other inputs or another mode, each with a plan of its own.
+    those captured for other inputs or another mode, each with a plan of its own. ``captures`` says which
+    plugins captured the model, and which were not used and why; what it does not name graphopt captured.
     ``declined`` are rewrites that were offered and not chosen, ``near_misses`` places where a rule
     matched and its guard said no; ``str()`` shows a few of each. ``groups`` are groups of operators that a
     kernel was predicted for, kept or not. ``quantization`` says which weights are packed, and how far off
@@ -102,6 +122,7 @@ class Report:
     quantization: QuantizationPlan | None = None
     decoding: DecodingRecord | None = None
     rewrites: tuple[Rewrite, ...] = ()
+    captures: tuple[CaptureRecord, ...] = ()
     schema_version: str = field(default=REPORT_VERSION, init=False)
 
     def with_measured(self, measured: Cost) -> Report:
@@ -149,11 +170,12 @@ class Report:
             )
         plan = Plan.from_json(data["plan"]) if data.get("plan") is not None else None
         body = {key: value for key, value in data.items() if key != "schema"}
-        # Reports stored before weights could be packed, keys and values kept, or rewrites had names,
-        # do not say so.
+        # Reports stored before weights could be packed, keys and values kept, rewrites had names, or plugins
+        # could capture, do not say so.
         body.setdefault("quantization", None)
         body.setdefault("decoding", None)
         body.setdefault("rewrites", [])
+        body.setdefault("captures", [])
         if isinstance(body["decoding"], Mapping):
             # Nor, before these could be, whether weights lie side by side, attentions share and stores round.
             body["decoding"] = {"beside": 0, "sharing": None, "lossy": None, **body["decoding"]}

@@ -275,7 +275,22 @@ def program_lines(report: Report) -> list[str]:
         if programs is report.programs and report.budget is not None and _symbolic(report):
             told += "; sizes with names may differ, of larger ones a step may take more than the budget"
         lines += [f"{name} {mode} {inputs}: {told}" for name, mode, inputs in seen]
-    return lines if report.earlier or _symbolic(report) else []
+    shown = lines if report.earlier or _symbolic(report) else []
+    return [*shown, *capture_lines(report)]
+
+
+def capture_lines(report: Report) -> list[str]:
+    """Which plugins captured what, and which were asked and not used: ``g0: captured by plugin 'acme' of
+    acme-tracer``."""
+    lines = []
+    for record in report.captures:
+        plugin = f"plugin {record.plugin!r} of {record.distribution}"
+        if record.programs:
+            names = dict.fromkeys(name.partition(".")[0] for name in record.programs)
+            lines.append(f"{', '.join(names)}: captured by {plugin}")
+        if record.reason:
+            lines.append(f"{plugin} did not capture the model: {record.reason}")
+    return lines
 
 
 def _symbolic(report: Report) -> bool:

@@ -590,6 +590,26 @@ class Session:
             notes.clear()
         self.differentiated.clear()
 
+    def checkpoint(self) -> Callable[[], None]:
+        """What has been captured, planned and noted, to go back to: a function that does."""
+        notes = (self.records, self.declined, self.near_misses, self.rewrites, self.diagnostics)
+        lists: list[tuple[list[Any], list[Any]]] = [(kept, list(kept)) for kept in (*notes, self.recorders)]
+        names = (
+            "plan", "_fold", "chain", "reruns", "chosen_by", "static_bytes", "replay_bytes", "trains",
+            "whole", "_seen", "_counted",
+        )  # fmt: skip
+        values = {name: getattr(self, name) for name in names}
+        captured, current, differentiated = list(self.captured), list(self.current), set(self.differentiated)
+
+        def go_back() -> None:
+            for kept, were in lists:
+                kept[:] = were
+            for name, value in values.items():
+                setattr(self, name, value)
+            self.captured, self.current, self.differentiated = captured, current, differentiated
+
+        return go_back
+
     def _leave(self, captured: Captured, error: Exception) -> None:
         """Let one graph of several run as dynamo captured it."""
         captured.run, captured.provisional = captured.plain, False

@@ -29,6 +29,15 @@ def test_the_tests_that_the_table_names_exist() -> None:
         assert name in known, f"{row['feature']}: {file} has no test {name}"
 
 
+def test_the_tests_of_misbehaviour_that_the_page_names_exist() -> None:
+    text = (ROOT / "docs" / "plugins.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/\w+\.py)::(\w+)` \|$", text, re.M)
+    assert len(named) >= 25 and len(named) == text.count("`tests/")
+    for file, name in named:
+        tree = ast.parse((ROOT / file).read_text(encoding="utf-8"))
+        assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, (file, name)
+
+
 def test_every_public_signature_is_annotated() -> None:
     bare = [label for label, function in _public_functions() if _lacks_annotations(function)]
     assert not bare

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from graphopt import PluginError
 from graphopt.plugins import PluginHost, hookimpl
+from graphopt.plugins.diagnosis import probe_captures
 from graphopt.plugins.hookspecs import HookSpecs
+from tests.programs import semantic
 
 PAGE = Path(__file__).parent.parent / "docs" / "plugins.md"
 HOOKS = [name for name in vars(HookSpecs) if name.startswith("graphopt_")]
@@ -42,9 +47,36 @@ def exits(*given: Any) -> Any:
     raise SystemExit(2)
 
 
+def sleeps() -> list[Any]:
+    time.sleep(0.1)
+    return []
+
+
 def breaks_off(*given: Any) -> Any:
     yield from ()
     raise KeyError("later")
+
+
+def uses(hook: str) -> Callable[[PluginHost], Any]:
+    """What makes a host call a hook, and gives what came of it."""
+    if hook in REGISTRIES:
+        return lambda host: getattr(host, REGISTRIES[hook])()
+    if hook == "graphopt_capture":
+        return probe_captures
+    tell = {"graphopt_before_pass": "notify_before", "graphopt_after_pass": "notify_after"}[hook]
+    more = ("record",) if hook == "graphopt_after_pass" else ()
+    program = semantic(lambda x: x.sin().cos(), torch.ones(2))
+    return lambda host: getattr(host, tell)("ctx", "step", program, *more)
+
+
+def misbehaving(hook: str, case: str) -> tuple[Callable[..., Any], str]:
+    """A function for the hook, and what the host says of it (a pattern); "" where nothing is wrong."""
+    act, said = CASES[case]
+    if hook in OBSERVERS and case not in ("raises", "exits"):
+        return act, ""  # what an observer returns is nobody's
+    if hook == "graphopt_capture" and case not in ("raises", "exits"):
+        return act, "" if case == "nothing" else "HOOK: expected a Capture or None, got .*"
+    return act, said
 
 
 CASES = {
@@ -53,27 +85,100 @@ CASES = {
     "breaks off": (breaks_off, r"HOOK raised KeyError: 'later'|HOOK: expected a mapping .*"),
     "nothing": (lambda: None, r"HOOK: expected (an iterable of|a mapping of) .*, got None"),
     "a number": (lambda: 7, r"HOOK: expected (an iterable of|a mapping of) .*, got 7"),
+    "a text": (lambda: "text", r"HOOK: expected (an iterable of|a mapping of) .*, got 'text'"),
     "numbers": (lambda: [7], r"HOOK: expected .*, got \[?7\]?"),
 }
 
 
+def host_of(*plugins: Any, **options: Any) -> PluginHost:
+    return PluginHost(plugins, entry_points=(), disabled=(), **{"strict": False, **options})
+
+
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("hook", REGISTRIES)
+@pytest.mark.parametrize("hook", HOOKS)
 def test_a_hook_that_misbehaves_is_named_and_counts_not_at_all(hook: str, case: str) -> None:
-    act, error = CASES[case]
-    observed = plugin("Good", graphopt_before_pass=lambda: None)
-    host = PluginHost([plugin("Bad", **{hook: act}), observed], entry_points=(), disabled=(), strict=False)
-    assert not getattr(host, REGISTRIES[hook])()
+    act, error = misbehaving(hook, case)
+    use = uses(hook)
+    host = host_of(plugin("Bad", **{hook: act}), plugin("Good", graphopt_formats=list))
+    found = use(host)
     bad, good = host.records()
-    assert (bad.name, bad.status, good.status) == ("Bad", "failed", "active")
+    assert not found and (bad.name, good.status) == ("Bad", "active")
+    assert bad.status == ("failed" if error else "active")
     assert re.fullmatch(error.replace("HOOK", hook), bad.error), bad.error
-    strict = PluginHost([plugin("Bad", **{hook: act})], entry_points=(), disabled=(), strict=True)
-    with pytest.raises(PluginError, match=f"plugin 'Bad' of inline failed: {hook}"):
-        getattr(strict, REGISTRIES[hook])()
+    strict = host_of(plugin("Bad", **{hook: act}), strict=True)
+    if error:
+        with pytest.raises(PluginError, match=f"plugin 'Bad' of inline failed: {hook}"):
+            use(strict)
+    else:
+        use(strict)
 
 
-def test_every_hook_registers_or_observes() -> None:
-    assert {*REGISTRIES, *OBSERVERS} == set(HOOKS)
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_that_hangs_is_named_while_it_does(hook: str, caplog: pytest.LogCaptureFixture) -> None:
+    host = host_of(plugin("Sloth", **{hook: sleeps}), patience=0.03)
+    use = uses(hook)
+    with caplog.at_level(logging.WARNING, logger="graphopt"):
+        use(host)
+    told = [record.getMessage() for record in caplog.records if record.name == "graphopt"]
+    assert told == [f"plugin 'Sloth' of inline: {hook} has not returned for 0.03 s"]
+    (record,) = host.records()
+    assert [text.rpartition(" took ")[0] for text in record.slow] == [hook]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("off", ["Bad", "all"])
+def test_a_hook_of_a_disabled_plugin_is_not_asked(hook: str, off: str) -> None:
+    host = PluginHost([plugin("Bad", **{hook: raises})], entry_points=(), disabled=(off,), strict=True)
+    uses(hook)(host)
+    assert [(record.status, record.error) for record in host.records()] == [("disabled", "")]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("version", [None, 0, 2, "1"])
+def test_a_hook_of_another_version_is_not_asked(hook: str, version: Any) -> None:
+    bad = plugin("Bad", **{hook: raises})
+    bad.graphopt_api = version
+    said = "graphopt_api is missing" if version is None else f"graphopt_api is {version}, this graphopt has 1"
+    with pytest.raises(PluginError, match=re.escape(said)):
+        host_of(bad).records()
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+def test_a_hook_that_takes_what_there_is_not_is_named(hook: str) -> None:
+    def strange(nonsense: Any) -> Any:
+        return []
+
+    with pytest.raises(PluginError, match=f"hook '{hook}'.*nonsense|nonsense.*{hook}"):
+        host_of(plugin("Bad", **{hook: strange})).records()
+
+
+@pytest.mark.parametrize("hook", OBSERVERS)
+def test_an_observer_that_changes_the_program_is_named_and_the_program_put_back(hook: str) -> None:
+    told: list[str] = []
+
+    def change(program: Any) -> None:
+        told.append("changing")
+        sine = next(node for node in program.graph.nodes if node.name == "sin")
+        sine.replace_all_uses_with(sine.args[0])
+        program.graph.erase_node(sine)
+
+    def changing(graph_module: Any) -> list[str]:
+        return [node.name for node in graph_module.graph.nodes]
+
+    program = semantic(lambda x: x.sin().cos(), torch.ones(2))
+    before = changing(program)
+    host = host_of(plugin("Bad", **{hook: change}), plugin("Good", **{hook: lambda: told.append("good")}))
+    for _ in range(2):
+        arguments: Any = ("ctx", "step", program, "record")[: 3 + (hook == "graphopt_after_pass")]
+        (host.notify_before if hook == "graphopt_before_pass" else host.notify_after)(*arguments)
+    assert changing(program) == before
+    assert told == ["changing", "good", "good"]
+    said = f"{hook}: it changed the program, which was put back: observers only look"
+    assert [record.error for record in host.records()] == [said, ""]
+
+
+def test_every_hook_registers_observes_or_captures() -> None:
+    assert {*REGISTRIES, *OBSERVERS, "graphopt_capture"} == set(HOOKS)
 
 
 def test_every_hook_is_typed_described_and_on_the_page() -> None:

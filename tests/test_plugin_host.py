@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import torch
 
 import graphopt
 from graphopt import Level, Pass, PluginError, UnknownNameError
 from graphopt.plugins import CostModelFactory, DumpFormat, KernelSpec, OperatorCost, PluginHost, hookimpl
 from graphopt.plugins.records import PluginRecord
+from tests.programs import semantic
 
 
 @dataclass(frozen=True)
@@ -204,8 +206,6 @@ def test_inline_passes_by_class_and_by_name(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_rules_are_a_pass_of_their_plugin() -> None:
-    import torch
-
     from graphopt.rules import Rule, operator
 
     sine = operator(torch.ops.aten.sin.default)
@@ -325,16 +325,17 @@ def test_an_observer_that_raises_is_dropped_and_the_others_go_on() -> None:
 
         @hookimpl
         def graphopt_before_pass(self, step: Any, program: Any) -> None:
-            told.append(f"{step.name} on {program}")
+            told.append(f"{step.name} on {program.name}")
 
         @hookimpl
         def graphopt_after_pass(self, record: Any) -> None:
             told.append(record)
 
     host = PluginHost([Bad(), Good()], entry_points=(), strict=False)
+    program = semantic(lambda x: x.sin(), torch.ones(2))
     for _ in range(2):
-        host.notify_before(None, Tidy(), "g0")  # type: ignore[arg-type]
-    host.notify_after(None, Tidy(), "g0", "applied")  # type: ignore[arg-type]
+        host.notify_before(None, Tidy(), program)  # type: ignore[arg-type]
+    host.notify_after(None, Tidy(), program, "applied")  # type: ignore[arg-type]
     assert told == ["bad", "tidy on g0", "tidy on g0", "applied"]
     assert record(host, "Bad").error == "graphopt_before_pass raised ValueError: observer broke"
 

@@ -17,7 +17,16 @@ from torch import nn
 import graphopt
 from graphopt import DeviceSpec, Level, Pass, PluginError, Reason
 from graphopt.cost import CostModel, NodeCost
-from graphopt.plugins import CostModelFactory, DumpFormat, OperatorCost, PluginHost, default_host, hookimpl
+from graphopt.plugins import (
+    CostModelFactory,
+    DumpFormat,
+    OperatorCost,
+    PluginHost,
+    PolicySpec,
+    ReplacementSpec,
+    default_host,
+    hookimpl,
+)
 from graphopt.rules import RewritePass, Rule, operator
 
 aten = torch.ops.aten
@@ -251,3 +260,100 @@ def test_a_price_of_an_operator_counts_or_is_named(function: Callable[..., Any],
         record = next(r for r in fast.report.plugins if r.name == "Inline")
         assert (record.status, record.error) == ("failed", error)
     assert host.costs()["aten::sin"].price is function
+
+
+def proposing_slowly() -> dict[str, Any]:
+    step = acting(slow)
+    return {"graphopt_passes": lambda: [type(step)]}
+
+
+def applying_slowly() -> dict[str, Any]:
+    gain = graphopt.CostDelta(seconds=-1)
+    step = acting(lambda: [graphopt.Candidate("c", "foreign", ("sin",), gain, slow)])
+    return {"graphopt_passes": lambda: [type(step)]}
+
+
+def guarding_slowly() -> dict[str, Any]:
+    sine = operator(aten.sin.default)
+
+    def guard(x: Any) -> Reason:
+        slow()
+        return Reason("not here")
+
+    rule = Rule("sine", lambda x: sine(x), lambda x: aten.sin.default(x), guard)
+    cls = type("Guarded", (RewritePass,), {"name": "foreign", "level": Level.SEMANTIC, "rules": (rule,)})
+    return {"graphopt_passes": lambda: [dataclass(frozen=True)(cls)]}
+
+
+def choosing_slowly() -> dict[str, Any]:
+    return {"graphopt_policies": lambda: [PolicySpec("mine", lambda question: slow() or None)]}
+
+
+def pricing_slowly() -> dict[str, Any]:
+    return {"graphopt_costs": lambda: [OperatorCost("aten::sin", lambda *given: slow() or price(*given))]}
+
+
+def building_slowly() -> dict[str, Any]:
+    usual = default_host().cost_model("roofline").build
+    return {
+        "graphopt_cost_models": lambda: [CostModelFactory("mine", lambda device: slow() or usual(device))],  # type: ignore[arg-type, return-value]
+    }
+
+
+def replacing_slowly() -> dict[str, Any]:
+    return {"graphopt_replacements": lambda: [ReplacementSpec("mine", slow)]}
+
+
+HANGING: dict[str, tuple[Callable[[], dict[str, Any]], str, dict[str, Any]]] = {
+    "propose": (proposing_slowly, "pass 'foreign'", {"pipeline": "foreign"}),
+    "apply": (applying_slowly, "pass 'foreign'", {"pipeline": "foreign"}),
+    "guard": (guarding_slowly, "pass 'foreign'", {"pipeline": "foreign"}),
+    "policy": (choosing_slowly, "policy 'mine'", {"policy": "mine", "budget": "1GiB"}),
+    "price": (pricing_slowly, "cost of operator 'aten::sin'", {}),
+    "cost model": (building_slowly, "cost model 'mine'", {"cost_model": "mine"}),
+    "replacement": (replacing_slowly, "replacement 'mine'", {"emit": "inductor"}),
+}
+
+
+@pytest.mark.parametrize("where", HANGING)
+def test_what_hangs_in_use_is_named_and_noted(
+    where: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    members, what, options = HANGING[where]
+    monkeypatch.setitem(PluginHost.__init__.__kwdefaults__, "patience", 0.2)
+    torch._dynamo.reset()
+    given = {"emit": "eager", "cache": False, "pipeline": (), **options}
+    fast = graphopt.optimize(Model(), (X,), plugins=(inline(**members()),), **given)
+    torch.testing.assert_close(fast(X), Model()(X))
+    told = {record.getMessage() for record in caplog.records if record.name == "graphopt"}
+    assert f"plugin 'Inline' of inline: {what} has not returned for 0.2 s" in told
+    (record,) = (record for record in fast.report.plugins if record.name == "Inline")
+    assert record.status == "active" and record.slow[0].startswith(f"{what} took 0.")
+    assert f"{what} took" in " ".join(str(fast.report).split())
+
+
+@pytest.mark.parametrize(
+    ("propose", "reason"),
+    [
+        (raising(KeyError("val")), "raised KeyError: 'val'"),
+        (raising(SystemExit(3)), "raised SystemExit: 3"),
+        (lambda gm, cost: 7, "raised TypeError: 'int' object is not iterable"),
+        (lambda gm, cost: [7], "raised AttributeError: 'int' object has no attribute 'record'"),
+    ],
+    ids=["raises", "exits", "number", "numbers"],
+)
+def test_kernels_for_groups_that_fail_are_left_out(
+    propose: Callable[..., Any], reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plugin = inline(graphopt_replacements=lambda: [ReplacementSpec("mine", propose)])
+    torch._dynamo.reset()
+    options: dict[str, Any] = {"plugins": (plugin,), "pipeline": (), "emit": "inductor", "cache": False}
+    fast = graphopt.optimize(Model(), (X,), **options)
+    torch.testing.assert_close(fast(X), Model()(X))
+    assert f"mine failed: {reason.removeprefix('raised ')}" in {group.reason for group in fast.report.groups}
+    (record,) = (record for record in fast.report.plugins if record.name == "Inline")
+    assert (record.status, record.error) == ("failed", f"replacement 'mine' {reason}")
+    monkeypatch.setenv("GRAPHOPT_STRICT_PLUGINS", "1")
+    torch._dynamo.reset()
+    with pytest.raises(PluginError, match=f"plugin 'Inline' of inline failed: replacement 'mine' {reason}"):
+        graphopt.optimize(Model(), (X,), **options)(X)

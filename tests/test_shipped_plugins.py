@@ -93,7 +93,7 @@ def test_all_of_them_together_are_found(tmp_path: Path) -> None:
         "from graphopt.plugins import default_host as host\n"
         "print(sorted(host().policies()), 'l4' in host().devices(), 'csv' in host().formats(),"
         " 'serial' in host().cost_models(), 'fuse-causal-convolution' in host().passes(),"
-        " 'causal-convolution' in host().kernels(), list(host().costs()))",
+        " 'causal-convolution-silu' in host().kernels(), list(host().costs()))",
     )
     assert found.returncode == 0, found.stderr
     assert found.stdout.split("\n")[0] == (

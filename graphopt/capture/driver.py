@@ -16,6 +16,7 @@ from graphopt.apart import CompiledApart
 from graphopt.capture.faithful import compared
 from graphopt.capture.inputs import bind_inputs
 from graphopt.capture.observe import Observer
+from graphopt.capture.plugged import PluggedCapture
 from graphopt.capture.timeline import statistics_of, timeline_of
 from graphopt.cost import Cost, MemoryProfile
 from graphopt.dumping import dumped, programs_of
@@ -83,6 +84,7 @@ class Driver:
         self.guard: Guard | None = None
         self._first_plan: Plan | None = None
         self.agreement: Agreement | None = None
+        self.plugged: PluggedCapture | None = None
         self.apart = ""
         """What the predicted peak leaves out, for the report."""
 
@@ -200,6 +202,8 @@ class Driver:
         training = self.model.training
         self._differentiates = torch.is_grad_enabled()
         with _torch.quiet_capture(), torch.set_grad_enabled(torch.is_grad_enabled() and training):
+            if self._capture_plugged(args, kwargs):
+                return
             try:
                 self._capture_whole(args, kwargs)
                 return
@@ -212,6 +216,24 @@ class Driver:
                 self.session.forget()
                 self.session.diagnostics.append(f"not one graph: {_first_line(_torch.inner_error(error))}")
             self._capture_pieces(args, kwargs)
+
+    def _capture_plugged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a plugin captured the call."""
+        self.plugged = None
+        if not self.session.host.capture_hooks():
+            return False
+        self.plugged = PluggedCapture(
+            self.model,
+            self.session,
+            dynamic=self.dynamic,
+            compare=self.compare,
+            differs=self._difference,
+            refused=self._run_plain,
+        )
+        if not self.plugged.capture(args, kwargs):
+            return False
+        self._call = self.plugged
+        return True
 
     def _capture_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         session = self.session
@@ -240,8 +262,16 @@ class Driver:
     ) -> bool:
         """Whether what was captured computes what the model does; a model of which it does not is left as it
         is."""
-        if not self.compare:
+        if not (difference := self._difference(call, args, kwargs)):
             return True
+        self.session.forget()
+        self._give_up(CaptureError(difference, hint=_OTHER_PATH), args, kwargs)
+        return False
+
+    def _difference(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """How what was captured differs from the model, or ``""``."""
+        if not self.compare:
+            return ""
         session = self.session
         known = dict(self.model.named_parameters())
         written = [known[name] for name in self.written_parameters() if name in known]
@@ -260,11 +290,8 @@ class Driver:
         if found.refused:
             session.diagnostics.append(f"what was captured was not compared with the model: {found.refused}")
         if not found.difference:
-            return True
-        why = f"compiled, the model computes something else than it does op by op: {found.difference}"
-        session.forget()
-        self._give_up(CaptureError(why, hint=_OTHER_PATH), args, kwargs)
-        return False
+            return ""
+        return f"compiled, the model computes something else than it does op by op: {found.difference}"
 
     def _capture_pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Several graphs: run the forward once, everything put back, to see them all."""
@@ -326,6 +353,8 @@ class Driver:
     def _decide_step(self, step: Callable[[], object]) -> None:
         session = self.session
         self.step = step
+        if session.host.capture_hooks():
+            session.diagnostics.append("plugins capture single calls: they were not asked for step=")
         if self.fit is not None and session.budget.weights is not None:
             raise InputsError("a bound of weights is met for single calls, not for step=", hint=_PACK_FIRST)
         session.whole, session.current, session.captured = False, [], []
@@ -436,6 +465,14 @@ class Driver:
 
     def _give_up(self, error: BaseException, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Leave the model as it is. Inputs that the model itself refuses are the caller's error."""
+        self._run_plain(args, kwargs)
+        if self.session.on_error == "raise":
+            raise CaptureError(f"the model could not be captured: {_first_line(error)}") from error
+        self._uncaptured = True
+        self.session.diagnostics.append(f"not captured, runs as it did: {_first_line(error)}")
+
+    def _run_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run the model, everything put back. Raises ``InputsError`` where it does not run."""
         with (
             torch.set_grad_enabled(self._differentiates),
             _buffers_restored(self.model),
@@ -449,10 +486,6 @@ class Driver:
                 raise InputsError(
                     f"the model does not run with these inputs: {_first_line(refused)}",
                 ) from refused
-        if self.session.on_error == "raise":
-            raise CaptureError(f"the model could not be captured: {_first_line(error)}") from error
-        self._uncaptured = True
-        self.session.diagnostics.append(f"not captured, runs as it did: {_first_line(error)}")
 
     def training_step(self) -> bool:
         """Whether the captured step has a backward."""
@@ -641,6 +674,7 @@ class Driver:
             groups=tuple(dict.fromkeys(session.emitter.groups)),
             quantization=session.quantization,
             rewrites=session.chosen_rewrites(),
+            captures=self.plugged.records() if self.plugged is not None else (),
         )
 
     def memory(self) -> tuple[MemoryProfile, MemoryProfile]:

@@ -62,9 +62,13 @@ class LayerDelta:
 
 @dataclass(frozen=True)
 class ProgramDifference:
-    """One program of both sides, or of one: ``layers`` that changed, in the order of B, then of A."""
+    """One program of both sides, or of one, which has no rows then: ``layers`` that changed, in the order of
+    B, then of A. ``pairs``: rows of A and of B that are one call, changed or not, by index."""
 
     name: str
+    before: ProgramRows
+    after: ProgramRows
+    pairs: tuple[tuple[int, int], ...]
     calls: tuple[int, int]
     same: int
     layers: tuple[LayerDelta, ...]
@@ -125,6 +129,9 @@ def _compared(
     changes = _changes(a, b, pairs)
     return ProgramDifference(
         name,
+        a,
+        b,
+        tuple((i, j) for j, i in pairs.items()),
         (len(a.rows), len(b.rows)),
         len(pairs) - sum(change.kind in ("changed", "rewired") for change in changes),
         _by_layer(a, b, changes),

@@ -1,4 +1,5 @@
-"""What tells two programs apart as one HTML file that needs nothing else: A left, B right, layers folded."""
+"""What tells two programs apart as a table for notebooks: A left, B right, layers folded. What
+``graphopt diff -f html`` writes is the page of ``difference_page``, with the graphs."""
 
 from __future__ import annotations
 

@@ -23,6 +23,7 @@ class Model {
     this.depth = new Int32Array(L);
     this.first = new Int32Array(L).fill(n);
     this.count = new Int32Array(L);
+    this.changed = new Int32Array(L);
     this.bytes = new Float64Array(L);
     this.seconds = new Float64Array(L);
     for (let l = 1; l < L; l++) { this.inner[d.parent[l]].push(l); this.depth[l] = this.depth[d.parent[l]] + 1; }
@@ -31,6 +32,7 @@ class Model {
       for (let l = d.layer[i]; l >= 0; l = l ? d.parent[l] : -1) {
         if (d.call[i] && i < this.first[l]) this.first[l] = i;  // inputs are there before anything runs
         this.count[l]++;
+        if (d.change && d.change[i]) this.changed[l]++;
         this.bytes[l] += d.bytes[i];
         this.seconds[l] += d.seconds[i];
       }
@@ -57,6 +59,7 @@ class Model {
 }
 
 const KIND_FILL = {parameter: "#fdf3d0", buffer: "#fdf3d0", input: "#e3eefb", constant: "#eee9fb", tangent: "#e3eefb", saved: "#fbe9d7", symbol: "#eeeeee", activation: "#e3eefb"};
+const CHANGE_FILL = {"": "#ffffff", added: "#c9ecd0", removed: "#f9cfcf", changed: "#ffe4a3", rewired: "#dbe6f4"};
 const heat = (share) => `hsl(${Math.round(56 - 56 * share)} 90% ${Math.round(93 - 38 * share)}%)`;
 const cool = (share) => `hsl(${Math.round(190 + 40 * share)} 75% ${Math.round(94 - 40 * share)}%)`;
 const shareOf = (value, most) => value > 0 && most > 0 ? Math.max(0, 1 + Math.log10(value / most) / 4) : 0;  // four decades
@@ -70,7 +73,7 @@ class View {
     this.scale = 1; this.tx = 20; this.ty = 20;
     this.models = new Map();
     DATA.programs.forEach((d, k) => this.choice.add(new Option(d.title, k)));
-    this.choice.onchange = () => { this.show(+this.choice.value); };
+    this.choice.onchange = () => { this.show(+this.choice.value); follow(this); };
     this.wire();
   }
   show(k) {
@@ -81,6 +84,7 @@ class View {
     this.open = new Set([0]);
     // What has one layer in it alone is opened, down to where there is a choice.
     for (let l = 0; this.m.inner[l].length === 1 && this.m.own[l].length <= 40;) this.open.add(l = this.m.inner[l][0]);
+    if (this.m.d.change) this.openChanged();
     this.selected = -1; this.lit = new Set();
     this.layout(); this.fit();
   }
@@ -189,6 +193,7 @@ class View {
   draw() { if (!this.waiting) { this.waiting = true; requestAnimationFrame(() => { this.waiting = false; this.paint(); }); } }
   fill(u) {
     const m = this.m, mode = byId("colour").value;
+    if (mode === "change") return u >= 0 ? CHANGE_FILL[DATA.kinds[m.d.change[u]]] : m.changed[~u] ? "#fff4da" : "#eef1f5";
     if (mode === "seconds") return heat(shareOf(u >= 0 ? m.d.seconds[u] : m.seconds[~u], m.most.seconds));
     if (mode === "bytes") return cool(shareOf(u >= 0 ? m.d.bytes[u] : m.bytes[~u], m.most.bytes));
     if (u < 0) return "#eef1f5";
@@ -235,7 +240,7 @@ class View {
       }
       if (!words) continue;
       if (b.u < 0) {
-        const l = ~b.u, cost = `${m.count[l].toLocaleString()} values, ${bytesText(m.bytes[l])}` + (m.seconds[l] ? `, ${secondsText(m.seconds[l])}` : "");
+        const l = ~b.u, cost = `${m.count[l].toLocaleString()} values, ${bytesText(m.bytes[l])}` + (m.seconds[l] ? `, ${secondsText(m.seconds[l])}` : "") + (m.changed[l] ? `, ${m.changed[l].toLocaleString()} changed` : "");
         this.words(g, "▸ " + this.title(b.u), b.x + 7, b.y + 16, b.w - 12, "#1f2933", "600 12px system-ui,sans-serif");
         this.words(g, cost, b.x + 7, b.y + 32, b.w - 12, "#4a5763", "11px system-ui,sans-serif");
       } else {
@@ -277,6 +282,12 @@ class View {
     const after = this.at.get(~layer);
     this.tx += (before.x - after.x) * this.scale; this.ty += (before.y - after.y) * this.scale;
     this.draw();
+  }
+  // The layers that a change is in, and those around them.
+  openChanged() {
+    const d = this.m.d;
+    this.open = new Set([0]);
+    for (let i = 0; i < this.m.n; i++) if (d.change[i]) for (let l = d.layer[i]; l > 0; l = d.parent[l]) this.open.add(l);
   }
   openAll(open) {
     this.open = new Set([0]);
@@ -323,7 +334,7 @@ class View {
       if (!was || was.moved) return;
       const u = this.unitAt(e.offsetX, e.offsetY);
       if (u === null) { choose(this, -1); return; }
-      if (u < 0) this.toggle(~u); else choose(this, u);
+      if (u < 0) { this.toggle(~u); alike(this, ~u); } else choose(this, u);
     });
     c.addEventListener("keydown", (e) => {
       const step = {ArrowUp: [0, 60], ArrowDown: [0, -60], ArrowLeft: [60, 0], ArrowRight: [-60, 0]}[e.key];
@@ -350,15 +361,68 @@ function links(view, numbers) {
   if (numbers.length > 40) box.append(` and ${numbers.length - 40} more`);
   return numbers.length ? box : "nobody";
 }
-// What is chosen on one side is looked for on the other: by name, and by the values that a pass made it of.
+// Two sides that are compared: which program the other one shows, and the layer of the same path there.
+const partner = (k) => k ^ 1;
+const compared = (view, other) => view.m.d.twin && !other.pane.hidden && other.number === partner(view.number);
+function follow(view) {
+  for (const other of VIEWS) if (other !== view && view.m.d.twin && !other.pane.hidden && other.number !== partner(view.number)) other.show(partner(view.number));
+  choose(view, -1);
+}
+function alike(view, layer) {
+  for (const other of VIEWS) {
+    if (other === view || !compared(view, other)) continue;
+    const there = other.m.d.layers.indexOf(view.m.d.layers[layer]);
+    if (there > 0 && other.at.has(~there) && other.open.has(there) !== view.open.has(layer)) other.toggle(there);
+  }
+}
+// Twins by the comparison where there is one; else by name, and by the values that a pass made it of.
+function twinsOf(view, i, other) {
+  const d = view.m.d, e = other.m.d;
+  if (d.twin) return compared(view, other) ? d.twin[i] : [];
+  const wanted = new Set([d.id[i], ...(d.origin[i] || [])]);
+  return e.id.map((id, k) => k).filter((k) => wanted.has(e.id[k]) || (e.origin[k] || []).some((o) => wanted.has(o)));
+}
+const SIGN = {added: "+ ", removed: "- ", changed: "~ ", rewired: "~ "};
+// The changes of the two programs that are shown, by layer, to click on.
+function changesOf(left, right) {
+  const box = document.createElement("div"), byLayer = new Map();
+  for (const view of [left, right]) view.m.d.change.forEach((kind, i) => {
+    if (!kind || (view === left && DATA.kinds[kind] !== "removed")) return;
+    const path = view.m.d.layers[view.m.d.layer[i]];
+    if (!byLayer.has(path)) byLayer.set(path, []);
+    byLayer.get(path).push([view, i]);
+  });
+  for (const [path, cost] of DATA.layers[left.number >> 1]) {
+    const part = document.createElement("details"), head = document.createElement("summary"), found = byLayer.get(path) || [];
+    part.open = DATA.layers[left.number >> 1].length <= 12;
+    head.append(path || "(no layer)", document.createElement("br"), cost);
+    part.append(head);
+    for (const [view, i] of found.slice(0, 200)) {
+      const line = document.createElement("a"), d = view.m.d;
+      line.className = DATA.kinds[d.change[i]];
+      line.textContent = SIGN[DATA.kinds[d.change[i]]] + d.name[i] + " = " + (d.call[i] || d.ops[d.op[i]]) + (d.note[i] ? "  # " + d.note[i] : "");
+      line.onclick = () => choose(view, i, true);
+      part.append(line);
+    }
+    if (found.length > 200) part.append(`and ${found.length - 200} more`);
+    box.append(part);
+  }
+  return box;
+}
+// What is chosen on one side is looked for on the other.
 function choose(view, i, move) {
   view.select(i, move);
   const about = byId("about");
   about.replaceChildren();
-  if (i < 0) { byId("about").append("Click a layer to open or close it, a value to see what it is."); return; }
+  if (i < 0) {
+    about.append("Click a layer to open or close it, a value to see what it is.");
+    if (compared(VIEWS[0], VIEWS[1])) { const left = VIEWS[0].number & 1 ? 1 : 0; about.append(changesOf(VIEWS[left], VIEWS[1 - left])); }
+    return;
+  }
   const d = view.m.d, h = document.createElement("h3"), list = document.createElement("dl");
   h.textContent = d.name[i];
   row(list, "call", code(d.call[i] || d.ops[d.op[i]])); row(list, "type", code(d.types[d.type[i]]));
+  if (d.change && d.change[i]) row(list, "change", DATA.kinds[d.change[i]] + (d.note[i] ? ": " + d.note[i] : ""));
   row(list, "layer", d.layers[d.layer[i]] || "none"); row(list, "bytes", bytesText(d.bytes[i]));
   if (d.seconds[i]) row(list, "predicted", secondsText(d.seconds[i]));
   if (d.marks[d.mark[i]]) row(list, "made by, or in the schedule", d.marks[d.mark[i]]);
@@ -366,33 +430,39 @@ function choose(view, i, move) {
   about.append(h, list);
   for (const other of VIEWS) {
     if (other === view || other.pane.hidden) continue;
-    const wanted = new Set([d.id[i], ...(d.origin[i] || [])]), e = other.m.d;
-    const twins = e.id.map((id, k) => k).filter((k) => wanted.has(e.id[k]) || (e.origin[k] || []).some((o) => wanted.has(o)));
+    const twins = twinsOf(view, i, other);
     other.lit = new Set(twins.map((k) => other.unitOf(k)));
     other.select(twins.length ? twins[0] : -1, twins.length > 0);
-    row(list, "beside", twins.length ? links(other, twins) : "nothing of that name");
+    row(list, "beside", twins.length ? links(other, twins) : d.twin ? "nothing" : "nothing of that name");
   }
 }
 
 let matches = [], at = -1;
 function find(step) {
-  const text = byId("find").value.trim().toLowerCase(), view = VIEWS[0];
+  const text = byId("find").value.trim().toLowerCase(), [view, beside] = VIEWS;
+  const light = (one) => { one.lit = new Set(matches.filter(([v]) => v === one).map(([, i]) => one.unitOf(i))); one.draw(); };
   if (!step) {
     matches = []; at = -1;
-    if (text) view.m.text.forEach((t, i) => { if (t.includes(text)) matches.push(i); });
-    view.lit = new Set(matches.map((i) => view.unitOf(i)));
-    view.draw();
+    if (text) view.m.text.forEach((t, i) => { if (t.includes(text)) matches.push([view, i]); });
+    // Of two that are compared also what is found on the other side alone.
+    const twice = (i) => beside.m.d.twin[i].some((k) => view.m.text[k].includes(text));
+    if (text && compared(view, beside)) beside.m.text.forEach((t, i) => { if (t.includes(text) && !twice(i)) matches.push([beside, i]); });
+    light(view);
+    if (compared(view, beside)) light(beside);
   } else if (matches.length) {
     at = (at + step + matches.length) % matches.length;
-    choose(view, matches[at], true);
-    view.lit = new Set(matches.map((i) => view.unitOf(i)));
+    const [found, i] = matches[at];
+    choose(found, i, true);
+    light(found);
   }
   byId("found").textContent = text ? (at >= 0 ? `${at + 1} of ` : "") + `${matches.length.toLocaleString()} found` : "";
 }
 function legend() {
   const mode = byId("colour").value, box = byId("legend"), most = VIEWS[0].m.most[mode];
-  box.hidden = mode === "kind";
-  if (mode === "kind") return;
+  const plain = mode === "kind" || mode === "change";
+  box.hidden = plain;
+  if (byId("key")) byId("key").hidden = mode !== "change";
+  if (plain) return;
   const g = box.querySelector("canvas").getContext("2d");
   for (let x = 0; x < 90; x++) { g.fillStyle = (mode === "seconds" ? heat : cool)(x / 89); g.fillRect(x, 0, 1, 12); }
   const say = mode === "seconds" ? secondsText : bytesText;
@@ -412,14 +482,15 @@ byId("compare").onclick = () => compare(VIEWS[1].pane.hidden);
 byId("compare").hidden = DATA.programs.length < 2;
 byId("open").onclick = () => shown().forEach((v) => v.openAll(true));
 byId("close").onclick = () => shown().forEach((v) => v.openAll(false));
+if (byId("changed")) byId("changed").onclick = () => shown().forEach((v) => { v.openChanged(); v.layout(); v.fit(); });
 byId("fit").onclick = () => shown().forEach((v) => v.whole());
 byId("colour").onchange = () => { legend(); shown().forEach((v) => v.draw()); };
 byId("find").oninput = () => find(0);
 byId("find").onkeydown = (e) => { if (e.key === "Enter") find(e.shiftKey ? -1 : 1); };
 const shown = () => VIEWS.filter((v) => !v.pane.hidden);
 window.onresize = () => shown().forEach((v) => v.draw());
-choose(VIEWS[0], -1);
 legend();
 if (DATA.compare) compare(true);
+choose(VIEWS[0], -1);
 window.graphopt = {views: VIEWS, find, choose, compare, ready: 0};
 requestAnimationFrame(() => requestAnimationFrame(() => { window.graphopt.ready = performance.now(); }));

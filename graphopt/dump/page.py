@@ -7,7 +7,7 @@ The page holds facts, in columns, and a script that lays out what is open and dr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from html import escape
@@ -23,7 +23,16 @@ from graphopt.dump.listing import listing_of
 from graphopt.program import Program, tensor_leaves
 from graphopt.provenance import note_of
 
-__all__ = ["Sheet", "page_text", "write_page", "write_pages"]
+__all__ = [
+    "PageRow",
+    "Sheet",
+    "columns",
+    "common_layer",
+    "document",
+    "page_text",
+    "write_page",
+    "write_pages",
+]
 
 
 @dataclass(frozen=True)
@@ -45,30 +54,43 @@ def page_text(sheets: Sequence[Sheet], *, first: int = 0, cost: CostModel | None
     beside = [k for k, sheet in enumerate(sheets) if sheet.before and sheet.program.level is level]
     others = [k for k in range(len(sheets)) if k != first]
     data = {
-        "programs": [_columns(sheet, cost) for sheet in sheets],
+        "programs": [columns(_title(sheet), _rows(sheet, cost)) for sheet in sheets],
         "first": first,
         "beside": (beside or others or [first])[0],
         "compare": bool(beside),
     }
+    return document(data, sheets[first].program.name)
+
+
+def document(data: Mapping[str, Any], title: str, *, head: str = "", change: bool = False) -> str:
+    """The page that shows ``data``; ``head`` is HTML above the graphs. ``change``: values can be coloured by
+    what became of them."""
+    modes = ["<option value=\"change\">change</option>"] if change else []
+    modes += [f'<option value="{mode}">{name}</option>' for mode, name in _MODES]
     # "</script>" in a text must not end the script that holds it.
     text = json.dumps(data, separators=(",", ":")).replace("</", "<\\/")
     return f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{escape(sheets[first].program.name)} - graphopt</title>
+<html lang="en"><head><meta charset="utf-8"><title>{escape(title)} - graphopt</title>
 <style>{_file("page.css")}</style></head><body><div id="page">
 <div id="bar"><b>graphopt</b>
 <input type="search" id="find" placeholder="Find operator, layer, type" aria-label="Find">
 <span id="found"></span>
-<label>colour <select id="colour"><option value="kind">kind</option><option value="seconds">cost</option>
-<option value="bytes">memory</option></select></label>
-<span id="legend"><i></i><canvas width="90" height="12"></canvas><b></b></span>
+<label>colour <select id="colour">{"".join(modes)}</select></label>
+<span id="legend"><i></i><canvas width="90" height="12"></canvas><b></b></span>{_KEY if change else ""}
 <button id="open">open all</button><button id="close">close all</button><button id="fit">whole</button>
-<button id="compare">side by side</button></div>
+{_CHANGED if change else ""}<button id="compare">side by side</button></div>{head}
 <div id="panes">{_PANE.format(hidden="")}{_PANE.format(hidden=" hidden")}<div id="about"></div></div></div>
 <script type="application/json" id="data">{text}</script>
 <script>{_file("page.js")}</script></body></html>
 """
 
 
+_MODES = (("kind", "kind"), ("seconds", "cost"), ("bytes", "memory"))
+_CHANGED = '<button id="changed">open changes</button>'
+_KEY = (
+    '<span id="key"><i class="removed">only in A</i> <i class="added">only in B</i> '
+    '<i class="changed">changed</i> <i class="rewired">reads other values</i></span>'
+)
 _PANE = (
     '<section class="pane"{hidden}><header><select aria-label="Program"></select><span></span></header>'
     '<canvas tabindex="0" aria-label="Graph: drag to move, wheel to zoom, click to open"></canvas></section>'
@@ -100,82 +122,93 @@ class _Table:
         return self.numbers.setdefault(text, len(self.numbers))
 
 
-def _columns(sheet: Sheet, cost: CostModel | None) -> dict[str, Any]:
-    """A program in columns, a row for each input, call and output in order."""
-    program = sheet.program
-    ops, types, marks = _Table(), _Table(), _Table("")
-    layers, parents = _Table(""), [0]
-    names = ("name", "op", "type", "layer", "bytes", "seconds", "mark", "call", "id", "origin")
-    columns: dict[str, list[Any]] = {name: [] for name in (*names, "reads")}
-    places: dict[fx.Node, int] = {}
-    for row in _rows(sheet):
-        price = cost.node(row.node) if cost is not None and row.node is not None and row.call else None
-        values = (
-            row.name, ops[row.op], types[row.type], _layer(layers, parents, row.layer), row.bytes,
-            0.0 if price is None else price.seconds, marks[row.mark], row.call,
-            "" if row.node is None else row.node.name, row.origin,
-        )  # fmt: skip
-        if row.node is not None:
-            places[row.node] = len(columns["name"])
-        for name, value in zip(names, values, strict=True):
-            columns[name].append(value)
-        columns["reads"].append(list(dict.fromkeys(places[node] for node in row.reads if node in places)))
-    before = " as captured" if sheet.before else ""
-    return {
-        "title": f"{program.name} @ {program.level}{before}",
-        "layers": list(layers.numbers),
-        "parent": parents,
-        "ops": list(ops.numbers),
-        "types": list(types.numbers),
-        "marks": list(marks.numbers),
-        **columns,
-    }
-
-
 @dataclass(frozen=True)
-class _Row:
+class PageRow:
+    """An input, call or output. ``call`` is empty but for calls; ``key`` is what ``reads`` of others name it
+    by, ``id`` and ``origin`` what the other side knows it by."""
+
     name: str
     op: str
     type: str
     layer: str
     bytes: int
+    seconds: float
     mark: str
     call: str
-    node: fx.Node | None
-    reads: Sequence[fx.Node]
+    key: Hashable
+    reads: Sequence[Hashable]
+    id: str = ""
     origin: Sequence[str] = ()
 
 
-def _rows(sheet: Sheet) -> Iterator[_Row]:
+def columns(title: str, rows: Iterable[PageRow]) -> dict[str, Any]:
+    """A program in columns, its rows in order: whatever one reads is before it."""
+    ops, types, marks = _Table(), _Table(), _Table("")
+    layers, parents = _Table(""), [0]
+    names = ("name", "op", "type", "layer", "bytes", "seconds", "mark", "call", "id", "origin")
+    found: dict[str, list[Any]] = {name: [] for name in (*names, "reads")}
+    places: dict[Hashable, int] = {}
+    for row in rows:
+        values = (
+            row.name, ops[row.op], types[row.type], _layer(layers, parents, row.layer), row.bytes,
+            row.seconds, marks[row.mark], row.call, row.id, row.origin,
+        )  # fmt: skip
+        if row.key is not None:
+            places[row.key] = len(found["name"])
+        for name, value in zip(names, values, strict=True):
+            found[name].append(value)
+        found["reads"].append(list(dict.fromkeys(places[key] for key in row.reads if key in places)))
+    return {
+        "title": title,
+        "layers": list(layers.numbers),
+        "parent": parents,
+        "ops": list(ops.numbers),
+        "types": list(types.numbers),
+        "marks": list(marks.numbers),
+        **found,
+    }
+
+
+def _title(sheet: Sheet) -> str:
+    before = " as captured" if sheet.before else ""
+    return f"{sheet.program.name} @ {sheet.program.level}{before}"
+
+
+def _rows(sheet: Sheet, cost: CostModel | None) -> Iterator[PageRow]:
     listing = listing_of(sheet.program, marks=sheet.marks)
     layers = {statement.node: statement.layer for statement in listing.statements}
     for item in listing.inputs:
-        layer = _common([layers[user] for user in item.node.users if user in layers])
-        yield _Row(item.name, item.role, item.type, layer, _bytes(item.node), "", "", item.node, ())
+        layer = common_layer([layers[user] for user in item.node.users if user in layers])
+        node = item.node
+        yield PageRow(
+            item.name, item.role, item.type, layer, _bytes(node), 0.0, "", "", node, (), node.name
+        )
     by_name: dict[str, fx.Node] = {listing.names.of(item.node): item.node for item in listing.inputs}
     for statement in listing.statements:
         node, note = statement.node, note_of(statement.node)
         by_name[statement.name] = node
-        yield _Row(
+        yield PageRow(
             statement.name,
             op_text(node),
             statement.type,
             statement.layer,
             _bytes(node),
+            cost.node(node).seconds if cost is not None and statement.call else 0.0,
             statement.mark,
             statement.call,
             node,
             node.all_input_nodes,
+            node.name,
             note.origin if note is not None else (),
         )
     for number, output in enumerate(listing.outputs):
         reads = [by_name[output.name]] if output.name in by_name else []
         role = f"{output.role} {output.note}".rstrip()
         layer = layers.get(reads[0], "") if reads and output.role != "output" else ""
-        yield _Row(f"output {number}", role, output.type, layer, 0, "", "", None, reads)
+        yield PageRow(f"output {number}", role, output.type, layer, 0, 0.0, "", "", None, reads)
 
 
-def _common(layers: Sequence[str]) -> str:
+def common_layer(layers: Sequence[str]) -> str:
     """The innermost layer that all of ``layers`` are in."""
     if not layers:
         return ""

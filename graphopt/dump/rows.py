@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from graphopt.cost import CostModel
@@ -52,8 +52,8 @@ class Row:
 
 @dataclass(frozen=True)
 class ProgramRows:
-    """One program: its calls in order, and for each input what tells it from the others. ``outputs``: role,
-    what it is of, and the value."""
+    """One program: its calls in order, and for each input what tells it from the others, and its type.
+    ``outputs``: role, what it is of, and the value."""
 
     name: str
     level: str
@@ -61,6 +61,7 @@ class ProgramRows:
     inputs: Mapping[str, str]
     rows: tuple[Row, ...]
     outputs: tuple[tuple[str, str, str], ...] = ()
+    types: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def rows_of(program: Program, cost: CostModel) -> Iterator[ProgramRows]:
                 )
             )  # fmt: skip
         yield ProgramRows(
-            found.name, found.level, found.fingerprint, found.inputs, tuple(rows), found.outputs
+            found.name, found.level, found.fingerprint, found.inputs, tuple(rows), found.outputs, found.types
         )
 
 
@@ -144,7 +145,8 @@ def _documents(document: Mapping[str, Any], within: str = "") -> list[ProgramRow
     rows = tuple(_row(item) for item in document["nodes"])
     outputs = tuple((item["role"], item["note"], item["name"]) for item in document["outputs"])
     level, fingerprint = document.get("level", "body"), document.get("fingerprint", "")
-    found = [ProgramRows(name, level, fingerprint, inputs, rows, outputs)]
+    types = {item["name"]: _type(item["type"]) for item in document["inputs"]}
+    found = [ProgramRows(name, level, fingerprint, inputs, rows, outputs, types)]
     for inner, body in document["subgraphs"].items():
         found += _documents({**body, "level": document.get("level", "body")}, f"{name}@{inner}")
     return found

@@ -54,15 +54,17 @@ def proposed(
     """``gm`` with the kernels of all plugins for groups of its operators, and what is to be said of them.
 
     A plugin that fails is left out, with the reason as a record; so is one that ``only`` (names of rewrites)
-    leaves out.
+    leaves out. Raises ``PluginError`` for one that fails where the host is strict.
     """
     records: list[GroupRecord] = []
     for spec in host.replacements().values():
         if only is not None and kernels_id(spec.name) not in only:
             continue
         try:
-            gm, found = replaced(gm, spec.propose(gm, cost))
+            with host.using("graphopt_replacements", spec.name):
+                gm, found = replaced(gm, spec.propose(gm, cost))
         except GUARDED as error:  # whatever a plugin raises: the graph is compiled as it is
+            host.blame("graphopt_replacements", spec.name, error)
             why = f"{spec.name} failed: {brief(error)}"
             found = [GroupRecord(spec.name, (), (), False, why, 0.0, 0.0)]
         records += found

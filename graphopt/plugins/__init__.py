@@ -6,6 +6,9 @@ from graphopt.plugins.hookspecs import API_VERSION, GROUP, hookimpl
 from graphopt.plugins.host import PluginHost, default_host
 from graphopt.plugins.records import (
     CacheScoreSpec,
+    Capture,
+    CaptureInputs,
+    CaptureOptions,
     CodecSpec,
     Command,
     CostModelFactory,
@@ -25,6 +28,9 @@ __all__ = [
     "API_VERSION",
     "GROUP",
     "CacheScoreSpec",
+    "Capture",
+    "CaptureInputs",
+    "CaptureOptions",
     "CodecSpec",
     "Command",
     "CostModelFactory",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from graphopt.passes import Pass
     from graphopt.plugins.host import PluginHost
 
-__all__ = ["diagnosed"]
+__all__ = ["diagnosed", "probe_captures"]
 
 _CALLED = {
     "graphopt_commands": ("commands", ("load",)),
@@ -54,6 +54,28 @@ def diagnosed(host: PluginHost) -> Iterator[tuple[str, str, str]]:
         except GUARDED as error:
             said = error.message if isinstance(error, GraphoptError) else describe_error(error)
             yield "graphopt_pipelines", name, said
+
+
+def probe_captures(host: PluginHost) -> None:
+    """Have plugins that capture models capture a small one; what is wrong with what they give is theirs."""
+    if not (hooks := host.capture_hooks()):
+        return
+    import torch
+
+    from graphopt.capture.faithful import stands_for
+    from graphopt.capture.plugged import ask
+    from graphopt.errors import PluginError
+    from graphopt.plugins.records import CaptureOptions
+
+    model, x = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU()), torch.ones(4, 3)
+    for hook in hooks:
+        try:
+            if (answer := ask(hook, model, (x,), {}, CaptureOptions("train"))) is None:
+                continue
+            if said := stands_for(model, answer[0], (x,), {}, training=True).difference:
+                raise PluginError(said)
+        except GUARDED as error:
+            hook.refuse(error)
 
 
 def _missing_operator(op: Any) -> str:

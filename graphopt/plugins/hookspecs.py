@@ -1,8 +1,9 @@
 """The hooks that a plugin may implement.
 
 Registration hooks return records; a hook never changes a registry itself. Observers return
-nothing and see the program read-only. A plugin is a module or an object with ``graphopt_api = 1``
-and functions marked ``@graphopt.hookimpl``::
+nothing and see the program read-only. ``graphopt_capture`` is asked plugin by plugin until one
+answers. A plugin is a module or an object with ``graphopt_api = 1`` and functions marked
+``@graphopt.hookimpl``::
 
     import graphopt
 
@@ -23,6 +24,9 @@ import pluggy
 
 from graphopt.plugins.records import (
     CacheScoreSpec,
+    Capture,
+    CaptureInputs,
+    CaptureOptions,
     CodecSpec,
     Command,
     CostModelFactory,
@@ -37,6 +41,8 @@ from graphopt.plugins.records import (
 )
 
 if TYPE_CHECKING:
+    import torch
+
     from graphopt.decoding.stores import CacheStore
     from graphopt.device import DeviceSpec
     from graphopt.packing import Scheme
@@ -114,6 +120,17 @@ class HookSpecs:
     @_hookspec
     def graphopt_pipelines(self) -> Mapping[str, Traversable]:  # type: ignore[empty-body]
         """Named pipelines: files in the YAML form of ``graphopt.pipeline``."""
+
+    # --- where programs come from ----------------------------------------------------------
+
+    @_hookspec
+    def graphopt_capture(
+        self, model: torch.nn.Module, inputs: CaptureInputs, options: CaptureOptions
+    ) -> Capture | None:
+        """One call of a model as a graph, or ``None`` to leave it to the next plugin and at last to graphopt.
+
+        Asked for each kind of call. It must leave the model as it was.
+        """
 
     # --- what things cost ------------------------------------------------------------------
 

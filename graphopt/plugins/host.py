@@ -13,8 +13,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from graphopt.errors import PipelineError, PluginError, UnknownNameError
+from graphopt.plugins.capturing import CaptureHook
 from graphopt.plugins.hookspecs import GROUP
-from graphopt.plugins.loading import GUARDED, LoadedPlugin, describe_error, load_plugins
+from graphopt.plugins.loading import GUARDED, INLINE, LoadedPlugin, describe_error, load_plugins
 from graphopt.plugins.records import (
     CacheScoreSpec,
     CodecSpec,
@@ -86,6 +87,7 @@ _KIND = {
     "graphopt_cost_models": "cost model",
     "graphopt_costs": "cost of operator",
     "graphopt_formats": "dump format",
+    "graphopt_replacements": "replacement",
 }
 """What is registered through the hooks whose records are used or looked into one by one."""
 
@@ -309,11 +311,13 @@ class PluginHost:
         )
 
     def check(self) -> tuple[PluginRecord, ...]:
-        """Ask every registration hook and look into what is registered, then ``records()``."""
-        from graphopt.plugins.diagnosis import diagnosed
+        """Ask every registration hook and look into what is registered, have a small model captured, then
+        ``records()``."""
+        from graphopt.plugins.diagnosis import diagnosed, probe_captures
 
         for ask in _FACADE.values():
             getattr(self, ask)()
+        probe_captures(self)
         for hook, name, wrong in diagnosed(self):
             self.blame(hook, name, PluginError(f"{_KIND[hook]} {name!r}: {wrong}"))
         return self.records()
@@ -348,6 +352,17 @@ class PluginHost:
         same = (p for p in self._plugins if (p.name, p.distribution) == (wanted.plugin, wanted.distribution))
         return next(same, None)
 
+    # --- capture ---------------------------------------------------------------------------
+
+    def capture_hooks(self) -> tuple[CaptureHook, ...]:
+        """Plugins that may capture a model, in the order in which they are asked: inline ones, which the
+        caller named, come first."""
+        having = [plugin for plugin in self._plugins if CaptureHook.NAME in plugin.hooks]
+        having.sort(key=lambda plugin: plugin.distribution != INLINE)
+        return tuple(
+            CaptureHook(plugin, functools.partial(self._fail, plugin, CaptureHook.NAME)) for plugin in having
+        )
+
     # --- observers -------------------------------------------------------------------------
 
     def notify_before(self, ctx: PassContext, step: Pass, program: Program) -> None:
@@ -355,7 +370,8 @@ class PluginHost:
         self._notify("graphopt_before_pass", ctx=ctx, step=step, program=program)
 
     def notify_after(self, ctx: PassContext, step: Pass, program: Program, record: PassRecord) -> None:
-        """Tell observers what came of ``step``. One that raises is recorded and not told again."""
+        """Tell observers what came of ``step``. One that raises, or changes the program, is recorded and not
+        told again."""
         self._notify("graphopt_after_pass", ctx=ctx, step=step, program=program, record=record)
 
     # --- inside ----------------------------------------------------------------------------
@@ -427,10 +443,23 @@ class PluginHost:
             if hook in plugin.hooks and hook not in plugin.silenced:
                 try:
                     with plugin.watched(hook):
-                        plugin.call(hook, **arguments)
+                        self._observe(plugin, hook, **arguments)
                 except GUARDED as error:
                     plugin.silenced.add(hook)
                     self._fail(plugin, hook, error)
+
+    def _observe(self, plugin: LoadedPlugin, hook: str, program: Program, **arguments: Any) -> None:
+        """Call an observer; a program that it changes is put back."""
+        failed: BaseException | None = None
+        with program.edit(hook) as edit:
+            try:
+                plugin.call(hook, program=program, **arguments)
+            except GUARDED as error:
+                failed = error
+            if edit.differs:
+                raise PluginError("it changed the program, which was put back: observers only look")
+        if failed is not None:
+            raise failed
 
     def _fail(self, plugin: LoadedPlugin, hook: str, error: BaseException) -> None:
         if isinstance(error, PluginError):
@@ -438,7 +467,8 @@ class PluginHost:
         else:
             what = f"{hook} raised {describe_error(error)}"
         plugin.status = "failed"
-        plugin.error = f"{plugin.error}; {what}" if plugin.error else what
+        if what not in plugin.error:
+            plugin.error = f"{plugin.error}; {what}" if plugin.error else what
         if self._strict:
             raise PluginError(f"plugin {plugin} failed: {what}") from error
 

@@ -15,12 +15,12 @@ from graphopt.plugins.hookspecs import API_VERSION, GROUP, HookSpecs
 from graphopt.plugins.records import PluginRecord, Status
 from graphopt.plugins.watch import PATIENCE_SECONDS, watched
 
-__all__ = ["GUARDED", "LoadedPlugin", "describe_error", "load_plugins"]
+__all__ = ["GUARDED", "INLINE", "LoadedPlugin", "describe_error", "load_plugins"]
 
 GUARDED = (Exception, SystemExit)
 """What a plugin may throw without taking the host down; some call ``sys.exit`` on import."""
 
-_INLINE = "inline"
+INLINE = "inline"
 _OWN = "graphopt"
 
 
@@ -113,7 +113,7 @@ def load_plugins(
         load(plugin, entry.load, required=strict)
     for given in inline:
         name = str(getattr(given, "__name__", type(given).__name__))
-        plugin = LoadedPlugin(name, _INLINE, "", patience=patience)
+        plugin = LoadedPlugin(name, INLINE, "", patience=patience)
         load(plugin, lambda given=given: given, required=True)  # type: ignore[misc]
 
     for name in sorted(disabled - {"all"} - {plugin.name for plugin in plugins}):

@@ -6,13 +6,15 @@ Nothing here imports torch: a plugin that only adds a command stays cheap to loa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 if TYPE_CHECKING:
     import click
     import torch
     import torch.fx as fx
+    from torch.export import ExportedProgram
+    from torch.utils._pytree import TreeSpec
 
     from graphopt.candidate import Reason
     from graphopt.cost import CostModel, NodeCost
@@ -26,6 +28,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CacheScoreSpec",
+    "Capture",
+    "CaptureInputs",
+    "CaptureOptions",
     "CodecSpec",
     "Command",
     "CostModelFactory",
@@ -76,6 +81,47 @@ class Registered(Generic[T]):
     value: T
     plugin: str
     distribution: str
+
+
+@dataclass(frozen=True)
+class CaptureInputs:
+    """One call of a model, ``model(*args, **kwargs)``: tensors are copies, which may be written."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class CaptureOptions:
+    """What a capture is for. ``mode``: whether what comes out is differentiated, ``"train"`` or ``"infer"``;
+    ``dynamic_shapes`` is that argument of ``optimize``."""
+
+    mode: Literal["train", "infer"]
+    dynamic_shapes: bool | None = None
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A model's call as a graph, from ``graphopt_capture``.
+
+    ``graph`` is called as the model is and returns what it does. Where its placeholders are something else,
+    ``placeholders`` says what, in their order: the dotted name of a parameter or buffer of the model, or the
+    position of a leaf of ``tree_leaves((args, kwargs))``; and where what it returns is flat, ``out_tree`` is
+    the structure that the model returns.
+
+    Parameters and buffers in ``graph`` are the model's own, or copies under the names that these have in it,
+    or under other names that ``names`` maps to them; the model's own take their place. Other tensors are
+    constants; other parameters are refused.
+
+    A capture stands for calls of the same structure, types, sizes and values that are no tensors, in the same
+    mode of every module. ``dynamic``: for calls of other sizes too.
+    """
+
+    graph: fx.GraphModule | ExportedProgram
+    names: Mapping[str, str] = field(default_factory=dict)
+    placeholders: tuple[str | int, ...] | None = None
+    out_tree: TreeSpec | None = None
+    dynamic: bool = False
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ _LEVELS = {"captured": "semantic", "semantic": "semantic", "captured-joint": "jo
     type=click.Choice(["text", "html"]),
     default="text",
     show_default=True,
-    help="Lines, or a page with both side by side.",
+    help="Lines, or a page with both graphs side by side.",
 )
 @output_option
 @click.option("--exit-code", is_flag=True, help="Exit with 1 where they differ.")
@@ -55,10 +55,11 @@ def command(
     asked = [_asked(text) for text in (a, b)]
     from graphopt.atomic import write_atomically
     from graphopt.dump.difference import difference
+    from graphopt.dump.difference_page import difference_page
 
     sides = [_side(text, target, stage, options) for text, (target, stage) in zip((a, b), asked, strict=True)]
     found = difference(sides[0], sides[1])
-    text = found._repr_html_() if form == "html" else str(found) + "\n"
+    text = difference_page(found) if form == "html" else str(found) + "\n"
     if output is not None:
         write_atomically(output, text)
         click.echo(f"wrote {output}", err=True)

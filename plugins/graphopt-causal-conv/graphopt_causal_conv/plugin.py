@@ -22,7 +22,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
 
     return [
         KernelSpec(
-            name="causal-convolution",
+            name="causal-convolution-silu",
             op="causal_conv::forward",
             reference=operator.reference,
             supports=operator.supports,
