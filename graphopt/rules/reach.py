@@ -80,7 +80,7 @@ class Reaches:
 
     def __init__(self, patterns: Sequence[Pattern]) -> None:
         self._shapes: dict[Hashable, _Shape] = {}
-        # Patterns hold calls in common, and unfolded they are far larger; by identity, as equality unfolds them.
+        # Patterns hold calls in common, unfolded they are far larger. By identity, as equality unfolds them.
         self._known: dict[int, _Shape] = {}
         self.roots = tuple(self._shape(pattern.roots[0]) for pattern in patterns)
         self._known.clear()
