@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from tests.ranks import Pair
@@ -52,6 +55,22 @@ def _nothing_kept() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GRAPHOPT_CACHE", "0")
         yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _modules_are_not_searched() -> None:
+    """Collections, which every measurement makes, pass over what is imported and never goes."""
+    importlib.import_module("torch._inductor.compile_fx")
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _compiled_code_goes() -> Iterator[None]:
+    """Dynamo looks through all that it compiled of torch's own modules before it runs one again."""
+    yield
+    torch._dynamo.reset()
+    gc.collect()
 
 
 @pytest.fixture(scope="session")
