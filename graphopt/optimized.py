@@ -27,6 +27,7 @@ from graphopt.plans import Plan
 from graphopt.program import Program
 from graphopt.report import Report
 from graphopt.restored import restored
+from graphopt.step_view import StepView
 
 __all__ = ["Optimized"]
 
@@ -166,6 +167,14 @@ class Optimized(torch.nn.Module):
         if self._generator is not None:
             return self._generator.programs()
         return self._driver.programs()
+
+    @property
+    def steps(self) -> tuple[StepView, ...]:
+        """The steps that the module has planned, each for inputs or a mode of its own, in the order in which
+        they were captured: ``report``, ``plan``, ``programs``, ``memory()`` and ``dump()`` of each. The
+        module itself shows the present one. Raises ``CaptureError`` before anything was captured."""
+        self._driver.plan()
+        return tuple(StepView(self._driver, number) for number in range(self._driver.step_count()))
 
     @property
     def cost_model(self) -> CostModel:

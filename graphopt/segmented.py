@@ -50,7 +50,7 @@ class SegmentedStep:
     """The segments of one semantic graph; ``captured`` has one entry per call, in order.
 
     ``code_name(segment, alternative, schedule)``: the name under which code is kept for later processes,
-    ``""`` where it is not. ``runner``: what ``compile`` makes.
+    ``""`` where it is not. ``runner``: what ``compile`` makes. ``sizes``: inputs of the graph that are sizes.
     """
 
     def __init__(
@@ -66,6 +66,11 @@ class SegmentedStep:
         self.session = session
         self.runner: ChainRunner | None = None
         self._code_name = code_name
+        self.sizes = {
+            node.name: node.meta["val"]
+            for node in semantic.graph.nodes
+            if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.SymInt)
+        }
         self.chain: Segmented = split(semantic, find_blocks(semantic.graph))
         roles = dict(zip(self.chain.inputs, specs, strict=True))
         calls = [sum(call.segment == k for call in self.chain.calls) for k in range(len(self.chain.segments))]

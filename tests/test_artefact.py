@@ -453,6 +453,6 @@ def test_registered_classes_are_looked_up_never_imported(tmp_path: Path) -> None
     assert type(found) is Output and found.name == "y"
     assert torch.equal(found.loss, fast(x).loss)
     with edited(tmp_path / "a") as content:
-        content["results"]["class"] = "shutil.rmtree"
+        content["steps"][0]["results"]["class"] = "shutil.rmtree"
     with pytest.raises(GraphoptError, match=r"'shutil\.rmtree', which is no container that is registered"):
         graphopt.load(tmp_path / "a")

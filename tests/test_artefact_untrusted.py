@@ -78,7 +78,7 @@ def test_as_it_was_saved_it_loads(folder: Path) -> None:
 
 def calls(content: Any) -> Any:
     """A call of the program that is compiled."""
-    graph = content["graphs"][content["step"]["codes"][0]["semantic"]]
+    graph = content["graphs"][content["steps"][0]["step"]["codes"][0]["semantic"]]
     return next(node for node in graph["nodes"] if node["op"] == "call_function")
 
 
@@ -123,11 +123,11 @@ def default(content: Any) -> None:
 
 
 def results(content: Any) -> None:
-    content["results"] = {"class": "subprocess.Popen", "context": [["touch", MARK]], "items": []}
+    content["steps"][0]["results"] = {"class": "subprocess.Popen", "context": [["touch", MARK]], "items": []}
 
 
 def reference(content: Any) -> None:
-    content["results"] = {"value": 99}
+    content["steps"][0]["results"] = {"value": 99}
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_sources_of_kernels_are_never_run(folder: Path) -> None:
 
 def test_another_program_than_was_planned_is_refused(folder: Path) -> None:
     with edited(folder) as content:
-        content["step"]["codes"][0]["traced"] = "0" * 16
+        content["steps"][0]["step"]["codes"][0]["traced"] = "0" * 16
     with pytest.raises(ArtefactError, match=r"is another program .* than the one that was planned"):
         graphopt.load(folder)
 
@@ -254,7 +254,7 @@ ARM = {"kind": "cpu", "capability": "riscv", "vectors": "", "name": ""}
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (said("schema", "graphopt/artefact@2"), "has format 'graphopt/artefact@2', this graphopt reads"),
+        (said("schema", "graphopt/artefact@3"), "has format 'graphopt/artefact@3', this graphopt reads"),
         (said("schema", "other/artefact@1"), "is none of graphopt's"),
         (said("torch", "2.4.1"), r"made with torch 2\.4\.1, this is"),
         (said("device", ARM), "for cpu of riscv, this is"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +32,7 @@ from graphopt.first_step import FirstStep
 from graphopt.guard import Guard, attributes_restored, obstacle
 from graphopt.loss import is_differentiable, loss_of
 from graphopt.pareto_front import ParetoPoint
+from graphopt.planned_step import showing
 from graphopt.plans import Plan
 from graphopt.program import Program, layer_of
 from graphopt.report import Environment, Report
@@ -85,6 +86,7 @@ class Driver:
         self._first_plan: Plan | None = None
         self.agreement: Agreement | None = None
         self.plugged: PluggedCapture | None = None
+        session.modes = self._modes
         self.apart = ""
         """What the predicted peak leaves out, for the report."""
 
@@ -182,6 +184,11 @@ class Driver:
     def _take(self, fitted: Fitted) -> None:
         """Go on with packed weights, which were tried and fit."""
         self.model, self.session, self.fit = fitted.model, fitted.session, None
+        self.session.modes = self._modes
+
+    def _modes(self) -> tuple[bool, ...]:
+        """Which modules of the model are in training mode."""
+        return tuple(module.training for module in self.model.modules())
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.session.arguments = (args, kwargs)
@@ -696,6 +703,17 @@ class Driver:
         }
         static = self.session.static_bytes or 0
         return MemoryExplanation(before, after, static, plan.predicted.peak_bytes, plan.budget, layers)
+
+    def step_count(self) -> int:
+        """How many steps there are that each have a plan."""
+        return max(1, len(self.session.steps))
+
+    @contextmanager
+    def showing(self, number: int) -> Iterator[None]:
+        """In the block the driver shows step ``number``, the present one being the last."""
+        steps = self.session.steps
+        with showing(self.session, steps[number]) if steps else nullcontext():
+            yield
 
     def programs(self) -> tuple[Program, ...]:
         self.session.unfold()
