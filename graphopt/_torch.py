@@ -629,6 +629,18 @@ def size_symbols(values: Any) -> dict[str, SizeSymbol]:
     return found
 
 
+def size_sources(values: Any) -> dict[str, list[str]]:
+    """Where dynamo took the symbols of sizes in ``values`` from, as Python of its own:
+    ``L['x'].size()[0]``."""
+    found: dict[str, list[str]] = {}
+    for node in _symbolic_nodes(values):
+        for symbol in node.expr.free_symbols:
+            names = [source.name for source in node.shape_env.var_to_sources.get(symbol, ())]
+            # torch 2.11 has a method there.
+            found[str(symbol)] = [str(name() if callable(name) else name) for name in names]
+    return found
+
+
 def size_guards(values: Any) -> list[Any]:
     """What was assumed of the symbols of sizes in ``values``, as ``expression_form`` has it."""
     known = {id(node.shape_env): node.shape_env for node in _symbolic_nodes(values)}

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from graphopt.artefact.calling import check_structure, signature_of
+from graphopt.artefact.calling import check_structure, numbers_in, signature_of
 from graphopt.artefact.folder import WEIGHTS, Folder
 from graphopt.artefact.graphs import program_of
 from graphopt.artefact.matching import Callee
@@ -207,7 +207,10 @@ def _step(
         raise ArtefactError("the step has other constants than it names")
     sizes = Sizes(_all(SavedSymbol, said["symbols"], "symbols"), tuple(_list(said["guards"], "guards")))
     returned = _check_step(step, sizes, types)
-    check_structure(said["arguments"], {"argument": count})
+    numbers = {symbol.input for symbol in sizes.symbols if symbol.of == "number"}
+    check_structure(said["arguments"], {"argument": count, "number": len(numbers)})
+    if numbers != set(range(len(numbers))) or numbers_in(said["arguments"]) != numbers:
+        raise ArtefactError("numbers of the call are not those of its sizes")
     check_structure(said["results"], {"argument": count, "value": returned}, names)
     for spec in step.inputs:
         there = {"state": spec.name in names, "held": True, "symbol": spec.name in sizes.known}
@@ -253,6 +256,8 @@ def _check_step(step: SavedStep, sizes: Sizes, types: Sequence[Any]) -> int:
     for look, _ in looks.values():
         _check_look(look, sizes)
     for symbol in sizes.symbols:
+        if symbol.of == "number":
+            continue
         spec = step.inputs[symbol.input] if symbol.input < len(step.inputs) else None
         if spec is None or spec.source == "symbol" or "shape" not in looks.get(spec.node, ({},))[0]:
             raise ArtefactError(f"no input tells {symbol.name}")

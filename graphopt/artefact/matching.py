@@ -45,7 +45,7 @@ class Taken:
 
 
 _ASPECTS = ("dtype", "rank", "shape", "device", "stride", "gradient")
-_STAGES = ("structure", "mode", "autocast", *_ASPECTS, "sizes", "backward")
+_STAGES = ("mode", "autocast", "structure", *_ASPECTS, "sizes", "backward")
 """What a call is checked for, in order: it comes the nearer the later it is refused."""
 
 
@@ -79,14 +79,18 @@ class Callee:
         """The inputs of the program. Raises ``_Refused``."""
         step = self.step
         tensors: list[torch.Tensor | None] = [None] * self.tensors
-        _checked("structure", lambda: taken(self.arguments, given.arguments, tensors, "the call"))
         _checked("mode", lambda: _check_mode(step, given.training))
         _checked("autocast", lambda: _check_autocast(step.autocast))
+        given_numbers: dict[int, int] = {}
+        _checked(
+            "structure",
+            lambda: taken(self.arguments, given.arguments, tensors, "the call", given_numbers),
+        )
         inputs: list[Any] = []
         for spec, said in zip(step.inputs, self._said, strict=True):
             inputs.append(None if spec.source == "symbol" else self._tensor(spec, given, tensors))
             self._check(spec, inputs[-1], said, ("dtype", "rank"), {})
-        numbers = {symbol.name: _told(symbol, inputs) for symbol in self.sizes.symbols}
+        numbers = {s.name: _told(s, inputs, given_numbers) for s in self.sizes.symbols}
         for what in ("shape", "device", "stride", "gradient"):
             for spec, value, said in zip(step.inputs, inputs, self._said, strict=True):
                 self._check(spec, value, said, (what,), numbers)
@@ -151,8 +155,10 @@ class Callee:
                     raise ArtefactError(refused.error.message) from None
 
 
-def _told(symbol: SavedSymbol, inputs: Sequence[Any]) -> int:
+def _told(symbol: SavedSymbol, inputs: Sequence[Any], numbers: Mapping[int, int]) -> int:
     """What a symbol is in a call."""
+    if symbol.of == "number":
+        return numbers[symbol.input]
     value = inputs[symbol.input]
     numbers = value.shape if symbol.of == "size" else value.stride()
     return int(numbers[symbol.dim])

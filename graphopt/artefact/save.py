@@ -11,7 +11,8 @@ from __future__ import annotations
 import inspect
 import json
 import platform
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -30,7 +31,7 @@ from graphopt.artefact.seen import seen_step
 from graphopt.artefact.state import Tensors, saved_state
 from graphopt.artefact.writer import Graphs, StepWriter, WrittenStep
 from graphopt.cache_folder import cache_folder
-from graphopt.errors import ArtefactError
+from graphopt.errors import ArtefactError, InputsError
 from graphopt.packing.artefact import ArtefactWeight
 from graphopt.packing.convert import converted
 from graphopt.packing.save import written_weight
@@ -97,30 +98,36 @@ def save(optimized: Optimized, path: Path, *, weights: bool = True) -> Path:
 def _steps(driver: Driver, tensors: Tensors, graphs: Graphs) -> tuple[dict[int, WrittenStep], list[str]]:
     """The steps that the module still runs, by number, and notes on those that it does not."""
     last = driver.step_count() - 1
-    seen = seen_step(driver, last) or seen_step(driver, last, anew=True)
-    if seen is None:
-        name = _said(driver)
-        raise ArtefactError(
-            f"the module now runs another step than {name}, which was captured last, for the same call",
-            hint="optimize the model anew in the mode and for the inputs that are to be saved",
-        )
+    with _named(driver):
+        seen = seen_step(driver, last) or seen_step(driver, last, anew=True)
+        if seen is None:
+            raise ArtefactError(
+                "it was captured last, and the module now runs another step for the same call",
+                hint="optimize the model anew in the mode and for the inputs that are to be saved",
+            )
     found: dict[int, WrittenStep] = {}
     notes = []
     present = driver.step_count() - 1
     for number in range(driver.step_count()):
-        with driver.showing(number):
+        with driver.showing(number), _named(driver):
+            known = seen if number == present else seen_step(driver, number)
+            if known is not None:
+                writer = StepWriter(driver.session, number, known, tensors, graphs)
+                found[number] = writer.written(_example(driver, number).training)
+                continue
             name = _said(driver)
-            try:
-                known = seen if number == present else seen_step(driver, number)
-                if known is not None:
-                    writer = StepWriter(driver.session, number, known, tensors, graphs)
-                    found[number] = writer.written(_example(driver, number).training)
-                    continue
-            except ArtefactError as error:
-                said = f"{name}: {error.message}" if present else error.message
-                raise ArtefactError(said, hint=error.hint) from None
         notes.append(f"{name} is not in the artefact: the module runs its calls by another step now")
     return found, notes
+
+
+@contextmanager
+def _named(driver: Driver) -> Iterator[None]:
+    """``ArtefactError`` of the block names the step that it is of, where there are several."""
+    try:
+        yield
+    except ArtefactError as error:
+        name = f"{_said(driver)}: " if driver.step_count() > 1 else ""
+        raise ArtefactError(f"{name}{error.message}", hint=error.hint) from None
 
 
 def _example(driver: Driver, number: int) -> Example:
@@ -155,7 +162,10 @@ def _check_told_apart(
         example = _example(driver, number)
         with example.around(model):
             given = Given(step.seen.bound, example.training, torch.is_grad_enabled(), state)
-            chosen, _ = pick(callees, given)
+            try:
+                chosen, _ = pick(callees, given)
+            except InputsError as error:
+                raise ArtefactError(f"{names[k]} would not take its own call: {error.message}") from None
         if chosen != k:
             raise ArtefactError(
                 f"{names[k]} and {names[chosen]} take the same calls: what tells them apart in the module is "

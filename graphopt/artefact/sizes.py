@@ -22,14 +22,17 @@ from typing import Any
 import torch
 
 from graphopt import _torch
+from graphopt.artefact.calling import constants_of
 from graphopt.errors import ArtefactError
 
-__all__ = ["NO_SIZES", "SavedSymbol", "Sizes", "checked_expression", "sizes_of", "value_of"]
+__all__ = ["NO_SIZES", "SavedSymbol", "Sizes", "check_results", "checked_expression", "sizes_of", "value_of"]
 
 _NAME = re.compile(r"s[0-9]+\Z")
+_ARGUMENT = re.compile(r"L\['(\w+)'\](.*)\Z")
 _LIMIT = 1 << 62
-_PARTS = 500
-"""Operators in one expression. Sizes are sums and products of a few."""
+_OF = ("size", "stride", "number")
+_PARTS, _DEPTH = 500, 50
+"""Operators in one expression, and in one another. Sizes are sums and products of a few."""
 _POWER = 16
 
 
@@ -69,7 +72,7 @@ def checked_expression(form: Any, names: Mapping[str, Any]) -> Any:
     """``form``, if it is an expression of the symbols ``names``. Raises ``ArtefactError``."""
     parts = 0
 
-    def look(part: Any, within_power: bool) -> None:
+    def look(part: Any, within_power: bool, depth: int) -> None:
         nonlocal parts
         parts += 1
         if type(part) is int and abs(part) < _LIMIT and parts <= _PARTS:
@@ -79,16 +82,16 @@ def checked_expression(form: Any, names: Mapping[str, Any]) -> Any:
         known = _OPERATORS.get(part[0]) if isinstance(part, list) and part and type(part[0]) is str else None
         arguments = part[1:] if known is not None else ()
         fits = known is not None and (len(arguments) == known[1] or (not known[1] and len(arguments) > 1))
-        if not fits or parts > _PARTS:
+        if not fits or parts > _PARTS or depth > _DEPTH:
             raise ArtefactError(f"{str(form)[:60]!r} is no size")
         power = part[0] in ("**", "power")
         exponent = part[-1]
         if power and (within_power or type(exponent) is not int or not 2 <= exponent <= _POWER):
             raise ArtefactError(f"{str(form)[:60]!r} is no size: it has a power of {str(exponent)[:20]}")
         for argument in arguments:
-            look(argument, within_power or power)
+            look(argument, within_power or power, depth + 1)
 
-    look(form, False)
+    look(form, False, 0)
     return form
 
 
@@ -102,7 +105,8 @@ def value_of(form: Any, values: Mapping[str, int]) -> Any:
 @dataclass(frozen=True)
 class SavedSymbol:
     """A symbol (``_torch.SizeSymbol``) and where a call tells it: the size, or with ``of`` as ``"stride"``
-    the stride, along ``dim`` of input ``input`` of the program."""
+    the stride, along ``dim`` of input ``input`` of the program; with ``of`` as ``"number"`` it is number
+    ``input`` of the arguments."""
 
     name: str
     hint: int
@@ -115,6 +119,8 @@ class SavedSymbol:
 
     def place(self, said: Sequence[str]) -> str:
         """Where a call tells it, in words; ``said`` has those of the inputs."""
+        if self.of == "number":
+            return f"number {self.input} of the call"
         return f"{self.of} {self.dim} of {said[self.input]}"
 
     def refusal(self, value: int) -> str:
@@ -137,7 +143,7 @@ class Sizes:
         names: dict[str, SavedSymbol] = {}
         for symbol in self.symbols:
             bounds = [n for n in (symbol.hint, symbol.low, symbol.high) if n is not None]
-            sound = _NAME.match(symbol.name) and symbol.name not in names and symbol.of in ("size", "stride")
+            sound = _NAME.match(symbol.name) and symbol.name not in names and symbol.of in _OF
             if not sound or any(abs(n) >= _LIMIT for n in bounds) or symbol.input < 0 or symbol.dim < 0:
                 raise ArtefactError(f"{symbol.name[:60]!r} is no symbol of a size")
             if symbol.refusal(symbol.hint) or (symbol.positive and symbol.hint < 1):
@@ -223,9 +229,10 @@ def expression_text(form: Any) -> str:
     return f" {name} ".join(parts)
 
 
-def sizes_of(examples: Sequence[Any], others: Sequence[Any]) -> Sizes:
+def sizes_of(examples: Sequence[Any], others: Sequence[Any], arguments: Any) -> Sizes:
     """The sizes of a program whose inputs look like ``examples``; ``others`` are values of it that may be
-    made of symbols as well. Raises ``ArtefactError`` for sizes that no input tells."""
+    made of symbols as well. Whole numbers in ``arguments`` (``structure_json``) that are symbols become
+    numbers of the call there. Raises ``ArtefactError`` for sizes that no input tells."""
     try:
         symbols = _torch.size_symbols([examples, others])
         guards = _torch.size_guards([examples, others])
@@ -240,10 +247,11 @@ def sizes_of(examples: Sequence[Any], others: Sequence[Any]) -> Sizes:
                 form = _torch.expression_form(size) if isinstance(size, torch.SymInt) else size
                 if isinstance(form, str):
                     places.setdefault(form, (of, number, dim))
+    _place_numbers(set(symbols) - set(places), _torch.size_sources([examples, others]), arguments, places)
     if untold := sorted({*symbols, *(name for guard in guards for name in _names(guard))} - set(places)):
         raise ArtefactError(
-            f"{untold[0]} of the program is a number of the call, or the size of a tensor that no operator "
-            "reads: no input of the program tells it",
+            f"{untold[0]} of the program is told by no input of it: it is made of numbers of the model, or "
+            "the size of a tensor that no operator reads",
             hint="optimize with dynamic_shapes=False, and run the module once for each size before saving it",
         )
     made = tuple(SavedSymbol(*symbols[name], *places[name]) for name in sorted(symbols))
@@ -251,3 +259,43 @@ def sizes_of(examples: Sequence[Any], others: Sequence[Any]) -> Sizes:
         return Sizes(made, tuple(guards))
     except ArtefactError as error:
         raise ArtefactError(f"what is assumed of sizes cannot be written: {error.message}") from None
+
+
+def _place_numbers(
+    untold: set[str],
+    sources: Mapping[str, Sequence[str]],
+    arguments: Any,
+    places: dict[str, tuple[str, int, int]],
+) -> None:
+    """Let numbers of the call tell the symbols that are taken from them: ``L['count']``,
+    ``L['sizes'][0]``."""
+    leaves = {
+        path: leaf
+        for name, item in arguments["dict"].items()
+        for path, leaf in constants_of(item, name)
+        if type(leaf["constant"]) is int
+    }
+    number = 0
+    for symbol in sorted(untold):
+        for source in sources.get(symbol, ()):
+            found = _ARGUMENT.match(source)
+            path = found.group(1) + found.group(2) if found else ""
+            if path in leaves:
+                leaf = leaves.pop(path)
+                del leaf["constant"]
+                leaf["number"] = number
+                places[symbol] = "number", number, 0
+                number += 1
+                break
+
+
+def check_results(results: Any) -> None:
+    """Raise ``ArtefactError`` for numbers in what a step of symbolic sizes returns (``structure_json``): they
+    may be made of sizes, and would be those of the call that was saved."""
+    for path, leaf in constants_of(results, "the result"):
+        if type(leaf["constant"]) in (int, float):
+            said = f"the number {leaf['constant']}, which may be made of sizes known at run time alone"
+            raise ArtefactError(
+                f"{path} is {said}",
+                hint="return it as a tensor, or optimize with dynamic_shapes=False",
+            )

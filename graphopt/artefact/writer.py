@@ -15,7 +15,7 @@ from graphopt.artefact.graphs import program_json
 from graphopt.artefact.matching import Callee
 from graphopt.artefact.records import Autocast, SavedCode, SavedInput, SavedStep
 from graphopt.artefact.seen import SeenCall
-from graphopt.artefact.sizes import Sizes, sizes_of
+from graphopt.artefact.sizes import Sizes, check_results, sizes_of
 from graphopt.artefact.state import Tensors
 from graphopt.artefact.values import type_json
 from graphopt.captured import Captured
@@ -122,7 +122,7 @@ class StepWriter:
             _example(node.meta.get("val"), value)
             for node, value in zip(nodes, self.seen.inputs, strict=True)
         ]
-        sizes = sizes_of(examples, _values([made]))
+        sizes = self._sizes(examples, [made])
         outputs = _flat_results(made.semantic.gm)
         outs = tuple(f"result_{k}" for k in range(len(outputs)))
         call = StoredCall(0, names, outs, (), tuple(written_inputs(made)), draws_random(made))
@@ -170,12 +170,18 @@ class StepWriter:
         except TypeError as error:
             raise ArtefactError(str(error)) from None
         examples = [known.get(name, made.sizes.get(name)) for name in made.chain.inputs]
-        sizes = sizes_of(examples, _values([*made.kinds, *made.captured]))
+        sizes = self._sizes(examples, [*made.kinds, *made.captured])
         names, group = tuple(constants), made.captured
         step = self._record(
             training, group, made.chain.inputs, examples, tuple(calls), tuple(codes), names, results
         )
         return WrittenStep(step, self.seen, sizes, constants)
+
+    def _sizes(self, examples: Sequence[Any], group: Sequence[Captured]) -> Sizes:
+        sizes = sizes_of(examples, _values(group), self.seen.arguments)
+        if sizes.symbols:
+            check_results(self.seen.results)
+        return sizes
 
     def _check_present(self, group: Sequence[Captured]) -> None:
         current = self.session.current
