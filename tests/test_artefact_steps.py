@@ -221,6 +221,18 @@ def test_an_object_of_a_later_call_is_refused_by_name(tmp_path: Path) -> None:
         fast.save(tmp_path / "a")
 
 
+def test_a_step_that_does_not_run_on_zeros_is_refused(tmp_path: Path) -> None:
+    class Inverse(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(torch.linalg.inv(x))
+
+    fast = optimized(Inverse(2, 2), torch.eye(2), train=False, dynamic_shapes=False)
+    with torch.no_grad():
+        fast(torch.eye(2).expand(3, 2, 2).contiguous())
+    with pytest.raises(ArtefactError, match=r"g1 infer f32\[3,2,2\]: run on zeros .* it raises .*singular"):
+        fast.save(tmp_path / "a")
+
+
 def test_autocast_is_part_of_the_call(tmp_path: Path) -> None:
     fast = made()
     with torch.autocast("cpu", torch.bfloat16):

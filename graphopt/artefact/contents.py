@@ -205,6 +205,8 @@ def _step(
         raise ArtefactError(f"the step takes {str(count)[:20]!r} tensors")
     if not isinstance(constants, dict) or sorted(constants) != sorted(step.constants):
         raise ArtefactError("the step has other constants than it names")
+    if not all(isinstance(name, str) for name in constants.values()):
+        raise ArtefactError("a constant of the step is not named by a text")
     sizes = Sizes(_all(SavedSymbol, said["symbols"], "symbols"), tuple(_list(said["guards"], "guards")))
     returned = _check_step(step, sizes, types)
     numbers = {symbol.input for symbol in sizes.symbols if symbol.of == "number"}

@@ -68,8 +68,9 @@ def load(
     Operators of torch, graphopt and plugins may be called; ``operators`` are namespaces of others that are
     trusted (``("mylib",)``). ``plugins`` and ``cuda_graphs`` as for ``optimize``.
 
-    The step is the one that was saved: for its shapes, its mode and its constants; other calls raise
-    ``InputsError``. An output besides the loss is detached from autograd.
+    The steps are those that were saved: for their shapes, or sizes within what is assumed of them, their
+    modes and their constants. The one that takes a call is run; calls that none takes raise ``InputsError``,
+    which names the nearest. An output besides the loss is detached from autograd.
 
     Raises ``ArtefactError`` for what is no artefact, was damaged, is of another kind of machine, release or
     format, calls operators that it may not or that nothing provides, or does not fit ``model``.

@@ -15,7 +15,7 @@ import torch
 
 from graphopt import _torch
 from graphopt.artefact.calling import structure_json
-from graphopt.errors import ArtefactError, GraphoptError
+from graphopt.errors import ArtefactError, GraphoptError, brief
 from graphopt.restored import restored
 from graphopt.session import CapturedAnew, Ran
 
@@ -64,6 +64,15 @@ def seen_step(driver: Driver, number: int, *, anew: bool = False) -> SeenCall | 
             found = _seen(driver, args, kwargs)
     except CapturedAnew:
         return None
+    except GraphoptError:
+        raise
+    except Exception as error:  # whatever the program makes of zeros
+        if not number:
+            raise
+        raise ArtefactError(
+            f"run on zeros of the types that it was captured for, it raises {brief(error)}",
+            hint="optimize the model with those inputs, and save an artefact for them alone",
+        ) from error
     finally:
         session.settled = False
     wanted = session.steps[-1] if anew else planned
