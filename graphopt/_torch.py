@@ -677,17 +677,22 @@ def _known_values(env: Any) -> Any:
 def symbolic_context(symbols: Iterable[SizeSymbol]) -> TracingContext:
     """A tracing context of its own, in which sizes may be made of ``symbols``."""
     import sympy
-    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv, ValueRangesSLoc
     from torch.utils._sympy.numbers import int_oo
     from torch.utils._sympy.value_ranges import ValueRanges
 
     env: Any = ShapeEnv()
+    place = env._get_sloc()
     for symbol in symbols:
         made = _symbol(symbol)
         low = -int_oo if symbol.low is None else sympy.Integer(symbol.low)
         high = int_oo if symbol.high is None else sympy.Integer(symbol.high)
         _known_values(env)[made] = sympy.Integer(symbol.hint)
         env.var_to_range[made] = ValueRanges(low, high)
+        # Inductor writes guards of its own code from these.
+        env.var_to_range_sloc[made] = ValueRangesSLoc(place, place)
+        env.var_to_sources[made] = [ConstantSource(symbol.name)]
     return TracingContext(FakeTensorMode(allow_non_fake_inputs=True, shape_env=env))
 
 

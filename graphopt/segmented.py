@@ -30,7 +30,7 @@ from graphopt.errors import CaptureError, HostMemoryError, LoweringError
 from graphopt.host_memory import HostMemory
 from graphopt.lowered_points import corrected, exact_point, with_bytes
 from graphopt.partition import partition
-from graphopt.program import InputSpec, Program, tensor_leaves
+from graphopt.program import InputSpec, Program, same_names, tensor_leaves
 from graphopt.schedule import Schedule
 from graphopt.stored_step import StoredCode, stored_code
 
@@ -424,12 +424,13 @@ def _never(*args: Any) -> Any:
 
 
 def _rewritten(captured: Captured, traced: Program) -> Program:
-    """``traced`` as the passes rewrote it where it was first seen.
+    """``traced`` as the passes rewrote it where it was first seen, its values under the names that they had
+    then: those of numbers that are made of symbolic sizes may be others each time.
 
     Raises ``LoweringError`` if it is not what was rewritten then.
     """
     planned = captured.joint
-    if planned is None or planned.fingerprint == captured.traced:
+    if planned is None or (planned.fingerprint == captured.traced and same_names(planned, traced)):
         return traced
     if traced.fingerprint != captured.traced:
         raise LoweringError(

@@ -162,7 +162,8 @@ def test_a_step_without_a_backward_is_not_run_for_one_that_has(tmp_path: Path) -
     loaded = graphopt.load(fast.save(tmp_path / "a"))
     with torch.no_grad():
         assert not loaded(x(2, 3))["loss"].requires_grad
-    with pytest.raises(InputsError, match=r"g1 infer .*: it has no backward, and gradients are on"):
+    reason = r"Nearest is g0 train .* has shape \[2,3,8\](.|\n)*under torch\.no_grad\(\) g1 infer .* takes it"
+    with pytest.raises(InputsError, match=reason):
         loaded(x(2, 3))
 
 
@@ -407,25 +408,20 @@ for train, count in ((True, 5), (True, 13), (False, 13)):
 
 
 @pytest.mark.slow  # compiles C++
-def test_generated_code_of_symbolic_sizes_gives_the_same_bits(tmp_path: Path) -> None:
-    from tests.test_dynamic_shapes import Net as Plain
-
-    torch.manual_seed(0)
-    fast = optimized(Plain(), torch.randn(64, 16), emit="inductor")
-    fast(torch.randn(48, 16))
-    with torch.no_grad():
-        fast(torch.randn(48, 16))
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_generated_code_of_symbolic_sizes_gives_the_same_bits(tmp_path: Path, dynamic: bool | None) -> None:
+    """Of what numbers are made of sizes for views and ranges the names are others each time it is traced."""
+    fast = made(dynamic, emit="inductor")
+    step(fast, x(6, 3))
+    step(fast, x(6, 3), train=False)
+    fast.train()
     loaded = graphopt.load(fast.save(tmp_path / "a"))
-    for count in (64, 48, 5):
-        value, found = torch.randn(count, 16), []
-        for module in (fast, loaded):
-            module.zero_grad()
-            loss = module(value)
-            loss.backward()
-            with torch.no_grad():
-                found.append([loss.detach(), module(value), *(p.grad for p in module.parameters())])
-        assert all(map(torch.equal, *found))
-    assert [view.dump() for view in loaded.steps] == [view.dump() for view in fast.steps[1:]]
+    assert [name.split("[")[0] for name in names(loaded)][-1] == names(fast)[-1].split("[")[0]
+    kept = fast.steps[len(fast.steps) - len(loaded.steps) :]
+    assert [view.dump() for view in loaded.steps] == [view.dump() for view in kept]
+    for count in (4, 6, 9):
+        assert_same(loaded, fast, x(count, 3))
+        assert_same(loaded, fast, x(count, 3), train=False)
 
 
 # --- formats ----------------------------------------------------------------------------------------------

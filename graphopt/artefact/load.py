@@ -38,7 +38,7 @@ from graphopt.errors import ArtefactError, HostMemoryError, brief
 from graphopt.optimized import Optimized
 from graphopt.partition import ordered, partition
 from graphopt.planned_step import said_of
-from graphopt.program import Program
+from graphopt.program import Program, same_names
 from graphopt.record_json import RecordFormatError, decode
 from graphopt.recording import Roles
 from graphopt.replay import make_random_states_explicit
@@ -221,7 +221,8 @@ class _Compiling:
                     f"the one that was planned ({code.traced[:20]})",
                     hint="save it again with this torch",
                 )
-            if not code.rewritten:
+            # Numbers that are made of symbolic sizes may have other names than the schedule knows.
+            if not code.rewritten and same_names(traced, programs[code.joint]):
                 return traced
             return self._rewritten(traced, programs[code.joint])
 

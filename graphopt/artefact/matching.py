@@ -45,7 +45,7 @@ class Taken:
 
 
 _ASPECTS = ("dtype", "rank", "shape", "device", "stride", "gradient")
-_STAGES = ("mode", "autocast", "structure", *_ASPECTS, "sizes", "backward")
+_STAGES = ("mode", "autocast", "structure", "backward", *_ASPECTS, "sizes")
 """What a call is checked for, in order: it comes the nearer the later it is refused."""
 
 
@@ -200,9 +200,7 @@ def pick(callees: Sequence[Callee], given: Given) -> tuple[int, Taken]:
         try:
             found = callees[number].take(given)
             if _lets_go_of_gradients(callees, number, given):
-                message = "it has no backward, and gradients are on"
-                hint = f"call it under torch.no_grad(), or {_ANEW}"
-                raise _Refused("backward", InputsError(message, hint=hint))
+                raise _Refused("backward", InputsError("it has no backward, and gradients are on"))
             return number, found
         except _Refused as reason:
             refused[number] = reason
@@ -211,9 +209,14 @@ def pick(callees: Sequence[Callee], given: Given) -> tuple[int, Taken]:
     if len(callees) == 1:
         raise error
     others = "; ".join(callee.said for callee in callees)
+    hints = [f"saved are {others}", *filter(None, (error.hint,))]
+    backward = _STAGES.index("backward")
+    hints += [
+        f"under torch.no_grad() {callees[k].said} takes it" for k in order if refused[k].stage == backward
+    ]
     raise InputsError(
         f"no saved step takes this call. Nearest is {callees[nearest].said}: {error.message}",
-        hint=f"saved are {others}" + (f"; {error.hint}" if error.hint else ""),
+        hint="; ".join(hints),
     )
 
 

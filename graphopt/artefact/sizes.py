@@ -189,10 +189,14 @@ class Sizes:
         """What makes sizes of expressions under the fake mode of a ``context``. It raises
         ``ArtefactError``."""
         known, symbols = self._known_to_torch(), self.known
+        found: dict[str, Any] = {}
 
         def made(form: Any) -> Any:
             try:
-                return _torch.sized(checked_expression(form, symbols), known, mode)
+                # Graphs are full of the same few.
+                if (text := repr(form)) not in found:
+                    found[text] = _torch.sized(checked_expression(form, symbols), known, mode)
+                return found[text]
             except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
                 raise ArtefactError(f"{str(form)[:60]!r} is no size: {error}") from error
 
