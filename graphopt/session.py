@@ -618,7 +618,8 @@ class Session:
     def checkpoint(self) -> Callable[[], None]:
         """What has been captured, planned and noted, to go back to: a function that does."""
         notes = (self.records, self.declined, self.near_misses, self.rewrites, self.diagnostics)
-        lists: list[tuple[list[Any], list[Any]]] = [(kept, list(kept)) for kept in (*notes, self.recorders)]
+        all_notes: tuple[list[Any], ...] = (*notes, self.recorders, self.steps)
+        lists = [(kept, list(kept)) for kept in all_notes]
         names = (
             "plan", "_fold", "chain", "reruns", "chosen_by", "static_bytes", "replay_bytes", "trains",
             "whole", "_seen", "_counted",
@@ -632,6 +633,8 @@ class Session:
             for name, value in values.items():
                 setattr(self, name, value)
             self.captured, self.current, self.differentiated = captured, current, differentiated
+            for step in self.steps[-1:]:
+                step.said = {}
 
         return go_back
 

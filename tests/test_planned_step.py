@@ -106,3 +106,14 @@ def test_a_state_without_autocast_switches_it_off() -> None:
         with state.again():
             assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
         assert torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
+
+
+def test_what_is_gone_back_from_is_no_step() -> None:
+    fast = optimized()
+    session, before = fast._driver.session, fast.plan
+    go_back = session.checkpoint()
+    fast(torch.randn(32, 16)).backward()
+    assert len(fast.steps) == 2
+    go_back()
+    assert [view.name for view in fast.steps] == ["g0 train f32[64,16]"]
+    assert fast.steps[0].plan is before and fast.plan is before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -86,7 +87,7 @@ class Driver:
         self._first_plan: Plan | None = None
         self.agreement: Agreement | None = None
         self.plugged: PluggedCapture | None = None
-        session.modes = self._modes
+        session.modes = partial(_modes, model)
         self.apart = ""
         """What the predicted peak leaves out, for the report."""
 
@@ -184,11 +185,7 @@ class Driver:
     def _take(self, fitted: Fitted) -> None:
         """Go on with packed weights, which were tried and fit."""
         self.model, self.session, self.fit = fitted.model, fitted.session, None
-        self.session.modes = self._modes
-
-    def _modes(self) -> tuple[bool, ...]:
-        """Which modules of the model are in training mode."""
-        return tuple(module.training for module in self.model.modules())
+        self.session.modes = partial(_modes, self.model)
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.session.arguments = (args, kwargs)
@@ -751,6 +748,11 @@ def _observer(values: Any) -> Observer | None:
 
 def _cuda_devices(model: torch.nn.Module) -> list[int]:
     return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+
+
+def _modes(model: torch.nn.Module) -> tuple[bool, ...]:
+    """Which modules of ``model`` are in training mode."""
+    return tuple(module.training for module in model.modules())
 
 
 def _leaf(tensor: torch.Tensor) -> torch.Tensor:
