@@ -16,7 +16,7 @@ import operator
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -598,6 +598,164 @@ def is_same_size(one: Any, other: Any) -> bool:
     if isinstance(one, torch.SymInt) and isinstance(other, torch.SymInt):
         return bool(one.node.expr == other.node.expr)
     return type(one) is int and type(other) is int and one == other
+
+
+class SizeSymbol(NamedTuple):
+    """A size that is known at run time alone: ``hint`` is what it was while tracing, ``low`` and ``high``,
+    both included, bound it where they are given; ``positive``: torch takes it to be above 0."""
+
+    name: str
+    hint: int
+    low: int | None
+    high: int | None
+    positive: bool
+
+
+def size_symbols(values: Any) -> dict[str, SizeSymbol]:
+    """The symbols of sizes and strides in ``values``, tensors and symbolic numbers. Raises ``ValueError`` for
+    one that depends on values, which has no size while tracing."""
+    from torch.utils._sympy.numbers import int_oo
+
+    found: dict[str, SizeSymbol] = {}
+    for node in _symbolic_nodes(values):
+        known: Any = node.shape_env
+        for symbol in sorted(node.expr.free_symbols, key=str):
+            if not symbol.is_integer or (value := _known_values(known).get(symbol)) is None:
+                raise ValueError(f"the size {symbol} depends on values")
+            bounds = known.var_to_range[symbol]
+            low = None if bounds.lower == -int_oo else int(bounds.lower)
+            high = None if bounds.upper == int_oo else int(bounds.upper)
+            found[str(symbol)] = SizeSymbol(str(symbol), int(value), low, high, bool(symbol.is_positive))
+    return found
+
+
+def size_sources(values: Any) -> dict[str, list[str]]:
+    """Where dynamo took the symbols of sizes in ``values`` from, as Python of its own:
+    ``L['x'].size()[0]``."""
+    found: dict[str, list[str]] = {}
+    for node in _symbolic_nodes(values):
+        for symbol in node.expr.free_symbols:
+            names = [source.name for source in node.shape_env.var_to_sources.get(symbol, ())]
+            # torch 2.11 has a method there.
+            found[str(symbol)] = [str(name() if callable(name) else name) for name in names]
+    return found
+
+
+def size_guards(values: Any) -> list[Any]:
+    """What was assumed of the symbols of sizes in ``values``, as ``expression_form`` has it."""
+    known = {id(node.shape_env): node.shape_env for node in _symbolic_nodes(values)}
+    return [form for env in known.values() for form in _guards_of(env)]
+
+
+def context_guards(context: TracingContext) -> list[Any]:
+    """What was assumed of sizes under ``context``, as ``expression_form`` has it."""
+    assert context.fake_mode is not None
+    return _guards_of(context.fake_mode.shape_env)
+
+
+def _guards_of(env: Any) -> list[Any]:
+    found = [] if env is None else [env.replace(guard.expr) for guard in env.guards]
+    forms = [expression_form(expression) for expression in found]
+    return list({str(form): form for form in forms if form is not True}.values())
+
+
+def _symbolic_nodes(values: Any) -> Iterator[Any]:
+    for value in torch.utils._pytree.tree_leaves(values):
+        numbers = [value]
+        if isinstance(value, torch.Tensor):
+            numbers = [*value.shape, *value.stride(), value.storage_offset()]
+        for number in numbers:
+            if isinstance(number, torch.SymInt | torch.SymBool | torch.SymFloat):
+                yield number.node
+
+
+def _known_values(env: Any) -> Any:
+    """What symbols of sizes were while tracing; torch 2.11 has another name for it."""
+    return env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
+
+
+def symbolic_context(symbols: Iterable[SizeSymbol]) -> TracingContext:
+    """A tracing context of its own, in which sizes may be made of ``symbols``."""
+    import sympy
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv, ValueRangesSLoc
+    from torch.utils._sympy.numbers import int_oo
+    from torch.utils._sympy.value_ranges import ValueRanges
+
+    env: Any = ShapeEnv()
+    place = env._get_sloc()
+    for symbol in symbols:
+        made = _symbol(symbol)
+        low = -int_oo if symbol.low is None else sympy.Integer(symbol.low)
+        high = int_oo if symbol.high is None else sympy.Integer(symbol.high)
+        _known_values(env)[made] = sympy.Integer(symbol.hint)
+        env.var_to_range[made] = ValueRanges(low, high)
+        # Inductor writes guards of its own code from these.
+        env.var_to_range_sloc[made] = ValueRangesSLoc(place, place)
+        env.var_to_sources[made] = [ConstantSource(symbol.name)]
+    return TracingContext(FakeTensorMode(allow_non_fake_inputs=True, shape_env=env))
+
+
+def _symbol(symbol: SizeSymbol) -> Any:
+    import sympy
+
+    return sympy.Symbol(symbol.name, integer=True, positive=True if symbol.positive else None)
+
+
+def sized(form: Any, symbols: Mapping[str, SizeSymbol], mode: FakeTensorMode) -> Any:
+    """A size under ``mode``, which is of ``symbolic_context(symbols)``: a number, or one made of symbols, as
+    ``expression_form`` writes it. Raises ``ValueError`` for what is no size of these symbols."""
+    import sympy
+
+    expression = _expression_of(form, {name: _symbol(symbol) for name, symbol in symbols.items()})
+    hint = expression.xreplace({_symbol(s): sympy.Integer(s.hint) for s in symbols.values()})
+    if not hint.is_Integer or mode.shape_env is None:
+        raise ValueError(f"{expression} is no size")
+    return mode.shape_env.create_symintnode(expression, hint=int(hint))
+
+
+def expression_form(expression: Any) -> Any:
+    """An expression of symbols of sizes as numbers, names, ``True``, ``False`` and lists of an operator and
+    what it is of: ``["*", 2, "s77"]``. Raises ``ValueError`` for an operator that has no name there."""
+    import sympy
+
+    if isinstance(expression, torch.SymInt | torch.SymBool):
+        expression = expression.node.expr
+    if expression is sympy.true or expression is sympy.false:
+        return expression is sympy.true
+    if expression.is_Integer:
+        return int(expression)
+    if expression.is_Symbol:
+        return str(expression)
+    name = {kind: name for name, kind in _size_operators().items()}.get(type(expression))
+    if name is None:
+        raise ValueError(f"{expression} is computed by {type(expression).__name__}")
+    return [name, *map(expression_form, expression.args)]
+
+
+def _expression_of(form: Any, symbols: Mapping[str, Any]) -> Any:
+    import sympy
+
+    if type(form) is int:
+        return sympy.Integer(form)
+    if isinstance(form, str) and form in symbols:
+        return symbols[form]
+    kinds = _size_operators()
+    if isinstance(form, list) and len(form) > 1 and isinstance(form[0], str) and form[0] in kinds:
+        return kinds[form[0]](*(_expression_of(part, symbols) for part in form[1:]))
+    raise ValueError(f"{str(form)[:60]!r} is no size")
+
+
+def _size_operators() -> dict[str, Any]:
+    import sympy
+    from torch.utils._sympy import functions as f
+
+    return {
+        "+": sympy.Add, "*": sympy.Mul, "**": sympy.Pow, "power": f.PowByNatural,
+        "//": f.FloorDiv, "/": f.CleanDiv, "%": f.Mod, "modulo": f.PythonMod, "max": f.Max, "min": f.Min,
+        "==": sympy.Eq, "!=": sympy.Ne, "<": sympy.Lt, "<=": sympy.Le, ">": sympy.Gt, ">=": sympy.Ge,
+        "and": sympy.And, "or": sympy.Or, "not": sympy.Not,
+    }  # fmt: skip
 
 
 def describe_joint(gm: fx.GraphModule) -> tuple[list[tuple[str, str, int]], list[tuple[str, str, int]]]:

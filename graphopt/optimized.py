@@ -27,6 +27,7 @@ from graphopt.plans import Plan
 from graphopt.program import Program
 from graphopt.report import Report
 from graphopt.restored import restored
+from graphopt.step_view import StepView
 
 __all__ = ["Optimized"]
 
@@ -168,6 +169,14 @@ class Optimized(torch.nn.Module):
         return self._driver.programs()
 
     @property
+    def steps(self) -> tuple[StepView, ...]:
+        """The steps that the module has planned, each for inputs or a mode of its own, in the order in which
+        they were captured: ``report``, ``plan``, ``programs``, ``memory()`` and ``dump()`` of each. The
+        module itself shows the present one. Raises ``CaptureError`` before anything was captured."""
+        self._driver.plan()
+        return tuple(StepView(self._driver, number) for number in range(self._driver.step_count()))
+
+    @property
     def cost_model(self) -> CostModel:
         """What costs were predicted with: the cost model of the device that was planned for."""
         return self._driver.session.cost
@@ -257,18 +266,19 @@ class Optimized(torch.nn.Module):
         return taken
 
     def save(self, path: str | os.PathLike[str], *, weights: bool = True) -> Path:
-        """Write the present step to the folder ``path``, for ``graphopt.load``; returns its path.
+        """Write the steps that were planned to the folder ``path``, for ``graphopt.load``; returns its path.
 
-        The folder holds programs, plan, report, weights (each tensor once, packed ones as they are packed),
+        The folder holds programs, plans, reports, weights (each tensor once, packed ones as they are packed),
         what tuning found and sources of generated kernels; nothing of it is run when it is loaded. It is put
         in place when it is whole, and replaces an artefact that is there. ``weights=False`` leaves parameters
-        and buffers out: ``load`` is then given a model. The step runs once on its example inputs, everything
-        put back.
+        and buffers out: ``load`` is then given a model. Each step runs once, the first on its example inputs,
+        others on zeros of the same types, everything put back. One that the module would run by another step
+        by now, or capture anew, is left out with a note in the report.
 
         Raises ``CaptureError`` before anything was captured, and ``ArtefactError``, with the reason, for what
-        cannot be written: several programs with Python between them, generation, sizes known at run time
-        alone, operators and objects of the model's own; and where ``path`` holds something else. ``OSError``
-        as ``open``.
+        cannot be written: several programs with Python between them, generation, sizes that no input tells,
+        steps that differ in no part of a call, operators and objects of the model's own; and where ``path``
+        holds something else. ``OSError`` as ``open``.
         """
         from graphopt.artefact.save import save
 

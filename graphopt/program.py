@@ -14,7 +14,16 @@ import torch.fx as fx
 if TYPE_CHECKING:
     from graphopt.edit import Edit
 
-__all__ = ["InputSpec", "Level", "OutputSpec", "Program", "Signature", "layer_of", "tensor_leaves"]
+__all__ = [
+    "InputSpec",
+    "Level",
+    "OutputSpec",
+    "Program",
+    "Signature",
+    "layer_of",
+    "same_names",
+    "tensor_leaves",
+]
 
 
 class Level(StrEnum):
@@ -72,6 +81,12 @@ def tensor_leaves(value: Any) -> list[torch.Tensor]:
     if value is None:
         return []
     return [leaf for leaf in torch.utils._pytree.tree_leaves(value) if isinstance(leaf, torch.Tensor)]
+
+
+def same_names(one: Program, other: Program) -> bool:
+    """Whether the values of two programs have the same names, in order."""
+    names = [[node.name for node in program.graph.nodes] for program in (one, other)]
+    return names[0] == names[1]
 
 
 def layer_of(node: fx.Node) -> str:

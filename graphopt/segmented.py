@@ -30,7 +30,7 @@ from graphopt.errors import CaptureError, HostMemoryError, LoweringError
 from graphopt.host_memory import HostMemory
 from graphopt.lowered_points import corrected, exact_point, with_bytes
 from graphopt.partition import partition
-from graphopt.program import InputSpec, Program, tensor_leaves
+from graphopt.program import InputSpec, Program, same_names, tensor_leaves
 from graphopt.schedule import Schedule
 from graphopt.stored_step import StoredCode, stored_code
 
@@ -50,7 +50,7 @@ class SegmentedStep:
     """The segments of one semantic graph; ``captured`` has one entry per call, in order.
 
     ``code_name(segment, alternative, schedule)``: the name under which code is kept for later processes,
-    ``""`` where it is not. ``runner``: what ``compile`` makes.
+    ``""`` where it is not. ``runner``: what ``compile`` makes. ``sizes``: inputs of the graph that are sizes.
     """
 
     def __init__(
@@ -66,6 +66,11 @@ class SegmentedStep:
         self.session = session
         self.runner: ChainRunner | None = None
         self._code_name = code_name
+        self.sizes = {
+            node.name: node.meta["val"]
+            for node in semantic.graph.nodes
+            if node.op == "placeholder" and isinstance(node.meta.get("val"), torch.SymInt)
+        }
         self.chain: Segmented = split(semantic, find_blocks(semantic.graph))
         roles = dict(zip(self.chain.inputs, specs, strict=True))
         calls = [sum(call.segment == k for call in self.chain.calls) for k in range(len(self.chain.segments))]
@@ -419,12 +424,13 @@ def _never(*args: Any) -> Any:
 
 
 def _rewritten(captured: Captured, traced: Program) -> Program:
-    """``traced`` as the passes rewrote it where it was first seen.
+    """``traced`` as the passes rewrote it where it was first seen, its values under the names that they had
+    then: those of numbers that are made of symbolic sizes may be others each time.
 
     Raises ``LoweringError`` if it is not what was rewritten then.
     """
     planned = captured.joint
-    if planned is None or planned.fingerprint == captured.traced:
+    if planned is None or (planned.fingerprint == captured.traced and same_names(planned, traced)):
         return traced
     if traced.fingerprint != captured.traced:
         raise LoweringError(

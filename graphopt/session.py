@@ -15,6 +15,7 @@ import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.alternatives import Offer, alternatives, copied, joint_alternatives, united
+from graphopt.ambient_state import AmbientState
 from graphopt.budget import Budget, format_bytes
 from graphopt.candidate import Declined, Frontier, FrontierPoint, NearMiss
 from graphopt.capture.aliasing import alias_map
@@ -47,6 +48,7 @@ from graphopt.observed_plan import ObservedPlan
 from graphopt.packing.plan import QuantizationPlan
 from graphopt.partition import ordered, partition
 from graphopt.passes import Pass, PassContext
+from graphopt.planned_step import PlannedStep, put_back, remember, said_of
 from graphopt.planner import seconds_bound
 from graphopt.plans import Choice, Plan, Recomputed, SavedValue
 from graphopt.plugins.host import PluginHost
@@ -64,7 +66,7 @@ from graphopt.several import compile_together
 if TYPE_CHECKING:
     from graphopt.segmented import SegmentedStep
 
-__all__ = ["Captured", "NotPlanned", "Ran", "Session"]
+__all__ = ["Captured", "CapturedAnew", "NotPlanned", "Ran", "Session"]
 
 _RESOLUTION = 0.01
 """Predicted times of fused code that differ by less than this share are taken as equal."""
@@ -76,6 +78,11 @@ class NotPlanned(BaseException):
     No ``Exception``: what a model's own handlers do with one would run under dynamo (those of an
     ``fx.GraphModule`` walk the traceback with a generator, which dynamo refuses).
     """
+
+
+class CapturedAnew(BaseException):
+    """Raised in place of capturing a program while one that is there was to be watched. No ``Exception``: see
+    ``NotPlanned``."""
 
 
 @dataclass
@@ -112,6 +119,8 @@ class Session:
     ``policy``: who picks within the budget in the planner's place, ``chosen_by``: its name where it did.
     ``comparing``: a captured call computes what dynamo captured, without gradients, and nothing is captured.
     ``confirm``: asks other ranks about programs that are planned after the first agreement.
+    ``steps``: whole steps that were planned, the present one last; ``settled``: no other is captured.
+    ``modes`` says which modules of the model are in training mode.
     ``generates``: its programs decode. ``quantization``: how the weights of the model were packed for it, and
     ``dense_baseline`` what a step took before.
     """
@@ -170,6 +179,10 @@ class Session:
     _counted: tuple[tuple[int | None, ...], tuple[FrontierPoint, ...], Cost] | None = None
     watching: Callable[[Callable[..., Any], Sequence[Any], Ran], Any] | None = None
     confirm: Callable[[Session], None] | None = None
+    steps: list[PlannedStep] = field(default_factory=list)
+    settled: bool = False
+    modes: Callable[[], tuple[bool, ...]] = tuple
+    _made: Ran | None = None
 
     def backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """A dynamo backend: compiles one graph under this session's budget.
@@ -179,7 +192,9 @@ class Session:
         """
         if self.comparing:
             raise NotPlanned
-        known, present = len(self.captured), self.current
+        if self.settled:
+            raise CapturedAnew
+        known, present, before = len(self.captured), self.current, said_of(self)
         # Dynamo hands over the same graph again for each function around it that it tries.
         calls = tuple(str(node.target) for node in gm.graph.nodes if node.op.startswith("call"))
         if not self.whole and calls in self._refused:
@@ -188,10 +203,14 @@ class Session:
             made = self._compiled(gm, inputs)
             if self.whole and self.confirm is not None:
                 self.confirm(self)
+            if self.whole and self._made is not None:
+                remember(self, self._made, before)
             return made
         except GraphoptError:
+            self._leave_out(known, before)
             raise
         except Exception as error:
+            self._leave_out(known, before)
             self._refused[calls] = error.with_traceback(None)
             if self.whole or self.on_error == "raise":
                 raise
@@ -201,6 +220,12 @@ class Session:
             if not any(note.endswith(reason) for note in self.diagnostics):
                 self.diagnostics.append(f"a graph of {len(gm.graph.nodes)} {reason}")
             raise _torch.splitting(error) from error
+
+    def _leave_out(self, known: int, before: dict[str, Any]) -> None:
+        """A step that could not be made is none: the present one is still that of ``before``."""
+        if self.whole and self.steps:
+            del self.captured[known:]
+            put_back(self, before)
 
     def _compiled(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         specs = input_specs(gm, inputs, self.names)
@@ -252,7 +277,7 @@ class Session:
 
         captured.recompile, captured.look, captured.plain = compile_now, look, original.forward
         captured.run = compile_now()
-        ran = Ran(specs, tuple(auxiliary), captured)
+        ran = self._made = Ran(specs, tuple(auxiliary), captured)
         if self.whole:
             captured.run = self.guarded(captured.run, captured.plain, name)
 
@@ -470,7 +495,7 @@ class Session:
         warm = WarmStart(self, name, gm, inputs, specs)
         self._fold = None
         restored = warm.restored()
-        ran = Ran(specs, tuple(auxiliary))
+        ran = self._made = Ran(specs, tuple(auxiliary))
         if restored is not None:
             run = restored
             self._fold = self._folded(name, gm, inputs, specs, auxiliary, ran)
@@ -517,9 +542,8 @@ class Session:
     ) -> Callable[[], None]:
         """Does what was left out when the present step was taken over."""
         from graphopt.segmented import SegmentedStep
-        from graphopt.warm_start import ambient
 
-        context, around, told = _torch.capture_context(), ambient(), self.current
+        context, around, told = _torch.capture_context(), AmbientState.now(), self.current
         # Dynamo clears what it noted on the nodes of its graph.
         graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
         noted_on = [(node, dict(node.meta)) for graph in graphs for node in graph.nodes]
@@ -531,7 +555,7 @@ class Session:
             decided = self.plan, self.reruns, self.planning_seconds
             for node, meta in noted_on:
                 node.meta = meta
-            with _torch.within(context), around():
+            with _torch.within(context), around.again():
                 program, _ = self._semantic(name, gm, inputs, specs, auxiliary)
                 step = SegmentedStep(self, name, program.gm, specs)
                 step.compile()
@@ -586,6 +610,7 @@ class Session:
     def forget(self) -> None:
         """Nothing of what was captured so far is used: the model is captured in another way."""
         self.captured, self.current, self.plan, self._fold = [], [], None, None
+        self.steps.clear()
         for notes in (self.records, self.declined, self.near_misses, self.rewrites, self.diagnostics):
             notes.clear()
         self.differentiated.clear()
@@ -593,7 +618,8 @@ class Session:
     def checkpoint(self) -> Callable[[], None]:
         """What has been captured, planned and noted, to go back to: a function that does."""
         notes = (self.records, self.declined, self.near_misses, self.rewrites, self.diagnostics)
-        lists: list[tuple[list[Any], list[Any]]] = [(kept, list(kept)) for kept in (*notes, self.recorders)]
+        all_notes: tuple[list[Any], ...] = (*notes, self.recorders, self.steps)
+        lists = [(kept, list(kept)) for kept in all_notes]
         names = (
             "plan", "_fold", "chain", "reruns", "chosen_by", "static_bytes", "replay_bytes", "trains",
             "whole", "_seen", "_counted",
@@ -607,6 +633,8 @@ class Session:
             for name, value in values.items():
                 setattr(self, name, value)
             self.captured, self.current, self.differentiated = captured, current, differentiated
+            for step in self.steps[-1:]:
+                step.said = {}
 
         return go_back
 

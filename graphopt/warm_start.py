@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -52,7 +51,7 @@ if TYPE_CHECKING:
     from graphopt.segmented import SegmentedStep
     from graphopt.session import Session
 
-__all__ = ["WarmStart", "ambient", "reserved", "stored_moves"]
+__all__ = ["WarmStart", "reserved", "stored_moves"]
 
 
 class WarmStart:
@@ -270,24 +269,6 @@ class _News(NamedTuple):
     left: list[NearMiss]
 
 
-def ambient() -> Callable[[], AbstractContextManager[None]]:
-    """The present state of gradients and autocast, to be gone back to later."""
-    grad = torch.is_grad_enabled()
-    casts = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in _KINDS]
-
-    @contextmanager
-    def again() -> Iterator[None]:
-        with ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(grad))
-            for kind, on, dtype in casts:
-                if on or torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=on))
-            yield
-
-    return again
-
-
-_KINDS = ("cpu", "cuda")
 _NATIVE = ("aten", "prims", "prim", "_c10d_functional")
 
 

@@ -81,6 +81,27 @@ def test_what_would_plan_anew_is_refused(
     assert reason in capsys.readouterr().err
 
 
+def test_all_steps_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)).eval()
+    with torch.no_grad():
+        fast = graphopt.optimize(
+            model, (torch.randn(4, 8),), emit="eager", cache=False, dynamic_shapes=False
+        )
+        fast(torch.randn(6, 8))
+    one, other = fast.steps
+    folder = str(fast.save(tmp_path / "a"))
+    assert code_of(["dump", folder]) == 0
+    assert capsys.readouterr().out == one.dump() + other.dump()
+    assert code_of(["explain", folder]) == 0
+    parts = [f"{s.name}\n\n{s.report}\n\n{s.explain_memory().text()}\n" for s in (one, other)]
+    assert capsys.readouterr().out == "\n".join(parts)
+    assert code_of(["explain", folder, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["report"] == other.report.to_json() and said["step"] == "g1 infer f32[6,8]"
+    assert [step["report"] for step in said["earlier"]] == [one.report.to_json()]
+
+
 def test_a_damaged_artefact_is_an_error_with_its_code(
     saved: tuple[str, graphopt.Optimized], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -78,7 +78,7 @@ def test_as_it_was_saved_it_loads(folder: Path) -> None:
 
 def calls(content: Any) -> Any:
     """A call of the program that is compiled."""
-    graph = content["graphs"][content["step"]["codes"][0]["semantic"]]
+    graph = content["graphs"][content["steps"][0]["step"]["codes"][0]["semantic"]]
     return next(node for node in graph["nodes"] if node["op"] == "call_function")
 
 
@@ -123,11 +123,11 @@ def default(content: Any) -> None:
 
 
 def results(content: Any) -> None:
-    content["results"] = {"class": "subprocess.Popen", "context": [["touch", MARK]], "items": []}
+    content["steps"][0]["results"] = {"class": "subprocess.Popen", "context": [["touch", MARK]], "items": []}
 
 
 def reference(content: Any) -> None:
-    content["results"] = {"value": 99}
+    content["steps"][0]["results"] = {"value": 99}
 
 
 @pytest.mark.parametrize(
@@ -167,6 +167,140 @@ def test_a_graph_that_would_run_code_is_refused(folder: Path, change: Any, said:
     assert not (folder.parent / MARK).exists()
 
 
+# --- sizes and steps --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def sized_original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch._dynamo.reset()
+    model, x = Small().eval(), torch.randn(3, 4)
+    with torch.no_grad():
+        fast = graphopt.optimize(model, (x, 2), emit="eager", cache=False, dynamic_shapes=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            fast(x, 2)
+    return fast.save(tmp_path_factory.mktemp("artefacts") / "sized")
+
+
+@pytest.fixture
+def sized(sized_original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return Path(shutil.copytree(sized_original, tmp_path / "sized"))
+
+
+def symbol(**said: Any) -> Callable[[Any], None]:
+    def change(content: Any) -> None:
+        (size,) = [found for found in content["steps"][1]["symbols"] if found["of"] == "size"]
+        size.update(said)
+
+    return change
+
+
+def guard(form: Any) -> Callable[[Any], None]:
+    return lambda content: content["steps"][1]["guards"].append(form)
+
+
+def look(form: Any) -> Callable[[Any], None]:
+    def change(content: Any) -> None:
+        shapes = [look["shape"] for look in content["types"] if "shape" in look]
+        next(shape for shape in reversed(shapes) if isinstance(shape[0], dict))[0] = {"size": form}
+
+    return change
+
+
+def step_of(**said: Any) -> Callable[[Any], None]:
+    return lambda content: content["steps"][1].update(said)
+
+
+def twice(content: Any) -> None:
+    content["steps"][1]["symbols"] *= 2
+
+
+def nobody(content: Any) -> None:
+    spec = next(spec for spec in content["steps"][1]["step"]["inputs"] if spec["source"] == "symbol")
+    spec["name"] = "s999"
+
+
+def numbered(content: Any) -> None:
+    content["steps"][1]["arguments"]["dict"]["power"] = {"constant": 3}
+
+
+def static(content: Any) -> None:
+    for said in content["steps"]:
+        said.update(symbols=[], guards=[])
+
+
+def nested(depth: int) -> Any:
+    form: Any = 1
+    for _ in range(depth):
+        form = ["+", 1, form]
+    return form
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (symbol(name=f"s0 or {CODE}"), "is no symbol of a size"),
+        (symbol(name="torch"), "step 1: 'torch' is no symbol of a size"),
+        (symbol(of="__class__"), "is no symbol of a size"),
+        (symbol(input=99), r"no input tells s\d+"),
+        (symbol(dim=7), r"no input tells s\d+: \w+ has no dimension 7"),
+        (symbol(hint=1 << 70), "is no symbol of a size"),
+        (symbol(hint=0), r"s\d+ was 0, which is out of its own bounds"),
+        (symbol(low="1"), r"symbols\[\d\]\.low: expected int"),
+        (twice, "is no symbol of a size"),
+        (nobody, "is symbol 's999', which is not there"),
+        (static, "is no size|is symbol .*, which is not there"),
+        (guard(["eval", CODE]), "is no size"),
+        (guard(["__import__", "os"]), "is no size"),
+        (guard([["+"], 1]), "is no size"),
+        (guard({"__reduce__": CODE}), "is no size"),
+        (guard(["==", "s999", 1]), r"'s999', 1\]. is no size"),
+        (guard(["**", 2, 1 << 40]), "is no size: it has a power of 1099511627776"),
+        (guard(["**", ["**", 9, 16], 16]), "is no size: it has a power of 16"),
+        (guard(["not", 1, 2]), "is no size"),
+        (guard(["//", 1, 0]), r"1 // 0 does not hold for the sizes that the program was traced with"),
+        (guard(nested(60)), "is no size"),
+        (guard(["+", *[1] * 600]), "is no size"),
+        (guard(["==", 1, 2]), "1 == 2 does not hold for the sizes that the program was traced with"),
+        (look(["eval", CODE]), "is no size"),
+        (look(["**", 3, 99]), "is no size: it has a power of 99"),
+        (step_of(constants={"a": "../../x"}), "has other constants than it names"),
+        (numbered, "numbers of the call are not those of its sizes"),
+        (step_of(tensors=-1), "the step takes '-1' tensors"),
+        (lambda content: content.update(steps=[]), "it has no step, or not a report of each"),
+        (lambda content: content["steps"].pop(), "it has no step, or not a report of each"),
+        (lambda content: content.update(steps={"0": 1}), "steps is no list"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "",
+)
+def test_sizes_and_steps_are_looked_up_never_evaluated(sized: Path, change: Any, said: str) -> None:
+    with edited(sized) as content:
+        change(content)
+    with pytest.raises(ArtefactError, match=said):
+        graphopt.load(sized)
+    assert not (sized.parent / MARK).exists()
+
+
+def test_other_sizes_than_were_planned_are_another_program(sized: Path) -> None:
+    with edited(sized) as content:
+        (spec,) = [found for found in content["steps"][1]["symbols"] if found["of"] == "size"]
+        text = json.dumps(content).replace(f'"{spec["name"]}"', '"s5"')
+        content.clear()
+        content.update(json.loads(text))
+    with pytest.raises(ArtefactError, match=r"it has fingerprint .*, not"):
+        graphopt.load(sized)
+
+
+def test_as_it_was_saved_a_step_of_sizes_loads(sized: Path) -> None:
+    rehash(sized)
+    loaded = graphopt.load(sized)
+    x = torch.randn(5, 4)
+    expected = nn.functional.linear(x, loaded.inner.weight, loaded.inner.bias) ** 3
+    assert torch.equal(loaded(x, 3), expected.softmax(-1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert loaded(x).shape == (5, 4)
+
+
 def test_json_that_is_nested_without_end_is_refused(folder: Path) -> None:
     (folder / "programs.json").write_text("[" * 200_000)
     rehash(folder)
@@ -198,7 +332,7 @@ def test_sources_of_kernels_are_never_run(folder: Path) -> None:
 
 def test_another_program_than_was_planned_is_refused(folder: Path) -> None:
     with edited(folder) as content:
-        content["step"]["codes"][0]["traced"] = "0" * 16
+        content["steps"][0]["step"]["codes"][0]["traced"] = "0" * 16
     with pytest.raises(ArtefactError, match=r"is another program .* than the one that was planned"):
         graphopt.load(folder)
 
@@ -254,7 +388,7 @@ ARM = {"kind": "cpu", "capability": "riscv", "vectors": "", "name": ""}
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (said("schema", "graphopt/artefact@2"), "has format 'graphopt/artefact@2', this graphopt reads"),
+        (said("schema", "graphopt/artefact@3"), "has format 'graphopt/artefact@3', this graphopt reads"),
         (said("schema", "other/artefact@1"), "is none of graphopt's"),
         (said("torch", "2.4.1"), r"made with torch 2\.4\.1, this is"),
         (said("device", ARM), "for cpu of riscv, this is"),

@@ -103,6 +103,29 @@ def test_inference_beside_training_is_a_program_of_its_own() -> None:
     ]
 
 
+class Folds(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows, length, width = x.shape
+        y = self.linear(x).view(rows * length, width)
+        return (torch.cat([y, y]) + torch.arange(2 * rows * length).unsqueeze(1)).square().mean()
+
+
+@pytest.mark.slow  # compiles C++
+def test_numbers_that_are_made_of_sizes_are_found_by_the_schedule_again() -> None:
+    """Traced once more for its code, a program has other names for them."""
+    torch._dynamo.reset()
+    model, x = Folds(), torch.randn(4, 3, 8)
+    fast = graphopt.optimize(model, (x,), emit="inductor", dynamic_shapes=True, on_error="raise", cache=False)
+    for count in (4, 7):
+        inputs = (torch.randn(count, 3, 8),)
+        assert_close(run_step(fast, inputs), run_step(model, inputs))
+    assert len(fast.steps) == 1
+
+
 class Scaled(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -790,3 +790,59 @@ def test_implementation_of_is_the_function_of_a_custom_operator() -> None:
     torch.library.custom_op("private_test::twice", twice, mutates_args=())
     assert _torch.implementation_of("private_test::twice") is twice
     assert _torch.implementation_of("aten::mul") is None
+
+
+def _symbolic_call(function: Any, *inputs: torch.Tensor) -> list[Any]:
+    """The values of the graph that dynamo makes of a call, its sizes symbols."""
+    found: list[Any] = []
+
+    def backend(gm: torch.fx.GraphModule, example: Any) -> Any:
+        found.extend(node.meta.get("example_value") for node in gm.graph.nodes)
+        return gm.forward
+
+    torch._dynamo.reset()
+    torch.compile(function, backend=backend, dynamic=True, fullgraph=True)(*inputs)
+    return found
+
+
+def test_sizes_are_told_by_symbols_bounds_guards_and_sources() -> None:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        return x.view(2, -1) * 2 if x.shape[0] > 10 and x.shape[0] % 6 == 0 else x
+
+    values = _symbolic_call(function, torch.randn(12))
+    ((name, symbol),) = _torch.size_symbols(values).items()
+    assert (symbol.name, symbol.hint, symbol.low, symbol.high, symbol.positive) == (name, 12, 11, None, True)
+    guards = _torch.size_guards(values)
+    assert ["==", ["%", name, 6], 0] in guards
+    assert _torch.size_sources(values)[name] == ["L['x'].size()[0]"]
+    assert _torch.size_symbols([1, torch.ones(2)]) == {} and _torch.size_guards([torch.ones(2)]) == []
+
+
+def test_symbols_that_are_made_again_print_and_compute_as_they_did() -> None:
+    halved = lambda x, y: torch.cat([x, x, y])[: x.shape[0] // 2]  # noqa: E731
+    values = _symbolic_call(halved, torch.ones(5), torch.ones(3))
+    symbols = _torch.size_symbols(values)
+    context = _torch.symbolic_context(symbols.values())
+    assert context.fake_mode is not None
+    sizes = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
+    for size in sizes:
+        form = _torch.expression_form(size)
+        again = _torch.sized(form, symbols, context.fake_mode)
+        assert str(again) == str(size) and _torch.hint(again) == _torch.hint(size)
+    name = next(iter(symbols))
+    made = _torch.sized(["+", ["*", 2, name], 1], symbols, context.fake_mode)
+    assert not _torch.context_guards(context)
+    assert bool(made > 8)
+    ((operator, *_),) = _torch.context_guards(context)
+    assert operator in (">", "<", ">=", "<=")
+    with pytest.raises(ValueError, match="'s999' is no size"):
+        _torch.sized("s999", symbols, context.fake_mode)
+    with pytest.raises(ValueError, match=r"\['eval', 1\]. is no size"):
+        _torch.sized(["eval", 1], symbols, context.fake_mode)
+
+
+def test_a_size_that_depends_on_values_has_no_symbol() -> None:
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):  # type: ignore[attr-defined]
+        values = _symbolic_call(lambda x: x.nonzero(), torch.ones(5))
+    with pytest.raises(ValueError, match=r"the size u\d+ depends on values"):
+        _torch.size_symbols(values)

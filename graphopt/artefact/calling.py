@@ -23,11 +23,21 @@ import torch
 from graphopt import _torch
 from graphopt.errors import ArtefactError, InputsError, nearest
 
-__all__ = ["check_structure", "filled", "signature_json", "signature_of", "structure_json", "taken"]
+__all__ = [
+    "check_structure",
+    "constants_of",
+    "filled",
+    "numbers_in",
+    "signature_json",
+    "signature_of",
+    "structure_json",
+    "taken",
+]
 
 _PLAIN = (bool, int, float, str)
-_KINDS = ("argument", "value", "state")
-"""What a tensor in a structure may be: one of the call, a result of the program, a parameter or buffer."""
+_KINDS = ("argument", "value", "state", "number")
+"""What a leaf of a structure may be: a tensor of the call, a result of the program, a parameter or buffer, a
+whole number of the call that may be another."""
 
 
 def structure_json(value: Any, leaf: Callable[[torch.Tensor, str], Any], path: str) -> Any:
@@ -149,8 +159,36 @@ def filled(data: Any, values: Mapping[str, Any]) -> Any:
     return values[kind][inner]
 
 
-def taken(data: Any, given: Any, tensors: list[torch.Tensor | None], path: str) -> None:
-    """Put the tensors of ``given`` where ``data`` says into ``tensors``.
+def constants_of(data: Any, path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The constants of a structure with their paths, as ``structure_json`` names them."""
+    if "class" in data:
+        items = [(f"{path}.{k}", item) for k, item in enumerate(data["items"])]
+    elif "dict" in data:
+        items = [(f"{path}[{key!r}]", item) for key, item in data["dict"].items()]
+    elif "constant" in data:
+        yield path, data
+        return
+    else:
+        ((kind, inner),) = data.items()
+        items = [(f"{path}[{k}]", item) for k, item in enumerate(inner)] if kind in ("tuple", "list") else []
+    for where, item in items:
+        yield from constants_of(item, where)
+
+
+def numbers_in(data: Any) -> set[int]:
+    """Which numbers of the call a checked structure has."""
+    return {inner for kind, inner in _entries(data) if kind == "number"}
+
+
+def taken(
+    data: Any,
+    given: Any,
+    tensors: list[torch.Tensor | None],
+    path: str,
+    numbers: dict[int, int] | None = None,
+) -> None:
+    """Put the tensors of ``given`` where ``data`` says into ``tensors``, and whole numbers that may be others
+    into ``numbers``.
 
     Raises ``InputsError`` where ``given`` has another structure, or other numbers and texts.
     """
@@ -159,7 +197,7 @@ def taken(data: Any, given: Any, tensors: list[torch.Tensor | None], path: str) 
         same = parts is not None and _class_name(type(given)) == data["class"]
         if not same or parts is None or _texts(parts[1]) != data["context"]:
             raise _other(path, data["class"], given)
-        _each(data["items"], list(parts[0]), tensors, [f"{path}.{k}" for k in range(len(parts[0]))])
+        _each(data["items"], list(parts[0]), tensors, [f"{path}.{k}" for k in range(len(parts[0]))], numbers)
         return
     ((kind, inner),) = data.items()
     if kind == "argument":
@@ -168,24 +206,34 @@ def taken(data: Any, given: Any, tensors: list[torch.Tensor | None], path: str) 
         if tensors[inner] is not None and tensors[inner] is not given:
             raise InputsError(f"{path} was one tensor with another argument when the step was saved")
         tensors[inner] = given
+    elif kind == "number":
+        if type(given) is not int:
+            raise _other(path, "a whole number", given)
+        assert numbers is not None
+        numbers[inner] = given
     elif kind == "constant":
         if type(given) is not type(inner) or given != inner:
             raise _other(path, repr(inner), given)
     elif kind == "dict":
         if type(given) is not dict or list(given) != list(inner):
             raise _other(path, f"a dict of {', '.join(inner) or 'nothing'}", given)
-        _each(list(inner.values()), list(given.values()), tensors, [f"{path}[{key!r}]" for key in inner])
+        paths = [f"{path}[{key!r}]" for key in inner]
+        _each(list(inner.values()), list(given.values()), tensors, paths, numbers)
     else:
         if type(given).__name__ != kind or len(given) != len(inner):
             raise _other(path, f"a {kind} of {len(inner)}", given)
-        _each(inner, list(given), tensors, [f"{path}[{k}]" for k in range(len(inner))])
+        _each(inner, list(given), tensors, [f"{path}[{k}]" for k in range(len(inner))], numbers)
 
 
 def _each(
-    items: Sequence[Any], given: Sequence[Any], tensors: list[torch.Tensor | None], paths: Sequence[str]
+    items: Sequence[Any],
+    given: Sequence[Any],
+    tensors: list[torch.Tensor | None],
+    paths: Sequence[str],
+    numbers: dict[int, int] | None,
 ) -> None:
     for data, value, path in zip(items, given, paths, strict=True):
-        taken(data, value, tensors, path)
+        taken(data, value, tensors, path, numbers)
 
 
 def _other(path: str, expected: str, given: Any) -> InputsError:

@@ -30,7 +30,10 @@ from graphopt.errors import ArtefactError
 
 __all__ = ["MANIFEST", "SCHEMA", "WEIGHTS", "Folder", "is_artefact", "written"]
 
-SCHEMA = "graphopt/artefact@1"
+SCHEMA = "graphopt/artefact@2"
+_READ = ("graphopt/artefact@1", SCHEMA)
+"""Formats that are read. The first holds one step, its parts beside the graphs (``contents.py``)."""
+
 MANIFEST = "artefact.json"
 WEIGHTS = "weights.safetensors"
 
@@ -47,11 +50,13 @@ def is_artefact(path: str | os.PathLike[str]) -> bool:
 
 
 @contextmanager
-def written(path: str | os.PathLike[str], facts: Mapping[str, Any]) -> Iterator[Path]:
+def written(
+    path: str | os.PathLike[str], facts: Mapping[str, Any], *, schema: str = SCHEMA
+) -> Iterator[Path]:
     """A fresh folder to put files in, which becomes ``path`` once the block is left without an error.
 
-    ``facts`` go into the manifest with the hashes of the files. An artefact that is at ``path`` is replaced.
-    Raises ``ArtefactError`` for anything else that is there, and ``OSError``.
+    ``facts`` go into the manifest with the hashes of the files, ``schema`` is their format. An artefact that
+    is at ``path`` is replaced. Raises ``ArtefactError`` for anything else that is there, and ``OSError``.
     """
     target = Path(path)
     _check_replaceable(target)
@@ -70,7 +75,7 @@ def written(path: str | os.PathLike[str], facts: Mapping[str, Any]) -> Iterator[
             for file in sorted(made.rglob("*"))
             if file.is_file()
         }
-        manifest = {"schema": SCHEMA, **facts, "files": files}
+        manifest = {"schema": schema, **facts, "files": files}
         text = json.dumps({**manifest, "sha256": _manifest_hash(manifest)}, indent=1)
         (made / MANIFEST).write_text(text + "\n", encoding="utf-8")
         if target.exists():
@@ -104,8 +109,9 @@ def _check_replaceable(target: Path) -> None:
 class Folder:
     """The files of an artefact at ``path``, all of them there and as they were written.
 
-    ``facts``: what the manifest says. Raises ``ArtefactError`` for a folder that is none, one of a newer
-    format, and one in which a file is missing, truncated, changed or not named; ``OSError`` as ``open``.
+    ``facts``: what the manifest says, ``schema`` its format. Raises ``ArtefactError`` for a folder that is
+    none, one of a newer format, and one in which a file is missing, truncated, changed or not named;
+    ``OSError`` as ``open``.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -116,6 +122,7 @@ class Folder:
                 f"{self.path} {what}: it is no artefact", hint="write one with Optimized.save"
             )
         self.facts = self._manifest()
+        self.schema: str = self.facts["schema"]
         files = self.facts.get("files")
         if not isinstance(files, dict):
             raise ArtefactError(f"{self.path}: {MANIFEST} names no files", hint=_AGAIN)
@@ -135,10 +142,10 @@ class Folder:
         schema = found.get("schema") if isinstance(found, dict) else None
         if not isinstance(found, dict) or not isinstance(schema, str) or not schema.startswith("graphopt/"):
             raise ArtefactError(f"{self.path}: {MANIFEST} is none of graphopt's", hint=_AGAIN)
-        if schema != SCHEMA:
-            made = str(found.get("graphopt", ""))[:20]
+        if schema not in _READ:
+            made, known = str(found.get("graphopt", ""))[:20], " and ".join(map(repr, _READ))
             raise ArtefactError(
-                f"{self.path} has format {schema[:40]!r}, this graphopt reads {SCHEMA!r}",
+                f"{self.path} has format {schema[:40]!r}, this graphopt reads {known}",
                 hint=f"it was written by graphopt {made}: load it with that" if made else _AGAIN,
             )
         claimed = found.pop("sha256", None)

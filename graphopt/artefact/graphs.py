@@ -15,7 +15,7 @@ import torch
 import torch.fx as fx
 
 from graphopt.artefact.operators import Operators, target_text
-from graphopt.artefact.values import argument_json, argument_of, type_json, type_of
+from graphopt.artefact.values import MakeSize, argument_json, argument_of, no_symbols, type_json, type_of
 from graphopt.errors import ArtefactError
 from graphopt.program import InputSpec, Level, OutputSpec, Program, Signature, layer_of
 from graphopt.provenance import NodeNote, note_of, stamp
@@ -78,19 +78,27 @@ def _node_json(program: Program, node: fx.Node, hold: Tensors) -> dict[str, Any]
     return written
 
 
-def program_of(data: Any, operators: Operators, tensors: Mapping[str, torch.Tensor]) -> Program:
-    """The program that ``program_json`` wrote, its values fake: call it under a fake mode. ``tensors`` are
-    those that its graph holds. Raises ``ArtefactError``, naming the node, for anything else."""
+def program_of(
+    data: Any,
+    operators: Operators,
+    tensors: Mapping[str, torch.Tensor],
+    make_size: MakeSize = no_symbols,
+) -> Program:
+    """The program that ``program_json`` wrote, its values fake: call it under a fake mode, which
+    ``make_size`` makes sizes for. ``tensors`` are those that its graph holds. Raises ``ArtefactError``,
+    naming the node, for anything else."""
     name = str(data.get("name", ""))[:60] if isinstance(data, dict) else ""
     try:
-        return _program_of(data, operators, tensors)
+        return _program_of(data, operators, tensors, make_size)
     except ArtefactError as error:
         raise ArtefactError(f"program {name!r}: {error.message}", hint=error.hint) from None
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ArtefactError(f"program {name!r} is malformed: {type(error).__name__}: {error}") from error
 
 
-def _program_of(data: Any, operators: Operators, tensors: Mapping[str, torch.Tensor]) -> Program:
+def _program_of(
+    data: Any, operators: Operators, tensors: Mapping[str, torch.Tensor], make_size: MakeSize
+) -> Program:
     graph = fx.Graph()
     values: dict[str, fx.Node] = {}
     held: dict[str, torch.Tensor] = {}
@@ -115,7 +123,7 @@ def _program_of(data: Any, operators: Operators, tensors: Mapping[str, torch.Ten
             node = graph.create_node(op, target, args, kwargs, name=name)
             if node.name != name:
                 raise ArtefactError("fx gives it another name")
-            _annotate(node, item)
+            _annotate(node, item, make_size)
         except ArtefactError as error:
             raise ArtefactError(f"node {name}: {error.message}", hint=error.hint) from None
         values[name] = node
@@ -137,8 +145,8 @@ def is_name(text: Any) -> bool:
     return isinstance(text, str) and _IDENTIFIER.match(text) is not None and not keyword.iskeyword(text)
 
 
-def _annotate(node: fx.Node, item: Mapping[str, Any]) -> None:
-    looks = type_of(item["type"])
+def _annotate(node: fx.Node, item: Mapping[str, Any], make_size: MakeSize) -> None:
+    looks = type_of(item["type"], make_size)
     if looks is not None:
         node.meta["val"] = looks
     if layer := str(item["layer"]):

@@ -9,9 +9,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,210 +18,36 @@ import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.api import make_session
-from graphopt.artefact.calling import check_structure, signature_of
-from graphopt.artefact.driver import LoadedDriver
+from graphopt.artefact.calling import signature_of
+from graphopt.artefact.contents import Contents, StepContents, contents_of
+from graphopt.artefact.driver import LoadedDriver, LoadedStep
 from graphopt.artefact.folder import WEIGHTS, Folder
-from graphopt.artefact.graphs import program_of
 from graphopt.artefact.operators import Operators
 from graphopt.artefact.place import check_place, check_torch
-from graphopt.artefact.records import (
-    Autocast,
-    MadeFor,
-    SavedCode,
-    SavedMemory,
-    SavedOperator,
-    SavedState,
-    SavedStep,
-)
-from graphopt.artefact.state import Shell, checked, held_tensors, read_state
-from graphopt.artefact.values import dtype_named, like
+from graphopt.artefact.records import Autocast, MadeFor, SavedCode
+from graphopt.artefact.state import Shell, held_tensors, read_state
+from graphopt.artefact.values import dtype_named, no_symbols, type_of
 from graphopt.cache_folder import lend_tuning
-from graphopt.candidate import Frontier, FrontierPoint, Reason
+from graphopt.candidate import Reason
 from graphopt.capture.chain import Call, Segmented
 from graphopt.capture.joint import drop_unread_statistics, inference_program, joint_program
 from graphopt.captured import Captured
 from graphopt.chain_run import ChainRunner
 from graphopt.emit.emitter import Emitter, Gradients
-from graphopt.errors import ArtefactError, GraphoptError, HostMemoryError, brief
+from graphopt.errors import ArtefactError, HostMemoryError, brief
 from graphopt.optimized import Optimized
 from graphopt.partition import ordered, partition
-from graphopt.program import Program
+from graphopt.planned_step import said_of
+from graphopt.program import Program, same_names
 from graphopt.record_json import RecordFormatError, decode
 from graphopt.recording import Roles
 from graphopt.replay import make_random_states_explicit
 from graphopt.replayed_steps import replayed
-from graphopt.report import Report
-from graphopt.stored_step import check_calls, results_of_text
+from graphopt.session import Session
+from graphopt.stored_step import results_of_text
 from graphopt.warm_start import reserved
 
-__all__ = ["Contents", "load", "read_contents"]
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What an artefact says, checked but for its graphs. ``text``: where it was read from, for errors."""
-
-    folder: Path
-    weights: bool
-    step: SavedStep
-    graphs: Sequence[Any]
-    types: Sequence[Any]
-    state: tuple[SavedState, ...]
-    signature: Any
-    arguments: Any
-    results: Any
-    tensors: int
-    report: Report
-    memory: SavedMemory
-    operators: tuple[SavedOperator, ...]
-    tuned: bool
-
-    def programs(self, operators: Operators, numbers: Iterable[int]) -> dict[int, Program]:
-        """Some of the programs, by number, their values fake. Raises ``ArtefactError``."""
-        wanted = dict.fromkeys(numbers)
-        if any(not 0 <= number < len(self.graphs) for number in wanted):
-            raise ArtefactError(f"{self.folder} names a graph that it has not")
-        for operator in self.operators:
-            operators.target(operator.name, provider=operator.plugin)
-        names = [
-            node["tensor"]
-            for number in wanted
-            for node in _nodes(self.graphs[number])
-            if isinstance(node, dict) and isinstance(node.get("tensor"), str)
-        ]
-        tensors = held_tensors(self.folder / WEIGHTS, names, torch.device("cpu"))
-        with _torch.fake_mode():
-            return {number: program_of(self.graphs[number], operators, tensors) for number in wanted}
-
-    def numbers(self) -> list[int]:
-        """Numbers of the graphs that codes are of."""
-        return [n for code in self.step.codes for n in (code.semantic, code.joint, *code.lowered)]
-
-    def captured(self, programs: Mapping[int, Program]) -> list[Captured]:
-        """The programs of each call, as if they had been captured here."""
-        plan, found = self.report.plan, []
-        for k, (call, name, shown) in enumerate(
-            zip(self.step.calls, self.step.names, self.step.lowered, strict=True)
-        ):
-            code = self.step.codes[call.code]
-            semantic, joint = programs[code.semantic], programs[code.joint]
-            lowered = tuple(programs[number].gm for number in code.lowered) if shown else ()
-            point = FrontierPoint(code.schedule, 0, 0, 0, 0, 0.0)
-            passes = [choice.pass_id for choice in plan.choices if choice.program == name] if plan else []
-            found.append(
-                Captured(
-                    name,
-                    semantic,
-                    list(semantic.signature.inputs),
-                    code.mode,
-                    joint,
-                    frontier=Frontier(passes[0] if passes else "", (point,)),
-                    point=point,
-                    lowered=lowered,
-                    told=self.report.programs[k] if k < len(self.report.programs) else None,
-                )
-            )
-        return found
-
-    def looks(self) -> dict[str, tuple[Any, bool]]:
-        """What inputs of the whole program look like, by node, and whether gradients flow to them."""
-        found: dict[str, tuple[Any, bool]] = {}
-        given = {spec.node: spec for spec in self.step.inputs}
-        for call in self.step.calls:
-            code = self.step.codes[call.code]
-            for name, number in zip(call.args, code.examples, strict=True):
-                if name in given:
-                    found.setdefault(name, (self.types[number], given[name].trained))
-        return found
-
-
-def _nodes(graph: Any) -> Sequence[Any]:
-    found = graph.get("nodes") if isinstance(graph, dict) else None
-    return found if isinstance(found, list) else ()
-
-
-def read_contents(path: str | os.PathLike[str]) -> Contents:
-    """What is in the artefact at ``path``, every file of it checked. Nothing is compiled, no device is asked.
-
-    Raises ``ArtefactError``, ``OSError``.
-    """
-    return _read(Folder(path))
-
-
-def _read(folder: Folder) -> Contents:
-    try:
-        return _contents(folder)
-    except ArtefactError as error:
-        raise ArtefactError(f"{folder.path}: {error.message}", hint=error.hint) from None
-    except GraphoptError as error:
-        raise ArtefactError(f"{folder.path}: {error.message}", hint=error.hint) from error
-    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        raise ArtefactError(f"{folder.path} is malformed: {type(error).__name__}: {error}") from error
-
-
-def _contents(folder: Folder) -> Contents:
-    facts, content = folder.facts, folder.json("programs.json")
-    step = decode(SavedStep, content["step"], where="step")
-    state = _all(SavedState, content["state"], "state")
-    checked(state)
-    count = content["tensors"]
-    if type(count) is not int or count < 0:
-        raise ArtefactError(f"the step takes {str(count)[:20]!r} tensors")
-    inputs = [spec.node for spec in step.inputs]
-    if any(name in inputs for name in step.constants):
-        raise ArtefactError("a constant has the name of an input")
-    results = results_of_text(step.results)
-    check_calls([*inputs, *step.constants], step.calls, len(step.codes), results, step.reruns)
-    if not len(step.names) == len(step.lowered) == len(step.calls):
-        raise ArtefactError("its parts do not belong together")
-    modes = {step.mode, *(code.mode for code in step.codes)}
-    if not modes <= {"train", "infer"} or any(cast.kind not in ("cpu", "cuda") for cast in step.autocast):
-        raise ArtefactError(f"the step is of mode {step.mode[:20]!r}; expected train or infer")
-    for code in step.codes:
-        if len(code.examples) != len(code.trained) or any(
-            not 0 <= n < len(content["types"]) for n in code.examples
-        ):
-            raise ArtefactError(f"program {code.name[:60]!r} has inputs without types")
-    for call in step.calls:
-        if len(call.args) != len(step.codes[call.code].examples):
-            raise ArtefactError("a call gives a program other inputs than it takes")
-    names = frozenset(entry.path for entry in state)
-    returned = len(results) if isinstance(results, (tuple, list)) else 0
-    check_structure(content["arguments"], {"argument": count})
-    check_structure(content["results"], {"argument": count, "value": returned}, names)
-    for spec in step.inputs:
-        there = spec.name in names if spec.source == "state" else True
-        if spec.source == "argument":
-            there = spec.name.isdecimal() and int(spec.name) < count
-        if spec.source not in ("state", "argument", "held") or not there:
-            raise ArtefactError(f"input {spec.node} is {spec.source} {spec.name[:60]!r}, which is not there")
-    signature_of(content["signature"])
-    return Contents(
-        folder.path,
-        bool(facts["weights"]),
-        step,
-        _list(content["graphs"], "graphs"),
-        _list(content["types"], "types"),
-        state,
-        content["signature"],
-        content["arguments"],
-        content["results"],
-        count,
-        Report.from_json(folder.json("report.json")),
-        decode(SavedMemory, folder.json("memory.json"), where="memory"),
-        _all(SavedOperator, facts["operators"], "operators"),
-        any(name.startswith("tuning/") for name in folder.files),
-    )
-
-
-def _list(data: Any, name: str) -> list[Any]:
-    if not isinstance(data, list):
-        raise ArtefactError(f"{name} is no list")
-    return data
-
-
-def _all(kind: Any, data: Any, name: str) -> tuple[Any, ...]:
-    return tuple(decode(kind, item, where=f"{name}[{k}]") for k, item in enumerate(_list(data, name)))
+__all__ = ["load"]
 
 
 def load(
@@ -243,8 +68,9 @@ def load(
     Operators of torch, graphopt and plugins may be called; ``operators`` are namespaces of others that are
     trusted (``("mylib",)``). ``plugins`` and ``cuda_graphs`` as for ``optimize``.
 
-    The step is the one that was saved: for its shapes, its mode and its constants; other calls raise
-    ``InputsError``. An output besides the loss is detached from autograd.
+    The steps are those that were saved: for their shapes, or sizes within what is assumed of them, their
+    modes and their constants. The one that takes a call is run; calls that none takes raise ``InputsError``,
+    which names the nearest. An output besides the loss is detached from autograd.
 
     Raises ``ArtefactError`` for what is no artefact, was damaged, is of another kind of machine, release or
     format, calls operators that it may not or that nothing provides, or does not fit ``model``.
@@ -271,16 +97,13 @@ def _loaded(
         raise ArtefactError(f"{path}: {error.message}", hint=error.hint) from None
     except (KeyError, RecordFormatError) as error:
         raise ArtefactError(f"{path} is malformed: {error}") from error
-    contents = _read(folder)
-    step = contents.step
+    contents = contents_of(folder)
     device = torch.device(made_for.kind)
     if contents.tuned:
         lend_tuning(contents.folder / "tuning")
-    if step.emit not in ("eager", "inductor"):
-        raise ArtefactError(f"{path} was made with emitter {step.emit[:40]!r}; expected eager or inductor")
     session = make_session(
         device,
-        emit=step.emit,
+        emit=contents.steps[0].step.emit,
         pipeline=(),
         plugins=plugins,
         cache=False,
@@ -288,23 +111,36 @@ def _loaded(
         runs_on=device,
     )
     allowed = Operators(session.host, trusted)
-    running = _Compiling(contents, allowed, session.emitter)
     try:
-        functions, captured = running.compiled()
+        steps = [_compiled(session, step, allowed, device) for step in contents.steps]
     except ArtefactError as error:
         raise ArtefactError(f"{path}: {error.message}", hint=error.hint) from error
     module = _module(contents, model)
-    session.plan, session.reruns = contents.report.plan, step.reruns
-    session.current = session.captured = captured
-    session.static_bytes, session.weight_bytes = step.static_bytes, step.weight_bytes
-    session.held_gradient_bytes, session.trains = step.held_gradient_bytes, step.mode == "train"
     session.diagnostics += notes
-    if step.detached:
+    if any(step.step.detached for step in contents.steps):
         session.diagnostics.append("outputs besides the loss are cut off from autograd in a loaded step")
-    saved_kernels = {group.kernel for group in contents.report.groups if group.kept}
+    reports = [step.report for step in contents.steps]
+    saved_kernels = {group.kernel for report in reports for group in report.groups if group.kept}
     if saved_kernels != (now := {group.kernel for group in session.emitter.groups if group.kept}):
         other = sorted(saved_kernels ^ now)
         session.diagnostics.append(f"kernels are not those that were saved: {', '.join(other[:3])}")
+    driver = LoadedDriver(module, session, contents, signature_of(contents.signature), steps)
+    again = partial(_loaded, path, trusted, plugins, cuda_graphs)
+    return Optimized(module, driver, None, again)
+
+
+def _compiled(
+    session: Session, contents: StepContents, operators: Operators, device: torch.device
+) -> LoadedStep:
+    """One step, compiled again. Raises ``ArtefactError``."""
+    step = contents.step
+    running = _Compiling(contents, operators, session.emitter)
+    functions, captured = running.compiled()
+    session.plan, session.reruns = contents.report.plan, step.reruns
+    session.current = captured
+    session.captured += captured
+    session.static_bytes, session.weight_bytes = step.static_bytes, step.weight_bytes
+    session.held_gradient_bytes, session.trains = step.held_gradient_bytes, step.mode == "train"
     run = running.run(functions, device)
     roles = Roles(
         frozenset(k for k, spec in enumerate(step.inputs) if spec.source != "argument"),
@@ -315,14 +151,13 @@ def _loaded(
     def cast_roles() -> Roles | Reason:
         if step.random and step.reruns:
             return Reason("layers that draw random numbers run again under the state of their first run")
+        if contents.sizes.symbols:
+            return Reason("sizes are known at run time alone", tuple(contents.sizes.known))
         return Reason("values wait in the memory of the host") if any(c.moves for c in step.calls) else roles
 
     examples = [torch.empty(0, device=device)]
-    driver = LoadedDriver(
-        module, session, contents, replayed(session, run, examples, cast_roles), running.held
-    )
-    again = partial(_loaded, path, trusted, plugins, cuda_graphs)
-    return Optimized(module, driver, None, again)
+    callee = replace(contents, sizes=running.sizes).callee(running.held)
+    return LoadedStep(contents, callee, replayed(session, run, examples, cast_roles), said_of(session))
 
 
 def _module(contents: Contents, model: torch.nn.Module | None) -> torch.nn.Module:
@@ -335,24 +170,23 @@ def _module(contents: Contents, model: torch.nn.Module | None) -> torch.nn.Modul
             )
         tensors = read_state(contents.folder / WEIGHTS, contents.state)
         shell = Shell(contents.state, tensors, signature_of(contents.signature))
-        return shell.train(contents.step.training)
+        return shell.train(contents.steps[-1].step.training)
     if not isinstance(model, torch.nn.Module):
         raise ArtefactError(f"model is a {type(model).__name__}: expected a torch.nn.Module")
     return model
 
 
 class _Compiling:
-    """Compiles the codes of an artefact."""
+    """Compiles the codes of a step. ``sizes``: with what was assumed of them while programs were traced
+    again."""
 
-    def __init__(self, contents: Contents, operators: Operators, emitter: Emitter) -> None:
+    def __init__(self, contents: StepContents, operators: Operators, emitter: Emitter) -> None:
         self.contents, self.step = contents, contents.step
-        self.operators, self.emitter = operators, emitter
+        self.operators, self.emitter, self.sizes = operators, emitter, contents.sizes
         names = [spec.name for spec in self.step.inputs if spec.source == "held"]
         file = contents.folder / WEIGHTS
         self.held = held_tensors(file, names, torch.device("cpu"))
-        self.constants = held_tensors(
-            file, [f"chain.{name}" for name in self.step.constants], torch.device("cpu")
-        )
+        self.constants = held_tensors(file, contents.constants.values(), torch.device("cpu"))
 
     def compiled(self) -> tuple[list[Callable[..., Any]], list[Captured]]:
         """What runs each of the codes, and the programs of each call for who asks for them."""
@@ -375,10 +209,10 @@ class _Compiling:
     def _compile(self, code: SavedCode, programs: Mapping[int, Program]) -> Callable[..., Any]:
         semantic = programs[code.semantic]
         specs = list(semantic.signature.inputs)
-        context = _torch.static_context()
+        context = self.contents.sizes.context()
         mode = context.fake_mode
         assert mode is not None
-        mode.allow_non_fake_inputs = True
+        make_size = self.contents.sizes.maker(mode) if self.contents.sizes.symbols else no_symbols
 
         def checked_program(traced: Program) -> Program:
             if traced.fingerprint != code.traced:
@@ -387,7 +221,8 @@ class _Compiling:
                     f"the one that was planned ({code.traced[:20]})",
                     hint="save it again with this torch",
                 )
-            if not code.rewritten:
+            # Numbers that are made of symbolic sizes may have other names than the schedule knows.
+            if not code.rewritten and same_names(traced, programs[code.joint]):
                 return traced
             return self._rewritten(traced, programs[code.joint])
 
@@ -412,12 +247,15 @@ class _Compiling:
             stack.enter_context(torch.set_grad_enabled(code.mode == "train"))
             with mode:
                 examples = [
-                    like(self.contents.types[number]).requires_grad_(trained)
+                    _trained(type_of(self.contents.types[number], make_size), trained)
                     for number, trained in zip(code.examples, code.trained, strict=True)
                 ]
             gradients = Gradients(frozenset(code.parameters), code.held)
             # Compilation takes its module over.
-            return self.emitter.compile(_copy(semantic.gm), examples, realise, as_is, gradients)
+            run = self.emitter.compile(_copy(semantic.gm), examples, realise, as_is, gradients)
+        if self.contents.sizes.symbols:
+            self.sizes = self.sizes.with_guards(_torch.context_guards(context))
+        return run
 
     def _rewritten(self, traced: Program, saved: Program) -> Program:
         """The program that passes made of the ``traced`` one, with the values that it computes here."""
@@ -441,7 +279,8 @@ class _Compiling:
         self.held = {name: tensor.to(device) for name, tensor in self.held.items()}
         if len(step.calls) == 1 and step.codes[0].whole:
             return functions[0]
-        constants = {name: self.constants[f"chain.{name}"].to(device) for name in step.constants}
+        named = self.contents.constants
+        constants = {name: self.constants[named[name]].to(device) for name in step.constants}
         calls = tuple(Call(call.code, call.args, call.outs, call.drops) for call in step.calls)
         inputs = tuple(spec.node for spec in step.inputs)
         chain = Segmented((), calls, inputs, constants, results_of_text(step.results), ())
@@ -468,6 +307,10 @@ class _Compiling:
             for position in call.written
             if call.args[position] in places
         )
+
+
+def _trained(value: Any, trained: bool) -> Any:
+    return value.requires_grad_() if trained and isinstance(value, torch.Tensor) else value
 
 
 @contextmanager

@@ -34,8 +34,20 @@ _HIGHER_ORDER = ("run_and_save_rng_state", "run_with_rng_state")
 """Operators that take an operator: they draw the same random numbers again."""
 
 
+_ARITHMETIC = (
+    *("add", "sub", "mul", "floordiv", "mod", "neg", "pow", "truediv"),
+    *("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_", "not_"),
+)
+"""Functions of ``operator`` that programs compute sizes with."""
+
+_SYMBOLIC = ("sym_float", "sym_int", "sym_ite", "sym_max", "sym_min", "sym_not", "sym_sum")
+"""Functions of ``torch`` that they compute sizes with."""
+
+
 def _functions() -> dict[str, Callable[..., Any]]:
     return {
+        **{name: getattr(operator, name) for name in _ARITHMETIC},
+        **{name: getattr(torch, name) for name in _SYMBOLIC if hasattr(torch, name)},
         "getitem": operator.getitem,
         "enter_autocast": _torch.enter_autocast(),
         "exit_autocast": _torch.exit_autocast(),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from graphopt.chain_plan import Rerun
 from graphopt.explanation import MemoryExplanation
@@ -61,9 +63,9 @@ class SavedState:
 
 @dataclass(frozen=True)
 class SavedInput:
-    """An input of the whole program, by position. ``source``: ``"state"``, ``"argument"`` or ``"held"`` (a
-    tensor that the model had elsewhere); ``name``: path of the state, number of the argument, or name in the
-    file of weights."""
+    """An input of the whole program, by position. ``source``: ``"state"``, ``"argument"``, ``"held"`` (a
+    tensor that the model had elsewhere) or ``"symbol"`` (a size); ``name``: path of the state, number of the
+    argument, name in the file of weights, or of the symbol."""
 
     node: str
     source: str
@@ -128,6 +130,17 @@ class SavedStep:
     weight_bytes: int
     held_gradient_bytes: int
     random: bool
+
+    def looks(self, types: Sequence[Any]) -> dict[str, tuple[Any, bool]]:
+        """What inputs of the whole program look like, by node, and whether gradients flow to them; ``types``
+        are those that codes number."""
+        found: dict[str, tuple[Any, bool]] = {}
+        given = {spec.node: spec for spec in self.inputs}
+        for call in self.calls:
+            for name, number in zip(call.args, self.codes[call.code].examples, strict=True):
+                if name in given:
+                    found.setdefault(name, (types[number], given[name].trained))
+        return found
 
 
 @dataclass(frozen=True)

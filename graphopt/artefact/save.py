@@ -1,7 +1,9 @@
-"""``Optimized.save``: what runs the present step, written down so that it can be compiled again elsewhere.
+"""``Optimized.save``: what runs the steps of a module, written down so that it can be compiled again
+elsewhere.
 
-How arguments and results of a call belong to inputs and outputs of the program is seen, not told: the step
-runs once on its example inputs, everything put back, and tensors are known by identity.
+How arguments and results of a call belong to inputs and outputs of a program is seen, not told: each step
+runs once on example inputs, everything put back, and tensors are known by identity. Steps that the module
+would run by another one, or capture anew, are left out with a note.
 """
 
 from __future__ import annotations
@@ -9,56 +11,41 @@ from __future__ import annotations
 import inspect
 import json
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.fx as fx
 
 import graphopt
-from graphopt import _torch
 from graphopt.artefact.calling import signature_json
 from graphopt.artefact.driver import LoadedDriver
 from graphopt.artefact.folder import WEIGHTS, Folder, written
-from graphopt.artefact.graphs import program_json
+from graphopt.artefact.matching import Given, pick
 from graphopt.artefact.place import place_of
-from graphopt.artefact.records import (
-    Autocast,
-    SavedCode,
-    SavedInput,
-    SavedMemory,
-    SavedOperator,
-    SavedStep,
-)
-from graphopt.artefact.seen import SeenCall, seen_call
+from graphopt.artefact.records import SavedMemory, SavedOperator
+from graphopt.artefact.seen import seen_step
 from graphopt.artefact.state import Tensors, saved_state
-from graphopt.artefact.values import type_json
+from graphopt.artefact.writer import Graphs, StepWriter, WrittenStep
 from graphopt.cache_folder import cache_folder
-from graphopt.captured import Captured
-from graphopt.chain_rows import draws_random, written_inputs
-from graphopt.errors import ArtefactError
+from graphopt.errors import ArtefactError, InputsError
 from graphopt.packing.artefact import ArtefactWeight
 from graphopt.packing.convert import converted
 from graphopt.packing.save import written_weight
 from graphopt.plugins.host import PluginHost
-from graphopt.program import Program
 from graphopt.record_json import encode
-from graphopt.schedule import Schedule
-from graphopt.session import Session
-from graphopt.stored_step import StoredCall, results_text
+from graphopt.step_view import step_name
 from graphopt.tensors_file import TensorsFile, write_tensors
-from graphopt.warm_start import stored_moves
 
 if TYPE_CHECKING:
+    from graphopt.capture.driver import Driver
     from graphopt.optimized import Optimized
-    from graphopt.segmented import SegmentedStep
+    from graphopt.planned_step import Example
 
 __all__ = ["save", "write_extras"]
-
-_KINDS = ("cpu", "cuda")
 
 
 def save(optimized: Optimized, path: Path, *, weights: bool = True) -> Path:
@@ -68,42 +55,130 @@ def save(optimized: Optimized, path: Path, *, weights: bool = True) -> Path:
         _save_again(driver, path, weights)
         return path
     _check_savable(optimized)
-    seen = seen_call(driver)
     tensors = Tensors()
     state = saved_state(driver.model, tensors)
     if not weights:
         tensors = Tensors()
-    graphs = _Graphs(tensors)
-    step = _Writer(driver.session, seen, tensors, graphs).step(driver.model.training)
+    graphs = Graphs(tensors)
+    steps, notes = _steps(driver, tensors, graphs)
+    _check_told_apart(driver, steps, graphs, tensors)
     host = driver.session.host
-    report, explanation = optimized.report, driver.explain_memory()
+    reports, memories = [], []
+    for number in steps:
+        with driver.showing(number):
+            report = optimized.report if number == driver.step_count() - 1 else driver.report()
+            reports.append(replace(report, earlier=(), diagnostics=(*report.diagnostics, *notes)))
+            memories.append(SavedMemory(driver.explain_memory(), driver.frontier()))
     content = {
-        "step": encode(step),
+        "steps": [step.json for step in steps.values()],
         "graphs": graphs.programs,
         "types": graphs.types,
         "state": encode(state),
         "packed": {name: encode(weight) for name, weight in _packed(driver.model).items()},
         "signature": signature_json(inspect.signature(driver.model.forward)),
-        "arguments": seen.arguments,
-        "results": seen.results,
-        "tensors": len(seen.given),
     }
     facts = {
         "graphopt": graphopt.__version__,
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
-        "device": encode(place_of(seen.device)),
+        "device": encode(place_of(_device(steps.values()))),
         "operators": encode(_operators(graphs.targets, host)),
         "weights": weights,
     }
     with written(path, facts) as folder:
         _write_json(folder / "programs.json", content)
-        _write_json(folder / "report.json", report.to_json())
-        _write_json(folder / "memory.json", encode(SavedMemory(explanation, driver.frontier())))
+        _write_json(folder / "report.json", {"steps": [report.to_json() for report in reports]})
+        _write_json(folder / "memory.json", {"steps": encode(memories)})
         tensors.write(folder / WEIGHTS, {"format": "pt"})
-        write_extras(folder, host, report.groups)
+        write_extras(folder, host, list(dict.fromkeys(g for report in reports for g in report.groups)))
     return path
+
+
+def _steps(driver: Driver, tensors: Tensors, graphs: Graphs) -> tuple[dict[int, WrittenStep], list[str]]:
+    """The steps that the module still runs, by number, and notes on those that it does not."""
+    last = driver.step_count() - 1
+    with _named(driver):
+        seen = seen_step(driver, last) or seen_step(driver, last, anew=True)
+        if seen is None:
+            raise ArtefactError(
+                "it was captured last, and the module now runs another step for the same call",
+                hint="optimize the model anew in the mode and for the inputs that are to be saved",
+            )
+    found: dict[int, WrittenStep] = {}
+    notes = []
+    present = driver.step_count() - 1
+    for number in range(driver.step_count()):
+        with driver.showing(number), _named(driver):
+            known = seen if number == present else seen_step(driver, number)
+            if known is not None:
+                writer = StepWriter(driver.session, number, known, tensors, graphs)
+                found[number] = writer.written(_example(driver, number).training)
+                continue
+            name = _said(driver)
+        notes.append(f"{name} is not in the artefact: the module runs its calls by another step now")
+    return found, notes
+
+
+@contextmanager
+def _named(driver: Driver) -> Iterator[None]:
+    """``ArtefactError`` of the block names the step that it is of, where there are several."""
+    try:
+        yield
+    except ArtefactError as error:
+        name = f"{_said(driver)}: " if driver.step_count() > 1 else ""
+        raise ArtefactError(f"{name}{error.message}", hint=error.hint) from None
+
+
+def _example(driver: Driver, number: int) -> Example:
+    example = driver.session.steps[number].example
+    assert example is not None
+    return example
+
+
+def _said(driver: Driver) -> str:
+    """What the present step of a driver is called."""
+    return step_name([captured.summary for captured in driver.session.current])
+
+
+def _check_told_apart(
+    driver: Driver, steps: Mapping[int, WrittenStep], graphs: Graphs, tensors: Tensors
+) -> None:
+    """Raise ``ArtefactError`` where a loaded module would take the call of one step for one of another."""
+    names = []
+    for number in steps:
+        with driver.showing(number):
+            names.append(_said(driver))
+    model = driver.model
+    state = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    callees = [
+        step.callee(graphs, dict(tensors.by_name), name)
+        for step, name in zip(steps.values(), names, strict=True)
+    ]
+    for k, (number, step) in enumerate(steps.items()):
+        example = _example(driver, number)
+        with example.around(model):
+            given = Given(step.seen.bound, example.training, torch.is_grad_enabled(), state)
+            try:
+                chosen, _ = pick(callees, given)
+            except InputsError as error:
+                raise ArtefactError(f"{names[k]} would not take its own call: {error.message}") from None
+        if chosen != k:
+            raise ArtefactError(
+                f"{names[k]} and {names[chosen]} take the same calls: what tells them apart in the module is "
+                "not part of a call",
+                hint="optimize the model anew for each, and save one artefact for each",
+            )
+
+
+def _device(steps: Iterable[WrittenStep]) -> torch.device:
+    found = {str(step.seen.device): step.seen.device for step in steps}
+    if len(found) > 1:
+        raise ArtefactError(f"steps are on {' and '.join(sorted(found))}: artefacts are of one device")
+    return next(iter(found.values()))
 
 
 def _save_again(driver: LoadedDriver, path: Path, weights: bool) -> None:
@@ -116,7 +191,7 @@ def _save_again(driver: LoadedDriver, path: Path, weights: bool) -> None:
     tensors = {name: old.read(name) for name in old.entries if name not in state}
     if weights:
         tensors |= {entry.tensor: now[entry.path] for entry in driver.saved_state}
-    with written(path, {**facts, "weights": weights}) as folder:
+    with written(path, {**facts, "weights": weights}, schema=source.schema) as folder:
         for name in source.files:
             if name != WEIGHTS:
                 (folder / name).parent.mkdir(exist_ok=True)
@@ -143,209 +218,6 @@ def _check_savable(optimized: Optimized) -> None:
             "which an artefact cannot hold",
             hint="make forward one graph: torch.compile(model, fullgraph=True) says where it breaks",
         )
-
-
-class _Graphs:
-    """Programs and types, each written once, by number."""
-
-    def __init__(self, tensors: Tensors) -> None:
-        self.programs: list[dict[str, Any]] = []
-        self.types: list[Any] = []
-        self.targets: dict[str, None] = {}
-        self._tensors = tensors
-        self._known: dict[int, tuple[int, Any]] = {}
-
-    def add(self, program: Program) -> int:
-        if id(program.gm) in self._known:
-            return self._known[id(program.gm)][0]
-        number = len(self.programs)
-        made = program_json(
-            program, lambda tensor: self._tensors.hold(tensor, f"constant.{number}.{self._count()}")
-        )
-        self.programs.append(made)
-        self.targets |= dict.fromkeys(n["target"] for n in made["nodes"] if n["op"] == "call_function")
-        self._known[id(program.gm)] = number, program.gm
-        return number
-
-    def _count(self) -> int:
-        return len(self._tensors.by_name)
-
-    def add_type(self, value: Any) -> int:
-        self.types.append(type_json(value))
-        if self.types[-1] is None:
-            raise ArtefactError(
-                "sizes of the program are known at run time alone, which artefacts cannot hold"
-            )
-        return len(self.types) - 1
-
-
-@dataclass
-class _Writer:
-    session: Session
-    seen: SeenCall
-    tensors: Tensors
-    graphs: _Graphs
-
-    def step(self, training: bool) -> SavedStep:
-        from graphopt.segmented import SegmentedStep
-
-        assert self.seen.ran is not None
-        made = self.seen.ran.step
-        if isinstance(made, SegmentedStep):
-            return self._chain(made, training)
-        assert made is not None
-        self._check_present([made])
-        names = tuple(node.name for node in made.semantic.graph.nodes if node.op == "placeholder")
-        outputs = _flat_results(made.semantic.gm)
-        outs = tuple(f"result_{k}" for k in range(len(outputs)))
-        call = StoredCall(0, names, outs, (), tuple(written_inputs(made)), draws_random(made))
-        trained = tuple(isinstance(x, torch.Tensor) and x.requires_grad for x in self.seen.inputs)
-        code = self._code(made, self.seen.inputs, trained, whole=True)
-        results = json.dumps({"list": [{"value": name} for name in outs]}, separators=(",", ":"))
-        return self._record(training, [made], names, (call,), (code,), (), results)
-
-    def _chain(self, made: SegmentedStep, training: bool) -> SavedStep:
-        self._check_present(made.captured)
-        runner = made.runner
-        assert runner is not None
-        numbers: dict[Any, int] = {}
-        codes: list[SavedCode] = []
-        calls: list[StoredCall] = []
-        for k, (call, captured) in enumerate(zip(made.chain.calls, made.captured, strict=True)):
-            assert captured.point is not None
-            key = call.segment, captured.point.alternative, captured.schedule
-            if key not in numbers:
-                numbers[key] = len(codes)
-                segment = made.chain.segments[call.segment]
-                codes.append(self._code(captured, segment.example_inputs(), segment.trained, whole=False))
-            calls.append(
-                StoredCall(
-                    numbers[key],
-                    call.args,
-                    call.outs,
-                    call.drops,
-                    tuple(runner.written[k]),
-                    runner.random[k],
-                    stored_moves(runner, k),
-                )
-            )
-        constants = []
-        for name, tensor in made.chain.constants.items():
-            if not isinstance(tensor, torch.Tensor):
-                raise ArtefactError(f"the program holds a {type(tensor).__name__} as {name}")
-            self.tensors.hold(tensor, f"chain.{name}")
-            constants.append(name)
-        try:
-            results = results_text(made.chain.results)
-        except TypeError as error:
-            raise ArtefactError(str(error)) from None
-        return self._record(
-            training, made.captured, made.chain.inputs, tuple(calls), tuple(codes), tuple(constants), results
-        )
-
-    def _check_present(self, group: Sequence[Captured]) -> None:
-        current = self.session.current
-        if len(group) != len(current) or any(a is not b for a, b in zip(group, current, strict=True)):
-            raise ArtefactError(
-                "the module's mode now runs another step than the one that was captured last",
-                hint="optimize the model anew in the mode and for the inputs that are to be saved",
-            )
-
-    def _record(
-        self,
-        training: bool,
-        group: Sequence[Captured],
-        inputs: Sequence[str],
-        calls: tuple[StoredCall, ...],
-        codes: tuple[SavedCode, ...],
-        constants: tuple[str, ...],
-        results: str,
-    ) -> SavedStep:
-        session = self.session
-        assert self.seen.ran is not None
-        casts = tuple(
-            Autocast(kind, torch.is_autocast_enabled(kind), str(torch.get_autocast_dtype(kind))[6:])
-            for kind in _KINDS
-        )
-        return SavedStep(
-            session.emitter.name,
-            group[0].mode,
-            training,
-            tuple(self._inputs(inputs)),
-            calls,
-            codes,
-            tuple(captured.name for captured in group),
-            tuple(bool(captured.lowered) for captured in group),
-            constants,
-            results,
-            session.reruns,
-            casts,
-            self.seen.ran.detached,
-            session.static_bytes or 0,
-            session.weight_bytes or 0,
-            session.held_gradient_bytes,
-            any(call.random for call in calls),
-        )
-
-    def _inputs(self, names: Sequence[str]) -> list[SavedInput]:
-        places = {id(tensor): k for k, tensor in enumerate(self.seen.given)}
-        found = []
-        for node, value in zip(names, self.seen.inputs, strict=True):
-            if not isinstance(value, torch.Tensor):
-                raise ArtefactError(
-                    "sizes of the program are known at run time alone, which artefacts cannot hold",
-                    hint="optimize with dynamic_shapes=False, and save one artefact for each size",
-                )
-            if id(value) in self.seen.state:
-                source, name = "state", self.seen.state[id(value)]
-            elif id(value) in places:
-                source, name = "argument", str(places[id(value)])
-            else:
-                source, name = "held", self.tensors.hold(value, f"held.{node}")
-            found.append(SavedInput(node, source, name, value.requires_grad))
-        storages = [_torch.storage_key(value) for value in self.seen.inputs if value.numel()]
-        if len(set(storages)) < len(storages):
-            raise ArtefactError("two inputs of the program share memory, which loaded ones would not")
-        return found
-
-    def _code(
-        self, captured: Captured, examples: Sequence[Any], trained: Sequence[bool], *, whole: bool
-    ) -> SavedCode:
-        if captured.joint is None or captured.point is None:
-            raise ArtefactError(f"{captured.name} was not compiled")
-        gradients = self.session.gradients_of(captured.specs)
-        halves = zip(("forward", "backward"), captured.lowered, strict=False)
-        lowered = [_lowered(captured, half, name) for name, half in halves]
-        return SavedCode(
-            captured.semantic.name,
-            captured.mode,
-            whole,
-            self.graphs.add(captured.semantic),
-            self.graphs.add(captured.joint),
-            tuple(map(self.graphs.add, lowered)),
-            captured.traced,
-            captured.joint.fingerprint != captured.traced,
-            _plain(captured.schedule),
-            tuple(map(self.graphs.add_type, examples)),
-            tuple(trained),
-            tuple(sorted(gradients.parameters)),
-            gradients.held,
-        )
-
-
-def _lowered(captured: Captured, half: fx.GraphModule, name: str) -> Program:
-    from graphopt.dumping import lowered_program
-
-    return lowered_program(captured.joint, half, f"{captured.name}.{name}")
-
-
-def _plain(schedule: Schedule) -> Schedule:
-    return Schedule(tuple(schedule.forward), tuple(schedule.saved), tuple(schedule.backward))
-
-
-def _flat_results(gm: fx.GraphModule) -> list[Any]:
-    output = next(node for node in reversed(gm.graph.nodes) if node.op == "output")
-    return torch.utils._pytree.tree_leaves(output.args[0])
 
 
 def _packed(model: torch.nn.Module) -> dict[str, ArtefactWeight]:

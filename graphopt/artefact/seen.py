@@ -15,19 +15,20 @@ import torch
 
 from graphopt import _torch
 from graphopt.artefact.calling import structure_json
-from graphopt.errors import ArtefactError
+from graphopt.errors import ArtefactError, GraphoptError, brief
 from graphopt.restored import restored
-from graphopt.session import Ran
+from graphopt.session import CapturedAnew, Ran
 
 if TYPE_CHECKING:
     from graphopt.capture.driver import Driver
 
-__all__ = ["SeenCall", "seen_call"]
+__all__ = ["SeenCall", "seen_call", "seen_step"]
 
 
 @dataclass
 class SeenCall:
-    """One run of the step: the tensors ``given`` to it, inputs of its program, and what came of them."""
+    """One run of the step: the tensors ``given`` to it, inputs of its program, and what came of them.
+    ``bound``: its arguments by name."""
 
     given: list[torch.Tensor] = field(default_factory=list)
     inputs: Sequence[Any] = ()
@@ -36,16 +37,54 @@ class SeenCall:
     results: Any = None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     state: Mapping[int, str] = field(default_factory=dict)
+    bound: Mapping[str, Any] = field(default_factory=dict)
 
 
 def seen_call(driver: Driver) -> SeenCall:
-    """Run the step on its example inputs, and see where tensors go. Raises ``ArtefactError``."""
+    """Run the present step on its example inputs, and see where tensors go. Raises ``ArtefactError``."""
+    with torch.set_grad_enabled(driver.training_step()):
+        return _seen(driver, *driver.bind(None))
+
+
+def seen_step(driver: Driver, number: int, *, anew: bool = False) -> SeenCall | None:
+    """The same of one of the steps that the driver's session has planned, which describes that step: on the
+    example inputs, or on others that look like those of the call that it was captured for. ``None`` where the
+    module would run another step now, or capture one; with ``anew`` it may, and that one is then the last.
+
+    Raises ``ArtefactError``.
+    """
+    session = driver.session
+    planned = session.steps[number]
+    if planned.example is None:
+        raise ArtefactError("what the step was called with is not known")
+    args, kwargs = driver.bind(None) if not number else planned.example.made()
+    session.settled = not anew
+    try:
+        with planned.example.around(driver.model):
+            found = _seen(driver, args, kwargs)
+    except CapturedAnew:
+        return None
+    except GraphoptError:
+        raise
+    except Exception as error:  # whatever the program makes of zeros
+        if not number:
+            raise
+        raise ArtefactError(
+            f"run on zeros of the types that it was captured for, it raises {brief(error)}",
+            hint="optimize the model with those inputs, and save an artefact for them alone",
+        ) from error
+    finally:
+        session.settled = False
+    wanted = session.steps[-1] if anew else planned
+    return found if found.ran is wanted.ran else None
+
+
+def _seen(driver: Driver, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SeenCall:
     model, session = driver.model, driver.session
     session.unfold()
-    args, kwargs = driver.bind(None)
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
     bound.apply_defaults()
-    seen = SeenCall()
+    seen = SeenCall(bound=bound.arguments)
     seen.state = {id(t): name for name, t in [*model.named_parameters(), *model.named_buffers()]}
     places: dict[int, int] = {}
 
@@ -70,7 +109,6 @@ def seen_call(driver: Driver) -> SeenCall:
         return list(outputs)
 
     before = _attributes(model)
-    training = driver.training_step()
     assert driver._call is not None
     session.watching, session.arguments = watch, (args, kwargs)
     try:
@@ -82,9 +120,13 @@ def seen_call(driver: Driver) -> SeenCall:
             restored(model, leaves, changed),
             torch.random.fork_rng(devices=_cuda_devices(model)),
             _torch.quiet_capture(),
-            torch.set_grad_enabled(training),
         ):
             returned = driver._call(*args, **kwargs)
+    except Exception as error:
+        inner = _torch.inner_error(error)
+        if inner is not error and isinstance(inner, GraphoptError):
+            raise inner from None
+        raise
     finally:
         session.watching = session.arguments = None
     _check_effects(before, _attributes(model))

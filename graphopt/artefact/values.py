@@ -9,17 +9,29 @@ What JSON cannot spell is an object with one key that says what it is. Lists are
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.fx as fx
 
+from graphopt import _torch
 from graphopt.artefact.operators import Operators, target_text
 from graphopt.errors import ArtefactError
 from graphopt.program import tensor_leaves
 
-__all__ = ["argument_json", "argument_of", "dtype_named", "like", "type_json", "type_of"]
+__all__ = [
+    "MakeSize",
+    "argument_json",
+    "argument_of",
+    "check_type",
+    "dtype_named",
+    "has_symbols",
+    "like",
+    "no_symbols",
+    "type_json",
+    "type_of",
+]
 
 _LAYOUTS = {"strided": torch.strided}
 _FORMATS = {
@@ -58,11 +70,6 @@ def argument_json(value: Any) -> Any:
         return [argument_json(item) for item in value]
     if isinstance(value, Mapping) and all(type(key) is str for key in value):
         return {"dict": {key: argument_json(item) for key, item in value.items()}}
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        raise ArtefactError(
-            "sizes of the program are known at run time alone, which artefacts cannot hold",
-            hint="optimize with dynamic_shapes=False, and save one artefact for each size",
-        )
     if isinstance(value, torch._ops.OpOverload):
         return {"operator": target_text(value)}
     raise ArtefactError(f"the program is given a {type(value).__name__}, which an artefact cannot hold")
@@ -134,39 +141,56 @@ _NAMED: Mapping[str, Callable[[str], Any]] = {
 
 
 def type_json(value: Any) -> Any:
-    """What a node's ``meta["val"]`` looks like: a tensor as an object, several as a list, else ``None``."""
+    """What a node's ``meta["val"]`` looks like: a tensor as an object, several as a list, a size that is
+    known at run time alone as ``{"size": expression}``, else ``None``."""
     if isinstance(value, torch.Tensor):
         if value.layout is not torch.strided:
             raise ArtefactError(f"the program has a tensor of layout {value.layout}")
         return {
             "dtype": str(value.dtype).removeprefix("torch."),
-            "shape": [argument_json(size) for size in value.shape],
-            "stride": [argument_json(step) for step in value.stride()],
+            "shape": [_size_json(size) for size in value.shape],
+            "stride": [_size_json(step) for step in value.stride()],
             "device": str(value.device),
         }
     if isinstance(value, (tuple, list)) and tensor_leaves(value):
         return [type_json(item) for item in value]
-    if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-        argument_json(value)
-    return None
+    return _size_json(value) if isinstance(value, torch.SymInt) else None
 
 
-def type_of(data: Any) -> Any:
-    """A tensor, or a list of them, that looks as ``data`` says. Raises ``ArtefactError``."""
+def _size_json(size: Any) -> Any:
+    if not isinstance(size, torch.SymInt):
+        return size
+    try:
+        form = _torch.expression_form(size)
+    except ValueError as error:
+        raise ArtefactError(f"a size cannot be written: {error}") from None
+    return form if type(form) is int else {"size": form}
+
+
+MakeSize = Callable[[Any], Any]
+"""Makes a size of an expression of symbols (``Sizes.maker``)."""
+
+
+def no_symbols(form: Any) -> Any:
+    """The ``MakeSize`` of a program whose sizes are numbers."""
+    raise ArtefactError(f"the size {str(form)[:60]!r} is made of symbols, of which the step has none")
+
+
+def type_of(data: Any, make_size: MakeSize = no_symbols) -> Any:
+    """A tensor, a size, or a list of them, that looks as ``data`` says. Raises ``ArtefactError``."""
     if data is None:
         return None
     if isinstance(data, list):
-        return [type_of(item) for item in data]
-    return like(data)
+        return [type_of(item, make_size) for item in data]
+    if isinstance(data, dict) and list(data) == ["size"]:
+        return make_size(data["size"])
+    return like(data, make_size)
 
 
-def like(data: Any) -> torch.Tensor:
+def like(data: Any, make_size: MakeSize = no_symbols) -> torch.Tensor:
     """An empty tensor that looks as ``type_json`` says of one. Raises ``ArtefactError``."""
-    if not isinstance(data, dict) or sorted(data) != ["device", "dtype", "shape", "stride"]:
-        raise ArtefactError(f"{str(data)[:60]!r} is no type of a tensor")
-    shape, stride = _sizes(data["shape"]), _sizes(data["stride"])
-    if len(shape) != len(stride) or not isinstance(data["dtype"], str) or not isinstance(data["device"], str):
-        raise ArtefactError(f"{str(data)[:60]!r} is no type of a tensor")
+    check_type(data)
+    shape, stride = ([_size(size, make_size) for size in data[key]] for key in ("shape", "stride"))
     device = _device(data["device"])
     try:
         return torch.empty_strided(shape, stride, dtype=dtype_named(data["dtype"]), device=device)
@@ -174,7 +198,31 @@ def like(data: Any) -> torch.Tensor:
         raise ArtefactError(f"a tensor of shape {list(shape)} cannot be made: {error}") from error
 
 
-def _sizes(data: Any) -> Sequence[int]:
-    if not isinstance(data, list) or not all(type(size) is int and 0 <= size < 1 << 62 for size in data):
+def check_type(data: Any) -> None:
+    """Raise ``ArtefactError`` unless ``data`` has the parts of a tensor's type; sizes that are made of
+    symbols are not looked into."""
+    if not isinstance(data, dict) or sorted(data) != ["device", "dtype", "shape", "stride"]:
+        raise ArtefactError(f"{str(data)[:60]!r} is no type of a tensor")
+    _check_sizes(data["shape"])
+    _check_sizes(data["stride"])
+    same = len(data["shape"]) == len(data["stride"])
+    if not same or not isinstance(data["dtype"], str) or not isinstance(data["device"], str):
+        raise ArtefactError(f"{str(data)[:60]!r} is no type of a tensor")
+
+
+def has_symbols(data: Any) -> bool:
+    """Whether a checked type has sizes that are made of symbols."""
+    return any(isinstance(size, dict) for size in (*data["shape"], *data["stride"]))
+
+
+def _check_sizes(data: Any) -> None:
+    plain = isinstance(data, list) and all(
+        (type(size) is int and 0 <= size < 1 << 62) or (isinstance(size, dict) and list(size) == ["size"])
+        for size in data
+    )
+    if not plain:
         raise ArtefactError(f"{str(data)[:60]!r} are no sizes")
-    return tuple(data)
+
+
+def _size(size: Any, make_size: MakeSize) -> Any:
+    return make_size(size["size"]) if isinstance(size, dict) else size

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,7 @@ from graphopt.first_step import FirstStep
 from graphopt.guard import Guard, attributes_restored, obstacle
 from graphopt.loss import is_differentiable, loss_of
 from graphopt.pareto_front import ParetoPoint
+from graphopt.planned_step import showing
 from graphopt.plans import Plan
 from graphopt.program import Program, layer_of
 from graphopt.report import Environment, Report
@@ -85,6 +87,7 @@ class Driver:
         self._first_plan: Plan | None = None
         self.agreement: Agreement | None = None
         self.plugged: PluggedCapture | None = None
+        session.modes = partial(_modes, model)
         self.apart = ""
         """What the predicted peak leaves out, for the report."""
 
@@ -182,6 +185,7 @@ class Driver:
     def _take(self, fitted: Fitted) -> None:
         """Go on with packed weights, which were tried and fit."""
         self.model, self.session, self.fit = fitted.model, fitted.session, None
+        self.session.modes = partial(_modes, self.model)
 
     def _prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.session.arguments = (args, kwargs)
@@ -697,6 +701,17 @@ class Driver:
         static = self.session.static_bytes or 0
         return MemoryExplanation(before, after, static, plan.predicted.peak_bytes, plan.budget, layers)
 
+    def step_count(self) -> int:
+        """How many steps there are that each have a plan."""
+        return max(1, len(self.session.steps))
+
+    @contextmanager
+    def showing(self, number: int) -> Iterator[None]:
+        """In the block the driver shows step ``number``, the present one being the last."""
+        steps = self.session.steps
+        with showing(self.session, steps[number]) if steps else nullcontext():
+            yield
+
     def programs(self) -> tuple[Program, ...]:
         self.session.unfold()
         return programs_of(self.session.current)
@@ -733,6 +748,11 @@ def _observer(values: Any) -> Observer | None:
 
 def _cuda_devices(model: torch.nn.Module) -> list[int]:
     return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+
+
+def _modes(model: torch.nn.Module) -> tuple[bool, ...]:
+    """Which modules of ``model`` are in training mode."""
+    return tuple(module.training for module in model.modules())
 
 
 def _leaf(tensor: torch.Tensor) -> torch.Tensor:
