@@ -106,7 +106,7 @@ def test_the_default_pipeline_takes_symbols(kind: str, train: bool) -> None:
             found = fast(x)
             torch.manual_seed(1)
             torch.testing.assert_close(found, model(x))
-    assert {program.name for program in fast.programs} == {"g0"}
+    assert {program.name.partition(".")[0] for program in fast.programs} == {"g0"}
 
 
 def test_a_window_of_unknown_length_is_left_to_its_mask() -> None:

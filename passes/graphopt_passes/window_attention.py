@@ -82,8 +82,8 @@ class WindowAttention(Pass):
             aliases = aliases or alias_map(program.graph)
             size = (_value(node, 0).shape[-2], _value(node, 1).shape[-2])
             if any(isinstance(count, torch.SymInt) for count in size):
-                reason = Reason("how many queries and keys there are is known at run time alone", (node.name,))
-                yield NearMiss(self.name, node.name, 1, 2, reason)
+                why = "how many queries and keys there are is known at run time alone"
+                yield NearMiss(self.name, node.name, 1, 2, Reason(why, (node.name,)))
                 continue
             place = (mask, _is_own(node), size)
             if place not in known:
