@@ -81,7 +81,7 @@ class Optimized(torch.nn.Module):
             return getattr(self.__dict__["_model"], name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimized:
-        example = self._driver.example if self._generator is None else self._generator.inputs
+        example = self._driver.example() if self._generator is None else self._generator.inputs
         made = self._remaking()(copy.deepcopy(self._model, memo), example)
         memo[id(self)] = made
         vars(made).update(copy.deepcopy(self._own_state(), memo))

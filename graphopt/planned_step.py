@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from graphopt import _torch
 from graphopt.ambient_state import AmbientState
 from graphopt.errors import ArtefactError
+from graphopt.kept_inputs import Look, Looks, Made
 
 if TYPE_CHECKING:
     from graphopt.session import Ran, Session
@@ -32,20 +32,6 @@ _OF_A_STEP = (
     *("static_bytes", "weight_bytes", "lasting_bytes", "replay_bytes", "planning_seconds"),
 )
 """What a session says of the present step alone."""
-
-
-@dataclass(frozen=True)
-class _Look:
-    """A tensor of a call without its numbers. ``place``: which of the storages of the call it lies in."""
-
-    place: int
-    bytes: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-    dtype: torch.dtype
-    device: torch.device
-    trained: bool
 
 
 @dataclass(frozen=True)
@@ -69,27 +55,12 @@ class Example:
     def of(cls, call: Any, modes: tuple[bool, ...], state: Mapping[int, Any]) -> Example:
         """``call``: positional and keyword arguments. Tensors in ``state``, by ``id``, are the model's own
         and stay."""
-        places: dict[int, int] = {}
-        known: dict[int, _Look] = {}
+        looks = Looks()
 
         def look(value: Any) -> Any:
             if value is None or type(value) in (bool, int, float, str) or id(value) in state:
                 return value
-            plain = type(value) in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-            if not plain or value.layout is not torch.strided:
-                return _Other(type(value).__name__)
-            if id(value) not in known:
-                known[id(value)] = _Look(
-                    places.setdefault(_torch.storage_key(value), len(places)),
-                    value.untyped_storage().nbytes(),
-                    tuple(value.shape),
-                    tuple(value.stride()),
-                    value.storage_offset(),
-                    value.dtype,
-                    value.device,
-                    value.requires_grad,
-                )
-            return known[id(value)]
+            return looks.of(value) if looks.can(value) else _Other(type(value).__name__)
 
         args = torch.utils._pytree.tree_map(look, call)
         return cls(args, modes, AmbientState.now())
@@ -101,22 +72,12 @@ class Example:
 
     def made(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments for the call. Raises ``ArtefactError`` for objects that are not made again."""
-        storages: dict[int, torch.UntypedStorage] = {}
-        tensors: dict[int, torch.Tensor] = {}
+        made = Made()
 
         def tensor(look: Any) -> Any:
             if isinstance(look, _Other):
                 raise ArtefactError(f"a call has a {look.kind}, which an artefact cannot hold")
-            if not isinstance(look, _Look):
-                return look
-            if id(look) not in tensors:
-                if look.place not in storages:
-                    zeros = torch.zeros(look.bytes, dtype=torch.uint8, device=look.device)
-                    storages[look.place] = zeros.untyped_storage()
-                empty = torch.empty(0, dtype=look.dtype, device=look.device)
-                made = empty.set_(storages[look.place], look.offset, look.shape, look.stride)
-                tensors[id(look)] = made.requires_grad_(look.trained)
-            return tensors[id(look)]
+            return made.tensor(look) if isinstance(look, Look) else look
 
         args, kwargs = torch.utils._pytree.tree_map(tensor, self.args)
         return args, kwargs

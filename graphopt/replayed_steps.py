@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,12 +24,11 @@ __all__ = ["replayed", "roles_of"]
 def replayed(
     session: Session,
     run: Callable[..., Any],
-    inputs: Sequence[Any],
+    devices: Set[torch.device],
     roles: Callable[[], Roles | Reason],
 ) -> Callable[..., Any]:
     """``run``, a compiled step, replayed once it has been recorded; as it is where it cannot be or shall not
-    be. The report says which. ``roles``: see ``roles_of``."""
-    devices = {x.device for x in inputs if isinstance(x, torch.Tensor)}
+    be. The report says which. ``devices``: those of its inputs. ``roles``: see ``roles_of``."""
     plan = session.plan
     if not session.cuda_graphs or session.dry_run or plan is None:
         return run
@@ -48,7 +47,7 @@ def replayed(
     recorder = Recorder(
         run,
         found,
-        devices.pop(),
+        next(iter(devices)),
         CudaGraphs,
         session.diagnostics.append,
         room=None if plan.budget is None else plan.budget - base,

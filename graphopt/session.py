@@ -43,6 +43,7 @@ from graphopt.emit.fused_point import fused_point
 from graphopt.errors import BudgetError, CaptureError, GraphoptError, LoweringError
 from graphopt.first_run import FirstRun
 from graphopt.forms import see, weigh_forms
+from graphopt.kept_inputs import TracedInputs
 from graphopt.observed import ObservedStep, Ports
 from graphopt.observed_plan import ObservedPlan
 from graphopt.packing.plan import QuantizationPlan
@@ -250,6 +251,7 @@ class Session:
         captured = Captured(name, program, specs, provisional=not self.whole)
         self._begin(captured)
         context = _torch.capture_context()
+        traced = TracedInputs(inputs, specs)
         mode = "train" if _trained(inputs) else "infer"
         if self.whole:
             weigh_forms(self, captured, inputs, mode)
@@ -258,9 +260,10 @@ class Session:
             captured.provisional = False
             captured.start_over()
             with _torch.within(context):
-                weigh_forms(self, captured, inputs, mode)
+                given = traced.inputs()
+                weigh_forms(self, captured, given, mode)
                 if captured.joint is None:
-                    see(self, captured, inputs)
+                    see(self, captured, given)
 
         def compile_now() -> Callable[..., Any]:
             emitter = self._provisional_emitter(captured) if captured.provisional else self.emitter
@@ -268,7 +271,7 @@ class Session:
                 run = emitter.compile(
                     # Compilation takes its module over.
                     copied(captured.semantic).gm,
-                    inputs,
+                    traced.inputs(),
                     lambda joint, outputs: self._partition(captured, joint, outputs),
                     lambda graph: self._inference(captured, graph),
                     self.gradients_of(specs),
@@ -509,7 +512,7 @@ class Session:
                 warm.keep(step)
             auxiliary = attached
             ran.detached, ran.step = tuple(auxiliary), step
-            run = replayed(self, run, inputs, lambda: roles_of(step, specs))
+            run = replayed(self, run, warm.devices, lambda: roles_of(step, specs))
         if warm.note:
             self.diagnostics.append(warm.note)
         last = self.current[-1]

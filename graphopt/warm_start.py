@@ -69,7 +69,8 @@ class WarmStart:
         inputs: Sequence[Any],
         specs: Sequence[InputSpec],
     ) -> None:
-        self.session, self.name, self.inputs, self.specs = session, name, inputs, specs
+        self.session, self.name, self.specs = session, name, specs
+        self.devices = frozenset(x.device for x in inputs if isinstance(x, torch.Tensor))
         self.key = ""
         self.note = ""
         self._before = self._counts()
@@ -111,7 +112,7 @@ class WarmStart:
             return None
         self._take_over(step, plan)
         self.note = "warm start: plan and code are those of an earlier process"
-        return replayed(self.session, run, self.inputs, lambda: _roles(step))
+        return replayed(self.session, run, self.devices, lambda: _roles(step))
 
     def _code(self, step: StoredStep) -> Callable[..., Any] | str:
         if step.operators:

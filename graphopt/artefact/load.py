@@ -155,9 +155,9 @@ def _compiled(
             return Reason("sizes are known at run time alone", tuple(contents.sizes.known))
         return Reason("values wait in the memory of the host") if any(c.moves for c in step.calls) else roles
 
-    examples = [torch.empty(0, device=device)]
     callee = replace(contents, sizes=running.sizes).callee(running.held)
-    return LoadedStep(contents, callee, replayed(session, run, examples, cast_roles), said_of(session))
+    devices = {torch.empty(0, device=device).device}  # with its number
+    return LoadedStep(contents, callee, replayed(session, run, devices, cast_roles), said_of(session))
 
 
 def _module(contents: Contents, model: torch.nn.Module | None) -> torch.nn.Module:

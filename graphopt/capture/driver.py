@@ -31,6 +31,7 @@ from graphopt.errors import (
 from graphopt.explanation import MemoryExplanation
 from graphopt.first_step import FirstStep
 from graphopt.guard import Guard, attributes_restored, obstacle
+from graphopt.kept_inputs import KeptExample
 from graphopt.loss import is_differentiable, loss_of
 from graphopt.pareto_front import ParetoPoint
 from graphopt.planned_step import showing
@@ -75,7 +76,7 @@ class Driver:
     ) -> None:
         self.fit, self.compare = fit, compare
         self.model, self.session, self.dynamic = model, session, dynamic
-        self.example = inputs
+        self._example = None if inputs is None else KeptExample(inputs)
         self.loss_fn = loss_fn
         self._call: Callable[..., Any] | None = None
         self._watched: Callable[..., Any] | None = None
@@ -140,8 +141,8 @@ class Driver:
         """Capture and plan, if that has not happened yet; together with the ranks that share the model."""
         if self._call is not None or self._uncaptured:
             return
-        if self.example is None:
-            self.example = kwargs if kwargs and not args else args
+        if self._example is None:
+            self._example = KeptExample(kwargs if kwargs and not args else args)
         if self.agreement is None:
             self._decide(args, kwargs)
             return
@@ -194,9 +195,13 @@ class Driver:
         finally:
             self.session.arguments = None
 
+    def example(self) -> Any:
+        """What the model was optimized with, or first called with."""
+        return None if self._example is None else self._example.inputs()
+
     def bind(self, inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """``inputs``, or the example inputs, as positional and keyword arguments."""
-        chosen = self.example if inputs is None else inputs
+        chosen = self.example() if inputs is None else inputs
         if chosen is None:
             raise InputsError("no inputs: none were given, here or to optimize()")
         return bind_inputs(self.model, chosen)
@@ -628,7 +633,7 @@ class Driver:
     def plan(self) -> Plan:
         if self.session.plan is None:
             uncalled = "it was not called yet"
-            if self.example is None:
+            if self._example is None:
                 uncalled += " and no inputs were given"
             why = "; ".join(self.session.diagnostics) or uncalled
             raise CaptureError(f"the model was not captured: {why}")

@@ -1,0 +1,140 @@
+"""Inputs that may be needed again, held so that they take none of the memory that a budget is of.
+
+A batch that a model was optimized with would otherwise stay beside the batches that it trains on. What is
+traced again needs no numbers (``TracedInputs``); what is measured or compared again does (``KeptExample``).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from graphopt import _torch
+from graphopt.program import InputSpec
+
+__all__ = ["KeptExample", "Look", "Looks", "Made", "TracedInputs"]
+
+_HOST = ("cpu", "meta")
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+
+
+@dataclass(frozen=True)
+class Look:
+    """A tensor of a call without its numbers. ``place``: which of the storages of the call it lies in."""
+
+    place: int
+    bytes: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+    device: torch.device
+    trained: bool
+
+
+class Looks:
+    """Looks of the tensors of one call, and tensors made of them: equal storages become one, numbers zero."""
+
+    def __init__(self) -> None:
+        self._places: dict[int, int] = {}
+        self._known: dict[int, Look] = {}
+
+    @staticmethod
+    def can(value: Any) -> bool:
+        """Whether a tensor that looks like ``value`` can stand for it."""
+        return type(value) in _PLAIN and value.layout is torch.strided and not _torch.is_fake(value)
+
+    def of(self, value: torch.Tensor) -> Look:
+        if id(value) not in self._known:
+            self._known[id(value)] = Look(
+                self._places.setdefault(_torch.storage_key(value), len(self._places)),
+                value.untyped_storage().nbytes(),
+                tuple(value.shape),
+                tuple(value.stride()),
+                int(value.storage_offset()),
+                value.dtype,
+                value.device,
+                value.requires_grad,
+            )
+        return self._known[id(value)]
+
+
+class Made:
+    """Tensors of zeros that look like those of one call; one look is one tensor."""
+
+    def __init__(self) -> None:
+        self._storages: dict[int, torch.UntypedStorage] = {}
+        self._tensors: dict[int, torch.Tensor] = {}
+
+    def tensor(self, look: Look) -> torch.Tensor:
+        if id(look) not in self._tensors:
+            if look.place not in self._storages:
+                zeros = torch.zeros(look.bytes, dtype=torch.uint8, device=look.device)
+                self._storages[look.place] = zeros.untyped_storage()
+            empty = torch.empty(0, dtype=look.dtype, device=look.device)
+            made = empty.set_(self._storages[look.place], look.offset, look.shape, look.stride)
+            self._tensors[id(look)] = made.requires_grad_(look.trained)
+        return self._tensors[id(look)]
+
+
+class TracedInputs:
+    """Inputs of a graph, which is traced with them and may be again. The model's own are kept; others may go,
+    and zeros that look like them then stand for all of those."""
+
+    def __init__(self, inputs: Sequence[Any], specs: Sequence[InputSpec]) -> None:
+        looks = Looks()
+        self._kept: list[Any] = []
+        self._given: dict[int, tuple[weakref.ref[torch.Tensor], Look]] = {}
+        for index, (value, spec) in enumerate(zip(inputs, specs, strict=True)):
+            own = spec.role in ("parameter", "buffer") or not looks.can(value)
+            self._kept.append(value if own else None)
+            if not own:
+                self._given[index] = weakref.ref(value), looks.of(value)
+
+    def inputs(self) -> list[Any]:
+        found = list(self._kept)
+        there = {index: given() for index, (given, _) in self._given.items()}
+        if any(value is None for value in there.values()):
+            made = Made()
+            there = {index: made.tensor(look) for index, (_, look) in self._given.items()}
+        for index, value in there.items():
+            found[index] = value
+        return found
+
+
+class KeptExample:
+    """Example inputs in any structure. Tensors on other devices than the host wait there."""
+
+    def __init__(self, inputs: Any) -> None:
+        known: dict[int, Any] = {}
+
+        def kept(value: torch.Tensor) -> Any:
+            if value.device.type in _HOST or type(value) not in _PLAIN or _torch.is_fake(value):
+                return value
+            if id(value) not in known:
+                known[id(value)] = _Away(value.detach().to("cpu"), value.device, value.requires_grad)
+            return known[id(value)]
+
+        self._inputs = torch.utils._pytree.tree_map_only(torch.Tensor, kept, inputs)
+
+    def inputs(self) -> Any:
+        """The inputs on their devices; those that waited are copied there anew."""
+        there: dict[int, torch.Tensor] = {}
+
+        def back(value: _Away) -> torch.Tensor:
+            if id(value) not in there:
+                there[id(value)] = value.values.to(value.device).requires_grad_(value.trained)
+            return there[id(value)]
+
+        return torch.utils._pytree.tree_map_only(_Away, back, self._inputs)
+
+
+@dataclass(frozen=True, eq=False)
+class _Away:
+    values: torch.Tensor
+    device: torch.device
+    trained: bool

@@ -1,0 +1,87 @@
+"""Inputs that were captured with do not stay beside those that a model runs on."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import graphopt
+from graphopt import kept_inputs
+from graphopt.kept_inputs import KeptExample, TracedInputs
+from graphopt.program import InputSpec
+
+
+@pytest.mark.parametrize("emit", ["eager", "inductor"])
+@pytest.mark.parametrize("train", [True, False])
+def test_a_batch_that_was_captured_goes(emit: str, train: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).train(train)
+    with torch.set_grad_enabled(train):
+        fast = graphopt.optimize(model, (torch.randn(4, 8),), dynamic_shapes=False, emit=emit, cache=False)
+        x = torch.randn(6, 8)
+        gone, y = weakref.ref(x), fast(x)
+        if train:
+            y.sum().backward()
+        del x, y
+    gc.collect()
+    assert gone() is None and len(fast.steps) == 2
+
+
+def test_several_graphs_are_planned_without_the_batch_that_they_were_captured_with() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 32), nn.Linear(32, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = self.first(x).relu()
+            torch._dynamo.graph_break()
+            return self.second(y).square().mean()
+
+    model = Broken()
+    fast = graphopt.optimize(model, (torch.randn(4, 8),), emit="eager", cache=False)
+    x = torch.randn(4, 8)
+    model(x).backward()
+    expected = [p.grad for p in model.parameters()]
+    model.zero_grad()
+    fast(x).backward()
+    assert all(torch.equal(p.grad, right) for p, right in zip(model.parameters(), expected, strict=True))
+
+
+def inputs_of(*values: torch.Tensor) -> TracedInputs:
+    roles = ["parameter" if isinstance(value, nn.Parameter) else "input" for value in values]
+    specs = [InputSpec(f"arg{index}", role, None) for index, role in enumerate(roles)]
+    return TracedInputs(values, specs)
+
+
+def test_what_is_there_is_given_and_what_is_gone_is_made_again() -> None:
+    weight, whole = nn.Parameter(torch.ones(3)), torch.arange(12.0).view(3, 4)
+    part = whole[1:, ::2].requires_grad_()
+    traced = inputs_of(weight, whole, part)
+    assert all(a is b for a, b in zip(traced.inputs(), (weight, whole, part), strict=True))
+    look = [(t.shape, t.stride(), t.storage_offset(), t.requires_grad) for t in (whole, part)]
+    del part
+    gc.collect()
+    kept, first, second = traced.inputs()
+    assert kept is weight and first is not whole and not first.any()
+    assert [(t.shape, t.stride(), t.storage_offset(), t.requires_grad) for t in (first, second)] == look
+    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+
+
+def test_examples_of_other_devices_wait_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_inputs, "_HOST", ())
+    x, y = torch.randn(3), torch.randn(2, requires_grad=True)
+    kept = KeptExample({"x": x, "again": [x, 3], "y": y})
+    found = kept.inputs()
+    assert torch.equal(found["x"], x) and found["again"][0] is found["x"] and found["again"][1] == 3
+    assert torch.equal(found["y"], y) and found["y"].requires_grad and found["y"].is_leaf
+    waiting = [v.values for v in torch.utils._pytree.tree_leaves(kept._inputs) if not isinstance(v, int)]
+    assert len({id(v) for v in waiting}) == 2 and all(v.device.type == "cpu" for v in waiting)
+
+
+def test_examples_on_the_host_stay_what_they_are() -> None:
+    x = torch.randn(3)
+    assert KeptExample((x,)).inputs()[0] is x
