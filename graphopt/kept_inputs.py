@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.program import InputSpec
@@ -82,28 +83,29 @@ class Made:
 
 
 class TracedInputs:
-    """Inputs of a graph, which is traced with them and may be again. The model's own are kept; others may go,
-    and zeros that look like them then stand for all of those."""
+    """Inputs of a graph that dynamo made, which is traced with them and may be again. The model's own are
+    kept; others may go, and dynamo's descriptions of them, their symbols included, then stand for them."""
 
-    def __init__(self, inputs: Sequence[Any], specs: Sequence[InputSpec]) -> None:
-        looks = Looks()
+    def __init__(self, gm: fx.GraphModule, inputs: Sequence[Any], specs: Sequence[InputSpec]) -> None:
         self._kept: list[Any] = []
-        self._given: dict[int, tuple[weakref.ref[torch.Tensor], Look]] = {}
-        for index, (value, spec) in enumerate(zip(inputs, specs, strict=True)):
-            own = spec.role in ("parameter", "buffer") or not looks.can(value)
-            self._kept.append(value if own else None)
-            if not own:
-                self._given[index] = weakref.ref(value), looks.of(value)
+        for node, value, spec in zip(gm.graph.find_nodes(op="placeholder"), inputs, specs, strict=True):
+            described = node.meta.get("example_value")
+            own = spec.role in ("parameter", "buffer")
+            lets_go = not own and type(value) in _PLAIN and _torch.is_fake(described)
+            self._kept.append(_Given(weakref.ref(value), described) if lets_go else value)
 
     def inputs(self) -> list[Any]:
-        found = list(self._kept)
-        there = {index: given() for index, (given, _) in self._given.items()}
-        if any(value is None for value in there.values()):
-            made = Made()
-            there = {index: made.tensor(look) for index, (_, look) in self._given.items()}
-        for index, value in there.items():
-            found[index] = value
-        return found
+        return [value.there() if isinstance(value, _Given) else value for value in self._kept]
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    value: weakref.ref[torch.Tensor]
+    described: torch.Tensor
+
+    def there(self) -> torch.Tensor:
+        value = self.value()
+        return self.described if value is None else value
 
 
 class KeptExample:

@@ -251,7 +251,7 @@ class Session:
         captured = Captured(name, program, specs, provisional=not self.whole)
         self._begin(captured)
         context = _torch.capture_context()
-        traced = TracedInputs(inputs, specs)
+        traced = TracedInputs(gm, inputs, specs)
         mode = "train" if _trained(inputs) else "infer"
         if self.whole:
             weigh_forms(self, captured, inputs, mode)
