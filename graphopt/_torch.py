@@ -542,6 +542,13 @@ def weak_storage(storage: torch.UntypedStorage) -> Any:
     return reference(storage)
 
 
+def weak_tensor(tensor: torch.Tensor) -> Any:
+    """A weak reference to a tensor, not to its memory: ``expired()`` says whether nothing holds it any more,
+    autograd's graph included."""
+    native: Any = torch._C
+    return native._WeakTensorRef(tensor)
+
+
 def hint(size: Any) -> int:
     """The value that a possibly symbolic size had while tracing, without guarding on it.
 

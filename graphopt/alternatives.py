@@ -20,6 +20,7 @@ from graphopt.program import Program
 from graphopt.proposals import read_proposals
 
 __all__ = [
+    "FORM_EFFORT",
     "OFFERS",
     "Offer",
     "alternatives",
@@ -35,6 +36,10 @@ __all__ = [
 
 OFFERS = 3
 """How many offers of one pass are looked at together with those of others."""
+
+FORM_EFFORT = 0.25
+"""The share of the work spent on the schedules of a large program that goes into those of each form of it:
+there may be a dozen, and together they should not take several times as long as the program itself."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +258,7 @@ def united(frontiers: Mapping[str, tuple[Frontier, float]]) -> Frontier:
         _undominated(points),
         min(frontier.floor_bytes for frontier in (f for f, _ in shifts)),
         lambda budget: min(f.seconds_bound(budget) + shift for f, shift in shifts),
+        effort=min(frontier.effort for frontier, _ in shifts),
     )
 
 

@@ -106,7 +106,8 @@ class Frontier:
     ``floor_bytes`` is a proven lower bound on the peak of any schedule of the program;
     ``seconds_bound(budget)`` a proven lower bound on the added seconds of any that fits. A frontier that
     ``extends`` holds every point of the one before it (``PassContext.curve``) and more. ``host_bytes``:
-    what may be moved to the host's memory, over all programs.
+    what may be moved to the host's memory, over all programs. ``effort``: the share of the usual work that
+    went into it, or into the least of its forms (``PassContext.effort``).
     """
 
     pass_id: str
@@ -115,6 +116,7 @@ class Frontier:
     seconds_bound: Callable[[int], float] = lambda budget: 0.0
     extends: bool = False
     host_bytes: int = 0
+    effort: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.fx as fx
 
@@ -14,6 +14,9 @@ from graphopt.errors import StalePlanError
 from graphopt.program import InputSpec, Program
 from graphopt.report import ProgramSummary
 from graphopt.schedule import Schedule
+
+if TYPE_CHECKING:
+    from graphopt.rewriting import Rewriting
 
 __all__ = ["Captured"]
 
@@ -49,6 +52,14 @@ class Captured:
     look: Callable[[], None] | None = None
     """See the program as it will be compiled, with its forms."""
     forms: Mapping[str, Captured] = field(default_factory=dict)
+    effort: float = 1.0
+    """Share of their usual work that passes which search spend on it: less than 1 for a form of another."""
+    passed: tuple[Hashable, Program, Rewriting] | None = None
+    """What joint-level passes made of a trace, and what that depended on."""
+    budget_decides: bool = False
+    """Whether passes choose otherwise for it, or for one of its forms, with a budget than without."""
+    seen: Hashable = None
+    """What its frontier and forms depended on when they were found; ``None`` while they are not."""
     told: ProgramSummary | None = None
     """What the report says of a program that was taken over from another process and not seen here yet."""
 
@@ -90,7 +101,7 @@ class Captured:
         self.forms = {}
         self.joint, self.traced, self.baseline = None, "", None
         self.frontier, self.reference, self.point = None, None, None
-        self.settled = False
+        self.settled, self.budget_decides, self.seen = False, False, None
 
     def become(self, alternative: str) -> None:
         """Take on the programs of a form. Raises ``StalePlanError`` for one that is not offered."""

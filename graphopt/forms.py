@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch.fx as fx
 
 from graphopt import _torch
-from graphopt.alternatives import applied, coordinate_wise, copied, joined, offers, united
+from graphopt.alternatives import FORM_EFFORT, applied, coordinate_wise, copied, joined, offers, united
 from graphopt.captured import Captured
 from graphopt.emit.inductor import JointSeen
 from graphopt.errors import GraphoptError
@@ -42,7 +42,7 @@ def weigh_forms(session: Session, captured: Captured, inputs: Sequence[Any], mod
     frontiers = {"": (captured.frontier, captured.reference_seconds)}
 
     def look(name: str, program: Program) -> int | None:
-        form = Captured(captured.name, program, captured.specs)
+        form = Captured(captured.name, program, captured.specs, effort=FORM_EFFORT)
         try:
             see(session, form, inputs)
         except Exception as error:
@@ -51,6 +51,7 @@ def weigh_forms(session: Session, captured: Captured, inputs: Sequence[Any], mod
         assert form.frontier is not None
         forms.update({joined(name, inner): f for inner, f in (form.forms or {"": form}).items()})
         frontiers[name] = form.frontier, form.reference_seconds
+        captured.budget_decides |= form.budget_decides
         return min(point.peak_bytes for point in form.frontier.points)
 
     def make() -> Program:

@@ -63,13 +63,16 @@ class ObservedRun:
     """One half of a program, run once. ``program`` counts the programs; ``forward`` is the position
     among the runs of the forward that this belongs to (its own, for a forward). ``inputs`` and
     ``outputs`` map ports (``Ports``) to storages: what a forward reads and returns, the tangents of a
-    backward."""
+    backward. ``abandoned``: of a forward whose backward never ran, (position, bytes) of what it had kept
+    for that and where it was let go, ``None`` for what was held to the end; 0 bytes where others held it
+    too."""
 
     program: int
     backward: bool
     forward: int
     inputs: Mapping[str, int]
     outputs: Mapping[str, int]
+    abandoned: tuple[tuple[int | None, int], ...] = ()
 
     def at_ports(self, ports: Ports, program: int) -> ObservedRun:
         """The same with names of nodes replaced by ``ports``, and another number for the program."""
@@ -80,6 +83,7 @@ class ObservedRun:
             self.forward,
             {entering[name]: storage for name, storage in self.inputs.items() if name in entering},
             {port: self.outputs[name] for name, port in ports.outputs if name in self.outputs},
+            self.abandoned,
         )
 
 

@@ -66,6 +66,12 @@ class ObservedMemory:
                 self._made.update(set(run.outputs.values()) - self._tracked.keys() - set(run.inputs.values()))
                 for number in (*run.inputs.values(), *run.outputs.values()):
                     self._tracked[number] = step.storages[number]
+        answered = {run.forward for run in step.runs if run is not None and run.backward}
+        self._abandoned = [
+            index
+            for index, run in enumerate(step.runs)
+            if run is not None and not run.backward and index not in answered
+        ]
 
     def peak(self, choices: Sequence[Choice]) -> int:
         """Peak in bytes above the static base, with a program and a schedule for each of the step's."""
@@ -84,7 +90,7 @@ class ObservedMemory:
         carried = 0
         for position in range(2 * len(self.step.runs) + 1):
             if position % 2 == 0:
-                gap = self._gap(position, gone, going[position])
+                gap = self._gap(position, forwards, gone, going[position])
                 yield Stretch(carried, gap.peak)
                 carried += gap.net
                 continue
@@ -110,16 +116,32 @@ class ObservedMemory:
     def _releases(self, forwards: Sequence[ForwardHalf | None]) -> dict[int, int | None]:
         """Where each shared storage goes: where it was seen to, or with the last backward that reads it."""
         last: dict[int, int] = {}
+        lasting: set[int] = set()
         for index, run in enumerate(self.step.runs):
             if run is not None and run.backward and (forward := forwards[run.forward]) is not None:
                 for number in self._held_by(run.forward, forward):
                     last[number] = 2 * index + 1
+        for index in self._abandoned:
+            forward, until = forwards[index], self._given_up(index)
+            assert forward is not None
+            for number in self._held_by(index, forward):
+                if until is None:
+                    lasting.add(number)
+                else:
+                    last[number] = max(until, last.get(number, 0))
         return {
             number: None
-            if seen.released is None or seen.dropped is None
+            if seen.released is None or seen.dropped is None or number in lasting
             else max(seen.dropped, last.get(number, 0))
             for number, seen in self._tracked.items()
         }
+
+    def _given_up(self, index: int) -> int | None:
+        """Where what a forward keeps for a backward that never runs goes, ``None`` for never. Where it kept
+        nothing when it was seen, that is not known: never."""
+        positions = [position for position, _ in self._run(index).abandoned]
+        known = [position for position in positions if position is not None]
+        return max(known) if known and len(known) == len(positions) else None
 
     def _memory(
         self, forwards: Sequence[ForwardHalf | None], gone: Mapping[int, int | None]
@@ -136,8 +158,16 @@ class ObservedMemory:
                 times = [gone[number] for number in numbers] or [2 * index + 1]
                 until = None if None in times else max(time for time in times if time is not None)
                 yield _Held(item.bytes, until, numbers, item.ports, index)
+            if index in self._abandoned:
+                yield _Held(forward.saved_bytes, self._given_up(index), frozenset())
 
-    def _gap(self, position: int, gone: Mapping[int, int | None], going: Sequence[_Held]) -> Gap:
+    def _gap(
+        self,
+        position: int,
+        forwards: Sequence[ForwardHalf | None],
+        gone: Mapping[int, int | None],
+        going: Sequence[_Held],
+    ) -> Gap:
         """A gap in which other memory goes than was seen to."""
         bare = position // 2 < len(self.step.bare_gaps) and {
             number for number, at in gone.items() if at == position
@@ -156,6 +186,15 @@ class ObservedMemory:
             for item in going
             if item.numbers and item.numbers <= seen
         )
+        if not bare:
+            # Nothing is kept for a backward where gaps are seen bare.
+            for index in self._abandoned:
+                run, forward = self._run(index), forwards[index]
+                assert forward is not None
+                kept = sum(map(self._rounded, (size for at, size in run.abandoned if at == position)))
+                freed += kept
+                if self._given_up(index) == position:
+                    in_time += min(kept, forward.saved_bytes)
         return Gap(gap.net + freed - frees, gap.peak + freed - in_time)
 
     def _held_by(self, index: int, forward: ForwardHalf) -> frozenset[int]:
@@ -186,5 +225,7 @@ class ObservedMemory:
         return run
 
     def _size(self, number: int) -> int:
-        size = self.step.storages[number].bytes
+        return self._rounded(self.step.storages[number].bytes)
+
+    def _rounded(self, size: int) -> int:
         return -(-size // self.granularity) * self.granularity

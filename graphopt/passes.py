@@ -26,6 +26,8 @@ class PassContext:
     before this one offer for the program, for one that adds to them (``Frontier.extends``). ``bounded`` is
     false where the fastest program alone is asked for: what only frees memory need not be looked at.
     ``only``: the rewrites that may be applied, where not all may; passes need not look at it.
+    ``effort``: the share of its usual work that a pass which searches should spend on a large program. It is
+    less than 1 for a program that may run instead of another, of which there are several.
     """
 
     cost: CostModel
@@ -36,6 +38,7 @@ class PassContext:
     curve: Frontier | None = None
     bounded: bool = True
     only: frozenset[str] | None = None
+    effort: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,8 @@ class Rewriting:
     """Passes that offered something to be weighed as an alternative."""
     rewrites: tuple[Rewrite, ...] = ()
     """What was chosen; schedules and alternatives are for the planner to choose."""
+    budget_decides: bool = False
+    """Whether another choice would have been made with a budget, or without one."""
 
     def __add__(self, other: Rewriting) -> Rewriting:
         return Rewriting(
@@ -51,6 +53,7 @@ class Rewriting:
             self.changed or other.changed,
             self.offering | other.offering,
             self.rewrites + other.rewrites,
+            self.budget_decides or other.budget_decides,
         )
 
 
@@ -190,6 +193,7 @@ def run_pass(
     chosen: list[Candidate] = []
     taken: tuple[Rewrite, ...] = ()
     refused: list[Declined] = []
+    budget_decides = False
     status: PassStatus
     edit = program.edit(step.name)
     try:
@@ -199,6 +203,7 @@ def run_pass(
                 raise PassError(f"{step.name}: propose() changed the program: only apply() may")
             offered = () if closed else proposals.candidates
             chosen, refused = choose(step, offered, ctx, budgeted=budgeted)
+            budget_decides = chosen != choose(step, offered, ctx, budgeted=not budgeted)[0]
             if closed:
                 refused = [Declined(candidate.id, closed) for candidate in proposals.candidates]
             # Before anything is applied: their nodes may be gone afterwards.
@@ -224,6 +229,7 @@ def run_pass(
         edit.committed,
         frozenset({step.name} if any(c.alternative for c in proposals.candidates) else ()),
         (*taken, *_for_the_planner(program, step, proposals)),
+        budget_decides,
     )
 
 

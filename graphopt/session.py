@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +14,7 @@ import torch
 import torch.fx as fx
 
 from graphopt import _torch
-from graphopt.alternatives import Offer, alternatives, copied, joint_alternatives, united
+from graphopt.alternatives import FORM_EFFORT, Offer, alternatives, copied, joint_alternatives, united
 from graphopt.ambient_state import AmbientState
 from graphopt.budget import Budget, format_bytes
 from graphopt.candidate import Declined, Frontier, FrontierPoint, NearMiss
@@ -258,12 +258,15 @@ class Session:
 
         def look() -> None:
             captured.provisional = False
+            if captured.seen is not None and captured.seen == self._depends(captured):
+                return
             captured.start_over()
             with _torch.within(context):
                 given = traced.inputs()
                 weigh_forms(self, captured, given, mode)
                 if captured.joint is None:
                     see(self, captured, given)
+            captured.seen = self._depends(captured)
 
         def compile_now() -> Callable[..., Any]:
             emitter = self._provisional_emitter(captured) if captured.provisional else self.emitter
@@ -282,6 +285,7 @@ class Session:
         captured.run = compile_now()
         ran = self._made = Ran(specs, tuple(auxiliary), captured)
         if self.whole:
+            captured.seen = self._depends(captured)
             captured.run = self.guarded(captured.run, captured.plain, name)
 
         def call(*args: Any) -> Any:
@@ -654,21 +658,10 @@ class Session:
         return EagerEmitter(partial(self.observer.around, number))
 
     def see(self, step: ObservedStep) -> bool:
-        """Plan the present programs as the parts of ``step``; ``False`` if it does not hold them all.
-
-        A forward without its backward leaves behind what cannot be told apart from the rest.
-        """
+        """Plan the present programs as the parts of ``step``; ``False`` if others were run in it."""
         numbers = [k for k, known in enumerate(self.captured) if any(known is c for c in self.current)]
         group = [self.captured[k] for k in numbers]
-        backwards = {run.forward for run in step.runs if run is not None and run.backward}
-        complete = all(
-            run is None
-            or (
-                run.program in numbers
-                and (run.backward or position in backwards or self.captured[run.program].mode != "train")
-            )
-            for position, run in enumerate(step.runs)
-        )
+        complete = all(run is None or run.program in numbers for run in step.runs)
         ports = {k: Ports.of(c.joint) for k, c in zip(numbers, group, strict=True) if c.joint is not None}
         if not complete or len(ports) < len(group):
             return False
@@ -862,15 +855,8 @@ class Session:
     def _frontier(self, captured: Captured) -> Frontier:
         """The curve of schedules that the joint-level passes offer; the baseline is always on it."""
         assert captured.joint is not None and captured.baseline is not None
-        ctx = self.context(captured.mode, bounded=self.bounded)
-        done = run_joint_passes(
-            captured.joint,
-            self.passes,
-            ctx,
-            self.host,
-            on_error=self.on_error,
-            budgeted=self.budget.memory is not None,
-        )
+        ctx = replace(self.context(captured.mode, bounded=self.bounded), effort=captured.effort)
+        done = self._passed(captured, ctx)
         if not captured.provisional:
             self._note(done)
         start = time.perf_counter()
@@ -890,6 +876,28 @@ class Session:
         self.planning_seconds += time.perf_counter() - start
         return best
 
+    def _passed(self, captured: Captured, ctx: PassContext) -> Rewriting:
+        """What the joint-level passes make of ``captured`` as it was traced. Of a program of which others are
+        part it is traced first to see a step, then to plan it: passes run once for both."""
+        assert captured.joint is not None
+        budgeted = self.budget.memory is not None
+        key = (captured.mode, captured.traced, budgeted, ctx.bounded, ctx.allow, ctx.only, ctx.effort)
+        if captured.passed is None or captured.passed[0] != key:
+            program = captured.joint
+            done = run_joint_passes(
+                program, self.passes, ctx, self.host, on_error=self.on_error, budgeted=budgeted
+            )
+            captured.passed = key, program, done
+        _, captured.joint, done = captured.passed
+        captured.budget_decides |= done.budget_decides
+        return done
+
+    def _depends(self, captured: Captured) -> Hashable:
+        """What the frontier and the forms of a captured program follow from besides itself."""
+        budgeted = captured.budget_decides and self.budget.memory is not None
+        held = self.held_gradient_bytes > 0
+        return (budgeted, self.bounded, held, self.allow, self.only, id(self.replay) if self.replay else 0)
+
     def _with_forms(self, captured: Captured, own: Frontier, ctx: PassContext, idle: Set[str]) -> Frontier:
         """The frontier of a program together with those of what joint-level passes offer instead of it."""
         source = [step for step in self.passes if step.name == own.pass_id]
@@ -898,8 +906,9 @@ class Session:
         assert captured.joint is not None
         forms, frontiers = {"": replace(captured)}, {"": (own, captured.reference_seconds)}
         others = [step for step in self.passes if step not in source and step.name not in idle]
+        seeing = replace(ctx, effort=ctx.effort * FORM_EFFORT)
         for name, program in joint_alternatives(captured.joint, others, ctx, self._fail):
-            done = run_joint_passes(program, source, ctx, self.host, on_error=self.on_error)
+            done = run_joint_passes(program, source, seeing, self.host, on_error=self.on_error)
             if not done.frontiers:
                 self.diagnostics.extend(
                     f"{captured.name} with {name}: {record.id}: {record.reason}" for record in done.records

@@ -235,6 +235,17 @@ def test_a_timeline_holds_allocations_releases_and_marks_in_order() -> None:
     assert _torch.record_allocations(step) == [4096, 64, -4096, -64]
 
 
+def test_a_weak_tensor_tells_when_autograd_lets_go_of_it() -> None:
+    weight = torch.ones(4)
+    alias = weight.detach()
+    weak = _torch.weak_tensor(alias)
+    result = torch.ones(4, requires_grad=True) * alias
+    del alias
+    assert not weak.expired()
+    del result
+    assert weak.expired() and bool((weight == 1).all())
+
+
 def test_a_weak_storage_tells_when_the_memory_is_gone() -> None:
     tensor = torch.empty(8)
     view, weak = tensor[2:], _torch.weak_storage(tensor.untyped_storage())

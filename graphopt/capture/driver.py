@@ -400,7 +400,7 @@ class Driver:
                     ):
                         reason = ""
                     elif session.observer is not None:
-                        reason = "some programs ran without their backwards, or others than were captured"
+                        reason = "programs ran that were not captured"
                 self._watched, self.calls = None, calls
                 if reason:
                     self._unobserved(reason)
@@ -469,7 +469,7 @@ class Driver:
         else:
             if self.session.see(seen):
                 return
-            reason = "some programs ran without their backwards, or others than were captured"
+            reason = "programs ran that were not captured"
         self._unobserved(reason)
 
     def _give_up(self, error: BaseException, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

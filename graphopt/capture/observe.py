@@ -19,6 +19,15 @@ Boxed = Callable[[list[Any]], list[Any]]
 
 
 @dataclass
+class _Kept:
+    """What a forward keeps for its backward: ``bytes`` that nothing else holds, 0 for others' memory."""
+
+    weak: Any
+    bytes: int
+    released: int | None = None
+
+
+@dataclass
 class Observer:
     """Wraps the halves of programs; while ``observe`` runs a step it notes each of their runs.
 
@@ -33,6 +42,7 @@ class Observer:
     _pending: dict[int, int] = field(default_factory=dict)
     _storages: list[ObservedStorage] = field(default_factory=list)
     _held: dict[int, tuple[Any, int]] = field(default_factory=dict)
+    _kept: dict[int, list[_Kept]] = field(default_factory=dict)
 
     def around(
         self, program: int, half: fx.GraphModule, run: Boxed, *, backward: bool, returned: int
@@ -60,7 +70,9 @@ class Observer:
                 outputs = run(args)
                 self._runs[own] = ObservedRun(program, False, own, inputs, self._note(results, outputs))
                 self._pending[own] = program
-                if not self._saving:
+                if self._saving:
+                    outputs = [*outputs[:returned], *self._keep(own, outputs[returned:])]
+                else:
                     outputs = [*outputs[:returned], *map(_emptied, outputs[returned:])]
             self._advance()
             return outputs
@@ -120,9 +132,15 @@ class Observer:
         self._runs, self._storages, self._position = [], [], 0
         self._pending.clear()
         self._held.clear()
+        self._kept.clear()
         try:
             stretches = self.timeline.record(step)
             self._sweep()
+            for own, kept in self._kept.items():
+                forward = self._runs[own]
+                assert forward is not None
+                gone = tuple((item.released, item.bytes) for item in kept)
+                self._runs[own] = replace(forward, abandoned=gone)
             runs = tuple(self._runs)
             storages = tuple(replace(known, dropped=known.released) for known in self._storages)
             gaps = _gaps(stretches, len(runs))
@@ -130,6 +148,7 @@ class Observer:
         finally:
             self._runs = None
             self._held.clear()
+            self._kept.clear()
 
     def _pause(self) -> None:
         """The model has returned: no run, but what was released before is told from what is later."""
@@ -149,6 +168,30 @@ class Observer:
             if storage.expired():
                 self._storages[number] = replace(self._storages[number], released=self._position)
                 del self._held[key]
+        for kept in self._kept.values():
+            for item in kept:
+                if item.released is None and item.weak.expired():
+                    item.released = self._position
+
+    def _keep(self, own: int, values: Sequence[Any]) -> list[Any]:
+        """Follow the ``values`` that forward ``own`` keeps for its backward; what autograd is given to hold.
+
+        What it read or returned is others' memory too: of that the tensor alone is followed.
+        """
+        kept = self._kept[own] = []
+        given = list(values)
+        seen = set(self._held)
+        for k, value in enumerate(values):
+            if not _has_storage(value):
+                continue
+            storage = value.untyped_storage()
+            if storage._cdata not in seen:
+                seen.add(storage._cdata)
+                kept.append(_Kept(_torch.weak_storage(storage), storage.nbytes()))
+            elif not kept:
+                given[k] = value.detach()
+                kept.append(_Kept(_torch.weak_tensor(given[k]), 0))
+        return given
 
     def _note(self, names: Sequence[str], values: Sequence[Any]) -> dict[str, int]:
         found = {}
@@ -182,6 +225,7 @@ class Observer:
 
         found = max(waiting, key=lambda position: (shared(position), position))
         del self._pending[found]
+        self._kept.pop(found, None)
         return found
 
 

@@ -54,6 +54,10 @@ _NARROWEST = 0.03
 _DEEP = 300
 """Slots from which on a program that repeats is not searched from scratch as well."""
 
+_SMALL = 100
+"""Slots up to which a program is searched as usual, whatever share of that the context asks for. What a
+search takes falls with the slots from there on, so the least share of larger ones falls with their square."""
+
 _SAMPLE, _LEAST_SAMPLE, _SAMPLED_NODES = 48, 16, 12_000
 """How many points of a frontier are priced as fused kernels, where that many nodes in all are looked at."""
 
@@ -107,17 +111,20 @@ class InsertCheckpoints(Pass):
         family = [everything, *seeds(model, prices, 24)]
         # What code generators make of values that are computed again more than once is not modelled.
         repeat = ctx.emit == "eager"
+        slots = max(len(model.slots), 1)
+        share = min(1.0, max(ctx.effort, (_SMALL / slots) ** 2))
         known = [_tried(plan, saved) for saved in family]
         starts: list[Start] = [(saved, frozenset()) for saved in family]
         if repeat:
-            starts += self._solved(dataclasses.replace(model, seconds=prices), known)
-        slots = max(len(model.slots), 1)
+            starts += self._solved(dataclasses.replace(model, seconds=prices), known, share)
         rows = _rows(plan, known, max(40, min(120, 40_000 // slots))) if repeat else []
         own = [(start, 0) for start in (*starts[len(family) :], *rows[:1])]
         # Where blocks repeat there are better plans to start from than search finds in a deep program.
         deep = bool(rows) and slots >= _DEEP
-        targets = self.targets or max(8, min(96 if repeat else _FUSED_TARGETS, 20_000 // slots))
-        effort = self.effort or max(8, min(144, (12_000 if deep else 24_000) // slots))
+        # The work is about the product of both.
+        part = share**0.5
+        targets = self.targets or max(8, int(part * min(96 if repeat else _FUSED_TARGETS, 20_000 // slots)))
+        effort = self.effort or max(8, int(part * min(144, (12_000 if deep else 24_000) // slots)))
         if not deep:
             highest = max(known, key=lambda item: item.peak)
             apart = _thinned(starts[1 : len(family)], max(4, 4_000 // slots))
@@ -130,7 +137,7 @@ class InsertCheckpoints(Pass):
         if ctx.emit == "eager":
             items = _undominated((*front.items, *known))
             points = tuple(_point(model, realise, item) for item in items)
-            yield Frontier(self.name, points, peak_floor(model), seconds_bound(model))
+            yield Frontier(self.name, points, peak_floor(model), seconds_bound(model), effort=share)
             return
         # Fused kernels hold less and cost less than their operators: price a sample again.
         count = max(_LEAST_SAMPLE, min(_SAMPLE, _SAMPLED_NODES // len(program.graph.nodes)))
@@ -145,10 +152,11 @@ class InsertCheckpoints(Pass):
             if (why := pinned(node)) and not is_random_state(node):
                 yield NearMiss(self.name, node.name, 1, 1, Reason(why, (node.name,)))
 
-    def _solved(self, model: StepModel, known: Sequence[Snapshot]) -> list[Start]:
+    def _solved(self, model: StepModel, known: Sequence[Snapshot], share: float) -> list[Start]:
         """What a solver finds between the least peak that is known and that of the first plan."""
         least = min(item.peak for item in known)
-        found = plans(Evaluator(model), least, known[0].peak, chosen_solver(self.solver), self.solver_seconds)
+        seconds = self.solver_seconds * share
+        found = plans(Evaluator(model), least, known[0].peak, chosen_solver(self.solver), seconds)
         return [(saved, frozenset()) for saved in dict.fromkeys(item.saved for item in found)]
 
 
