@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch.fx as fx
 
 from graphopt.candidate import Candidate, Frontier, FrontierPoint
@@ -268,9 +269,19 @@ def joined(outer: str, inner: str) -> str:
 
 
 def _undominated(points: Sequence[FrontierPoint]) -> tuple[FrontierPoint, ...]:
+    """Forms have thousands of points together: each is held against all that are kept at once. Bytes are
+    exact as floating point up to 8 PiB."""
+    ordered = sorted(points, key=_measures)
+    rows = np.array([_measures(point) for point in ordered], dtype=np.float64).reshape(len(ordered), 6)
+    best = np.empty((5, len(ordered)))
     kept: list[FrontierPoint] = []
-    for point in sorted(points, key=_measures):
-        if not any(all(a <= b for a, b in zip(_measures(k), _measures(point), strict=True)) for k in kept):
+    for point, row in zip(ordered, rows[:, 1:], strict=True):
+        # In the first measure none of those before it is worse.
+        beaten = np.ones(len(kept), dtype=bool)
+        for known, value in zip(best[:, : len(kept)], row, strict=True):
+            beaten &= known <= value
+        if not beaten.any():
+            best[:, len(kept)] = row
             kept.append(point)
     return tuple(sorted(kept, key=lambda p: (p.peak_bytes, p.seconds)))
 

@@ -52,6 +52,7 @@ def weigh_forms(session: Session, captured: Captured, inputs: Sequence[Any], mod
         forms.update({joined(name, inner): f for inner, f in (form.forms or {"": form}).items()})
         frontiers[name] = form.frontier, form.reference_seconds
         captured.budget_decides |= form.budget_decides
+        session.say_effort(joined(captured.name, name), form.frontier)
         return min(point.peak_bytes for point in form.frontier.points)
 
     def make() -> Program:

@@ -14,7 +14,15 @@ import torch
 import torch.fx as fx
 
 from graphopt import _torch
-from graphopt.alternatives import FORM_EFFORT, Offer, alternatives, copied, joint_alternatives, united
+from graphopt.alternatives import (
+    FORM_EFFORT,
+    Offer,
+    alternatives,
+    copied,
+    joined,
+    joint_alternatives,
+    united,
+)
 from graphopt.ambient_state import AmbientState
 from graphopt.budget import Budget, format_bytes
 from graphopt.candidate import Declined, Frontier, FrontierPoint, NearMiss
@@ -920,10 +928,17 @@ class Session:
                 captured, joint=program, baseline=baseline, reference_seconds=seconds, flops=flops
             )
             frontiers[name] = done.frontiers[-1], forms[name].reference_seconds
+            self.say_effort(joined(captured.name, name), done.frontiers[-1])
         if len(forms) == 1:
             return own
         captured.forms = forms
         return united(frontiers)
+
+    def say_effort(self, form: str, found: Frontier) -> None:
+        """Let the report say that there may be better schedules of a form than those that were found."""
+        if found.effort < 1:
+            why = f"one form of several of a large program: searched with {found.effort:.0%} of the usual work"
+            self.declined.append(Declined(f"further schedules of {form}", why))
 
     def _prices(self, program: Program, schedule: Schedule) -> tuple[float, dict[str, int]]:
         """Predicted seconds of everything that a schedule runs, and the FLOPs of every node."""

@@ -18,6 +18,7 @@ on the true peak of the step.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Iterable, Sequence, Set
@@ -144,7 +145,7 @@ class InsertCheckpoints(Pass):
         sample = [everything, *_for_kernels(plan, prices, count)]
         sample += _least_retained(plan, steps_between(model, prices, family), count // 4)
         sample += [item.saved for item in _thinned(front.items, count // 4)]
-        yield Frontier(self.name, tuple(_undominated(_fused(plan, ctx, realise, sample))))
+        yield Frontier(self.name, tuple(_undominated(_fused(plan, ctx, realise, sample))), effort=share)
 
     def _pinned(self, program: Program, model: StepModel) -> Iterable[NearMiss]:
         """Operators of the forward that could run again by their place in the program, but must not."""
@@ -269,10 +270,20 @@ def _undominated(found: Iterable[_Priced]) -> list[_Priced]:
     Beside other programs what is retained counts as much as the program's own peak.
     """
     kept: list[_Priced] = []
+    # What is kept so far, without what is no better than another in price and retained bytes: by rising
+    # price, retained bytes fall.
+    prices: list[float] = []
+    retained: list[int] = []
     for item in sorted(found, key=lambda p: (_peak(p), _price(p), p.retained)):
         price = _price(item)
-        if not any(_price(other) <= price and other.retained <= item.retained for other in kept):
-            kept.append(item)
+        at = bisect.bisect_right(prices, price)
+        if at and retained[at - 1] <= item.retained:
+            continue
+        kept.append(item)
+        end = start = bisect.bisect_left(prices, price)
+        while end < len(prices) and retained[end] >= item.retained:
+            end += 1
+        prices[start:end], retained[start:end] = [price], [item.retained]
     return kept
 
 
