@@ -937,7 +937,7 @@ class Session:
     def say_effort(self, form: str, found: Frontier) -> None:
         """Let the report say that there may be better schedules of a form than those that were found."""
         if found.effort < 1:
-            why = f"one form of several of a large program: searched with {found.effort:.0%} of the usual work"
+            why = f"a form of a large program: searched with {found.effort:.0%} of the usual work"
             self.declined.append(Declined(f"further schedules of {form}", why))
 
     def _prices(self, program: Program, schedule: Schedule) -> tuple[float, dict[str, int]]:

@@ -232,8 +232,8 @@ def test_without_a_step_seen_the_planner_counts_as_the_simulation_does(
 
 
 class Aside(nn.Module):
-    """Of the first graph only a detached value reaches the loss: its backward never runs. What it keeps for that
-    goes before the second graph runs, or, ``held``, is there to the end."""
+    """Of the first graph only a detached value reaches the loss: its backward never runs. What it keeps
+    for it goes before the second graph runs, or, ``held``, is there to the end."""
 
     def __init__(self, held: bool) -> None:
         super().__init__()

@@ -6,19 +6,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import graphopt_passes.insert_checkpoints as insert_checkpoints
 import pytest
 import torch
-from graphopt_passes.insert_checkpoints import InsertCheckpoints
 from torch import nn
 
 import graphopt
 import graphopt.session
+import graphopt_passes.insert_checkpoints as insert_checkpoints
 from graphopt.budget import Budget
 from graphopt.candidate import Candidate, CostDelta
 from graphopt.edit import Edit
 from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.program import Level, Program
+from graphopt_passes.insert_checkpoints import InsertCheckpoints
 from tests.programs import context
 from tests.test_alternatives import op_by_op
 from tests.test_insert_checkpoints import Skipping, captured
@@ -28,7 +28,7 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Thrifty(Pass):
-    """Predicts that twice a value is a little slower as a sum, and frees a megabyte: under a budget that pays."""
+    """Predicts that twice a value is slower as a sum, and frees a megabyte: under a budget that pays."""
 
     name: ClassVar[str] = "thrifty"
     level: ClassVar[Level] = Level.JOINT
@@ -160,7 +160,7 @@ def test_the_report_says_where_less_was_searched(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(insert_checkpoints, "_SMALL", 1)
     ((form, why),) = said(op_by_op())
     assert form.startswith("further schedules of g0+halve:")
-    assert why == "one form of several of a large program: searched with 25% of the usual work"
+    assert why == "a form of a large program: searched with 25% of the usual work"
 
 
 def test_a_context_asks_for_the_usual_work() -> None:
