@@ -18,6 +18,7 @@ import itertools
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,20 +100,51 @@ class Agreement:
         told = self._plans(session)
         digests = {rank: said["plan"] for rank, said in told.items()}
         if len(set(digests.values())) > 1:
-            leader = self._leader(told)
-            plan = session.plan if self.ranks.rank == leader else None
-            sent = self.ranks.exchange("its plan", None if plan is None else plan.to_json())
-            chosen = Plan.from_json(sent[leader])
-            self.together(
-                f"taking over the plan of rank {leader}",
-                lambda: None if digests[self.ranks.rank] == digests[leader] else adopt(chosen),
-            )
-            told = self._plans(session)
-            self._check_adopted(told, leader)
+            leader = self._settle_on_one(session, told, adopt)
             self.note(f"the plan is that of rank {leader}: those that ranks made themselves differed")
         elif session.plan is not None:
             digest = next(iter(digests.values()))
             self.note(f"{ranks_text(self.ranks.members)} run the same programs and plan [{digest}]")
+
+    def _settle_on_one(
+        self, session: Session, told: Mapping[int, Any], adopt: Callable[[Plan], None]
+    ) -> int:
+        """The rank whose plan all run by now: the first one that fits everywhere. Ranks that saw a step see
+        the memory of other threads in it, and what is exactly in the budget of one may be beyond another's.
+        """
+        plan = session.plan
+        sent = self.ranks.exchange("its plan", None if plan is None else plan.to_json())
+        digests = {rank: said["plan"] for rank, said in told.items()}
+        order = self._tightest_first(told)
+        known = [digests[rank] for rank in order]
+        leaders = [rank for k, rank in enumerate(order) if digests[rank] not in known[:k]]
+        for leader in leaders:
+            present = told[self.ranks.rank]["plan"]
+            chosen = Plan.from_json(sent[leader])
+            self.together(
+                f"taking over the plan of rank {leader}",
+                partial(_unless, present == digests[leader], adopt, chosen),
+            )
+            told = self._plans(session)
+            self._check_same(told, leader)
+            if self._beyond(told) is None:
+                return leader
+        beyond = self._beyond(told)
+        assert beyond is not None
+        said = told[beyond]
+        raise UnevenRanksError(
+            f"the plan of rank {leaders[-1]} takes {said['peak']} bytes on rank {beyond}, which has a budget "
+            f"of {said['budget']} bytes, and no other rank's fits everywhere",
+            hint=f"ask for budget={max(other['peak'] for other in told.values())} or more",
+        )
+
+    def _beyond(self, told: Mapping[int, Any]) -> int | None:
+        """A rank that its plan takes more memory on than its budget, furthest first."""
+        over = {
+            rank: said["peak"] - said["budget"] for rank, said in told.items() if said["budget"] is not None
+        }
+        worst = max(over, key=lambda rank: over[rank], default=None)
+        return worst if worst is not None and over[worst] > 0 else None
 
     def confirm(self, session: Session) -> None:
         """Raise ``UnevenRanksError`` where programs planned later, which ranks run together, differ."""
@@ -158,26 +190,20 @@ class Agreement:
                 )
         return told
 
-    def _leader(self, told: Mapping[int, Any]) -> int:
-        """Whose plan is taken. Raises ``UnevenRanksError`` where budgets made the difference."""
+    def _tightest_first(self, told: Mapping[int, Any]) -> list[int]:
+        """Whose plans are tried. Raises ``UnevenRanksError`` where budgets made the difference."""
         if len(set(self._budgets.values())) > 1:
-            tight, loose = _extremes(told)
+            tight, *_, loose = _by_tightness(told)
             raise UnevenRanksError(
                 f"budgets differ, and so do the plans: rank {tight} has {self._budgets[tight]} and plans "
                 f"{format_bytes(told[tight]['peak'])}, rank {loose} has {self._budgets[loose]} and plans "
                 f"{format_bytes(told[loose]['peak'])}",
                 hint=f"give all of {ranks_text(self.ranks.members)} the budget of rank {tight}",
             )
-        return _extremes(told)[0]
+        return _by_tightness(told)
 
-    def _check_adopted(self, told: Mapping[int, Any], leader: int) -> None:
+    def _check_same(self, told: Mapping[int, Any], leader: int) -> None:
         for rank, said in told.items():
-            if said["budget"] is not None and said["peak"] > said["budget"]:
-                raise UnevenRanksError(
-                    f"the plan of rank {leader} takes {format_bytes(said['peak'])} on rank {rank}, which has "
-                    f"a budget of {format_bytes(said['budget'])}",
-                    hint=f"ask for budget={max(other['peak'] for other in told.values())} or more",
-                )
             if said["plan"] != told[leader]["plan"]:
                 raise UnevenRanksError(
                     f"rank {rank} could not take over the plan of rank {leader}: it runs {said['plan']}, not "
@@ -242,12 +268,16 @@ def _difference(one: list[list[str]], other: list[list[str]]) -> str:
     return ""
 
 
-def _extremes(told: Mapping[int, Any]) -> tuple[int, int]:
-    """The ranks with the tightest and the loosest budget."""
+def _by_tightness(told: Mapping[int, Any]) -> list[int]:
+    """Ranks by their budgets, the tightest first, and by what they plan to take."""
 
     def key(rank: int) -> tuple[float, int, int]:
         budget = told[rank]["budget"]
         return (float("inf") if budget is None else budget), told[rank]["peak"], rank
 
-    order = sorted(told, key=key)
-    return order[0], order[-1]
+    return sorted(told, key=key)
+
+
+def _unless(done: bool, act: Callable[[Plan], None], plan: Plan) -> None:
+    if not done:
+        act(plan)

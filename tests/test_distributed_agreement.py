@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from typing import Any
@@ -15,7 +16,11 @@ from torch import nn
 
 import graphopt
 from graphopt import InputsError, UnevenRanksError
+from graphopt.agreement import Agreement
+from graphopt.cost import Cost
+from graphopt.plans import Choice, Plan
 from graphopt.ranks import Ranks, ranks_of, ranks_text
+from graphopt.schedule import Schedule
 from tests.distributed_cases import adopted, budgets, uneven
 from tests.ranks import Pair
 
@@ -117,3 +122,53 @@ def test_one_process_decides_alone() -> None:
     inputs = (torch.ones(2, 4),)
     fast = graphopt.optimize(nn.Linear(4, 4), inputs, emit="eager", pipeline="insert-checkpoints")
     assert not [note for note in fast.report.diagnostics if "rank" in note]
+
+
+class Chooses:
+    """A session that has planned, and what a plan would take on its rank: ``peaks`` by the plan's seconds."""
+
+    def __init__(self, plan: Plan, peaks: dict[float, int]) -> None:
+        self.current: list[Any] = []
+        self.peaks = peaks
+        self.adopt(plan)
+
+    def adopt(self, plan: Plan) -> None:
+        seconds = plan.predicted.seconds
+        self.plan = replace(plan, predicted=replace(plan.predicted, peak_bytes=self.peaks[seconds]))
+
+
+def settled(budget: int, *peaks: tuple[int, int]) -> tuple[list[Any], list[Chooses], list[list[str]]]:
+    """Two ranks that planned differently, each what takes it less; ``peaks`` of both plans by rank."""
+    cost = Cost(peak_bytes=0, weight_bytes=0, seconds=1.0)
+    choice = Choice("g0", "f" * 16, "checks", "few", Schedule((), (), ()), 0.0)
+    first = Plan(budget, "cpu", "eager", cost, cost, 0.0, 0.0, (choice,))
+    told = replace(choice, alternative="other")
+    other = replace(first, predicted=replace(cost, seconds=2.0), choices=(told,))
+    sessions = [Chooses(first if one <= two else other, {1.0: one, 2.0: two}) for one, two in peaks]
+    notes: list[list[str]] = [[], []]
+    agreements = [
+        Agreement(ranks, {}, f"Budget({budget})", said.append, dict.fromkeys((0, 1), f"Budget({budget})"))
+        for ranks, said in zip(_ranks(2), notes, strict=True)
+    ]
+    acts: list[Any] = [partial(a.settle, s, s.adopt) for a, s in zip(agreements, sessions, strict=True)]
+    found = _together(*acts)
+    return found, sessions, notes
+
+
+def test_of_plans_that_differ_one_that_fits_everywhere_is_taken() -> None:
+    # The plan of rank 1, which takes least there, is beyond the budget of rank 0.
+    found, sessions, notes = settled(100, (104, 100), (98, 99))
+    assert found == [None, None]
+    assert [s.plan.predicted.seconds for s in sessions] == [2.0, 2.0]
+    assert notes == [["the plan is that of rank 0: those that ranks made themselves differed"]] * 2
+
+
+def test_where_no_plan_fits_everywhere_each_rank_says_what_is_missing() -> None:
+    found, _, _ = settled(100, (104, 100), (98, 103))
+    for error in found:
+        assert isinstance(error, UnevenRanksError)
+        assert str(error).startswith(
+            "the plan of rank 0 takes 103 bytes on rank 1, which has a budget of 100 bytes, and no other "
+            "rank's fits everywhere"
+        )
+        assert "ask for budget=103 or more" in str(error)
