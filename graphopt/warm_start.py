@@ -21,6 +21,7 @@ import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.candidate import Declined, NearMiss, Reason
+from graphopt.capture.chain import Call
 from graphopt.capture.structure import attribute
 from graphopt.captured import Captured
 from graphopt.chain_run import ChainRunner, Layout
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from graphopt.segmented import SegmentedStep
     from graphopt.session import Session
 
-__all__ = ["WarmStart", "reserved", "stored_moves"]
+__all__ = ["WarmStart", "reserved", "stored_call"]
 
 
 class WarmStart:
@@ -196,15 +197,7 @@ class WarmStart:
         runner = step.runner
         assert runner is not None
         calls = [
-            StoredCall(
-                numbers[code],
-                call.args,
-                call.outs,
-                call.drops,
-                tuple(runner.written[k]),
-                runner.random[k],
-                stored_moves(runner, k),
-            )
+            stored_call(runner, k, call, numbers[code])
             for k, (call, code) in enumerate(zip(step.chain.calls, step.kept_codes(), strict=True))
         ]
         roles = roles_of(step, self.specs)
@@ -314,11 +307,14 @@ def _slot(slot: StoredSlot) -> Slot:
     return Slot(slot.position, slot.name, made)
 
 
-def stored_moves(runner: ChainRunner, number: int) -> tuple[StoredMove, ...]:
-    """What call ``number`` of a chain moves to the host, as it is written down."""
-    return tuple(
+def stored_call(runner: ChainRunner, number: int, call: Call, code: int) -> StoredCall:
+    """Call ``number`` of a chain, which runs ``code``, and what it moves to the host, as it is written down."""
+    moves = tuple(
         StoredMove(n, StoredLayout(layout.shape, layout.stride, str(layout.dtype)))
         for n, layout in runner.moves.get(number, {}).items()
+    )
+    return StoredCall(
+        code, call.args, call.outs, call.drops, tuple(runner.written[number]), runner.random[number], moves
     )
 
 

@@ -26,7 +26,7 @@ from graphopt.record_json import encode
 from graphopt.schedule import Schedule
 from graphopt.session import Session
 from graphopt.stored_step import StoredCall, results_text
-from graphopt.warm_start import stored_moves
+from graphopt.warm_start import stored_call
 
 if TYPE_CHECKING:
     from graphopt.segmented import SegmentedStep
@@ -149,17 +149,7 @@ class StepWriter:
             if key not in numbers:
                 numbers[key] = len(codes)
                 codes.append(self._code(captured, segment.example_inputs(), segment.trained, whole=False))
-            calls.append(
-                StoredCall(
-                    numbers[key],
-                    call.args,
-                    call.outs,
-                    call.drops,
-                    tuple(runner.written[k]),
-                    runner.random[k],
-                    stored_moves(runner, k),
-                )
-            )
+            calls.append(stored_call(runner, k, call, numbers[key]))
         constants = {}
         for name, tensor in made.chain.constants.items():
             if not isinstance(tensor, torch.Tensor):
