@@ -308,7 +308,7 @@ def _slot(slot: StoredSlot) -> Slot:
 
 
 def stored_call(runner: ChainRunner, number: int, call: Call, code: int) -> StoredCall:
-    """Call ``number`` of a chain, which runs ``code``, and what it moves to the host, as it is written down."""
+    """Call ``number`` of a chain, which runs ``code``, and what it moves to the host, as it is stored."""
     moves = tuple(
         StoredMove(n, StoredLayout(layout.shape, layout.stride, str(layout.dtype)))
         for n, layout in runner.moves.get(number, {}).items()
