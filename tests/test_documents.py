@@ -57,7 +57,7 @@ def test_python_blocks_run(document: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize("document", (*DOCUMENTS, "docs/cli.md"))
+@pytest.mark.parametrize("document", (*DOCUMENTS, "docs/cli.md", "docs/debugging.md"))
 def test_commands_succeed(document: str, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line for _, text in blocks(document, "sh") for line in text.splitlines() if line]
     assert lines

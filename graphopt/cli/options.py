@@ -50,7 +50,23 @@ class _NewFile(click.Path):
         return path
 
 
+class _NewFolder(click.Path):
+    """A folder that is not there yet, or is empty."""
+
+    def __init__(self) -> None:
+        super().__init__(file_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if not path.parent.is_dir():
+            self.fail(f"there is no folder '{path.parent}' to make {path.name} in", param, ctx)
+        if path.is_dir() and any(path.iterdir()):
+            self.fail(f"folder '{path}' is not empty: give one that is, or a new name", param, ctx)
+        return path
+
+
 NEW_FILE = _NewFile()
+NEW_FOLDER = _NewFolder()
 PICTURE_FILE = _NewFile(".svg")
 OLD_FILE = click.Path(exists=True, dir_okay=False, readable=True, path_type=Path)
 

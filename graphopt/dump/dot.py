@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import IO
 
 from graphopt.dump.canonical import op_text
 from graphopt.dump.listing import InputLine, Listing, Statement, listing_of
+from graphopt.errors import DumpError
 from graphopt.program import Program
 
-__all__ = ["program_dot", "write_dot"]
+__all__ = ["program_dot", "write_dot", "write_svg"]
 
 _INPUT_FILL = {"parameter": "#dbe7f6", "buffer": "#e3e9ee", "constant": "#e3e9ee", "tangent": "#fbe3d0"}
 
@@ -35,6 +38,22 @@ def program_dot(program: Program) -> str:
         lines.append(f'  {_quoted(output.name)} -> "output {index}";')
     lines += list(_edges(listing))
     return "\n".join([*lines, "}"]) + "\n"
+
+
+def write_svg(program: Program, stream: IO[str]) -> None:
+    """The picture that Graphviz draws of the DOT text. Raises ``DumpError`` without its ``dot``, or where
+    that fails."""
+    command = shutil.which("dot")
+    if command is None:
+        raise DumpError(
+            "SVG is drawn by Graphviz, whose command 'dot' is not installed",
+            hint="install Graphviz; dot needs nothing, and html is a page to zoom in",
+        )
+    done = subprocess.run([command, "-Tsvg"], input=program_dot(program), capture_output=True, text=True)
+    if done.returncode != 0:
+        said = (done.stderr.strip().splitlines() or ["it said nothing"])[0]
+        raise DumpError(f"Graphviz could not draw {program.name}: {said}")
+    stream.write(done.stdout)
 
 
 def write_dot(program: Program, stream: IO[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import IO
 
-from graphopt.dump.dot import write_dot
+from graphopt.dump.dot import write_dot, write_svg
 from graphopt.dump.json import write_json
 from graphopt.dump.mlir import write_linalg, write_torch_dialect
 from graphopt.dump.page import write_page, write_pages
@@ -31,6 +31,7 @@ FORMATS = (
     DumpFormat("py", ".py", write_python, "the code that fx runs"),
     DumpFormat("html", ".html", write_page, "a page to open layers and zoom in", write_pages),
     DumpFormat("dot", ".dot", write_dot, "a Graphviz picture, clustered by layer"),
+    DumpFormat("svg", ".svg", write_svg, "that picture, drawn by Graphviz"),
     DumpFormat(
         "mlir",
         ".mlir",
