@@ -3,8 +3,8 @@ that.
 
     forward(x: f32[s77,16])            s77: size 0 of input 2 of the program, 11 or more, divisible by 4
 
-    symbols   [{"name": "s77", "hint": 64, "low": 11, "high": null, "positive": true, "input": 2, "dim": 0,
-    ...}] guards    [["==", ["%", "s77", 4], 0]]
+    symbols   [{"name": "s77", "hint": 64, "low": 11, "high": null, "input": 2, "dim": 0, ...}]
+    guards    [["==", ["%", "s77", 4], 0]]
 
 Expressions are lists of an operator and what it is of. They are looked up and computed here, never evaluated
 as code. A program is traced again with symbols of the same names and bounds, which were the same numbers.
