@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,10 @@ import torch
 from torch import nn
 
 import graphopt
+from graphopt.candidate import CostDelta
+from graphopt.cli.main import main
+from graphopt.report_table import rewrite_lines
+from graphopt.rewrites import Rewrite
 
 X = (torch.randn(512, 64),)
 
@@ -21,6 +26,10 @@ class Net(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.body(x).square().mean()
+
+
+def target() -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+    return Net(), X
 
 
 @pytest.fixture(scope="module")
@@ -70,3 +79,37 @@ def test_code_that_is_fused_holds_something_else_and_that_is_said() -> None:
     fused = graphopt.explain_memory(Net(), X, emit="inductor")
     assert fused.after.peak_bytes != fused.predicted_bytes
     assert "Operators one by one; the plan, whose code fuses them" in fused.text()
+
+
+def test_the_verb_says_what_was_done_what_was_not_and_what_holds_the_peak(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def explained(*flags: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as stopped:
+            main(["explain", "tests.test_explanation:target", "--budget", "60%", "--emit", "eager", *flags])
+        out, err = capsys.readouterr()
+        return int(stopped.value.code or 0), out, err
+
+    code, out, _ = explained()
+    assert code == 0
+    titles = ("planned in ", "what each rewrite buys", "what was not done, and why", "as it is: peak ")
+    places = [out.index(title) for title in titles]
+    assert places == sorted(places) and "  insert-checkpoints/schedules: " in out
+    assert explained("--memory")[1].startswith("as it is: peak ")
+    assert {"report", "target"} <= json.loads(explained("--json")[1]).keys()
+    code, _, err = explained("--memory", "--layers")
+    assert code == 2 and "--memory and --layers explain different things: give one of them" in err
+
+
+def test_each_rewrite_says_what_it_buys() -> None:
+    fast = graphopt.optimize(Net(), X, emit="eager")
+    rewrites = (
+        Rewrite("g0/a/x", "up.0", CostDelta(seconds=-1e-3, peak_bytes=2048)),
+        Rewrite("g0/b/y", "", CostDelta(seconds=-2e-3, error=0.4), applied=False),
+        Rewrite("g0/c/z"),
+    )
+    assert rewrite_lines(replace(fast.report, rewrites=rewrites)) == [
+        "g0/b/y: saves 2.00 ms, error 0.4; rolled back",
+        "g0/a/x (up.0): saves 1.00 ms, adds 2.00 KiB at the peak",
+        "g0/c/z: weighed with the plan",
+    ]

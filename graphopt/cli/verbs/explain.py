@@ -1,13 +1,18 @@
-"""``graphopt explain``: what holds the peak of a step, of a target as it is and as planned; or its layers."""
+"""``graphopt explain``: what was rewritten for what, what was not and why, what holds the peak; or layers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from graphopt.cli.options import PICTURE_FILE, json_option, optimize_options, target_argument
 from graphopt.cli.output import talking, write_json
+
+if TYPE_CHECKING:
+    from graphopt.report import Report
 
 __all__ = ["command"]
 
@@ -15,7 +20,7 @@ __all__ = ["command"]
 @click.command("explain")
 @target_argument
 @optimize_options
-@click.option("--memory", is_flag=True, help="What is alive at the peak, and where that is.")
+@click.option("--memory", is_flag=True, help="Only what is alive at the peak, and where that is.")
 @click.option("--layers", is_flag=True, help="Layers of a decoder: what makes keys and values, what is read.")
 @click.option(
     "--max-tokens",
@@ -43,7 +48,11 @@ def command(
     output: Path | None,
     as_json: bool,
 ) -> None:
-    """Explain what holds the peak of TARGET, or which layers it has; of an artefact, what was saved."""
+    """Explain what TARGET becomes: what each rewrite buys, what was not done and why, what holds the peak.
+
+    Nothing is compiled. --memory explains the peak alone, --layers which layers a decoder has; of an artefact
+    it is what was saved.
+    """
     from graphopt.cli.artefact import artefact_only, explain_artefact
 
     if artefact_only(target):
@@ -51,33 +60,51 @@ def command(
             raise click.UsageError("an artefact holds programs, not a model whose layers could be looked at")
         explain_artefact(target, whole=not memory, top=top, output=output, as_json=as_json)
         return
-    if memory == layers:
-        raise click.UsageError("say what to explain: one of --memory and --layers")
+    if memory and layers:
+        raise click.UsageError("--memory and --layers explain different things: give one of them")
     if layers:
         _explain_layers(target, max_tokens, as_json)
         return
-    from graphopt.api import explain_memory
+    from graphopt.api import dry_run
     from graphopt.cli.target import load_loss, load_target, step_mode
 
     with step_mode(infer), talking(f"planning {target}"):
         loaded = load_target(target)
-        found = explain_memory(
-            loaded.model,
-            loaded.inputs,
-            budget=budget,
-            pipeline=pipeline,
-            allow=allow,
-            device=device,
-            emit=emit,
-            loss_fn=load_loss(loss),
-        )
+        options = {
+            "budget": budget,
+            "pipeline": pipeline,
+            "allow": allow,
+            "device": device,
+            "emit": emit,
+            "loss_fn": load_loss(loss),
+        }
+        planned = dry_run(loaded.model, loaded.inputs, options, "explain")
+        found = planned.explain_memory()
     if output is not None:
         found.picture(output)
         click.echo(f"wrote {output}", err=True)
+    report = None if memory else planned.report
     if as_json:
-        write_json({"target": target, **found.to_json()})
+        told = {} if report is None else {"report": report.to_json()}
+        write_json({"target": target, **told, **found.to_json()})
         return
+    if report is not None:
+        click.echo("\n".join(_told(report)))
     click.echo(found.text(top))
+
+
+def _told(report: Report) -> Iterator[str]:
+    """The report, and in full what it shows the beginning of."""
+    from graphopt.report_table import rewrite_lines, undone_lines
+
+    yield f"{report}\n"
+    for title, lines in (
+        ("what each rewrite buys (predicted)", rewrite_lines(report)),
+        ("what was not done, and why", undone_lines(report, None)),
+    ):
+        yield title
+        yield from (f"  {line}" for line in lines or ["nothing"])
+        yield ""
 
 
 def _explain_layers(target: str, max_tokens: int, as_json: bool) -> None:
