@@ -118,7 +118,7 @@ class KeptExample:
             if value.device.type in _HOST or type(value) not in _PLAIN or _torch.is_fake(value):
                 return value
             if id(value) not in known:
-                known[id(value)] = _Away(value.detach().to("cpu"), value.device, value.requires_grad)
+                known[id(value)] = _away(value)
             return known[id(value)]
 
         self._inputs = torch.utils._pytree.tree_map_only(torch.Tensor, kept, inputs)
@@ -129,7 +129,8 @@ class KeptExample:
 
         def back(value: _Away) -> torch.Tensor:
             if id(value) not in there:
-                there[id(value)] = value.values.to(value.device).requires_grad_(value.trained)
+                copied = value.values.to(value.device).expand(value.shape)
+                there[id(value)] = copied.requires_grad_(value.trained)
             return there[id(value)]
 
         return torch.utils._pytree.tree_map_only(_Away, back, self._inputs)
@@ -138,5 +139,18 @@ class KeptExample:
 @dataclass(frozen=True, eq=False)
 class _Away:
     values: torch.Tensor
+    shape: torch.Size
     device: torch.device
     trained: bool
+
+
+def _away(value: torch.Tensor) -> Any:
+    """``value`` on the host, once for what is repeated by a stride of 0. What copies would lay out otherwise,
+    and so be another call, stays where it is."""
+    once = value.detach()
+    for dim, stride in enumerate(value.stride()):
+        if stride == 0 and value.shape[dim] > 1:
+            once = once.narrow(dim, 0, 1)
+    copied = once.to("cpu", copy=True)
+    laid_out = copied.expand(value.shape).stride() == value.stride()
+    return _Away(copied, value.shape, value.device, value.requires_grad) if laid_out else value

@@ -86,6 +86,17 @@ def test_examples_of_other_devices_wait_on_the_host(monkeypatch: pytest.MonkeyPa
     assert len({id(v) for v in waiting}) == 2 and all(v.device.type == "cpu" for v in waiting)
 
 
+def test_examples_come_back_as_they_lay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_inputs, "_HOST", ())
+    whole = torch.randn(4, 6)
+    given = {"turned": whole.t(), "repeated": torch.randn(4, 1).expand(4, 5), "part": whole[:, ::2]}
+    kept = KeptExample(given)
+    for name, found in kept.inputs().items():
+        assert torch.equal(found, given[name]) and found.stride() == given[name].stride(), name
+    assert kept.inputs()["part"] is given["part"]  # a copy would have no gaps
+    assert kept.inputs()["turned"] is not given["turned"]
+
+
 def test_examples_on_the_host_stay_what_they_are() -> None:
     x = torch.randn(3)
     assert KeptExample((x,)).inputs()[0] is x
