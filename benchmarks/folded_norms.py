@@ -2,15 +2,18 @@
 
     python benchmarks/folded_norms.py
 
-Residual and inverted blocks of 32 channels with random weights, their running statistics those of 40 random
-batches, in float32 on the CPU by one thread and by two: libraries choose other kernels with them.
+Single layers of several kinds, residual and inverted blocks of 32 channels, with random weights, scales and
+biases, their running statistics those of random batches, in float32 on the CPU by one thread and by two:
+libraries choose other kernels with them. Layers whose sums begin with the bias are folded (``bias_first``).
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -21,7 +24,7 @@ import graphopt
 from graphopt.atomic import write_atomically
 
 OUT = Path(__file__).parent / "results" / "folded_norms.json"
-NETWORKS = 8
+NETWORKS = 4
 
 
 class Bottleneck(nn.Module):
@@ -59,13 +62,35 @@ class Inverted(nn.Module):
         return x + y
 
 
+def layer(channels: int, made: int, size: int, **options: int) -> nn.Module:
+    convolution = nn.Conv2d(channels, made, size, padding=size // 2, bias=False, **options)
+    return nn.Sequential(convolution, nn.BatchNorm2d(made))
+
+
+KINDS: dict[str, tuple[int, Callable[[], nn.Module]]] = {
+    "3 x 3": (32, lambda: layer(32, 32, 3)),
+    "3 x 3, strides": (32, lambda: layer(32, 32, 3, stride=2)),
+    "1 x 1": (32, lambda: layer(32, 32, 1)),
+    "1 x 1, 128 channels": (128, lambda: layer(128, 32, 1)),
+    "1 x 1, strides": (32, lambda: layer(32, 32, 1, stride=2)),
+    "grouped": (32, lambda: layer(32, 32, 3, groups=8)),
+    "depthwise": (32, lambda: layer(32, 32, 3, groups=32)),
+    "residual block": (32, Bottleneck),
+    "inverted block": (32, Inverted),
+}
+
+
 @torch.no_grad()
-def ratio(model: nn.Module) -> float:
+def ratio(model: nn.Module, channels: int) -> float:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.uniform_(0.5, 1.5)
+            module.bias.normal_()
     model.train()
-    for _ in range(40):
-        model(torch.randn(8, 32, 56, 56))
+    for _ in range(20):
+        model(torch.randn(8, channels, 56, 56))
     model.eval()
-    x = torch.randn(8, 32, 56, 56)
+    x = torch.randn(8, channels, 56, 56)
     exact = copy.deepcopy(model).double()(x.double())
     fast = graphopt.optimize(
         copy.deepcopy(model),
@@ -83,15 +108,16 @@ def ratio(model: nn.Module) -> float:
 
 def main() -> None:
     rows = []
-    for threads in (1, 2):
+    for (kind, (channels, make)), threads in itertools.product(KINDS.items(), (1, 2)):
         torch.set_num_threads(threads)
         found = []
         for seed in range(NETWORKS):
-            for make in (Bottleneck, Inverted):
-                torch.manual_seed(seed)
-                found.append(round(ratio(make()), 3))
+            torch.manual_seed(seed)
+            found.append(round(ratio(make(), channels), 3))
         mean = math.exp(sum(map(math.log, found)) / len(found))
-        rows.append({"threads": threads, "mean": round(mean, 3), "most": max(found), "ratios": found})
+        rows.append(
+            {"kind": kind, "threads": threads, "mean": round(mean, 3), "most": max(found), "ratios": found}
+        )
         print(json.dumps(rows[-1]), flush=True)
     document = {
         **environment(),

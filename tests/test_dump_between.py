@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import nn
 
 import graphopt
 from graphopt.cli.main import main
-from graphopt.dump.between import BetweenPasses
+from graphopt.dump.between import BetweenPasses, Tree
 from graphopt.dump.dot import write_svg
 from graphopt.errors import DumpError
 from graphopt.program import Program
@@ -92,6 +93,15 @@ def test_a_folder_of_programs(invoke: Invoke, tmp_path: Path) -> None:
 def test_bad_requests_are_refused_before_anything_runs(invoke: Invoke, flags: Any, said: str) -> None:
     code, out, err = invoke(*DUMP, *flags)
     assert code != 0 and not out and said in " ".join(err.split())
+
+
+def test_a_disk_that_is_full_fails_the_verb(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Tree, when: str, name: str, program: Program) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Tree, "write", full)
+    code, out, err = invoke(*DUMP, "--tree-dir", "tree")
+    assert code == 1 and not out and "No space left on device" in err and "wrote" not in err
 
 
 def test_observers_are_for_python_as_well() -> None:

@@ -39,7 +39,16 @@ class BetweenPasses:
         after: Collection[str] = (),
         changes: bool = False,
     ) -> None:
-        self._write, self._before, self._after, self._changes = write, before, after, changes
+        self._write_program, self._before, self._after, self._changes = write, before, after, changes
+        self.failure: Exception | None = None
+        """What ``write`` raised. Hosts go on without an observer that fails."""
+
+    def _write(self, when: str, name: str, program: Program) -> None:
+        try:
+            self._write_program(when, name, program)
+        except Exception as error:
+            self.failure = error
+            raise
 
     @hookimpl
     def graphopt_before_pass(self, ctx: PassContext, step: Pass, program: Program) -> None:

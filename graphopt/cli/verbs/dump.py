@@ -118,6 +118,8 @@ def command(
             **options,
         )
         text = optimized.dump(format=form, stage=stage, beside=beside)
+    if watcher is not None and watcher.failure is not None:
+        raise watcher.failure
     if tree_dir is not None:
         click.echo(f"wrote {len(list(tree_dir.iterdir()))} programs into {tree_dir}", err=True)
     _write(text, target, stage, form, output, as_json)
