@@ -161,13 +161,29 @@ def retrace(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     cached = torch.is_autocast_cache_enabled()
     # What autocast keeps of a fake weight must not be found by the program that runs.
     torch.set_autocast_cache_enabled(False)
+    apart = {op: op.decompose for op in _READ_BY_COMPOSITES}
     try:
-        return make_fx(run, pre_dispatch=True, tracing_mode="real", _allow_non_fake_inputs=True)(*fakes)
+        traced = make_fx(
+            run,
+            decomposition_table=apart,
+            pre_dispatch=True,
+            tracing_mode="real",
+            _allow_non_fake_inputs=True,
+        )
+        return traced(*fakes)
     finally:
         for region in reversed(regions):
             exit_autocast()(region)
         torch.set_autocast_cache_enabled(cached)
         mode.allow_non_fake_inputs = allowed
+
+
+_READ_BY_COMPOSITES = (
+    torch.ops.aten.narrow.Tensor,
+    torch.ops.aten.tensor_split.tensor_indices_or_sections,
+)
+"""Composite operators that read numbers out of a tensor: whole, they would hide where these come from, and
+nothing could be said of sizes that are made of them."""
 
 
 def static_context() -> TracingContext:
@@ -563,7 +579,8 @@ def hint(size: Any) -> int:
 
 def _largest(size: torch.SymInt) -> int:
     largest = size.node.shape_env.bound_sympy(size.node.expr).upper
-    return int(largest) if largest.is_Integer else 1
+    # Operators that know no bound name the largest number of 64 bits, or one less.
+    return int(largest) if largest.is_Integer and largest < sys.maxsize - 1 else 1
 
 
 def hinted(value: Any) -> Any:

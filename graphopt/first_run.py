@@ -5,12 +5,14 @@ is wrong, the error comes when the program runs. A model that works goes on work
 
     g0 compiled     ->  RuntimeError: no kernel ...        the random state is put back
     g0 as captured  ->  its outputs                        and runs from then on
+    g0 as captured  ->  RuntimeError: assertion ...        the random state is put back
+    the model       ->  its outputs                        nothing that was captured runs from then on
 
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -18,7 +20,7 @@ import torch
 from graphopt import _torch
 from graphopt.errors import GraphoptError, brief
 
-__all__ = ["FirstRun"]
+__all__ = ["FirstRun", "Untouched"]
 
 
 class FirstRun:
@@ -39,33 +41,42 @@ class FirstRun:
     def __call__(self, *args: Any) -> Any:
         if self._proven:
             return self._run(*args)
-        devices, states, versions = _devices(args), torch.get_rng_state(), _versions(args)
-        on_devices = [torch.cuda.get_rng_state(device) for device in devices]
+        before = Untouched(args)
         try:
             output = self._run(*args)
         except (GraphoptError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            if _versions(args) != versions:
+            if not before.put_back():
                 raise
             failed = error
         else:
             self._proven = True
             return output
-        torch.set_rng_state(states)
-        for device, state in zip(devices, on_devices, strict=True):
-            torch.cuda.set_rng_state(state, device)
         output = self._plain(*args)
         self._run, self._proven = self._plain, True
         self._note(f"runs as it was captured, and its plan does not hold: {brief(failed)}")
         return output
 
 
-def _devices(args: Sequence[Any]) -> list[torch.device]:
-    tensors = (value for value in args if isinstance(value, torch.Tensor))
-    return list(dict.fromkeys(tensor.device for tensor in tensors if tensor.is_cuda))
+class Untouched:
+    """The random state, and how often each of ``tensors`` was written, before something that may fail."""
 
+    def __init__(self, tensors: Iterable[Any]) -> None:
+        self._tensors = [value for value in tensors if isinstance(value, torch.Tensor)]
+        self._devices = list(dict.fromkeys(tensor.device for tensor in self._tensors if tensor.is_cuda))
+        self._state = torch.get_rng_state()
+        self._on_devices = [torch.cuda.get_rng_state(device) for device in self._devices]
+        self._writes = self._counted()
 
-def _versions(args: Sequence[Any]) -> list[int | None]:
-    """How often each argument was written, of those that count it."""
-    return [_torch.writes(value) for value in args if isinstance(value, torch.Tensor)]
+    def put_back(self) -> bool:
+        """Put the random state back, unless tensors were written: whether none was, of those that count it."""
+        if self._counted() != self._writes:
+            return False
+        torch.set_rng_state(self._state)
+        for device, state in zip(self._devices, self._on_devices, strict=True):
+            torch.cuda.set_rng_state(state, device)
+        return True
+
+    def _counted(self) -> list[int | None]:
+        return [_torch.writes(value) for value in self._tensors]

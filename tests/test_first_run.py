@@ -13,7 +13,7 @@ import graphopt
 from graphopt import _torch, api
 from graphopt.emit.eager import EagerEmitter
 from graphopt.errors import BudgetError
-from graphopt.first_run import FirstRun
+from graphopt.first_run import FirstRun, Untouched
 from tests.steps import assert_same, run_step
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
@@ -106,3 +106,51 @@ def test_a_program_that_ran_once_is_not_left() -> None:
     with pytest.raises(ValueError, match="later"):
         first(X)
     assert first(X) is X
+
+
+class Picked(nn.Module):
+    """What torch bounds by the elements of ``x`` alone, although the mask is broadcast with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        return torch.masked_select(nn.functional.dropout(x * self.scale, 0.5), mask).sum()
+
+
+def test_a_model_that_runs_is_left_as_it_is_where_all_that_was_captured_fails() -> None:
+    torch._dynamo.reset()
+    inputs = (torch.randn(10), torch.ones(10, 10, dtype=torch.bool))
+    plain, fast = Picked(), graphopt.optimize(Picked(), inputs, emit="eager", cache=False)
+    for seed in (1, 2):
+        assert_same(*(run_step(module, inputs, seed=seed) for module in (fast, plain)))
+    assert not fast.report.programs
+    (note,) = fast.report.diagnostics
+    assert note.startswith("not captured, runs as it did: what was captured fails: RuntimeError: Runtime ass")
+    torch._dynamo.reset()
+    strict = graphopt.optimize(Picked(), inputs, emit="eager", cache=False, on_error="raise")
+    with pytest.raises(RuntimeError, match="Runtime assertion failed"):
+        strict(*inputs)
+
+
+def test_inputs_that_the_model_refuses_get_its_own_error_and_leave_it_captured() -> None:
+    torch._dynamo.reset()
+    plain = nn.Embedding(4, 2)
+    fast = graphopt.optimize(plain, (torch.tensor([1]),), emit="eager", cache=False)
+    with pytest.raises(IndexError, match="index out of range"):
+        fast(torch.tensor([7]))
+    assert torch.equal(fast(torch.tensor([3])), plain(torch.tensor([3])))
+    assert fast.report.programs and not fast.report.diagnostics
+
+
+def test_what_was_written_to_before_it_failed_is_not_run_again() -> None:
+    x = torch.zeros(2)
+    before = Untouched([x, "no tensor"])
+    state = torch.get_rng_state()
+    torch.rand(3)
+    assert before.put_back() and torch.equal(torch.get_rng_state(), state)
+    x.add_(1)
+    torch.rand(3)
+    assert not before.put_back() and not torch.equal(torch.get_rng_state(), state)

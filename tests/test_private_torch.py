@@ -769,6 +769,21 @@ def test_a_size_that_nothing_bounds_counts_as_one() -> None:
     assert _torch.hint(node.meta["val"].shape[0]) == 1
 
 
+def test_a_bound_that_is_the_largest_number_there_is_is_none() -> None:
+    _, retraced = _retraced(torch.masked_select, torch.randn(()), torch.tensor(True))
+    (node,) = _calls(retraced, torch.ops.aten.masked_select.default)
+    assert _torch.hint(node.meta["val"].shape[0]) == 1
+
+
+def test_composites_that_read_numbers_are_traced_into() -> None:
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):  # type: ignore[attr-defined]
+        _, retraced = _retraced(lambda x, k: x.narrow(0, k, 2) * 2, torch.randn(5, 3), torch.tensor(1))
+        _, split = _retraced(lambda x, k: x.tensor_split(k)[0] * 2, torch.randn(5, 3), torch.tensor([1, 2]))
+    assert not _calls(retraced, torch.ops.aten.narrow.Tensor)
+    assert len(_calls(retraced, torch.ops.aten.item.default)) == 1
+    assert not _calls(split, torch.ops.aten.tensor_split.tensor_indices_or_sections)
+
+
 def test_programs_are_taken_apart_and_rid_of_writes_to_views_and_inputs() -> None:
     class Step(torch.nn.Module):
         def forward(self, x: torch.Tensor, count: torch.Tensor) -> torch.Tensor:

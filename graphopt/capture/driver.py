@@ -29,6 +29,7 @@ from graphopt.errors import (
     brief,
 )
 from graphopt.explanation import MemoryExplanation
+from graphopt.first_run import Untouched
 from graphopt.first_step import FirstStep
 from graphopt.guard import Guard, attributes_restored, obstacle
 from graphopt.kept_inputs import KeptExample
@@ -81,6 +82,7 @@ class Driver:
         self._call: Callable[..., Any] | None = None
         self._watched: Callable[..., Any] | None = None
         self._uncaptured = self._differentiates = False
+        self._ran: set[bool] = set()
         self.step: Callable[[], object] | None = None
         self.calls = 1
         self.first: FirstStep | None = None
@@ -111,6 +113,7 @@ class Driver:
             if self.guard.replaced(training):
                 return self.model(*args, **kwargs)
         first = self._first_step() if training else None
+        before = None if training in self._ran else self._before(args, kwargs)
         self.session.arguments = (args, kwargs)
         try:
             with _torch.quiet_capture():
@@ -120,22 +123,35 @@ class Driver:
                 output = self._call(*args, **kwargs)
             if first is not None:
                 first.returned(output)
+            self._ran.add(training)
             return output
         except Exception as error:
             inner = _torch.inner_error(error)
             if inner is not error and isinstance(inner, GraphoptError):
                 raise inner from None
             failed = isinstance(error, _torch.compile_errors()) and self.session.whole
-            if not failed or self.session.on_error == "raise":
+            if self.session.on_error == "raise" or not (failed or _may_be_left(error, before)):
                 raise
             note = f"calls of other inputs run as they did: {_first_line(inner)}"
         finally:
             self.session.arguments = None
-        # No part of the call has run. Inputs that the model refuses get the model's own error.
+        # No part of the call has had an effect. Inputs that the model refuses get the model's own error.
         output = self.model(*args, **kwargs)
+        if not failed:
+            self.session.forget()
+            self._call, self.first, self._uncaptured = None, None, True
+            note = f"not captured, runs as it did: what was captured fails: {_first_line(inner)}"
         if note not in self.session.diagnostics:
             self.session.diagnostics.append(note)
         return output
+
+    def _before(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Untouched | None:
+        """How things are before what was captured in one graph runs first; ``None`` where it may not be left:
+        other ranks count on each other's collectives."""
+        if not self.session.whole or self.agreement is not None:
+            return None
+        given = torch.utils._pytree.tree_leaves((args, kwargs))
+        return Untouched([*self.model.parameters(), *self.model.buffers(), *given])
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Capture and plan, if that has not happened yet; together with the ranks that share the model."""
@@ -753,6 +769,13 @@ def _observer(values: Any) -> Observer | None:
 
 def _cuda_devices(model: torch.nn.Module) -> list[int]:
     return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
+
+
+def _may_be_left(error: Exception, before: Untouched | None) -> bool:
+    """Whether the model may run in place of a first call that ended in ``error``: put back as ``before``."""
+    if before is None or isinstance(error, (GraphoptError, torch.OutOfMemoryError)):
+        return False
+    return before.put_back()
 
 
 def _modes(model: torch.nn.Module) -> tuple[bool, ...]:
