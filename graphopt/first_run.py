@@ -70,7 +70,7 @@ class Untouched:
         self._writes = self._counted()
 
     def put_back(self) -> bool:
-        """Put the random state back, unless tensors were written: whether none was, of those that count it."""
+        """Put the random state back unless tensors were written: whether none was, of those that count it."""
         if self._counted() != self._writes:
             return False
         torch.set_rng_state(self._state)
