@@ -25,6 +25,7 @@ import graphopt
 from graphopt.candidate import FrontierPoint
 from graphopt.captured import Captured
 from graphopt.session import Session
+from graphopt.step_cost import step_memory
 from graphopt_passes.chunk import Chunk
 from graphopt_passes.insert_checkpoints import InsertCheckpoints
 from graphopt_passes.linear_cross_entropy import LinearCrossEntropy
@@ -129,7 +130,7 @@ def measured(session: Session, captured: Captured, point: FrontierPoint, step: i
 
 def holders(session: Session, point: FrontierPoint) -> list[str]:
     """Where the peak is, and the largest values that are alive there."""
-    profile = session.memory([point])
+    profile = step_memory(session, [point])
     place = max(profile.steps, key=lambda step: step.bytes)
     live = sorted(profile.live_at_peak, key=lambda tensor: -tensor.bytes)[:4]
     return [f"{place.phase} {place.node}", *(f"{t.node} {t.bytes}" for t in live)]

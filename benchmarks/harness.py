@@ -23,6 +23,7 @@ import graphopt
 from graphopt.atomic import write_atomically
 from graphopt.budget import Budget
 from graphopt.optimized import Optimized
+from graphopt.step_cost import step_curve
 
 __all__ = ["RESULTS", "Prepared", "budgets_between", "figure", "geomean", "parser", "prepare", "say"]
 
@@ -172,7 +173,7 @@ class Prepared:
     def least(self) -> int:
         """The least budget that some plan fits."""
         session = self.optimized._driver.session
-        return session.curve(self.static)[0][0]
+        return step_curve(session, self.static)[0][0]
 
     @property
     def graphs(self) -> int:

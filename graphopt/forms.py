@@ -16,6 +16,7 @@ from graphopt.alternatives import FORM_EFFORT, applied, coordinate_wise, copied,
 from graphopt.captured import Captured
 from graphopt.emit.inductor import JointSeen
 from graphopt.errors import GraphoptError
+from graphopt.offered_schedules import say_effort, see_inference, see_joint
 from graphopt.passes import PassContext
 from graphopt.program import Program
 
@@ -46,13 +47,13 @@ def weigh_forms(session: Session, captured: Captured, inputs: Sequence[Any], mod
         try:
             see(session, form, inputs)
         except Exception as error:
-            session._fail(f"{captured.name}: alternative {name} was left out: {error}", error)
+            session.fail(f"{captured.name}: alternative {name} was left out: {error}", error)
             return None
         assert form.frontier is not None
         forms.update({joined(name, inner): f for inner, f in (form.forms or {"": form}).items()})
         frontiers[name] = form.frontier, form.reference_seconds
         captured.budget_decides |= form.budget_decides
-        session.say_effort(joined(captured.name, name), form.frontier)
+        say_effort(session, joined(captured.name, name), form.frontier)
         return min(point.peak_bytes for point in form.frontier.points)
 
     def make() -> Program:
@@ -63,20 +64,20 @@ def weigh_forms(session: Session, captured: Captured, inputs: Sequence[Any], mod
         _look_at(wanted, session, make, ctx, look)
     else:
         least = min(point.peak_bytes for point in captured.frontier.points)
-        coordinate_wise(make, session.passes, ctx, session._fail, look, least)
+        coordinate_wise(make, session.passes, ctx, session.fail, look, least)
     captured.forms = forms
     captured.frontier = united(frontiers)
-    session._decide(captured)
+    session.pick(captured)
 
 
 def _look_at(wanted: str, session: Session, make: Any, ctx: PassContext, look: Any) -> None:
     """Look at the form whose name is ``wanted`` or begins it: joint-level passes may have added to it."""
     program, name = make(), ""
     for step in session.passes:
-        for offer in offers(program, step, ctx, session._fail):
+        for offer in offers(program, step, ctx, session.fail):
             longer = joined(name, offer.id)
             if (wanted == longer or wanted.startswith(f"{longer}+")) and applied(
-                offer, program, session._fail
+                offer, program, session.fail
             ):
                 name = longer
                 break
@@ -88,11 +89,11 @@ def see(session: Session, captured: Captured, inputs: Sequence[Any]) -> None:
     """The joint (or inference) program of ``captured``, and the schedules that it could run."""
 
     def look(joint: fx.GraphModule, num_outputs: int) -> Any:
-        session.see_joint(captured, joint, num_outputs)
+        see_joint(session, captured, joint, num_outputs)
         raise JointSeen
 
     def look_inference(graph: fx.GraphModule) -> Any:
-        session.see_inference(captured, graph)
+        see_inference(session, captured, graph)
         raise JointSeen
 
     try:

@@ -86,7 +86,7 @@ def decide(session: Session, group: Sequence[Captured], default: Selection, room
     policy = session.policy
     if policy is None:
         return default
-    observed = session._observed(group)
+    observed = session.observed(group)
     calls = tuple(observed.calls) if observed else (1,) * len(group)
     links = [] if observed else session.links(group)
 

@@ -24,11 +24,13 @@ from graphopt.capture.semantic import semantic_program
 from graphopt.chain_plan import Link, chain_peak, hull, plan_chain, rerun_calls
 from graphopt.chain_rows import draws_random, pinned, written_inputs
 from graphopt.chain_run import ChainRunner, Layout
+from graphopt.choosing import choose, infeasible, record_plan, take
 from graphopt.emit.inductor import JointSeen
 from graphopt.emit.lowered import LoweredMemory, saved_count
 from graphopt.errors import CaptureError, HostMemoryError, LoweringError
 from graphopt.host_memory import HostMemory
 from graphopt.lowered_points import corrected, exact_point, with_bytes
+from graphopt.offered_schedules import frontier_of
 from graphopt.partition import partition
 from graphopt.program import InputSpec, Program, same_names, tensor_leaves
 from graphopt.schedule import Schedule
@@ -114,11 +116,11 @@ class SegmentedStep:
         session = self.session
         base = session.static_bytes or 0
         if session.dry_run:
-            session._plan(self.captured)
+            choose(session, self.captured)
             return _never
         for _ in range(_ROUNDS):
             # What is compiled is judged by its code; estimates alone refuse nothing.
-            session._plan(self.captured, tentative=True)
+            choose(session, self.captured, tentative=True)
             self._compile_chosen()
             budget = session.plan.budget if session.plan is not None else None
             exact = [c.point for c in self.captured if c.point is not None]
@@ -131,11 +133,11 @@ class SegmentedStep:
             assert budget is not None
             chosen = plan_chain(self.links(), budget - base)
             if chosen is None:
-                raise session._infeasible(self.captured, budget)
-            picked = session.take(self.captured, chosen, budget - base)
+                raise infeasible(session, self.captured, budget)
+            picked = take(session, self.captured, chosen, budget - base)
             for captured, point in zip(self.captured, picked.points, strict=True):
                 captured.run_at(point)
-        session._record_plan(self.captured)
+        record_plan(session, self.captured)
         functions = [
             self._code[_key(call.segment, captured)][0]
             for call, captured in zip(self.chain.calls, self.captured, strict=True)
@@ -251,7 +253,7 @@ class SegmentedStep:
         except Exception as error:
             if not isinstance(_torch.inner_error(error), JointSeen):
                 raise
-        kind.frontier = self.session._frontier(kind)
+        kind.frontier = frontier_of(self.session, kind)
 
     def _add_alternatives(self, kind: Captured, segment: Segment) -> None:
         """Plan what passes offer instead of the program, and let its frontier be that of all forms."""

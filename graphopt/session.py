@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -15,20 +13,15 @@ import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.alternatives import (
-    FORM_EFFORT,
     Offer,
     alternatives,
     copied,
-    joined,
-    joint_alternatives,
-    united,
 )
-from graphopt.ambient_state import AmbientState
-from graphopt.budget import Budget, format_bytes
-from graphopt.candidate import Declined, Frontier, FrontierPoint, NearMiss
+from graphopt.budget import Budget
+from graphopt.candidate import Declined, FrontierPoint, NearMiss
 from graphopt.capture.aliasing import alias_map
 from graphopt.capture.auxiliary import reattach
-from graphopt.capture.joint import drop_unread_statistics, inference_program, joint_program, save_everything
+from graphopt.capture.joint import inference_program
 from graphopt.capture.observe import Observer
 from graphopt.capture.semantic import (
     auxiliary_outputs,
@@ -40,45 +33,41 @@ from graphopt.capture.semantic import (
 )
 from graphopt.capture.structure import attribute
 from graphopt.captured import Captured
-from graphopt.chain_plan import ChainPlan, Link, Rerun, chain_peak, least_chain, plan_chain, rerun_calls
+from graphopt.chain_plan import Link, Rerun
 from graphopt.chain_rows import written_names
+from graphopt.choosing import choose
 from graphopt.collection import uncollected
-from graphopt.cost import Cost, CostModel, MemoryProfile
-from graphopt.disallowed import advice_on_disallowed
+from graphopt.cost import Cost, CostModel
 from graphopt.emit.eager import EagerEmitter
 from graphopt.emit.emitter import NONE, Emitter, Gradients
-from graphopt.emit.fused_point import fused_point
-from graphopt.errors import BudgetError, CaptureError, GraphoptError, LoweringError
+from graphopt.errors import CaptureError, GraphoptError, LoweringError
 from graphopt.first_run import FirstRun
 from graphopt.forms import see, weigh_forms
 from graphopt.kept_inputs import TracedInputs
 from graphopt.observed import ObservedStep, Ports
 from graphopt.observed_plan import ObservedPlan
+from graphopt.offered_schedules import depends, see_inference, see_joint
 from graphopt.packing.plan import QuantizationPlan
 from graphopt.partition import ordered, partition
 from graphopt.passes import Pass, PassContext
 from graphopt.planned_step import PlannedStep, put_back, remember, said_of
-from graphopt.planner import seconds_bound
-from graphopt.plans import Choice, Plan, Recomputed, SavedValue
+from graphopt.plans import Plan
 from graphopt.plugins.host import PluginHost
 from graphopt.plugins.records import PolicySpec
-from graphopt.policy import Selection, decide
-from graphopt.program import InputSpec, Program, layer_of
+from graphopt.program import InputSpec, Program
 from graphopt.recording import Recorder
-from graphopt.replay import make_random_states_explicit, plain_call
 from graphopt.report import PassRecord
 from graphopt.rewrites import Rewrite, again_id, kernels_id
-from graphopt.rewriting import Rewriting, conversion_records, left_out, run_joint_passes, run_passes
+from graphopt.rewriting import Rewriting, conversion_records, left_out, run_passes
 from graphopt.schedule import Schedule
+from graphopt.segmented_capture import segmented
 from graphopt.several import compile_together
+from graphopt.step_cost import settle
 
 if TYPE_CHECKING:
     from graphopt.segmented import SegmentedStep
 
 __all__ = ["Captured", "CapturedAnew", "NotPlanned", "Ran", "Session"]
-
-_RESOLUTION = 0.01
-"""Predicted times of fused code that differ by less than this share are taken as equal."""
 
 
 class NotPlanned(BaseException):
@@ -254,7 +243,7 @@ class Session:
         # What runs between levels of functorch, or with a gradient of its own, could not be followed from
         # call to call.
         if self.whole and self.emitter.by_segments and not _torch.stays_as_captured(gm):
-            return self._segmented(name, gm, inputs, specs, auxiliary)
+            return segmented(self, name, gm, inputs, specs, auxiliary)
         program, auxiliary = self._semantic(name, gm, inputs, specs, auxiliary)
         captured = Captured(name, program, specs, provisional=not self.whole)
         self._begin(captured)
@@ -266,7 +255,7 @@ class Session:
 
         def look() -> None:
             captured.provisional = False
-            if captured.seen is not None and captured.seen == self._depends(captured):
+            if captured.seen is not None and captured.seen == depends(self, captured):
                 return
             captured.start_over()
             with _torch.within(context):
@@ -274,7 +263,7 @@ class Session:
                 weigh_forms(self, captured, given, mode)
                 if captured.joint is None:
                     see(self, captured, given)
-            captured.seen = self._depends(captured)
+            captured.seen = depends(self, captured)
 
         def compile_now() -> Callable[..., Any]:
             emitter = self._provisional_emitter(captured) if captured.provisional else self.emitter
@@ -293,7 +282,7 @@ class Session:
         captured.run = compile_now()
         ran = self._made = Ran(specs, tuple(auxiliary), captured)
         if self.whole:
-            captured.seen = self._depends(captured)
+            captured.seen = depends(self, captured)
             captured.run = self.guarded(captured.run, captured.plain, name)
 
         def call(*args: Any) -> Any:
@@ -407,7 +396,7 @@ class Session:
         try:
             semantic = semantic_graph(gm, inputs)
         except Exception as error:
-            self._fail(
+            self.fail(
                 f"{name}: the semantic level could not be traced ({_one_line(error)}); "
                 "dynamo's graph is used",
                 error,
@@ -491,98 +480,7 @@ class Session:
     def alternatives(self, make: Callable[[], Program], mode: str) -> Iterator[tuple[Offer, Program]]:
         """What the passes offer instead of the semantic program that ``make`` copies."""
         ctx = self.context(mode, bounded=self.bounded)
-        return alternatives(make, self.passes, ctx, self._fail)
-
-    def _segmented(
-        self,
-        name: str,
-        gm: fx.GraphModule,
-        inputs: Sequence[Any],
-        specs: list[InputSpec],
-        auxiliary: Sequence[int],
-    ) -> Callable[..., Any]:
-        """Repeated blocks planned once and compiled once: the chain of segments is the step. What an earlier
-        process made of the same program is taken over."""
-        from graphopt.replayed_steps import replayed, roles_of
-        from graphopt.segmented import SegmentedStep
-        from graphopt.warm_start import WarmStart
-
-        warm = WarmStart(self, name, gm, inputs, specs)
-        self._fold = None
-        restored = warm.restored()
-        ran = self._made = Ran(specs, tuple(auxiliary))
-        if restored is not None:
-            run = restored
-            self._fold = self._folded(name, gm, inputs, specs, auxiliary, ran)
-        else:
-            program, attached = self._semantic(name, gm, inputs, specs, auxiliary)
-            step = SegmentedStep(self, name, program.gm, specs, warm.code_name)
-            self.current = step.captured
-            self.captured.extend(step.captured)
-            run = step.compile()
-            if not self.dry_run and attached == auxiliary:
-                warm.keep(step)
-            auxiliary = attached
-            ran.detached, ran.step = tuple(auxiliary), step
-            run = replayed(self, run, warm.devices, lambda: roles_of(step, specs))
-        if warm.note:
-            self.diagnostics.append(warm.note)
-        last = self.current[-1]
-        if auxiliary:
-            run = reattach(run, gm, auxiliary, lambda: self._used(last))
-        run = self.guarded(run, gm.forward, name)
-
-        def call(*args: Any) -> Any:
-            if self.capturing:
-                return self._as_captured(gm, args)
-            return self._ran(run, args, ran)
-
-        return call
-
-    def unfold(self) -> None:
-        """Make the programs and curves of a step that was taken over from another process, which left them
-        out: whatever shows them asks for them first."""
-        unfold, self._fold = self._fold, None
-        if unfold is not None:
-            unfold()
-
-    def _folded(
-        self,
-        name: str,
-        gm: fx.GraphModule,
-        inputs: Sequence[Any],
-        specs: list[InputSpec],
-        auxiliary: Sequence[int],
-        ran: Ran,
-    ) -> Callable[[], None]:
-        """Does what was left out when the present step was taken over."""
-        from graphopt.segmented import SegmentedStep
-
-        context, around, told = _torch.capture_context(), AmbientState.now(), self.current
-        # Dynamo clears what it noted on the nodes of its graph.
-        graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
-        noted_on = [(node, dict(node.meta)) for graph in graphs for node in graph.nodes]
-
-        def unfold() -> None:
-            noted = (self.records, self.declined, self.near_misses, self.rewrites, self.diagnostics)
-            before = [list(notes) for notes in noted]
-            groups, misses = list(self.emitter.groups), list(self.emitter.near_misses)
-            decided = self.plan, self.reruns, self.planning_seconds
-            for node, meta in noted_on:
-                node.meta = meta
-            with _torch.within(context), around.again():
-                program, _ = self._semantic(name, gm, inputs, specs, auxiliary)
-                step = SegmentedStep(self, name, program.gm, specs)
-                step.compile()
-            for notes, known in zip(noted, before, strict=True):
-                notes[:] = known  # type: ignore[index]
-            self.emitter.note(groups, misses)
-            self.plan, self.reruns, self.planning_seconds = decided
-            first = next(k for k, captured in enumerate(self.captured) if captured is told[0])
-            self.captured[first : first + len(told)] = step.captured
-            self.current, ran.step = step.captured, step
-
-        return unfold
+        return alternatives(make, self.passes, ctx, self.fail)
 
     def finish(self) -> None:
         """Plan every program that still runs its provisional schedule, and compile it for good."""
@@ -601,8 +499,8 @@ class Session:
                 self._leave(captured, error)
         if not self.current:
             return
-        if self._observed(self.current) is None:
-            _settle(self.current, self.cost.device.allocation_granularity)
+        if self.observed(self.current) is None:
+            settle(self.current, self.cost.device.allocation_granularity)
         compile_together(self, self.current)
         if self.confirm is not None:
             self.confirm(self)
@@ -697,7 +595,7 @@ class Session:
                     found.add(number)
         return sum(step.storages[number].bytes for number in found)
 
-    def _observed(self, group: Sequence[Captured]) -> ObservedPlan | None:
+    def observed(self, group: Sequence[Captured]) -> ObservedPlan | None:
         """What was seen of these programs."""
         if self._seen is None or len(group) != len(self._seen[0]):
             return None
@@ -705,9 +603,9 @@ class Session:
         return self._seen[1] if same else None
 
     @property
-    def _base(self) -> int:
+    def base_bytes(self) -> int:
         """Bytes held throughout. Random states that outputs hold were seen, where a step was."""
-        return (self.static_bytes or 0) - (self.replay_bytes if self._observed(self.current) else 0)
+        return (self.static_bytes or 0) - (self.replay_bytes if self.observed(self.current) else 0)
 
     def links(self, group: Sequence[Captured]) -> list[Link]:
         """The programs of a step for the planner of chains."""
@@ -716,60 +614,9 @@ class Session:
         alone = "it is a graph of its own: autograd runs it, and nothing here could run it again"
         return [Link(id(c.frontier), c.frontier, pinned=alone) for c in group if c.frontier is not None]
 
-    def predicted_peak(self, group: Sequence[Captured]) -> int:
-        """Peak in bytes of the whole step at the present points."""
-        points = [c.point for c in group if c.point is not None]
-        return self._cost_of(group, points, self.reruns).peak_bytes
-
     def step(self) -> list[tuple[Program, Schedule]]:
         """Programs of the present step with the schedules that they run, in call order."""
         return [(c.joint, c.schedule) for c in self.current if c.joint is not None]
-
-    def memory(self, points: Sequence[FrontierPoint | None]) -> MemoryProfile:
-        """Bytes over the present step, run op by op at the given points."""
-        taken = [point for point in points if point is not None]
-        if observed := self._observed(self.current):
-            return observed.profile(taken, self._base)
-        programs = [c.program_at(p) for c, p in zip(self.current, points, strict=True) if p is not None]
-        step = [(p, point.schedule) for p, point in zip(programs, taken, strict=True) if p is not None]
-        return self.cost.memory(step, base_bytes=self.static_bytes or 0)
-
-    def curve(self, base_bytes: int) -> list[tuple[int, float, int, str]]:
-        """(peak, added seconds, FLOPs again, label) of the present step's plans, least peak first.
-
-        Several programs: the planner's choice at each peak that some combination reaches.
-        """
-        if observed := self._observed(self.current):
-            return [
-                (
-                    base_bytes - self.replay_bytes + found.peak_bytes,
-                    found.seconds,
-                    sum(count * p.flops for count, p in zip(observed.calls, found.points, strict=True)),
-                    ", ".join(p.label for p in found.points),
-                )
-                for found in observed.front
-            ]
-        links = self.links(self.current)
-        if len(links) == 1:
-            rooms = [point.peak_bytes for point in links[0].frontier.points]
-        else:
-            lowest = least_chain(links).peak_bytes
-            most = chain_peak([min(link.frontier.points, key=lambda p: p.seconds) for link in links])
-            rooms = [lowest + (most - lowest) * k // 24 for k in range(25)]
-        rows: list[tuple[int, float, int, str]] = []
-        for room in rooms:
-            chosen = plan_chain(links, room)
-            if chosen is None:
-                continue
-            row = (
-                base_bytes + chosen.peak_bytes,
-                chosen.seconds,
-                sum(p.flops for p in chosen.points),
-                ", ".join([p.label for p in chosen.points] + [str(row) for row in chosen.reruns]),
-            )
-            if not rows or row[1] < rows[-1][1]:
-                rows.append(row)
-        return rows
 
     @property
     def held_bytes(self) -> int:
@@ -810,8 +657,8 @@ class Session:
     def _inference(self, captured: Captured, graph: fx.GraphModule) -> fx.GraphModule:
         planned = captured.point is not None and not (self.whole or captured.provisional)
         if not planned and (captured.point is None or not captured.forms):
-            self.see_inference(captured, graph)
-            self._decide(captured)
+            see_inference(self, captured, graph)
+            self.pick(captured)
         elif captured.joint is not None and captured.joint.fingerprint != captured.traced:
             traced = inference_program(captured.name, graph, captured.specs).fingerprint
             if traced == captured.traced:
@@ -825,439 +672,27 @@ class Session:
     def _partition(
         self, captured: Captured, joint: fx.GraphModule, num_outputs: int
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        self.see_joint(captured, joint, num_outputs)
+        see_joint(self, captured, joint, num_outputs)
         if captured.point is None:
             if not (self.whole or captured.provisional):
                 raise LoweringError(f"{captured.name}: traced again it is another program than was planned")
-            self._decide(captured)
+            self.pick(captured)
         assert captured.joint is not None
         captured.lowered = partition(captured.joint, captured.schedule)
         return captured.lowered[0], captured.lowered[1]
 
-    @uncollected()
-    def see_inference(self, captured: Captured, graph: fx.GraphModule) -> None:
-        """Take note of a functional inference graph, and what it could run."""
-        captured.mode = "infer"
-        captured.joint = inference_program(captured.name, graph, captured.specs)
-        captured.traced = captured.joint.fingerprint
-        captured.baseline = _unchanged(captured.joint)
-        captured.frontier = self._frontier(captured)
-
-    @uncollected()
-    def see_joint(self, captured: Captured, joint: fx.GraphModule, num_outputs: int) -> None:
-        """Take note of a joint graph, changed in place, and of the schedules that it could run."""
-        captured.mode = "train"
-        _torch.eliminate_common_subexpressions(joint)
-        drop_unread_statistics(joint)
-        if self.emitter.name == "eager":
-            make_random_states_explicit(joint)
-        program = joint_program(captured.name, joint, captured.specs, num_outputs)
-        traced = program.fingerprint
-        if captured.joint is None or captured.traced != traced:
-            captured.joint, captured.traced, captured.point = program, traced, None
-            captured.baseline = save_everything(program)
-            captured.frontier = self._frontier(captured)
-        elif captured.joint.fingerprint == traced:
-            captured.joint = program
-
-    def _frontier(self, captured: Captured) -> Frontier:
-        """The curve of schedules that the joint-level passes offer; the baseline is always on it."""
-        assert captured.joint is not None and captured.baseline is not None
-        ctx = replace(self.context(captured.mode, bounded=self.bounded), effort=captured.effort)
-        done = self._passed(captured, ctx)
-        if not captured.provisional:
-            self._note(done)
-        start = time.perf_counter()
-        if done.changed:
-            again = save_everything if captured.mode == "train" else _unchanged
-            captured.baseline = again(captured.joint)
-        baseline = captured.reference = self._baseline_point(captured.joint, captured.baseline)
-        captured.reference_seconds, captured.flops = self._prices(captured.joint, captured.baseline)
-        best = done.frontiers[-1] if done.frontiers else Frontier("none", (baseline,))
-        if captured.mode == "train" and not captured.provisional:
-            # A pass that saw this very program and offered nothing need not look again.
-            seen = frozenset(p.name for p in self.passes) - done.offering if not done.changed else frozenset()
-            best = self._with_forms(captured, best, ctx, seen)
-        if self.held_gradient_bytes:
-            # Each program's gradients are added to those held and go before the next one runs.
-            best = replace(best, points=tuple(replace(point, gradients=0) for point in best.points))
-        self.planning_seconds += time.perf_counter() - start
-        return best
-
-    def _passed(self, captured: Captured, ctx: PassContext) -> Rewriting:
-        """What the joint-level passes make of ``captured`` as it was traced. Of a program of which others are
-        part it is traced first to see a step, then to plan it: passes run once for both."""
-        assert captured.joint is not None
-        budgeted = self.budget.memory is not None
-        key = (captured.mode, captured.traced, budgeted, ctx.bounded, ctx.allow, ctx.only, ctx.effort)
-        if captured.passed is None or captured.passed[0] != key:
-            program = captured.joint
-            done = run_joint_passes(
-                program, self.passes, ctx, self.host, on_error=self.on_error, budgeted=budgeted
-            )
-            captured.passed = key, program, done
-        _, captured.joint, done = captured.passed
-        captured.budget_decides |= done.budget_decides
-        return done
-
-    def _depends(self, captured: Captured) -> Hashable:
-        """What the frontier and the forms of a captured program follow from besides itself."""
-        budgeted = captured.budget_decides and self.budget.memory is not None
-        held = self.held_gradient_bytes > 0
-        return (budgeted, self.bounded, held, self.allow, self.only, id(self.replay) if self.replay else 0)
-
-    def _with_forms(self, captured: Captured, own: Frontier, ctx: PassContext, idle: Set[str]) -> Frontier:
-        """The frontier of a program together with those of what joint-level passes offer instead of it."""
-        source = [step for step in self.passes if step.name == own.pass_id]
-        if not source:
-            return own
-        assert captured.joint is not None
-        forms, frontiers = {"": replace(captured)}, {"": (own, captured.reference_seconds)}
-        others = [step for step in self.passes if step not in source and step.name not in idle]
-        seeing = replace(ctx, effort=ctx.effort * FORM_EFFORT)
-        for name, program in joint_alternatives(captured.joint, others, ctx, self._fail):
-            done = run_joint_passes(program, source, seeing, self.host, on_error=self.on_error)
-            if not done.frontiers:
-                self.diagnostics.extend(
-                    f"{captured.name} with {name}: {record.id}: {record.reason}" for record in done.records
-                )
-                continue
-            baseline = save_everything(program)
-            seconds, flops = self._prices(program, baseline)
-            forms[name] = replace(
-                captured, joint=program, baseline=baseline, reference_seconds=seconds, flops=flops
-            )
-            frontiers[name] = done.frontiers[-1], forms[name].reference_seconds
-            self.say_effort(joined(captured.name, name), done.frontiers[-1])
-        if len(forms) == 1:
-            return own
-        captured.forms = forms
-        return united(frontiers)
-
-    def say_effort(self, form: str, found: Frontier) -> None:
-        """Let the report say that there may be better schedules of a form than those that were found."""
-        if found.effort < 1:
-            why = f"a form of a large program: searched with {found.effort:.0%} of the usual work"
-            self.declined.append(Declined(f"further schedules of {form}", why))
-
-    def _prices(self, program: Program, schedule: Schedule) -> tuple[float, dict[str, int]]:
-        """Predicted seconds of everything that a schedule runs, and the FLOPs of every node."""
-        costs = {node.name: self.cost.node(node) for node in program.nodes()}
-        if self.emitter.fuses:
-            seconds = fused_point(program, schedule, self.cost, flops=0, label="").seconds
-        else:
-            runs = (*schedule.forward, *schedule.backward)
-            seconds = sum(costs[name].seconds for name in runs if name in costs)
-        return seconds, {name: cost.flops for name, cost in costs.items()}
-
-    def _baseline_point(self, program: Program, schedule: Schedule) -> FrontierPoint:
-        if self.emitter.fuses:
-            point = fused_point(program, schedule, self.cost, flops=0, label="no recomputation")
-            return replace(point, seconds=0.0, gradients=0 if self.held_gradient_bytes else point.gradients)
-        profile = self.cost.memory([(program, schedule)])
-        return FrontierPoint(
-            schedule,
-            profile.phase_peak("forward"),
-            profile.phase_peak("backward"),
-            profile.retained_bytes,
-            profile.gradient_bytes,
-            0.0,
-            label="no recomputation",
-        )
-
-    def _decide(self, captured: Captured) -> None:
+    def pick(self, captured: Captured) -> None:
         """Pick what ``captured`` runs: for good if it is the whole model, else for the time being."""
         assert captured.frontier is not None
         if self.whole:
-            self._plan([captured])
+            choose(self, [captured])
             return
         captured.point = min(captured.frontier.points, key=lambda p: (p.retained, p.peak_bytes))
 
-    def _baseline(self, group: Sequence[Captured]) -> Cost:
-        references = tuple(c.reference for c in group if c.reference is not None)
-        key = (*map(id, references), self.static_bytes, self.weight_bytes, id(self._seen))
-        if self._counted is None or self._counted[0] != key:
-            self._counted = key, references, self._cost_of(group, references)
-        return self._counted[2]
-
-    def baseline(self) -> Cost:
-        """What the step that was planned last, in vain or not, takes without rewrites."""
-        return self._counted[2] if self._counted is not None else self._baseline(self.current)
-
-    def _cost_of(
-        self, group: Sequence[Captured], points: Sequence[FrontierPoint], reruns: Sequence[Rerun] = ()
-    ) -> Cost:
-        """Cost of a step that runs the given points: exact liveness where programs run op by op,
-        the points' own arithmetic where kernels are fused."""
-        base = self.static_bytes or 0
-        observed = self._observed(group)
-        calls = observed.calls if observed else [1] * len(group)
-        if observed:
-            peak = self._base + observed.peak(points)
-        elif self.emitter.fuses:
-            peak = base + chain_peak(points, self.links(group) if reruns else (), reruns)
-        elif len(group) == 1 and points[0] is group[0].reference:
-            # Counted when it was made.
-            peak = base + points[0].peak_bytes
-        else:
-            programs = [(c.program_at(p), p.schedule) for c, p in zip(group, points, strict=True)]
-            step = [(program, schedule) for program, schedule in programs if program is not None]
-            peak = self.cost.memory(step, base_bytes=base).peak_bytes
-        seconds, flops = 0.0, 0
-        for count, c, p in zip(calls, group, points, strict=True):
-            runs = (*p.schedule.forward, *p.schedule.backward)
-            seconds += count * (c.reference_seconds + p.seconds)
-            known = c.forms.get(p.alternative, c).flops
-            flops += count * sum(known.get(name, 0) for name in runs)
-        links = self.links(group) if reruns else []
-        for k in rerun_calls(reruns):
-            seconds += links[k].forward_seconds
-            known = group[k].forms.get(points[k].alternative, group[k]).flops
-            flops += sum(known.get(name, 0) for name in points[k].schedule.forward)
-        return Cost(peak, self.weight_bytes or 0, seconds, flops)
-
-    @uncollected()
-    def _plan(self, group: Sequence[Captured], *, tentative: bool = False) -> None:
-        """Choose a point for each of ``group``. ``tentative``: the least where nothing seems to fit."""
-        start = time.perf_counter()
-        base = self.static_bytes or 0
-        baseline = self._baseline(group)
-        budget = self.budget.resolve(baseline.peak_bytes)
-        if self.replay is not None:
-            forms = {choice.program: choice.alternative for choice in self.replay.choices}
-            for captured in group:
-                captured.become(forms.get(captured.name, ""))
-            self.replay.check({c.name: c.joint.fingerprint for c in group if c.joint is not None})
-            for captured in group:
-                choice = self.replay.choice(captured.name)
-                captured.point = _replayed(self, captured, choice)
-            self.reruns = self.replay.reruns
-        else:
-            resolution = [_RESOLUTION * c.reference_seconds for c in group] if self.emitter.fuses else ()
-            chosen: Sequence[FrontierPoint] | None
-            if observed := self._observed(group):
-                room = None if budget is None else budget - self._base
-                chosen = observed.choose(room, sum(resolution))
-                if chosen is not None:
-                    chosen = decide(self, group, Selection(tuple(chosen)), room).points
-                elif tentative:
-                    chosen = list(observed.front[0].points)
-            else:
-                links = self.links(group)
-                room = None if budget is None else budget - base
-                plan = plan_chain(links, room, resolution)
-                if plan is not None:
-                    chosen = self.take(group, plan, room).points
-                elif tentative:
-                    plan = least_chain(links)
-                    chosen, self.reruns = plan.points, plan.reruns
-                else:
-                    chosen, self.reruns = None, ()
-            if chosen is None:
-                assert budget is not None
-                raise self._infeasible(group, budget)
-            for captured, point in zip(group, chosen, strict=True):
-                captured.run_at(point)
-        self.planning_seconds += time.perf_counter() - start
-        self._record_plan(group)
-
-    def take(self, group: Sequence[Captured], plan: ChainPlan, room: int | None) -> Selection:
-        """What ``plan``, which fits ``room``, comes to: itself, or what the policy picks in its place."""
-        picked = decide(self, group, Selection(plan.points, plan.reruns), room)
-        self.reruns = picked.reruns
-        return picked
-
-    def _record_plan(self, group: Sequence[Captured]) -> None:
-        """Write down the present choice as ``plan``."""
-        start = time.perf_counter()
-        base = self.static_bytes or 0
-        frontiers = [c.frontier for c in group if c.frontier is not None]
-        baseline = self._baseline(group)
-        budget = self.budget.resolve(baseline.peak_bytes)
-        predicted = self._cost_of(group, [c.point for c in group if c.point is not None], self.reruns)
-        bound = self._unavoidable(group)
-        if self._observed(group) is None:
-            bound += seconds_bound(frontiers, budget, base)
-        searched = sum(record.seconds for record in self.records)
-        choices = tuple(_choices(self.cost, group))
-        self.planning_seconds += time.perf_counter() - start
-        self.plan = Plan(
-            budget,
-            self.cost.device.name,
-            self.emitter.name,
-            self.dense_baseline or baseline,
-            predicted,
-            bound,
-            self.planning_seconds + searched,
-            choices,
-            self.reruns,
-            self.quantization,
-            self.chosen_by if self.replay is None else self.replay.policy,
-        )
-
-    def _unavoidable(self, group: Sequence[Captured]) -> float:
-        """Seconds that every schedule takes. Op by op each operator runs at least once; fused, those that
-        are calls of libraries do, while what is fused may cost less than apart."""
-        if not self.emitter.fuses:
-            observed = self._observed(group)
-            calls = observed.calls if observed else [1] * len(group)
-            least = [min(form.reference_seconds for form in (c.forms.values() or (c,))) for c in group]
-            return sum(count * seconds for count, seconds in zip(calls, least, strict=True))
-        # Calls of one kind are one program.
-        known: dict[int, float] = {}
-        return sum(
-            min(self._library_seconds(form.joint, known) for form in (c.forms.values() or (c,)))
-            for c in group
-            if c.joint is not None
-        )
-
-    def _library_seconds(self, joint: Program | None, known: dict[int, float]) -> float:
-        if joint is None:
-            return 0.0
-        if id(joint) not in known:
-            prices = [self.cost.node(node) for node in joint.nodes()]
-            known[id(joint)] = sum(price.seconds for price in prices if price.flops)
-        return known[id(joint)]
-
-    def _infeasible(self, group: Sequence[Captured], budget: int) -> BudgetError:
-        if observed := self._observed(self.current):
-            lowest = self._base + observed.front[0].peak_bytes
-        else:
-            lowest = (self.static_bytes or 0) + least_chain(self.links(group)).peak_bytes
-        failed = {r.id: r.reason for r in self.records if r.status in ("rolled-back", "failed")}
-        advice = [f"ask for budget={lowest} or more", *self._disallowed(lowest - budget)]
-        advice += [f"pass {name} failed: {reason}" for name, reason in failed.items()]
-        return BudgetError(
-            f"no plan fits {format_bytes(budget)}: the least that fits is {format_bytes(lowest)} "
-            f"({lowest} bytes), of which {format_bytes(self.static_bytes or 0)} are parameters, "
-            "buffers and inputs",
-            least_bytes=lowest,
-            budget_bytes=budget,
-            hint="; ".join(advice),
-        )
-
-    def _disallowed(self, missing_bytes: int) -> list[str]:
-        """What to say of passes that would free what is missing, were they allowed."""
-        mode = "train" if any(c.mode == "train" for c in self.current) else "infer"
-        ctx = self.context(mode)
-        programs = [p for c in self.current for p in (c.semantic, c.joint) if p is not None]
-        return advice_on_disallowed(programs, self.passes, ctx, missing_bytes)
-
-    def _fail(self, text: str, error: Exception) -> None:
+    def fail(self, text: str, error: Exception) -> None:
         if self.on_error == "raise":
             raise error
         self.diagnostics.append(text)
-
-
-def _unchanged(program: Program) -> Schedule:
-    """Everything in the order of the graph."""
-    return Schedule(tuple(n.name for n in program.graph.nodes if n.op in ("call_function", "get_attr")))
-
-
-def _settle(group: Sequence[Captured], granularity: int) -> None:
-    """Count what programs leave behind as the step's: gradients of activations become tangents of the
-    program before, not held beside those; what the last program returns, and the gradient of a loss that
-    its backward starts from, are held to the end."""
-    pairs = [(None, group[0]), *itertools.pairwise(group)]
-    for earlier, later in pairs:
-        if later.settled or later.joint is None:
-            continue
-        later.settled = True
-        if earlier is not None and earlier.joint is not None:
-            handed = later.joint.signature.gradients_of("activation")
-            arriving = [spec.node for spec in earlier.joint.signature.by_role("tangent")]
-            known = (
-                _value_bytes(later.joint, handed, granularity),
-                _value_bytes(earlier.joint, arriving, granularity),
-            )
-            _add_gradients(later, -min(known))
-        if later is group[-1] and later.mode == "train":
-            names = [spec.node for spec in later.joint.signature.outputs if spec.role == "output"]
-            tangents = later.joint.find([spec.node for spec in later.joint.signature.by_role("tangent")])
-            names += [node.name for node in tangents if not node.meta["val"].dim()]
-            _add_gradients(later, _value_bytes(later.joint, names, granularity))
-
-
-def _add_gradients(captured: Captured, size: int) -> None:
-    if captured.frontier is not None:
-        points = tuple(replace(point, gradients=point.gradients + size) for point in captured.frontier.points)
-        captured.frontier = replace(captured.frontier, points=points)
-
-
-def _value_bytes(program: Program, names: Sequence[str], granularity: int) -> int:
-    """Bytes of the storages of some values, each as the allocator rounds it."""
-    nodes = [node for node in program.find(names) if isinstance(node.meta.get("val"), torch.Tensor)]
-    sizes = {node.meta["val"].untyped_storage()._cdata: _bytes(node) for node in nodes}
-    return sum(-(-size // granularity) * granularity for size in sizes.values())
-
-
-def _choices(cost: CostModel, group: Sequence[Captured]) -> Iterator[Choice]:
-    """What each of ``group`` runs; of calls of one kind at one point that is told once."""
-    told: dict[tuple[Any, ...], Choice] = {}
-    for captured in group:
-        assert captured.point is not None and captured.frontier is not None
-        point = captured.point
-        key = (
-            id(captured.joint), id(captured.schedule), captured.frontier.pass_id,
-            point.label, point.alternative, point.seconds, point.offloaded,
-        )  # fmt: skip
-        if key not in told:
-            told[key] = _choice(cost, captured)
-        yield replace(told[key], program=captured.name)
-
-
-def _choice(cost: CostModel, captured: Captured) -> Choice:
-    assert captured.joint is not None and captured.point is not None and captured.frontier is not None
-    nodes = {node.name: node for node in captured.joint.graph.nodes}
-    recomputed = tuple(
-        Recomputed(name, layer_of(node), _op(node), made, cost.node(node).seconds)
-        for name in captured.schedule.recomputed
-        if (node := nodes[name]).op == "call_function" and (made := cost.node(node).bytes_written)
-    )
-    saved = tuple(
-        SavedValue(n, layer_of(nodes[n]), _op(nodes[n]), _bytes(nodes[n])) for n in captured.schedule.saved
-    )
-    return Choice(
-        captured.name,
-        captured.joint.fingerprint,
-        captured.frontier.pass_id,
-        captured.point.label,
-        captured.schedule,
-        captured.point.seconds,
-        recomputed,
-        saved,
-        captured.point.alternative,
-        tuple(
-            SavedValue(name, layer_of(nodes[name]), _op(nodes[name]), _bytes(nodes[name]))
-            for name in captured.point.offloaded
-        ),
-    )
-
-
-def _replayed(session: Session, captured: Captured, choice: Choice) -> FrontierPoint:
-    assert captured.joint is not None
-    point = session._baseline_point(captured.joint, choice.schedule)
-    return FrontierPoint(
-        choice.schedule,
-        point.forward_peak,
-        point.backward_peak,
-        point.retained,
-        point.gradients,
-        choice.seconds,
-        label=choice.label,
-        alternative=choice.alternative,
-        offloaded=tuple(value.node for value in choice.offloaded),
-        moved_bytes=sum(value.bytes for value in choice.offloaded),
-    )
-
-
-def _bytes(node: fx.Node) -> int:
-    value = node.meta.get("val")
-    return _torch.hint(value.untyped_storage().nbytes()) if isinstance(value, torch.Tensor) else 0
-
-
-def _op(node: fx.Node) -> str:
-    return str(plain_call(node)[0])
 
 
 def _one_line(error: BaseException) -> str:

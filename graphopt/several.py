@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from graphopt.candidate import FrontierPoint
 from graphopt.captured import Captured
+from graphopt.choosing import choose, record_plan
 from graphopt.errors import CaptureError
 from graphopt.lowered_points import corrected, exact_point, with_bytes
 from graphopt.schedule import Schedule
+from graphopt.step_cost import predicted_peak
 
 if TYPE_CHECKING:
     from graphopt.session import Session
@@ -32,24 +34,24 @@ def compile_together(session: Session, group: Sequence[Captured]) -> None:
     is there count.
     """
     if session.dry_run:
-        session._plan(group)
+        choose(session, group)
         for captured in group:
             captured.run = _never
         return
     code: dict[_Key, tuple[Callable[..., Any], FrontierPoint]] = {}
     for _ in range(ROUNDS if session.emitter.fuses else 1):
         # What is compiled is judged by its code; estimates alone refuse nothing.
-        session._plan(group, tentative=session.emitter.fuses)
+        choose(session, group, tentative=session.emitter.fuses)
         fresh = _compile(session, group, code)
         budget = session.plan.budget if session.plan is not None else None
-        if not session.emitter.fuses or budget is None or session.predicted_peak(group) <= budget:
+        if not session.emitter.fuses or budget is None or predicted_peak(session, group) <= budget:
             break
         if not fresh:
             _keep_compiled(session, group, code)
             break
     else:
         _keep_compiled(session, group, code)
-    session._record_plan(group)
+    record_plan(session, group)
     for captured in group:
         assert captured.plain is not None
         captured.run = session.guarded(code[_key(captured)][0], captured.plain, captured.name)
@@ -70,10 +72,10 @@ def _compile(
         if session.emitter.fuses:
             records = list(session.emitter.records)
             point = exact_point(captured, point, records)
-            if observed := session._observed(group):
+            if observed := session.observed(group):
                 observed.state(captured, records)
         code[key] = run, point
-    if session.emitter.fuses and session._observed(group) is None:
+    if session.emitter.fuses and session.observed(group) is None:
         _correct(group, code)
     return fresh
 
@@ -95,9 +97,9 @@ def _keep_compiled(
         assert captured.frontier is not None
         kept = [p for p in captured.frontier.points if (captured.name, p.alternative, p.schedule) in code]
         captured.frontier = replace(captured.frontier, points=tuple(kept))
-    if observed := session._observed(group):
+    if observed := session.observed(group):
         observed.forget()
-    session._plan(group)
+    choose(session, group)
 
 
 def _key(captured: Captured) -> _Key:

@@ -16,6 +16,7 @@ from graphopt.budget import Budget
 from graphopt.passes import Pass
 from graphopt.pipeline import Pipeline
 from graphopt.plugins import default_host
+from graphopt.step_cost import step_curve
 from tests.drawn_models import DrawnModel, drawn_model
 
 __all__ = ["ANOTHER_RESULT", "WIDE", "check_seed", "compare", "forced_passes", "run_once"]
@@ -163,7 +164,7 @@ def _checked(drawn: DrawnModel, seed: int) -> graphopt.Optimized:
     step()
     if train and fast.report.baseline is not None:
         session = fast._driver.session
-        front = session.curve(session.static_bytes or 0)
+        front = step_curve(session, session.static_bytes or 0)
         least, most = front[0][0], session.plan.baseline.peak_bytes
         session.plan_again(Budget.of(int(least + part * max(most - least, 0))))
         step()

@@ -12,6 +12,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import graphopt
+from graphopt.step_cost import step_curve
 
 __all__ = ["Step", "assert_close", "assert_same", "budgeted", "deterministic", "loss_of", "run_step"]
 
@@ -131,7 +132,7 @@ def budgeted(
     torch._dynamo.reset()
     with deterministic():
         free = graphopt.optimize(free_model, inputs, **options)
-        front = free._driver.session.curve(free._driver.session.static_bytes or 0)
+        front = step_curve(free._driver.session, free._driver.session.static_bytes or 0)
         least, most = front[0][0], free.plan.baseline.peak_bytes
         tight = graphopt.optimize(tight_model, inputs, budget=int(least + part * (most - least)), **options)
         again = [name for choice in tight.plan.choices for name in choice.schedule.recomputed]

@@ -16,6 +16,7 @@ from graphopt.budget import Budget
 from graphopt.chain_plan import chain_peak
 from graphopt.observed import ObservedStep
 from graphopt.session import Session
+from graphopt.step_cost import step_curve
 from tests.steps import assert_close, assert_same, deterministic, run_step
 
 
@@ -59,7 +60,7 @@ def test_several_graphs_share_one_budget_and_one_report() -> None:
     plain, free_model = copy.deepcopy(model), copy.deepcopy(model)
     free = graphopt.optimize(free_model, (x,), emit="eager", on_error="raise")
     session = free._driver.session
-    least, most = session.curve(session.static_bytes or 0)[0][0], free.plan.baseline.peak_bytes
+    least, most = step_curve(session, session.static_bytes or 0)[0][0], free.plan.baseline.peak_bytes
     assert least < most
     torch._dynamo.reset()
     budget = (least + most) // 2
@@ -127,7 +128,7 @@ def test_what_several_graphs_take_is_predicted_to_the_byte_at_every_budget(
     free = graphopt.optimize(free_model, inputs, emit="eager", on_error="raise")
     assert free.report.diagnostics == ("not one graph: Unsupported: Data-dependent branching",)
     session = free._driver.session
-    front = session.curve(session.static_bytes or 0)
+    front = step_curve(session, session.static_bytes or 0)
     assert len(front) >= 3
     assert [row[0] for row in front] == sorted({row[0] for row in front})
     with deterministic():
@@ -205,7 +206,7 @@ def test_alternatives_of_several_graphs_share_the_budget(emit: str) -> None:
 def test_programs_that_run_several_times_count_each_time() -> None:
     model, inputs = _dropping()
     fast = graphopt.optimize(model, inputs, emit="eager", on_error="raise")
-    seen = fast._driver.session._observed(fast._driver.session.current)
+    seen = fast._driver.session.observed(fast._driver.session.current)
     assert seen is not None and max(seen.calls) == 3
     once = fast._driver.session.current[seen.calls.index(3)]
     assert fast.plan.baseline.seconds is not None
@@ -219,7 +220,7 @@ def test_without_a_step_seen_the_planner_counts_as_the_simulation_does(
     model, x = _broken()
     fast = graphopt.optimize(model, (x,), emit="eager", on_error="raise")
     session = fast._driver.session
-    assert session._observed(session.current) is None
+    assert session.observed(session.current) is None
     frontiers = [c.frontier.points for c in session.current if c.frontier is not None]
     programs = [c.joint for c in session.current if c.joint is not None]
     for points in itertools.product(*frontiers):
@@ -265,7 +266,7 @@ def test_what_is_kept_for_a_backward_that_never_runs_is_counted(held: bool) -> N
     fronts = session._seen[1].front
     assert len(fronts) > 1
     for found in fronts:
-        session.plan_again(Budget.of(session._base + found.peak_bytes))
+        session.plan_again(Budget.of(session.base_bytes + found.peak_bytes))
         assert fast.measure(inputs, repeats=1).peak_bytes <= fast.plan.predicted.peak_bytes
     assert fast.measure(inputs, repeats=1).peak_bytes >= 0.9 * fast.plan.predicted.peak_bytes
     for step in (0, 1):

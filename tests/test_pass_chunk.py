@@ -19,6 +19,7 @@ from graphopt.capture.semantic import semantic_program
 from graphopt.capture.structure import line_of
 from graphopt.captured import Captured as ProgramCaptured
 from graphopt.program import InputSpec, Program
+from graphopt.step_cost import step_curve
 from graphopt_passes.chunk import Chunk
 from graphopt_passes.chunk.region import Region, regions
 from graphopt_passes.insert_checkpoints import InsertCheckpoints
@@ -372,7 +373,7 @@ def test_regions_under_autocast_compute_in_its_dtype() -> None:
     torch._dynamo.reset()
     cut = graphopt.optimize(copy.deepcopy(plain), (x,), pipeline=pipeline(4), emit="eager", on_error="raise")
     session = cut._driver.session
-    lowest = session.curve(session.static_bytes or 0)[0][0]
+    lowest = step_curve(session, session.static_bytes or 0)[0][0]
     session.budget, session.current[0].provisional = Budget.of(lowest), True
     session.finish()
     assert cut.plan.choices[0].alternative.startswith("chunk@")

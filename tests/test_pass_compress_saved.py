@@ -18,6 +18,7 @@ from graphopt.capture.joint import save_everything
 from graphopt.errors import PassError
 from graphopt.passes import PassContext, Proposal
 from graphopt.program import Level, Program
+from graphopt.step_cost import step_curve
 from graphopt_passes.compress_saved import CompressSaved
 from graphopt_passes.compress_saved.ranges import interval_of, narrowest
 from graphopt_passes.compress_saved.saved import SavedValues
@@ -176,8 +177,8 @@ def test_the_planner_packs_where_it_pays_and_predicts_the_peak() -> None:
     model, x = tower(), (torch.randn(1024, 128),)
     without = optimized(model, x, "insert-checkpoints")
     fast = optimized(model, x, *SMALL)
-    ours = fast._driver.session.curve(fast._driver.session.static_bytes or 0)
-    theirs = without._driver.session.curve(without._driver.session.static_bytes or 0)
+    ours = step_curve(fast._driver.session, fast._driver.session.static_bytes or 0)
+    theirs = step_curve(without._driver.session, without._driver.session.static_bytes or 0)
     assert ours[0][0] < theirs[0][0], "the least peak is not below that without packing"
     for peak, seconds, *_ in theirs:
         assert any(p <= peak and s <= seconds + 1e-12 for p, s, *_ in ours), "some budget got worse"
@@ -192,7 +193,7 @@ def test_a_plan_that_packs_is_replayed_and_refused_without_the_pass() -> None:
     torch.manual_seed(0)
     model, x = tower(), (torch.randn(1024, 128),)
     fast = optimized(model, x, *SMALL)
-    least = fast._driver.session.curve(fast._driver.session.static_bytes or 0)[0][0]
+    least = step_curve(fast._driver.session, fast._driver.session.static_bytes or 0)[0][0]
     tight = optimized(model, x, *SMALL, budget=least)
     assert tight.plan.choices[0].alternative == "compress-saved"
     again = optimized(model, x, *SMALL, plan=tight.plan)

@@ -17,6 +17,7 @@ from graphopt import _torch
 from graphopt.artefact.calling import structure_json
 from graphopt.errors import ArtefactError, GraphoptError, brief
 from graphopt.restored import restored
+from graphopt.segmented_capture import unfold
 from graphopt.session import CapturedAnew, Ran
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def seen_step(driver: Driver, number: int, *, anew: bool = False) -> SeenCall | 
 
 def _seen(driver: Driver, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SeenCall:
     model, session = driver.model, driver.session
-    session.unfold()
+    unfold(session)
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
     bound.apply_defaults()
     seen = SeenCall(bound=bound.arguments)

@@ -40,8 +40,10 @@ from graphopt.plans import Plan
 from graphopt.program import Program, layer_of
 from graphopt.report import Environment, Report
 from graphopt.restored import random_state_restored, restored
+from graphopt.segmented_capture import unfold
 from graphopt.session import NotPlanned, Session
 from graphopt.several import compile_together
+from graphopt.step_cost import step_curve, step_memory
 
 if TYPE_CHECKING:
     from graphopt.packing.fit import Fitted, WeightFit
@@ -658,9 +660,9 @@ class Driver:
     def frontier(self) -> tuple[ParetoPoint, ...]:
         baseline = self.plan().baseline.seconds or 0.0
         session = self.session
-        session.unfold()
+        unfold(session)
         points: list[ParetoPoint] = []
-        for peak, seconds, flops, label in session.curve(session.static_bytes or 0):
+        for peak, seconds, flops, label in step_curve(session, session.static_bytes or 0):
             point = ParetoPoint(peak, baseline + seconds, flops, label)
             # What is added may be too little to make the sum another number.
             if not points or point.seconds < points[-1].seconds:
@@ -704,10 +706,10 @@ class Driver:
 
     def memory(self) -> tuple[MemoryProfile, MemoryProfile]:
         self.plan()
-        self.session.unfold()
+        unfold(self.session)
         current = self.session.current
         before, now = [c.reference for c in current], [c.point for c in current]
-        return self.session.memory(before), self.session.memory(now)
+        return step_memory(self.session, before), step_memory(self.session, now)
 
     def explain_memory(self) -> MemoryExplanation:
         before, after = self.memory()
@@ -734,12 +736,12 @@ class Driver:
             yield
 
     def programs(self) -> tuple[Program, ...]:
-        self.session.unfold()
+        unfold(self.session)
         return programs_of(self.session.current)
 
     def dump(self, form: str, stage: str, beside: Sequence[Program] = ()) -> str:
         self.plan()
-        self.session.unfold()
+        unfold(self.session)
         session = self.session
         return dumped(session.current, session.host, session.cost, form, stage, beside)
 

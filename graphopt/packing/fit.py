@@ -37,6 +37,7 @@ from graphopt.packing.scheme import scheme_text
 from graphopt.packing.table import refusal
 from graphopt.packing.trace import captured_programs
 from graphopt.session import Session
+from graphopt.step_cost import last_baseline
 
 __all__ = ["Fitted", "WeightFit", "sharing"]
 
@@ -92,7 +93,7 @@ class WeightFit:
         if self.conversion is None:
             raise self._unmet(held, bound, args, kwargs)
         # A share is one of the model as it is.
-        baseline = self.attempt(self.model, Budget(), args, kwargs).baseline()
+        baseline = last_baseline(self.attempt(self.model, Budget(), args, kwargs))
         memory = self.session.budget.resolve(baseline.peak_bytes)
         return self._pack(held - bound, memory, bound, baseline, args, kwargs)
 
@@ -105,7 +106,7 @@ class WeightFit:
         if self.conversion is None:
             raise self._advised(error, missing, args, kwargs)
         try:
-            baseline = self.session.baseline()
+            baseline = last_baseline(self.session)
             return self._pack(missing, error.budget_bytes, None, baseline, args, kwargs)
         except QuantizationError as nothing:
             why = f"{nothing.message}; {nothing.hint}" if nothing.hint else nothing.message

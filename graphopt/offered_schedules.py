@@ -1,0 +1,187 @@
+"""What a captured program could run: the curve of schedules that passes of the joint level offer."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Hashable, Set
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch.fx as fx
+
+from graphopt import _torch
+from graphopt.alternatives import (
+    FORM_EFFORT,
+    joined,
+    joint_alternatives,
+    united,
+)
+from graphopt.candidate import Declined, Frontier, FrontierPoint
+from graphopt.capture.joint import drop_unread_statistics, inference_program, joint_program, save_everything
+from graphopt.captured import Captured
+from graphopt.collection import uncollected
+from graphopt.emit.fused_point import fused_point
+from graphopt.passes import PassContext
+from graphopt.program import Program
+from graphopt.replay import make_random_states_explicit
+from graphopt.rewriting import Rewriting, run_joint_passes
+from graphopt.schedule import Schedule
+
+if TYPE_CHECKING:
+    from graphopt.session import Session
+
+__all__ = ["baseline_point", "depends", "frontier_of", "say_effort", "see_inference", "see_joint"]
+
+
+@uncollected()
+def see_inference(session: Session, captured: Captured, graph: fx.GraphModule) -> None:
+    """Take note of a functional inference graph, and what it could run."""
+    captured.mode = "infer"
+    captured.joint = inference_program(captured.name, graph, captured.specs)
+    captured.traced = captured.joint.fingerprint
+    captured.baseline = _unchanged(captured.joint)
+    captured.frontier = frontier_of(session, captured)
+
+
+@uncollected()
+def see_joint(session: Session, captured: Captured, joint: fx.GraphModule, num_outputs: int) -> None:
+    """Take note of a joint graph, changed in place, and of the schedules that it could run."""
+    captured.mode = "train"
+    _torch.eliminate_common_subexpressions(joint)
+    drop_unread_statistics(joint)
+    if session.emitter.name == "eager":
+        make_random_states_explicit(joint)
+    program = joint_program(captured.name, joint, captured.specs, num_outputs)
+    traced = program.fingerprint
+    if captured.joint is None or captured.traced != traced:
+        captured.joint, captured.traced, captured.point = program, traced, None
+        captured.baseline = save_everything(program)
+        captured.frontier = frontier_of(session, captured)
+    elif captured.joint.fingerprint == traced:
+        captured.joint = program
+
+
+def frontier_of(session: Session, captured: Captured) -> Frontier:
+    """The curve of schedules that the joint-level passes offer; the baseline is always on it."""
+    assert captured.joint is not None and captured.baseline is not None
+    ctx = replace(session.context(captured.mode, bounded=session.bounded), effort=captured.effort)
+    done = _passed(session, captured, ctx)
+    if not captured.provisional:
+        session._note(done)
+    start = time.perf_counter()
+    if done.changed:
+        again = save_everything if captured.mode == "train" else _unchanged
+        captured.baseline = again(captured.joint)
+    baseline = captured.reference = baseline_point(session, captured.joint, captured.baseline)
+    captured.reference_seconds, captured.flops = _prices(session, captured.joint, captured.baseline)
+    best = done.frontiers[-1] if done.frontiers else Frontier("none", (baseline,))
+    if captured.mode == "train" and not captured.provisional:
+        # A pass that saw this very program and offered nothing need not look again.
+        seen = frozenset(p.name for p in session.passes) - done.offering if not done.changed else frozenset()
+        best = _with_forms(session, captured, best, ctx, seen)
+    if session.held_gradient_bytes:
+        # Each program's gradients are added to those held and go before the next one runs.
+        best = replace(best, points=tuple(replace(point, gradients=0) for point in best.points))
+    session.planning_seconds += time.perf_counter() - start
+    return best
+
+
+def _passed(session: Session, captured: Captured, ctx: PassContext) -> Rewriting:
+    """What the joint-level passes make of ``captured`` as it was traced. Of a program of which others are
+    part it is traced first to see a step, then to plan it: passes run once for both."""
+    assert captured.joint is not None
+    budgeted = session.budget.memory is not None
+    key = (captured.mode, captured.traced, budgeted, ctx.bounded, ctx.allow, ctx.only, ctx.effort)
+    if captured.passed is None or captured.passed[0] != key:
+        program = captured.joint
+        done = run_joint_passes(
+            program, session.passes, ctx, session.host, on_error=session.on_error, budgeted=budgeted
+        )
+        captured.passed = key, program, done
+    _, captured.joint, done = captured.passed
+    captured.budget_decides |= done.budget_decides
+    return done
+
+
+def depends(session: Session, captured: Captured) -> Hashable:
+    """What the frontier and the forms of a captured program follow from besides itself."""
+    budgeted = captured.budget_decides and session.budget.memory is not None
+    held = session.held_gradient_bytes > 0
+    return (
+        budgeted,
+        session.bounded,
+        held,
+        session.allow,
+        session.only,
+        id(session.replay) if session.replay else 0,
+    )
+
+
+def _with_forms(
+    session: Session, captured: Captured, own: Frontier, ctx: PassContext, idle: Set[str]
+) -> Frontier:
+    """The frontier of a program together with those of what joint-level passes offer instead of it."""
+    source = [step for step in session.passes if step.name == own.pass_id]
+    if not source:
+        return own
+    assert captured.joint is not None
+    forms, frontiers = {"": replace(captured)}, {"": (own, captured.reference_seconds)}
+    others = [step for step in session.passes if step not in source and step.name not in idle]
+    seeing = replace(ctx, effort=ctx.effort * FORM_EFFORT)
+    for name, program in joint_alternatives(captured.joint, others, ctx, session.fail):
+        done = run_joint_passes(program, source, seeing, session.host, on_error=session.on_error)
+        if not done.frontiers:
+            session.diagnostics.extend(
+                f"{captured.name} with {name}: {record.id}: {record.reason}" for record in done.records
+            )
+            continue
+        baseline = save_everything(program)
+        seconds, flops = _prices(session, program, baseline)
+        forms[name] = replace(
+            captured, joint=program, baseline=baseline, reference_seconds=seconds, flops=flops
+        )
+        frontiers[name] = done.frontiers[-1], forms[name].reference_seconds
+        say_effort(session, joined(captured.name, name), done.frontiers[-1])
+    if len(forms) == 1:
+        return own
+    captured.forms = forms
+    return united(frontiers)
+
+
+def say_effort(session: Session, form: str, found: Frontier) -> None:
+    """Let the report say that there may be better schedules of a form than those that were found."""
+    if found.effort < 1:
+        why = f"a form of a large program: searched with {found.effort:.0%} of the usual work"
+        session.declined.append(Declined(f"further schedules of {form}", why))
+
+
+def _prices(session: Session, program: Program, schedule: Schedule) -> tuple[float, dict[str, int]]:
+    """Predicted seconds of everything that a schedule runs, and the FLOPs of every node."""
+    costs = {node.name: session.cost.node(node) for node in program.nodes()}
+    if session.emitter.fuses:
+        seconds = fused_point(program, schedule, session.cost, flops=0, label="").seconds
+    else:
+        runs = (*schedule.forward, *schedule.backward)
+        seconds = sum(costs[name].seconds for name in runs if name in costs)
+    return seconds, {name: cost.flops for name, cost in costs.items()}
+
+
+def baseline_point(session: Session, program: Program, schedule: Schedule) -> FrontierPoint:
+    if session.emitter.fuses:
+        point = fused_point(program, schedule, session.cost, flops=0, label="no recomputation")
+        return replace(point, seconds=0.0, gradients=0 if session.held_gradient_bytes else point.gradients)
+    profile = session.cost.memory([(program, schedule)])
+    return FrontierPoint(
+        schedule,
+        profile.phase_peak("forward"),
+        profile.phase_peak("backward"),
+        profile.retained_bytes,
+        profile.gradient_bytes,
+        0.0,
+        label="no recomputation",
+    )
+
+
+def _unchanged(program: Program) -> Schedule:
+    """Everything in the order of the graph."""
+    return Schedule(tuple(n.name for n in program.graph.nodes if n.op in ("call_function", "get_attr")))
