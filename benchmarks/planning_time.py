@@ -31,6 +31,7 @@ from harness import figure, parser
 from torch import nn
 
 import graphopt
+from graphopt import choosing, offered_schedules, session
 from graphopt.cost import CostModel
 from graphopt.passes import PassContext
 from graphopt.program import Program
@@ -47,6 +48,13 @@ DEEP_SECONDS = 10.0
 CHANGE_MILLISECONDS = 0.1
 LAYERS = ("2", "4", "8", "16", "22", "32", "44", "64")
 DEEP = "1,000 blocks"
+PLANNING: tuple[tuple[Any, str], ...] = (
+    (Session, "_rewrite"),
+    (offered_schedules, "frontier_of"),
+    (session, "choose_schedules"),
+    (choosing, "record_plan"),
+)
+"""Where what plans is called: a step of one program, captured whole."""
 
 
 class Block(nn.Module):
@@ -124,9 +132,9 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
     model, inputs = built(name)
     clock = PlanningClock()
     with ExitStack() as stack:
-        for method in ("_rewrite", "_frontier", "_plan", "_record_plan"):
-            timed = clock.around(getattr(Session, method))
-            stack.enter_context(mock.patch.object(Session, method, timed))
+        for owner, function in PLANNING:
+            timed = clock.around(getattr(owner, function))
+            stack.enter_context(mock.patch.object(owner, function, timed))
         start = time.perf_counter()
         optimized = graphopt.optimize(model.train(), inputs, budget="70%", emit="eager", on_error="raise")
         total = time.perf_counter() - start

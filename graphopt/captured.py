@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,9 @@ from graphopt.schedule import Schedule
 
 if TYPE_CHECKING:
     from graphopt.rewriting import Rewriting
+    from graphopt.segmented import SegmentedStep
 
-__all__ = ["Captured"]
+__all__ = ["Captured", "Ran"]
 
 
 @dataclass
@@ -122,3 +123,13 @@ class Captured:
             form.baseline,
             form.flops,
         )
+
+
+@dataclass
+class Ran:
+    """A whole program that runs: the roles of its inputs, outputs that are ``detached`` from autograd, and
+    what it was made as: one program, or a chain of segments."""
+
+    specs: Sequence[InputSpec]
+    detached: tuple[int, ...]
+    step: Captured | SegmentedStep | None = None

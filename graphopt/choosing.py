@@ -28,14 +28,14 @@ from graphopt.step_cost import baseline_of, cost_of, node_bytes
 if TYPE_CHECKING:
     from graphopt.session import Session
 
-__all__ = ["choose", "infeasible", "record_plan", "take"]
+__all__ = ["choose_schedules", "infeasible", "record_plan", "take"]
 
 _RESOLUTION = 0.01
 """Predicted times of fused code that differ by less than this share are taken as equal."""
 
 
 @uncollected()
-def choose(session: Session, group: Sequence[Captured], *, tentative: bool = False) -> None:
+def choose_schedules(session: Session, group: Sequence[Captured], *, tentative: bool = False) -> None:
     """Choose a point for each of ``group``. ``tentative``: the least where nothing seems to fit."""
     start = time.perf_counter()
     base = session.static_bytes or 0

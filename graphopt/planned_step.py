@@ -23,7 +23,8 @@ from graphopt.errors import ArtefactError
 from graphopt.kept_inputs import Look, Looks, Made
 
 if TYPE_CHECKING:
-    from graphopt.session import Ran, Session
+    from graphopt.captured import Ran
+    from graphopt.session import Session
 
 __all__ = ["Example", "PlannedStep", "put_back", "remember", "said_of", "showing"]
 

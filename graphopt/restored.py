@@ -9,7 +9,13 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-__all__ = ["random_state_restored", "restored"]
+__all__ = ["cuda_devices", "random_state_restored", "restored"]
+
+
+def cuda_devices(model: torch.nn.Module) -> list[int]:
+    """Numbers of the GPUs that a model is on: those whose random state a step may change."""
+    state = (*model.parameters(), *model.buffers())
+    return sorted({tensor.device.index for tensor in state if tensor.device.type == "cuda"})
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from graphopt.capture.semantic import semantic_program
 from graphopt.chain_plan import Link, chain_peak, hull, plan_chain, rerun_calls
 from graphopt.chain_rows import draws_random, pinned, written_inputs
 from graphopt.chain_run import ChainRunner, Layout
-from graphopt.choosing import choose, infeasible, record_plan, take
+from graphopt.choosing import choose_schedules, infeasible, record_plan, take
 from graphopt.emit.inductor import JointSeen
 from graphopt.emit.lowered import LoweredMemory, saved_count
 from graphopt.errors import CaptureError, HostMemoryError, LoweringError
@@ -116,11 +116,11 @@ class SegmentedStep:
         session = self.session
         base = session.static_bytes or 0
         if session.dry_run:
-            choose(session, self.captured)
+            choose_schedules(session, self.captured)
             return _never
         for _ in range(_ROUNDS):
             # What is compiled is judged by its code; estimates alone refuse nothing.
-            choose(session, self.captured, tentative=True)
+            choose_schedules(session, self.captured, tentative=True)
             self._compile_chosen()
             budget = session.plan.budget if session.plan is not None else None
             exact = [c.point for c in self.captured if c.point is not None]

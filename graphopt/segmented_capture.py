@@ -10,10 +10,11 @@ import torch.fx as fx
 from graphopt import _torch
 from graphopt.ambient_state import AmbientState
 from graphopt.capture.auxiliary import reattach
+from graphopt.captured import Ran
 from graphopt.program import InputSpec
 
 if TYPE_CHECKING:
-    from graphopt.session import Ran, Session
+    from graphopt.session import Session
 
 __all__ = ["segmented", "unfold"]
 

@@ -32,15 +32,15 @@ from graphopt.capture.semantic import (
     semantic_program,
 )
 from graphopt.capture.structure import attribute
-from graphopt.captured import Captured
+from graphopt.captured import Captured, Ran
 from graphopt.chain_plan import Link, Rerun
 from graphopt.chain_rows import written_names
-from graphopt.choosing import choose
+from graphopt.choosing import choose_schedules
 from graphopt.collection import uncollected
 from graphopt.cost import Cost, CostModel
 from graphopt.emit.eager import EagerEmitter
 from graphopt.emit.emitter import NONE, Emitter, Gradients
-from graphopt.errors import CaptureError, GraphoptError, LoweringError
+from graphopt.errors import CaptureError, GraphoptError, LoweringError, brief
 from graphopt.first_run import FirstRun
 from graphopt.forms import see, weigh_forms
 from graphopt.kept_inputs import TracedInputs
@@ -65,9 +65,9 @@ from graphopt.several import compile_together
 from graphopt.step_cost import settle
 
 if TYPE_CHECKING:
-    from graphopt.segmented import SegmentedStep
+    pass
 
-__all__ = ["Captured", "CapturedAnew", "NotPlanned", "Ran", "Session"]
+__all__ = ["Captured", "CapturedAnew", "NotPlanned", "Session"]
 
 
 class NotPlanned(BaseException):
@@ -81,16 +81,6 @@ class NotPlanned(BaseException):
 class CapturedAnew(BaseException):
     """Raised in place of capturing a program while one that is there was to be watched. No ``Exception``: see
     ``NotPlanned``."""
-
-
-@dataclass
-class Ran:
-    """A whole program that runs: the roles of its inputs, outputs that are ``detached`` from autograd, and
-    what it was made as: one program, or a chain of segments."""
-
-    specs: Sequence[InputSpec]
-    detached: tuple[int, ...]
-    step: Captured | SegmentedStep | None = None
 
 
 @dataclass
@@ -214,7 +204,7 @@ class Session:
                 raise
             del self.captured[known:]
             self.current = present
-            reason = f"nodes was split: {_one_line(error)}"
+            reason = f"nodes was split: {brief(error)}"
             if not any(note.endswith(reason) for note in self.diagnostics):
                 self.diagnostics.append(f"a graph of {len(gm.graph.nodes)} {reason}")
             raise _torch.splitting(error) from error
@@ -397,7 +387,7 @@ class Session:
             semantic = semantic_graph(gm, inputs)
         except Exception as error:
             self.fail(
-                f"{name}: the semantic level could not be traced ({_one_line(error)}); "
+                f"{name}: the semantic level could not be traced ({brief(error)}); "
                 "dynamo's graph is used",
                 error,
             )
@@ -555,7 +545,7 @@ class Session:
         """Let one graph of several run as dynamo captured it."""
         captured.run, captured.provisional = captured.plain, False
         self.current = [other for other in self.current if other is not captured]
-        self.diagnostics.append(f"{captured.name}: runs as it did: {_one_line(error)}")
+        self.diagnostics.append(f"{captured.name}: runs as it did: {brief(error)}")
 
     def _provisional_emitter(self, captured: Captured) -> Emitter:
         if self.observer is None:
@@ -685,7 +675,7 @@ class Session:
         """Pick what ``captured`` runs: for good if it is the whole model, else for the time being."""
         assert captured.frontier is not None
         if self.whole:
-            choose(self, [captured])
+            choose_schedules(self, [captured])
             return
         captured.point = min(captured.frontier.points, key=lambda p: (p.retained, p.peak_bytes))
 
@@ -694,10 +684,6 @@ class Session:
             raise error
         self.diagnostics.append(text)
 
-
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"
 
 
 def _storage_bytes(inputs: Sequence[Any], specs: Sequence[InputSpec], roles: tuple[str, ...]) -> int:

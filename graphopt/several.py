@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from graphopt.candidate import FrontierPoint
 from graphopt.captured import Captured
-from graphopt.choosing import choose, record_plan
+from graphopt.choosing import choose_schedules, record_plan
 from graphopt.errors import CaptureError
 from graphopt.lowered_points import corrected, exact_point, with_bytes
 from graphopt.schedule import Schedule
@@ -34,14 +34,14 @@ def compile_together(session: Session, group: Sequence[Captured]) -> None:
     is there count.
     """
     if session.dry_run:
-        choose(session, group)
+        choose_schedules(session, group)
         for captured in group:
             captured.run = _never
         return
     code: dict[_Key, tuple[Callable[..., Any], FrontierPoint]] = {}
     for _ in range(ROUNDS if session.emitter.fuses else 1):
         # What is compiled is judged by its code; estimates alone refuse nothing.
-        choose(session, group, tentative=session.emitter.fuses)
+        choose_schedules(session, group, tentative=session.emitter.fuses)
         fresh = _compile(session, group, code)
         budget = session.plan.budget if session.plan is not None else None
         if not session.emitter.fuses or budget is None or predicted_peak(session, group) <= budget:
@@ -99,7 +99,7 @@ def _keep_compiled(
         captured.frontier = replace(captured.frontier, points=tuple(kept))
     if observed := session.observed(group):
         observed.forget()
-    choose(session, group)
+    choose_schedules(session, group)
 
 
 def _key(captured: Captured) -> _Key:

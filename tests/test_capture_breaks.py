@@ -216,7 +216,7 @@ def test_programs_that_run_several_times_count_each_time() -> None:
 def test_without_a_step_seen_the_planner_counts_as_the_simulation_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("graphopt.capture.driver.timeline_of", lambda device: None)
+    monkeypatch.setattr("graphopt.capture.watched.timeline_of", lambda device: None)
     model, x = _broken()
     fast = graphopt.optimize(model, (x,), emit="eager", on_error="raise")
     session = fast._driver.session

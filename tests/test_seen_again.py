@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import graphopt
-import graphopt.session
 import graphopt_passes.insert_checkpoints as insert_checkpoints
+from graphopt import offered_schedules
 from graphopt.budget import Budget
 from graphopt.candidate import Candidate, CostDelta
 from graphopt.edit import Edit
@@ -74,13 +74,13 @@ class Twice(nn.Module):
 def runs(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the joint programs that passes ran over, in order."""
     found: list[str] = []
-    run = graphopt.session.run_joint_passes
+    run = offered_schedules.run_joint_passes
 
     def counted(program: Program, *args: Any, **settings: Any) -> Any:
         found.append(program.name)
         return run(program, *args, **settings)
 
-    monkeypatch.setattr(graphopt.session, "run_joint_passes", counted)
+    monkeypatch.setattr(offered_schedules, "run_joint_passes", counted)
     return found
 
 

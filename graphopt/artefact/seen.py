@@ -15,10 +15,11 @@ import torch
 
 from graphopt import _torch
 from graphopt.artefact.calling import structure_json
+from graphopt.captured import Ran
 from graphopt.errors import ArtefactError, GraphoptError, brief
-from graphopt.restored import restored
+from graphopt.restored import cuda_devices, restored
 from graphopt.segmented_capture import unfold
-from graphopt.session import CapturedAnew, Ran
+from graphopt.session import CapturedAnew
 
 if TYPE_CHECKING:
     from graphopt.capture.driver import Driver
@@ -110,7 +111,7 @@ def _seen(driver: Driver, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Seen
         return list(outputs)
 
     before = _attributes(model)
-    assert driver._call is not None
+    assert driver.call is not None
     session.watching, session.arguments = watch, (args, kwargs)
     try:
         known = dict(model.named_parameters())
@@ -119,10 +120,10 @@ def _seen(driver: Driver, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Seen
         with (
             driver.launching(),
             restored(model, leaves, changed),
-            torch.random.fork_rng(devices=_cuda_devices(model)),
+            torch.random.fork_rng(devices=cuda_devices(model)),
             _torch.quiet_capture(),
         ):
-            returned = driver._call(*args, **kwargs)
+            returned = driver.call(*args, **kwargs)
     except Exception as error:
         inner = _torch.inner_error(error)
         if inner is not error and isinstance(inner, GraphoptError):
@@ -161,9 +162,6 @@ def _seen(driver: Driver, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Seen
     seen.device = torch.device(devices[0])
     return seen
 
-
-def _cuda_devices(model: torch.nn.Module) -> list[int]:
-    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
 
 
 def _attributes(model: torch.nn.Module) -> dict[str, Any]:

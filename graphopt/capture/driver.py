@@ -16,9 +16,10 @@ from graphopt.agreement import Agreement, for_programs
 from graphopt.apart import CompiledApart
 from graphopt.capture.faithful import compared
 from graphopt.capture.inputs import bind_inputs
-from graphopt.capture.observe import Observer
+from graphopt.capture.judged import judge
 from graphopt.capture.plugged import PluggedCapture
-from graphopt.capture.timeline import statistics_of, timeline_of
+from graphopt.capture.timeline import statistics_of
+from graphopt.capture.watched import capture_pieces, decide_step
 from graphopt.cost import Cost, MemoryProfile
 from graphopt.dumping import dumped, programs_of
 from graphopt.errors import (
@@ -31,15 +32,14 @@ from graphopt.errors import (
 from graphopt.explanation import MemoryExplanation
 from graphopt.first_run import Untouched
 from graphopt.first_step import FirstStep
-from graphopt.guard import Guard, attributes_restored, obstacle
+from graphopt.guard import Guard
 from graphopt.kept_inputs import KeptExample
-from graphopt.loss import is_differentiable, loss_of
 from graphopt.pareto_front import ParetoPoint
 from graphopt.planned_step import showing
 from graphopt.plans import Plan
 from graphopt.program import Program, layer_of
 from graphopt.report import Environment, Report
-from graphopt.restored import random_state_restored, restored
+from graphopt.restored import cuda_devices, random_state_restored
 from graphopt.segmented_capture import unfold
 from graphopt.session import NotPlanned, Session
 from graphopt.several import compile_together
@@ -49,9 +49,6 @@ if TYPE_CHECKING:
     from graphopt.packing.fit import Fitted, WeightFit
 
 __all__ = ["Driver"]
-
-
-_PACK_FIRST = "weights are not packed for a step of several calls: call graphopt.quantize(model, ...) before"
 
 
 _OTHER_PATH = "look for code that asks torch.compiler.is_compiling() and takes another path then"
@@ -81,7 +78,7 @@ class Driver:
         self.model, self.session, self.dynamic = model, session, dynamic
         self._example = None if inputs is None else KeptExample(inputs)
         self.loss_fn = loss_fn
-        self._call: Callable[..., Any] | None = None
+        self.call: Callable[..., Any] | None = None
         self._watched: Callable[..., Any] | None = None
         self._uncaptured = self._differentiates = False
         self._ran: set[bool] = set()
@@ -106,12 +103,12 @@ class Driver:
             self.calls += 1
             return self._watched(*args, **kwargs)
         self.prepare(args, kwargs)
-        if self._call is None:
+        if self.call is None:
             return self.model(*args, **kwargs)
         training = torch.is_grad_enabled() and self.training_step()
         if self.guard is not None:
             if self.guard.due(training):
-                self._judge(self.guard, args, kwargs, training)
+                judge(self, self.guard, args, kwargs, training)
             if self.guard.replaced(training):
                 return self.model(*args, **kwargs)
         first = self._first_step() if training else None
@@ -122,7 +119,7 @@ class Driver:
                 self.session.finish()
                 if first is not None:
                     first.begin(self.session.static_bytes or 0)
-                output = self._call(*args, **kwargs)
+                output = self.call(*args, **kwargs)
             if first is not None:
                 first.returned(output)
             self._ran.add(training)
@@ -134,15 +131,15 @@ class Driver:
             failed = isinstance(error, _torch.compile_errors()) and self.session.whole
             if self.session.on_error == "raise" or not (failed or _may_be_left(error, before)):
                 raise
-            note = f"calls of other inputs run as they did: {_first_line(inner)}"
+            note = f"calls of other inputs run as they did: {brief(inner)}"
         finally:
             self.session.arguments = None
         # No part of the call has had an effect. Inputs that the model refuses get the model's own error.
         output = self.model(*args, **kwargs)
         if not failed:
             self.session.forget()
-            self._call, self.first, self._uncaptured = None, None, True
-            note = f"not captured, runs as it did: what was captured fails: {_first_line(inner)}"
+            self.call, self.first, self._uncaptured = None, None, True
+            note = f"not captured, runs as it did: what was captured fails: {brief(inner)}"
         if note not in self.session.diagnostics:
             self.session.diagnostics.append(note)
         return output
@@ -157,7 +154,7 @@ class Driver:
 
     def prepare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Capture and plan, if that has not happened yet; together with the ranks that share the model."""
-        if self._call is not None or self._uncaptured:
+        if self.call is not None or self._uncaptured:
             return
         if self._example is None:
             self._example = KeptExample(kwargs if kwargs and not args else args)
@@ -239,10 +236,10 @@ class Driver:
             except Exception as error:
                 breaks = isinstance(error, _torch.graph_break_errors())
                 if not breaks and self.session.on_error == "raise":
-                    self._give_up(_torch.inner_error(error), args, kwargs)
+                    self.give_up(_torch.inner_error(error), args, kwargs)
                 self.session.forget()
-                self.session.diagnostics.append(f"not one graph: {_first_line(_torch.inner_error(error))}")
-            self._capture_pieces(args, kwargs)
+                self.session.diagnostics.append(f"not one graph: {brief(_torch.inner_error(error))}")
+            capture_pieces(self, args, kwargs)
 
     def _capture_plugged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a plugin captured the call."""
@@ -259,7 +256,7 @@ class Driver:
         )
         if not self.plugged.capture(args, kwargs):
             return False
-        self._call = self.plugged
+        self.call = self.plugged
         return True
 
     def _capture_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -269,8 +266,8 @@ class Driver:
         try:
             call(*args, **kwargs)
         except NotPlanned:
-            if self._is_faithful(call, args, kwargs):
-                self._call = call
+            if self.is_faithful(call, args, kwargs):
+                self.call = call
         except Exception as error:
             inner = _torch.inner_error(error)
             if isinstance(inner, GraphoptError):
@@ -278,21 +275,19 @@ class Driver:
             raise
         else:
             # Nothing was compiled: the model computes nothing that dynamo could capture.
-            self._give_up(
+            self.give_up(
                 CaptureError("the model runs no tensor operation that can be captured"), args, kwargs
             )
         finally:
             session.capturing = False
 
-    def _is_faithful(
-        self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> bool:
+    def is_faithful(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether what was captured computes what the model does; a model of which it does not is left as it
         is."""
         if not (difference := self._difference(call, args, kwargs)):
             return True
         self.session.forget()
-        self._give_up(CaptureError(difference, hint=_OTHER_PATH), args, kwargs)
+        self.give_up(CaptureError(difference, hint=_OTHER_PATH), args, kwargs)
         return False
 
     def _difference(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
@@ -320,50 +315,6 @@ class Driver:
             return ""
         return f"compiled, the model computes something else than it does op by op: {found.difference}"
 
-    def _capture_pieces(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Several graphs: run the forward once, everything put back, to see them all."""
-        session = self.session
-        before = len(session.diagnostics)
-        session.whole = False
-        session.current = []
-        session.captured = []
-        session.observer = _observer((self.model.parameters(), self.model.buffers(), args, kwargs))
-        call = CompiledApart(self.model, session.backend, dynamic=self.dynamic)
-        leaves = [p for p in self.model.parameters() if p.requires_grad]
-        try:
-            with session.put_back(self.model):
-                with (
-                    restored(self.model, leaves),
-                    torch.random.fork_rng(devices=_cuda_devices(self.model)),
-                    _torch.gathers_ended(self.model),
-                ):
-                    call(*args, **kwargs)
-                if session.current and not self._is_faithful(call, args, kwargs):
-                    return
-                if session.observer is not None:
-                    self._observe(session.observer, call, args, kwargs)
-            # The scalar of a graph was taken for the loss, and is none.
-            mistaken = bool(session.differentiated) and not session.attached
-            if not mistaken:
-                session.finish()
-        except Exception as error:
-            inner = _torch.inner_error(error)
-            if isinstance(inner, GraphoptError):
-                raise inner from None
-            self._give_up(inner, args, kwargs)
-            return
-        if mistaken:
-            notes = session.diagnostics[:before]
-            session.forget()
-            session.attached = True
-            session.diagnostics.extend(notes)
-            self._capture_pieces(args, kwargs)
-            return
-        if not session.current:
-            self._give_up(CaptureError("dynamo captured no graph of the model"), args, kwargs)
-            return
-        self._call = call
-
     def prepare_step(self, step: Callable[[], object]) -> None:
         """Capture and plan all that ``step()`` runs of the model, everything put back afterwards; together
         with the ranks that share the model.
@@ -371,132 +322,19 @@ class Driver:
         Raises ``InputsError`` where ``step`` raises or never calls the model.
         """
         if self.agreement is None:
-            self._decide_step(step)
+            decide_step(self, step)
             return
         self.agreement.compare(self.model, ())
-        self.agreement.together("capture", lambda: self._decide_step(step))
-        self._settle(self.agreement, lambda: self._decide_step(step))
+        self.agreement.together("capture", lambda: decide_step(self, step))
+        self._settle(self.agreement, lambda: decide_step(self, step))
 
-    def _decide_step(self, step: Callable[[], object]) -> None:
-        session = self.session
-        self.step = step
-        if session.host.capture_hooks():
-            session.diagnostics.append("plugins capture single calls: they were not asked for step=")
-        if self.fit is not None and session.budget.weights is not None:
-            raise InputsError("a bound of weights is met for single calls, not for step=", hint=_PACK_FIRST)
-        session.whole, session.current, session.captured = False, [], []
-        session.observer = _observer((self.model.parameters(), self.model.buffers()))
-        call = CompiledApart(self.model, session.backend, dynamic=self.dynamic)
-        leaves = [p for p in self.model.parameters() if p.requires_grad]
-
-        def reset() -> None:
-            if not self.gradients_held():
-                for leaf in leaves:
-                    leaf.grad = None
-
-        reason = "the memory of this device cannot be watched"
-        try:
-            with _torch.quiet_capture():
-                with (
-                    session.put_back(self.model),
-                    restored(self.model, leaves),
-                    torch.random.fork_rng(devices=_cuda_devices(self.model)),
-                    _torch.gathers_ended(self.model),
-                ):
-                    self._watched = call
-                    # The first run captures, and has things to set up that later ones find done.
-                    self.calls = 0
-                    reset()
-                    step()
-                    calls = self.calls
-                    if not session.current:
-                        raise InputsError(
-                            "step never ran the model: expected calls of the module it is given"
-                        )
-                    if session.observer is not None and session.see(
-                        session.observer.observe_step(step, reset)
-                    ):
-                        reason = ""
-                    elif session.observer is not None:
-                        reason = "programs ran that were not captured"
-                self._watched, self.calls = None, calls
-                if reason:
-                    self._unobserved(reason)
-                session.finish()
-        except Exception as error:
-            inner = _torch.inner_error(error)
-            if isinstance(inner, BudgetError) and self.fit is not None and self.fit.conversion is not None:
-                raise BudgetError(
-                    inner.message,
-                    least_bytes=inner.least_bytes,
-                    budget_bytes=inner.budget_bytes,
-                    hint=f"{inner.hint}; {_PACK_FIRST}",
-                ) from None
-            if isinstance(inner, GraphoptError):
-                raise inner from None
-            raise InputsError(f"step raised {brief(inner)}") from inner
-        finally:
-            self._watched = None
-        self._call = call
-
-    def _unobserved(self, reason: str) -> None:
-        self.session.diagnostics.append(
-            f"what runs between the programs is not counted, as no whole step was seen: {reason}"
-        )
-
-    def _observe(
-        self, observer: Observer, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Run whole steps, everything put back, to see what the programs share and what lies between.
-
-        Raises what such a step raises where the model's own does not.
-        """
-
-        def backward(output: Any) -> None:
-            if training and not (updates and not is_differentiable(output)):
-                torch.autograd.backward(loss_of(output, self.loss_fn))
-
-        # A step that updates parameters may have differentiated its loss itself.
-        updates = self.written_parameters()
-        training = any(captured.mode == "train" for captured in self.session.current)
-        tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        leaves = [t for t in (*self.model.parameters(), *tensors) if t.is_leaf and t.requires_grad]
-        held = self.gradients_held()
-        try:
-            with restored(self.model, leaves), _torch.gathers_ended(self.model):
-                # The first backward has things to set up that later ones find done.
-                for setting_up in (True, False):
-                    if not held:
-                        for leaf in leaves:
-                            leaf.grad = None
-                    if setting_up:
-                        backward(call(*args, **kwargs))
-                    else:
-                        seen = observer.observe(lambda: call(*args, **kwargs), backward)
-        except Exception as error:
-            reason = _first_line(error)
-            with restored(self.model, leaves), _torch.gathers_ended(self.model):
-                try:
-                    backward(self.model(*args, **kwargs))
-                except Exception:
-                    plain = False
-                else:
-                    plain = True
-            if plain:
-                raise
-        else:
-            if self.session.see(seen):
-                return
-            reason = "programs ran that were not captured"
-        self._unobserved(reason)
-
-    def _give_up(self, error: BaseException, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def give_up(self, error: BaseException, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Leave the model as it is. Inputs that the model itself refuses are the caller's error."""
         self._run_plain(args, kwargs)
         if self.session.on_error == "raise":
-            raise CaptureError(f"the model could not be captured: {_first_line(error)}") from error
+            raise CaptureError(f"the model could not be captured: {brief(error)}") from error
         self._uncaptured = True
-        self.session.diagnostics.append(f"not captured, runs as it did: {_first_line(error)}")
+        self.session.diagnostics.append(f"not captured, runs as it did: {brief(error)}")
 
     def _run_plain(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run the model, everything put back. Raises ``InputsError`` where it does not run."""
@@ -504,14 +342,14 @@ class Driver:
             torch.set_grad_enabled(self._differentiates),
             _buffers_restored(self.model),
             random_state_restored(),
-            torch.random.fork_rng(devices=_cuda_devices(self.model)),
+            torch.random.fork_rng(devices=cuda_devices(self.model)),
             _torch.gathers_ended(self.model),
         ):
             try:
                 self.model(*args, **kwargs)
             except Exception as refused:
                 raise InputsError(
-                    f"the model does not run with these inputs: {_first_line(refused)}",
+                    f"the model does not run with these inputs: {brief(refused)}",
                 ) from refused
 
     def training_step(self) -> bool:
@@ -539,73 +377,6 @@ class Driver:
     def remark(self, text: str) -> None:
         """Have the report say something."""
         self.session.diagnostics.append(text)
-
-    def _judge(self, guard: Guard, args: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> None:
-        """Measure steps of the program and of the model on these inputs, all that they change put back."""
-        session = self.session
-        # What made the inputs is no part of the step.
-        args, kwargs = torch.utils._pytree.tree_map_only(torch.Tensor, _leaf, (args, kwargs))
-        inputs = torch.utils._pytree.tree_leaves((args, kwargs))
-        tensors = [t for t in inputs if isinstance(t, torch.Tensor)]
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        leaves = [*parameters, *(t for t in tensors if t.is_leaf and t.requires_grad)]
-        budget = session.plan.budget if session.plan is not None else None
-        baseline = self.plan().baseline.peak_bytes
-        reason = obstacle(self.model, training=training)
-        if self.step is not None:
-            reason = "a step is more than one call"
-        elif session.taken_over:
-            reason = "it was made by an earlier process"
-        elif session.writes_inputs():
-            reason = "it writes its inputs"
-        elif budget is not None and baseline > budget:
-            reason = "that does not fit the budget"
-        if reason:
-            guard.refuse(training, reason)
-            return
-        absent = [leaf for leaf in leaves if leaf.grad is None]
-
-        def step_of(call: Callable[..., Any]) -> Callable[[], object]:
-            def step() -> object:
-                output = call(*args, **kwargs)
-                if training and is_differentiable(output):
-                    torch.autograd.backward(loss_of(output, self.loss_fn), inputs=leaves)
-                return output
-
-            return step
-
-        def program(*args: Any, **kwargs: Any) -> Any:
-            assert self._call is not None
-            with _torch.quiet_capture():
-                session.finish()
-                return self._call(*args, **kwargs)
-
-        known = dict(self.model.named_parameters())
-        written = [known[name] for name in self.written_parameters() if name in known]
-        session.arguments = (args, kwargs)
-        devices = _cuda_devices(self.model)
-        try:
-            with (
-                restored(self.model, leaves, written),
-                attributes_restored(self.model) as reset,
-                torch.random.fork_rng(devices=devices),
-            ):
-
-                def before() -> None:
-                    reset()
-                    for leaf in absent:
-                        leaf.grad = None
-
-                guard.judge(
-                    step_of(program), step_of(self.model),
-                    training=training,
-                    device=tensors[0].device if tensors else torch.device("cpu"),
-                    static_bytes=session.static_bytes or 0,
-                    budget=budget,
-                    before=before,
-                )  # fmt: skip
-        finally:
-            session.arguments = None
 
     def written_parameters(self) -> list[str]:
         """Parameters that the present programs write, by their dotted names."""
@@ -757,22 +528,6 @@ def _buffers_restored(model: torch.nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _observer(values: Any) -> Observer | None:
-    """An observer of the one device that all tensors in ``values`` are on."""
-    leaves = [
-        leaf
-        for value in values
-        for leaf in torch.utils._pytree.tree_leaves(list(value) if isinstance(value, Iterator) else value)
-    ]
-    devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor)}
-    timeline = timeline_of(devices.pop()) if len(devices) == 1 else None
-    return Observer(timeline) if timeline is not None else None
-
-
-def _cuda_devices(model: torch.nn.Module) -> list[int]:
-    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
-
-
 def _may_be_left(error: Exception, before: Untouched | None) -> bool:
     """Whether the model may run in place of a first call that ended in ``error``: put back as ``before``."""
     if before is None or isinstance(error, (GraphoptError, torch.OutOfMemoryError)):
@@ -783,12 +538,3 @@ def _may_be_left(error: Exception, before: Untouched | None) -> bool:
 def _modes(model: torch.nn.Module) -> tuple[bool, ...]:
     """Which modules of ``model`` are in training mode."""
     return tuple(module.training for module in model.modules())
-
-
-def _leaf(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor if tensor.is_leaf else tensor.detach().requires_grad_()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

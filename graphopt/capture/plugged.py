@@ -19,13 +19,13 @@ from graphopt import _torch
 from graphopt.apart import CompiledApart
 from graphopt.capture.faithful import stands_for
 from graphopt.capture.kept import KeptModel
-from graphopt.capture.stand_in import keep_layers, stand_in, state_of
+from graphopt.capture.stand_in import keep_layers, stand_in
 from graphopt.errors import GraphoptError, PluginError, brief
 from graphopt.plugins.capturing import CaptureHook
 from graphopt.plugins.loading import GUARDED
 from graphopt.plugins.records import Capture, CaptureInputs, CaptureOptions
 from graphopt.report import CaptureRecord
-from graphopt.restored import random_state_restored
+from graphopt.restored import cuda_devices, random_state_restored
 from graphopt.session import NotPlanned, Session
 
 __all__ = ["PluggedCapture", "ask"]
@@ -76,7 +76,7 @@ def ask(
     try:
         with (
             random_state_restored(),
-            torch.random.fork_rng(devices=_devices(model)),
+            torch.random.fork_rng(devices=cuda_devices(model)),
             torch.set_grad_enabled(torch.is_grad_enabled()),
         ):
             returned = hook.ask(model, CaptureInputs(given, named), options)
@@ -283,7 +283,3 @@ def _copied(leaf: Any) -> Any:
     if not isinstance(leaf, torch.Tensor):
         return leaf
     return leaf.detach().clone().requires_grad_(leaf.requires_grad)
-
-
-def _devices(model: torch.nn.Module) -> list[int]:
-    return sorted({t.device.index for t in state_of(model).values() if t.device.type == "cuda"})

@@ -16,7 +16,7 @@ from graphopt.capture.semantic import input_specs, semantic_graph, semantic_prog
 from graphopt.errors import CaptureError, GraphoptError, InputsError, brief
 from graphopt.packing.discover import Read, reads_of
 from graphopt.program import Program
-from graphopt.restored import restored
+from graphopt.restored import cuda_devices, restored
 
 __all__ = ["Tracer", "captured_programs"]
 
@@ -72,7 +72,7 @@ class Tracer:
         finally:
             self._running = True
         self.programs.clear()
-        with restored(self.model, []), torch.random.fork_rng(devices=_cuda_devices(self.model)):
+        with restored(self.model, []), torch.random.fork_rng(devices=cuda_devices(self.model)):
             self(*args, **kwargs)
 
     def _backend(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
@@ -106,7 +106,7 @@ def captured_programs(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         try:
             tracer.capture(args, kwargs)
         except Exception as error:
-            with restored(model, []), torch.random.fork_rng(devices=_cuda_devices(model)):
+            with restored(model, []), torch.random.fork_rng(devices=cuda_devices(model)):
                 try:
                     model(*args, **kwargs)
                 except Exception as refused:
@@ -140,7 +140,3 @@ class _Watching(fx.Interpreter):
             return super().run_node(n)
         x = self.env[read.x]
         return self.watch(read, x, super().run_node(n))
-
-
-def _cuda_devices(model: nn.Module) -> list[int]:
-    return sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"})
