@@ -96,6 +96,76 @@ def family(name: str, attention: str | None = None, **changes: Any) -> nn.Module
     return built
 
 
+_SOURCES: dict[str, Any] = {
+    "vocab_size": VOCABULARY, "d_model": WIDTH, "encoder_layers": 2, "decoder_layers": 2,
+    "encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS, "encoder_ffn_dim": 96,
+    "decoder_ffn_dim": 96, "max_position_embeddings": POSITIONS, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2, "decoder_start_token_id": 3,
+}  # fmt: skip
+_T5 = {
+    "vocab_size": VOCABULARY, "d_model": WIDTH, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": HEADS,
+    "relative_attention_num_buckets": 8, "relative_attention_max_distance": 24, "pad_token_id": 0,
+    "decoder_start_token_id": 3,
+}  # fmt: skip
+ENCODERS: dict[str, dict[str, Any]] = {
+    "bart": _SOURCES, "pegasus_x": {**_SOURCES, "block_size": 8, "num_global_tokens": 4},
+    "t5": _T5, "longt5": {**_T5, "local_radius": 4, "global_block_size": 4},
+    "whisper": {
+        **_SOURCES, "num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": POSITIONS,
+    },
+    "moonshine": {
+        **_COMMON, "encoder_num_hidden_layers": 2, "decoder_num_hidden_layers": 2,
+        "encoder_num_attention_heads": HEADS, "decoder_num_attention_heads": HEADS,
+        "decoder_start_token_id": 3,
+    },
+    "prophetnet": {
+        **_COMMON, "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": HEADS,
+        "num_decoder_attention_heads": HEADS, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96,
+        "decoder_start_token_id": 3,
+    },
+}  # fmt: skip
+"""Model types that decode what an encoder gives, of tokens or of sounds."""
+
+
+def encoder_family(name: str, **changes: Any) -> nn.Module:
+    """The model of one of ``ENCODERS``, its weights drawn wide, so that tokens vary."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    given: dict[str, Any] = ENCODERS[name] | changes
+    sounds = name in ("whisper", "moonshine")
+    kind: Any = transformers.AutoModelForSpeechSeq2Seq if sounds else transformers.AutoModelForSeq2SeqLM
+    torch.manual_seed(0)
+    model: Any = kind.from_config(CONFIG_MAPPING[name](**given))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(3.0)
+    model.generation_config.pad_token_id = 0
+    model.generation_config.eos_token_id = None
+    model.generation_config.forced_eos_token_id = None
+    built: nn.Module = model.eval()
+    return built
+
+
+def source_inputs(name: str, length: int = 19) -> dict[str, torch.Tensor]:
+    """What an encoder of ``ENCODERS`` reads, the second of two sources with padding where it takes a mask,
+    and two tokens of the decoder."""
+    generator = torch.Generator().manual_seed(2)
+    given: dict[str, torch.Tensor] = {"decoder_input_ids": tokens(2, 2)}
+    if name == "whisper":
+        return {"input_features": torch.randn(2, 8, 32, generator=generator), **given}
+    if name == "moonshine":
+        given["input_values"] = torch.randn(2, 4000, generator=generator)
+        given["attention_mask"] = torch.ones(2, 4000, dtype=torch.int64)
+        given["attention_mask"][1, 2500:] = 0
+        return given
+    given["input_ids"] = tokens(2, length, 2)
+    given["attention_mask"] = torch.ones(2, length, dtype=torch.int64)
+    given["attention_mask"][1, length // 2 :] = 0
+    return given
+
+
 def tokens(batch: int = 2, length: int = 9, seed: int = 1) -> torch.Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, VOCABULARY, (batch, length), generator=generator)
@@ -114,6 +184,7 @@ class Block(nn.Module):
         lower = torch.ones(POSITIONS, POSITIONS, dtype=torch.bool).tril().view(1, 1, POSITIONS, POSITIONS)
         self.register_buffer("lower", lower, persistent=False)
         self.sinks = nn.Parameter(torch.randn(HEADS))
+        self.near = nn.Embedding(40, HEADS)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         batch, length, _ = x.shape
@@ -173,6 +244,12 @@ class Block(nn.Module):
             case "logarithmic":
                 bias = torch.where(distance >= 0, -(distance.clamp(min=0) + 1.0).log(), float("-inf"))
                 return F.scaled_dot_product_attention(q, k, v, bias)
+            case "learned-distances":
+                bias = self.near.weight[distance.clamp(0, 39)].permute(2, 0, 1)
+                return F.scaled_dot_product_attention(q, k, v, bias.masked_fill(distance < 0, float("-inf")))
+            case "learned-keys":
+                bias = self.near.weight[i.clamp(max=39)].T[:, None].expand(-1, length, -1)
+                return F.scaled_dot_product_attention(q, k, v, bias.masked_fill(distance < 0, float("-inf")))
         raise AssertionError(self.kind)
 
 

@@ -203,15 +203,6 @@ def test_what_goes_wrong_unforeseen_leaves_generating_to_the_model(
             generating(llama, 40, **settings)
 
 
-def test_encoder_decoders_are_refused_with_the_reason() -> None:
-    config = transformers.T5Config(
-        vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
-    )
-    model = transformers.T5ForConditionalGeneration(config).eval()
-    with pytest.raises(CaptureError, match="attention to an encoder's output"):
-        generating(model, 40)
-
-
 def test_without_generate_an_optimized_model_generates_as_the_model_does() -> None:
     model = family("llama")
     fast = graphopt.optimize(model)

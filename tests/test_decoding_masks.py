@@ -100,9 +100,17 @@ def test_other_uses_of_padding_are_refused() -> None:
         spec_of(causal, takes_mask=True, padding=lambda mask: mask.roll(3, 1))
 
 
+def test_biases_of_distances_are_told_from_others() -> None:
+    found = spec_of(causal, [300], 512, bias=lambda rows, keys: (rows - keys + 1.0).abs().sqrt())
+    assert found == MaskSpec(bias="bias") and str(found) == "causal, bias of distances"
+    # One that is a slope at first.
+    turning = spec_of(window(100), [100, 60], 512, bias=lambda rows, keys: -(rows - keys).clamp(max=60.0))
+    assert turning == MaskSpec(window=100, bias="bias")
+
+
 def test_other_biases_are_refused() -> None:
-    with pytest.raises(CaptureError, match="no slope times the position of a key"):
-        spec_of(causal, bias=lambda rows, keys: (rows - keys + 1.0).abs().sqrt())
+    with pytest.raises(CaptureError, match="no function of how far it is before the query: position 47 adds"):
+        spec_of(causal, bias=lambda rows, keys: (rows - keys + 1.0).abs().sqrt() + 0.1 * (rows == 47) * (keys == 3))
     # A bias that turns where the sequence is long.
     with pytest.raises(CaptureError, match="no slope times the position of a key"):
         spec_of(causal, [300], bias=lambda rows, keys: 0.5 * keys.clamp(max=300).double())

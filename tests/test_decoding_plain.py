@@ -51,7 +51,7 @@ def test_positions_may_be_counted_or_be_the_first_rows_of_a_table() -> None:
         ("both-ways", CaptureError, "blocks.0: the mask lets position 0 read position 1, which comes later"),
         ("prefix", CaptureError, "blocks.0: the mask lets position 0 read position 1, which comes later"),
         ("blocks", CaptureError, "position 8 does not read position 7, but position 1 reads position 0"),
-        ("logarithmic", CaptureError, "no slope times the position of a key (ALiBi)"),
+        ("learned-keys", CaptureError, "no function of how far it is before the query: position"),
         ("convolution", VerificationError, "first value that differs is pad (aten.pad.default) of blocks.0"),
     ],
 )

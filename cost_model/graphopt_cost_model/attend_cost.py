@@ -79,10 +79,14 @@ def attend_workspace(call: Call) -> int:
     valid = call.argument("valid")
     known = batch if valid is not None else 1
     scores = batch * heads * rows * seen
-    slopes = call.argument("slopes") is not None
+    tabled = str(call.packet).endswith("attend_relative")
+    slopes = call.argument("slopes") is not None or tabled
     # Positions of keys, what a mask says of each, places and what they add.
     held = copies + 24 * seen + 8 * rows + known * rows * seen
-    if slopes:
+    if tabled:
+        # Distances, twice, and what is added by them.
+        held += rows * seen * (16 + 4 * heads)
+    elif slopes:
         held += (16 * known * valid.shape[1] if valid is not None else 0) + known * (heads + 1) * seen * 4
     masking = rows * seen * 3 + known * rows * seen
     capped = bool(call.argument("softcap"))

@@ -162,7 +162,9 @@ def _converted(passes: int) -> Callable[[Call], tuple[Phase, ...]]:
 
 
 _FORMULAS: dict[str, Callable[[Call], tuple[Phase, ...]]] = {
+    "graphopt.attend_cross": attend_phases,
     "graphopt.attend_full": attend_phases,
+    "graphopt.attend_relative": attend_phases,
     "graphopt.attend_ring": attend_phases,
     "graphopt.attention": attention_phases,
     "graphopt.attention_backward": attention_backward_phases,

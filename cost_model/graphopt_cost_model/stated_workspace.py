@@ -20,7 +20,7 @@ from graphopt_cost_model.dropout_cost import dropout_workspace
 __all__ = ["stated_workspace"]
 
 _ATTENTION = ("graphopt.attention", "graphopt.attention_backward")
-_STORES = ("graphopt.attend_full", "graphopt.attend_ring")
+_STORES = tuple(f"graphopt.attend_{name}" for name in ("cross", "full", "relative", "ring"))
 _PREFIX = "graphopt.linear_cross_entropy"
 
 

@@ -97,11 +97,13 @@ def assign(model: torch.nn.Module, inputs: Any, options: Generate, session: Sess
         raise InputsError(f"pass {passes[0].name!r} needs inputs: example tokens, as a tuple or a dict")
     try:
         uncached = capture_uncached(model, inputs, options)
+        if uncached.source is not None:
+            raise CaptureError("it reads an encoder's output: such passes compare programs over tokens alone")
         regions, question = _question(uncached, options, session)
     except CaptureError as error:
         if session.on_error == "raise":
             raise
-        why = f"the model cannot be captured for decoding: {error.message}"
+        why = f"the model cannot be captured for passes over stores: {error.message}"
         return Assigned(model, records=tuple(_record(step, session, "failed", why) for step in passes))
     answers: list[SiteAnswer] = []
     records: list[PassRecord] = []

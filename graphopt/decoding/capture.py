@@ -11,7 +11,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,14 +20,44 @@ import torch.fx as fx
 from graphopt import _torch
 from graphopt.capture.inputs import bind_inputs
 from graphopt.decoding.einsum import write_einsum_out
+from graphopt.decoding.encoder import Encoder, decoder_name, encoder_of, evaluating
 from graphopt.decoding.options import Generate
 from graphopt.errors import CaptureError, InputsError, brief
 
-__all__ = ["Uncached", "capture_uncached", "logits_of"]
+__all__ = ["Source", "Uncached", "arguments_of", "capture_uncached", "logits_of", "source_shapes"]
 
 _BATCH, _LENGTH = 3, 7
 """Sizes of the example that is captured: unlike each other, unlike 0 and 1, which export takes for
 constants."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a decoder reads besides its tokens: placeholders of the tensors that ``encoder`` gives, rows [B,
+    T, D] first, and of the mask of what it encodes. ``rows`` is T, of which ``most`` are kept.
+
+    ``tokens``, ``mask`` and ``positions`` are the names of the decoder's own arguments.
+    """
+
+    encoder: Encoder
+    leaves: tuple[str, ...]
+    shown: str | None
+    rows: torch.SymInt
+    most: int
+    tokens: str
+    mask: str
+    positions: str
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        return self.leaves if self.shown is None else (*self.leaves, self.shown)
+
+    def given(self, arguments: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """What the decoder is given by placeholder where the model's own encoder reads ``arguments``."""
+        found = dict(zip(self.leaves, self.encoder(arguments), strict=True))
+        if self.shown is not None and self.encoder.mask is not None:
+            found[self.shown] = arguments[self.encoder.mask]
+        return found
 
 
 @dataclass(frozen=True)
@@ -37,7 +67,8 @@ class Uncached:
     ``eager(tokens, mask, positions)``, those that it takes, is the model itself, in evaluation. ``weights``:
     what the placeholders of weights stand for, by their names; ``names``: their dotted names in the model.
     ``tokens``, ``mask`` and ``positions`` are placeholders, the last two ``None`` where the model takes
-    none. ``batch`` and ``length`` are the symbols.
+    none. ``batch`` and ``length`` are the symbols. ``source``: what it reads of an encoder, if it does, and
+    ``given``: tensors that are read where nothing else is said, by placeholder.
     """
 
     gm: fx.GraphModule
@@ -50,10 +81,17 @@ class Uncached:
     batch: torch.SymInt
     length: torch.SymInt
     vocabulary: int
+    source: Source | None = None
+    given: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.tokens, self.mask, self.positions) if name is not None)
+        own = tuple(name for name in (self.tokens, self.mask, self.positions) if name is not None)
+        return own if self.source is None else (*own, *self.source.inputs)
+
+    def reading(self, given: Mapping[str, torch.Tensor]) -> Uncached:
+        """The same program over the source ``given``, by placeholder."""
+        return replace(self, given=given)
 
     def placeholder(self, name: str) -> fx.Node:
         found: fx.Node = next(node for node in self.gm.graph.nodes if node.name == name)
@@ -79,6 +117,24 @@ class Uncached:
     def has_length(self, size: Any) -> bool:
         """Whether a size depends on that of the sequence."""
         return _torch.depends_on(size, self.length)
+
+    def has_rows(self, size: Any) -> bool:
+        """Whether a size depends on the number of rows of the source."""
+        return self.source is not None and _torch.depends_on(size, self.source.rows)
+
+
+def source_shapes(uncached: Uncached, batch: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shapes and dtypes of the longest source for ``batch`` sequences, by placeholder."""
+    source = uncached.source
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    if source is None:
+        return shapes
+    for name in source.inputs:
+        value = uncached.placeholder(name).meta["val"]
+        # Masks of sounds are longer than what they say of rows.
+        length = -(-_torch.hint(value.shape[1]) * source.most // _torch.hint(source.rows))
+        shapes[name] = ((batch, length, *map(_torch.hint, value.shape[2:])), value.dtype)
+    return shapes
 
 
 class TakesTokens(Protocol):
@@ -107,18 +163,31 @@ def arguments_of(
         if positions is None:
             positions = (known.long().cumsum(-1) - 1).masked_fill(known == 0, 0)
         given[uncached.positions] = positions
-    return given
+    return {**given, **uncached.given} if isinstance(uncached, Uncached) else given
 
 
 class _Logits(torch.nn.Module):
-    """The model as a function of tokens, mask and positions alone."""
+    """The model as a function of tokens, mask and positions alone, and of what ``encoder`` gives."""
 
-    def __init__(self, model: torch.nn.Module, names: Sequence[str], fixed: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        names: Sequence[str],
+        fixed: Mapping[str, Any],
+        encoder: Encoder | None = None,
+    ) -> None:
         super().__init__()
         self.model, self.names, self.fixed = model, tuple(names), dict(fixed)
+        self.encoder = encoder
 
     def forward(self, *values: torch.Tensor) -> torch.Tensor:
-        given = dict(zip(self.names, values, strict=True))
+        given: dict[str, Any] = dict(zip(self.names, values, strict=False))
+        if self.encoder is not None:
+            read = values[len(self.names) :]
+            count = len(self.encoder.keys)
+            given["encoder_outputs"] = self.encoder.output(read[:count])
+            if self.encoder.mask is not None:
+                given[self.encoder.mask] = read[count]
         return logits_of(self.model(**given, **self.fixed))
 
 
@@ -143,10 +212,10 @@ def capture_uncached(model: torch.nn.Module, inputs: Any, options: Generate) -> 
     Raises ``InputsError`` for inputs that are not tokens, and ``CaptureError``, naming what is in the way,
     for a model that is no decoder over tokens or cannot be captured with a symbolic length.
     """
-    with _evaluating(model), _attributes_kept(model):
-        names, fixed, example = _example(model, inputs, options)
-        wrapped = _Logits(model, names, fixed)
-        dynamic = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},) * len(names)
+    with evaluating(model), _attributes_kept(model):
+        names, fixed, example, encoder = _example(model, inputs, options)
+        wrapped = _Logits(model, names, fixed, encoder)
+        dynamic = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},) * len(example)
         with torch.no_grad(), _torch.quiet_capture():
             _runs(wrapped, example)
             try:
@@ -163,11 +232,11 @@ def capture_uncached(model: torch.nn.Module, inputs: Any, options: Generate) -> 
                 raise CaptureError(f"the model could not be captured without a cache: {why}") from error
 
     def eager(*values: torch.Tensor) -> torch.Tensor:
-        with _evaluating(model), torch.no_grad():
+        with evaluating(model), torch.no_grad():
             logits: torch.Tensor = wrapped(*values)
         return logits
 
-    return _uncached(program, eager, names, options)
+    return _uncached(program, eager, names, options, encoder)
 
 
 def _runs(wrapped: _Logits, example: Sequence[torch.Tensor]) -> None:
@@ -196,21 +265,11 @@ def _attributes_kept(model: torch.nn.Module) -> Iterator[None]:
             vars(module).update(attributes)
 
 
-@contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
 def _example(
     model: torch.nn.Module, inputs: Any, options: Generate
-) -> tuple[list[str], dict[str, Any], list[torch.Tensor]]:
-    """Names of the arguments that vary, values of those that do not, and an example."""
+) -> tuple[list[str], dict[str, Any], list[torch.Tensor], Encoder | None]:
+    """Names of the arguments that vary, values of those that do not, an example, what an encoder gives behind
+    it, and the encoder."""
     args, kwargs = bind_inputs(model, inputs)
     signature = inspect.signature(model.forward)
     bound = signature.bind(*args, **kwargs)
@@ -222,6 +281,9 @@ def _example(
     for name, parameter in signature.parameters.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             given |= bound.arguments.get(name, {})
+    if (found := encoder_of(model, given, options)) is not None:
+        encoder, tokens, fixed = found
+        return *_beside(model, encoder, tokens, fixed, options), encoder
     first = options.tokens if options.tokens in signature.parameters else next(iter(signature.parameters))
     tokens = given.pop(first, None)
     if not isinstance(tokens, torch.Tensor) or tokens.dim() != 2 or tokens.is_floating_point():
@@ -229,11 +291,6 @@ def _example(
         raise InputsError(
             f"argument {first!r} is {what!r}: generation needs example tokens, integers [batch, length]",
             hint="say Generate(tokens=NAME) where the tokens are another argument",
-        )
-    if "decoder_input_ids" in signature.parameters:
-        raise CaptureError(
-            "the model decodes with attention to an encoder's output (it takes decoder_input_ids): stores of "
-            "such keys and values are not made yet"
         )
     given.pop(options.mask, None)
     given.pop(options.positions, None)
@@ -247,15 +304,38 @@ def _example(
         )
     if "use_cache" in signature.parameters:
         given["use_cache"] = False
+    names, example = _varying(model, tokens, first, options.mask, options.positions)
+    return names, given, example, None
+
+
+def _varying(
+    model: torch.nn.Module, tokens: torch.Tensor, first: str, mask: str, positions: str
+) -> tuple[list[str], list[torch.Tensor]]:
+    """Names and an example of tokens, and of mask and positions where the model takes them."""
+    parameters = inspect.signature(model.forward).parameters
     tokens = tokens[:, : max(tokens.shape[1], 1)].repeat(_BATCH, _LENGTH)[:_BATCH, :_LENGTH].contiguous()
     names, example = [first], [tokens]
-    if options.mask in signature.parameters:
-        names.append(options.mask)
+    if mask in parameters:
+        names.append(mask)
         example.append(torch.ones_like(tokens))
-    if options.positions in signature.parameters:
-        names.append(options.positions)
+    if positions in parameters:
+        names.append(positions)
         example.append(torch.arange(_LENGTH, device=tokens.device).expand(_BATCH, _LENGTH).contiguous())
-    return names, given, example
+    return names, example
+
+
+def _beside(
+    model: torch.nn.Module, encoder: Encoder, tokens: torch.Tensor, fixed: dict[str, Any], options: Generate
+) -> tuple[list[str], dict[str, Any], list[torch.Tensor]]:
+    """Names, constants and an example of a decoder, what ``encoder`` gives of its own example included."""
+    own = (decoder_name(name) for name in (options.tokens, options.mask, options.positions))
+    names, example = _varying(model, tokens, *own)
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        fixed["use_cache"] = False
+    example += encoder(encoder.example)
+    if encoder.mask is not None:
+        example.append(encoder.example[encoder.mask])
+    return names, fixed, example
 
 
 _CHECKS = ("aten._assert_tensor_metadata", "aten._assert_scalar", "aten.sym_constrain_range")
@@ -274,6 +354,7 @@ def _uncached(
     eager: Callable[..., torch.Tensor],
     names: Sequence[str],
     options: Generate,
+    encoder: Encoder | None,
 ) -> Uncached:
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
@@ -297,7 +378,7 @@ def _uncached(
     placeholders = [node for node in graph.nodes if node.op == "placeholder"]
     weights = {node.name: tensors[fqns[node.name]] for node in placeholders if node.name in fqns}
     user = [node for node in placeholders if node.name not in fqns]
-    roles = dict(zip(names, (node.name for node in user), strict=True))
+    roles = dict(zip(names, (node.name for node in user), strict=False))
     output = next(node for node in graph.nodes if node.op == "output")
     (logits,) = output.args[0]
     batch, length = user[0].meta["val"].shape
@@ -305,17 +386,41 @@ def _uncached(
         raise CaptureError(
             f"the model fixes the length of the sequence at {length}: its programs cannot decode"
         )
+    first, mask, positions = names[0], options.mask, options.positions
+    source = None
+    if encoder is not None:
+        mask, positions = decoder_name(mask), decoder_name(positions)
+        source = _source(encoder, user[len(names) :], options, (first, mask, positions))
+        # Weights of the encoder.
+        for node in placeholders:
+            if node.name in weights and not node.users:
+                del weights[node.name]
+                graph.erase_node(node)
     gm = fx.GraphModule(torch.nn.Module(), graph)
-    first = names[0]
     return Uncached(
         gm,
         eager,
         weights,
         {name: fqns[name].removeprefix("model.") for name in weights},
         roles[first],
-        roles.get(options.mask),
-        roles.get(options.positions),
+        roles.get(mask),
+        roles.get(positions),
         batch,
         length,
         int(logits.meta["val"].shape[-1]),
+        source,
     )
+
+
+def _source(
+    encoder: Encoder, nodes: Sequence[fx.Node], options: Generate, names: tuple[str, str, str]
+) -> Source:
+    """What ``nodes``, placeholders behind those of the decoder's own arguments ``names``, are."""
+    rows = nodes[0].meta["val"].shape[1]
+    if not isinstance(rows, torch.SymInt):
+        raise CaptureError(f"the model fixes the length of the source at {rows}")
+    read = tuple(node.name for node in nodes)
+    count = len(encoder.keys)
+    shown = read[count] if encoder.mask is not None else None
+    most = options.max_source or encoder.rows
+    return Source(encoder, read[:count], shown, rows, most, *names)

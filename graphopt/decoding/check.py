@@ -124,9 +124,9 @@ def _first_off(
     decoder.reset(tokens.shape[0])
     if start:
         decoder(tokens[:, :start], mask[:, :start] if mask is not None else None)
-    given = {name: value[:, start:] for name, value in whole.items()}
+    given = {name: value[:, start:] for name, value in whole.items() if name not in uncached.given}
     slots = torch.arange(start, stop, device=tokens.device)
-    held = {**given, "slots": slots, **decoder.held}
+    held = {**given, "slots": slots, "source_end": decoder.end, **decoder.tables, **decoder.held}
     node = first_difference(
         uncached.gm,
         [*uncached.weights.values(), *(whole[name] for name in uncached.inputs)],

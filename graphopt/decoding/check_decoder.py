@@ -16,7 +16,7 @@ Both hold to the tolerance of exact stores, whatever codes do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +66,8 @@ def check_decoder(decoder: Decoder) -> Checked:
     tokens = torch.randint(uncached.vocabulary, (batch, length), generator=generator).to(decoder.device)
     prompt = min(length - 1, max(_PROMPT, length - _SINGLE) if lossy else _PROMPT)
     off = allowed = 0.0
-    for padded in (0, 2) if uncached.mask is not None and prompt > 2 else (0,):
+    paddings = (0, 2) if uncached.mask is not None and prompt > 2 else (0,)
+    for padded, uncached in _with_sources(decoder, paddings, batch):
         mask = None
         if uncached.mask is not None:
             mask = torch.ones_like(tokens)
@@ -84,9 +85,33 @@ def check_decoder(decoder: Decoder) -> Checked:
         off = max(off, check_rows(rows, expected, decoder, tokens, mask, reference))
         allowed = max(allowed, tolerance(expected))
     decoder.reset(1)
+    decoder.alike = None
     for tensor in decoder.held.values():
         tensor.zero_()
     return Checked(off, allowed)
+
+
+_SOURCE_ROWS = 7
+"""Rows of a source that is read behind a longer one."""
+
+
+def _with_sources(
+    decoder: Decoder, paddings: tuple[int, ...], batch: int
+) -> Iterator[tuple[int, Uncached]]:
+    """What is padded of the tokens, and the captured graph over a source that ``decoder`` has read: a whole
+    one, and, where its mask is taken, a padded one, which is shorter where it is text."""
+    uncached = decoder.uncached
+    source = uncached.source
+    if source is None:
+        yield from ((padded, uncached) for padded in paddings)
+        return
+    encoder = source.encoder
+    most = min(source.most, 2 * _SOURCE_ROWS) if encoder.is_text else None
+    less = min(source.most, _SOURCE_ROWS) if encoder.is_text else None
+    for padded, shown, rows in ((0, False, most), (paddings[-1], True, less)):
+        given = source.given(encoder.sample(batch, shown, rows))
+        decoder.read(given)
+        yield padded, uncached.reading(given)
 
 
 def _length(decoder: Decoder, stores: dict[int, CacheStore]) -> int:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from graphopt.decoding.beside import SideBySide
 from graphopt.decoding.capture import Uncached
 from graphopt.decoding.convolutions import kept_tensors
+from graphopt.decoding.distance_bias import DistanceBias, distance_biases
 from graphopt.decoding.insert import StepGraph
 from graphopt.decoding.options import Generate
+from graphopt.decoding.reading import shown_tensors
 from graphopt.decoding.sites import Site
 from graphopt.errors import InputsError
+
+if TYPE_CHECKING:
+    from graphopt.decoding.source_programs import SourcePrograms
 
 __all__ = ["MOVED", "Decoder"]
 
@@ -30,7 +35,8 @@ class Decoder:
 
     ``general`` runs any number of new tokens for any batch; ``single(decoder, length, arguments)`` gives what
     runs one token where no position is at or beyond ``length``, or ``None`` where ``general`` is to do it.
-    A prompt goes in at most ``chunk`` tokens at a time. Not for several threads at once: it has one set of
+    A prompt goes in at most ``chunk`` tokens at a time. ``once``: what runs for each source, where there is
+    one. Not for several threads at once: it has one set of
     stores.
     """
 
@@ -43,8 +49,13 @@ class Decoder:
     chunk: int
     device: torch.device
     beside: SideBySide | None = None
+    once: SourcePrograms | None = None
     stores: dict[str, torch.Tensor] = field(default_factory=dict)
     valid: torch.Tensor | None = None
+    shown: dict[str, torch.Tensor] = field(default_factory=dict)
+    biases: dict[str, DistanceBias] = field(default_factory=dict)
+    end: torch.Tensor | None = None
+    alike: torch.Tensor | None = None
     seen: int = 0
     batch: int = 0
 
@@ -57,30 +68,71 @@ class Decoder:
             self.stores[name] = torch.zeros(shape, dtype=dtype, device=self.device)
         if self.uncached.mask is not None:
             self.valid = torch.zeros(batch, capacity, dtype=torch.bool, device=self.device)
+        self.biases = distance_biases(self.uncached, self.sites, capacity)
+        for name, shown in shown_tensors(self.sites, batch).items():
+            self.shown[name] = torch.zeros(shown, dtype=torch.bool, device=self.device)
 
     @property
     def held(self) -> dict[str, torch.Tensor]:
         """All that lasts from step to step, by name."""
-        return self.stores if self.valid is None else {**self.stores, "valid": self.valid}
+        held = {**self.stores, **self.shown}
+        return held if self.valid is None else {**held, "valid": self.valid}
 
     @property
     def cache_bytes(self) -> int:
         own = [site for i, site in enumerate(self.sites) if site.source == i]
         fitted = [tensor for site in own for tensor in site.spec.fitted.values()]
-        return sum(t.numel() * t.element_size() for t in (*self.held.values(), *fitted))
+        lasting = (*self.held.values(), *fitted, *self.tables.values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in lasting)
+
+    @property
+    def tables(self) -> dict[str, torch.Tensor]:
+        """What biases add by distance, by name."""
+        return {name: bias.table for name, bias in self.biases.items()}
 
     def reset(self, batch: int) -> None:
         """Begin anew with ``batch`` sequences. Raises ``InputsError`` for more than there are stores for, and
         for weights that were moved since."""
+        self._check_batch(batch)
+        if self.beside is not None:
+            self.beside.settle()
+        for bias in self.biases.values():
+            bias.renew()
+        self.seen, self.batch = 0, batch
+
+    def _check_batch(self, batch: int) -> None:
         if batch > self.options.max_batch:
             raise InputsError(
                 f"{batch} sequences at once, each beam counted: the stores are for max_batch="
                 f"{self.options.max_batch}",
                 hint=f"optimize with generate=graphopt.Generate(max_batch={batch}, ...)",
             )
-        if self.beside is not None:
-            self.beside.settle()
-        self.seen, self.batch = 0, batch
+
+    def read(self, given: Mapping[str, torch.Tensor]) -> None:
+        """Take a source in, ``given`` by placeholder (``Source.inputs``), for as many sequences as come next.
+
+        Raises ``InputsError`` for more rows or sequences than there are stores for, and for a mask that rows
+        do not go with.
+        """
+        source = self.uncached.source
+        assert source is not None and self.once is not None
+        rows = given[source.leaves[0]]
+        batch, length = rows.shape[:2]
+        if length > source.most:
+            raise InputsError(
+                f"the source has {length} rows, as its encoder gives them: the stores are for max_source="
+                f"{source.most}",
+                hint=f"optimize with generate=graphopt.Generate(max_source={length}, ...)",
+            )
+        self._check_batch(batch)
+        tokens = torch.zeros(batch, 1, dtype=torch.int64, device=self.device)
+        self.once.read({**self._inputs(tokens, None, None), **given, **self.held})
+        self.end = torch.tensor([length - 1], device=self.device)
+        # Beams read one source: sequences that read the same need not change places in it.
+        same = torch.ones(batch, dtype=torch.bool, device=self.device)
+        for tensor in given.values():
+            same[1:] &= (tensor[1:] == tensor[:-1]).flatten(1).all(1)
+        self.alike = (~same).cumsum(0)
 
     def __call__(
         self,
@@ -96,6 +148,10 @@ class Decoder:
         rows, count = tokens.shape
         if rows != self.batch:
             raise InputsError(f"{rows} sequences: the ones before were {self.batch}")
+        if self.alike is not None and rows != len(self.alike):
+            raise InputsError(f"{rows} sequences: the source that was read is of {len(self.alike)}")
+        if self.once is not None and self.alike is None:
+            raise InputsError("no source was read: there is nothing to decode from")
         if self.seen + count > self.options.max_tokens:
             raise InputsError(
                 f"{self.seen + count} positions are needed: the stores are for max_tokens="
@@ -135,7 +191,7 @@ class Decoder:
     def _step(self, given: Mapping[str, torch.Tensor]) -> torch.Tensor:
         count = next(iter(given.values())).shape[1]
         slots = torch.arange(self.seen, self.seen + count, device=self.device)
-        values = {**given, "slots": slots, **self.held}
+        values = {**given, "slots": slots, "source_end": self.end, **self.tables, **self.held}
         arguments = [*self.step.weights.values(), *(values[name] for name in self.step.inputs)]
         run = self.single(self, self.seen + 1, arguments) if count == 1 else None
         with torch.no_grad():
@@ -147,10 +203,19 @@ class Decoder:
     def reorder(self, index: torch.Tensor) -> None:
         """Sequence i goes on from what sequence ``index[i]`` was, in place, ``MOVED`` bytes at a time."""
         index = index.to(self.device)
-        for tensor in self.held.values():
+        held = self.held
+        if self.alike is not None and torch.equal(self.alike[: len(index)], self.alike[index]):
+            own = {name for name, (i, _) in self.step.stores.items() if not self._crosses(i)} | {"valid"}
+            held = {name: tensor for name, tensor in held.items() if name in own}
+        for tensor in held.values():
             parts = -(-tensor.numel() * tensor.element_size() // MOVED)
             for part in tensor.chunk(parts, 1):
                 part[: len(index)] = part.index_select(0, index)
+
+
+    def _crosses(self, index: int) -> bool:
+        """Whether a store is of a source; those behind the sites' are of convolutions."""
+        return index < len(self.sites) and bool(self.sites[index].spec.source)
 
 
 def _one_axis(positions: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from graphopt.decoding.layouts import name_of
 from graphopt.decoding.regions import Region
 from graphopt.errors import CaptureError, brief
 
-__all__ = ["added_by", "closure", "numbers_in", "values_of"]
+__all__ = ["added_by", "added_values", "closure", "numbers_in", "values_of"]
 
 
 def closure(nodes: Sequence[fx.Node], aliases: Aliases) -> list[fx.Node]:
@@ -121,12 +121,21 @@ def _chosen(node: fx.Node, uncached: Uncached, positions: torch.Tensor) -> torch
 
 def _sum_of(region: Region, values: Mapping[fx.Node, Any], positions: torch.Tensor) -> torch.Tensor:
     size = len(positions)
-    total = torch.zeros(2, 1, size, size, dtype=torch.float64, device=positions.device)
+    total = added_values(region, values, (size, size), positions.device)
+    if any(entry.node is None for entry in region.added):
+        total = total.masked_fill(positions[None, :] > positions[:, None], float("-inf"))
+    return total.expand(2, -1, size, size)
+
+
+def added_values(
+    region: Region, values: Mapping[fx.Node, Any], size: tuple[int, int], device: torch.device
+) -> torch.Tensor:
+    """What ``values``, of the nodes that ``region`` adds, come to for two sequences: float64 [2, H or 1,
+    rows, keys], -inf where nothing may be read."""
+    total = torch.zeros(2, 1, *size, dtype=torch.float64, device=device)
     lowest = float("-inf")
     for entry in region.added:
         if entry.node is None:
-            later = positions[None, :] > positions[:, None]
-            total = total.masked_fill(later, lowest)
             continue
         value = _four_dimensions(values[entry.node], region)
         if entry.kind == "bias":
@@ -134,7 +143,7 @@ def _sum_of(region: Region, values: Mapping[fx.Node, Any], positions: torch.Tens
         else:
             hidden = value.bool() if entry.kind == "hide" else ~value.bool()
             total = torch.where(hidden, lowest, total)
-    return total.expand(2, -1, size, size)
+    return total
 
 
 def _four_dimensions(value: torch.Tensor, region: Region) -> torch.Tensor:

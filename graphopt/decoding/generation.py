@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from graphopt.decoding.capture import Source
 from graphopt.decoding.decoder import Decoder
 from graphopt.errors import InputsError
 
@@ -73,9 +74,74 @@ def generate_with(
     given = dict(options)
     given.pop("use_cache", None)
     driven = copy.copy(model)
-    vars(driven)["forward"] = _forward(model, decoder)
+    source = decoder.uncached.source
+    if source is None:
+        vars(driven)["forward"] = _forward(model, decoder)
+    else:
+        encoding = _Encoding(decoder, source)
+        vars(driven)["forward"] = _source_forward(model, decoder, source, encoding)
+        vars(driven)["get_encoder"] = lambda *_, **__: encoding
     decoder.seen = 0
     return driven.generate(*args, past_key_values=StoredCache(decoder), use_cache=True, **given)  # type: ignore[operator]
+
+
+class _Encoding:
+    """What ``generate`` takes for the model's encoder: whatever it encodes is decoded from the start."""
+
+    def __init__(self, decoder: Decoder, source: Source) -> None:
+        self.decoder, self.source = decoder, source
+        self.forward = source.encoder.module.forward  # its signature is looked at
+        self.shown: torch.Tensor | None = None
+
+    def __call__(self, **given: Any) -> Any:
+        encoder = self.source.encoder
+        self.decoder.seen = 0
+        if encoder.mask is not None and given.get(encoder.mask) is None:
+            given[encoder.mask] = encoder.nothing_padded(given[encoder.main])
+        self.shown = given.get(encoder.mask) if encoder.mask is not None else None
+        assert self.decoder.once is not None
+        return self.decoder.once.encode(given)
+
+
+def _source_forward(
+    model: torch.nn.Module, decoder: Decoder, source: Source, encoding: _Encoding
+) -> Callable[..., Any]:
+    """A forward with the signature of the model's that reads what was encoded with the first tokens."""
+    encoder = source.encoder
+
+    def forward(**given: Any) -> Any:
+        cache = given.get("past_key_values")
+        if not isinstance(cache, StoredCache):
+            # No step, but a look at what the model says, as where a language is told.
+            return model(**given)
+        del given["past_key_values"]
+        encoded = given.pop("encoder_outputs", None)
+        shown = given.pop(encoder.mask, None) if encoder.mask is not None else None
+        if decoder.seen == 0:
+            read = dict(zip(source.leaves, encoder.tensors(encoded), strict=True))
+            if source.shown is not None:
+                read[source.shown] = _shown(shown, encoding, read[source.leaves[0]])
+            decoder.read(read)
+        return _step(decoder, cache, given, (source.tokens, source.mask, source.positions))
+
+    forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
+    return forward
+
+
+def _shown(shown: torch.Tensor | None, encoding: _Encoding, rows: torch.Tensor) -> torch.Tensor:
+    """The mask of a source whose ``rows`` [B, T, D] are decoded, which may be that of all that was encoded or
+    not be said."""
+    if shown is None:
+        shown = encoding.shown
+    if shown is None and encoding.source.encoder.is_text:
+        shown = torch.ones(rows.shape[:2], dtype=torch.int64, device=rows.device)
+    if shown is None:
+        raise InputsError(
+            f"generate(encoder_outputs=...) without {encoding.source.encoder.mask}: it was among the inputs "
+            "that optimize was given"
+        )
+    # Beams of a sequence follow each other.
+    return shown.repeat_interleave(rows.shape[0] // shown.shape[0], 0)
 
 
 def _forward(model: torch.nn.Module, decoder: Decoder) -> Callable[..., Any]:
@@ -84,25 +150,30 @@ def _forward(model: torch.nn.Module, decoder: Decoder) -> Callable[..., Any]:
 
     def forward(**given: Any) -> Any:
         cache = given.pop("past_key_values", None)
-        tokens, mask = given.pop(names.tokens, None), given.pop(names.mask, None)
-        positions = given.pop(names.positions, None)
-        others = [name for name, value in given.items() if isinstance(value, torch.Tensor)]
-        if others:
-            raise InputsError(f"argument {others[0]!r} of a step: programs that decode take tokens alone")
-        if not isinstance(tokens, torch.Tensor):
-            raise InputsError(f"argument {names.tokens!r} is {tokens!r}: programs that decode take tokens")
-        if decoder.seen == 0:
-            decoder.reset(tokens.shape[0])
-        return _Output(logits=decoder(tokens, mask, positions), past_key_values=cache)
+        return _step(decoder, cache, given, (names.tokens, names.mask, names.positions))
 
     forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
     return forward
+
+
+def _step(decoder: Decoder, cache: Any, given: dict[str, Any], names: tuple[str, str, str]) -> Any:
+    """What a forward returns of a step that is ``given`` tokens, mask and positions by ``names``."""
+    tokens, mask, positions = (given.pop(name, None) for name in names)
+    others = [name for name, value in given.items() if isinstance(value, torch.Tensor)]
+    if others:
+        raise InputsError(f"argument {others[0]!r} of a step: programs that decode take tokens alone")
+    if not isinstance(tokens, torch.Tensor):
+        raise InputsError(f"argument {names[0]!r} is {tokens!r}: programs that decode take tokens")
+    if decoder.seen == 0:
+        decoder.reset(tokens.shape[0])
+    return _Output(logits=decoder(tokens, mask, positions), past_key_values=cache)
 
 
 def plain_generate(
     decoder: Decoder,
     tokens: torch.Tensor,
     *,
+    source: Mapping[str, torch.Tensor] | None = None,
     max_new_tokens: int | None = None,
     attention_mask: torch.Tensor | None = None,
     do_sample: bool = False,
@@ -121,8 +192,12 @@ def plain_generate(
     ``eos_token_id`` (then ``pad_token_id``, by default that, follows), or when one of ``stopping_criteria``,
     called with all tokens and the last logits [B, V], says so for all. ``streamer.put(tokens)`` is called
     for the prompt and for each token, ``streamer.end()`` at the end. Sampling keeps the ``top_k`` likeliest
-    tokens and the fewest whose probabilities sum up to ``top_p``.
+    tokens and the fewest whose probabilities sum up to ``top_p``. ``source``: what an encoder reads, by the
+    names of its arguments, where the model has one.
     """
+    if (decoder.uncached.source is None) is not (source is None):
+        given = "is given and the model has no encoder" if source is not None else "is not given"
+        raise InputsError(f"generate(source=...) {given}: expected the arguments of the model's encoder, by name")
     room = decoder.options.max_tokens - tokens.shape[1]
     new = room if max_new_tokens is None else max_new_tokens
     if new > room:
@@ -135,6 +210,8 @@ def plain_generate(
     ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
     fill = pad_token_id if pad_token_id is not None else (ends[0] if ends else 0)
     decoder.reset(tokens.shape[0])
+    if source is not None:
+        _read_plain(decoder, source)
     if streamer is not None:
         streamer.put(tokens)
     running = torch.ones(tokens.shape[0], dtype=torch.bool, device=tokens.device)
@@ -157,6 +234,19 @@ def plain_generate(
     if streamer is not None:
         streamer.end()
     return tokens
+
+
+def _read_plain(decoder: Decoder, source: Mapping[str, torch.Tensor]) -> None:
+    """Encode and read ``source``."""
+    reads, once = decoder.uncached.source, decoder.once
+    assert reads is not None and once is not None
+    given, encoder = dict(source), reads.encoder
+    if encoder.mask is not None and given.get(encoder.mask) is None:
+        given[encoder.mask] = encoder.nothing_padded(given[encoder.main])
+    read = dict(zip(reads.leaves, encoder.tensors(once.encode(given)), strict=True))
+    if reads.shown is not None and encoder.mask is not None:
+        read[reads.shown] = given[encoder.mask]
+    decoder.read(read)
 
 
 def _sampled(

@@ -25,7 +25,9 @@ from graphopt import _torch
 from graphopt.decoding.capture import Uncached
 from graphopt.decoding.convolutions import OPERATOR, Convolution, causal_convolutions
 from graphopt.decoding.dead import remove_dead
+from graphopt.decoding.distance_bias import biased_by
 from graphopt.decoding.layouts import name_of
+from graphopt.decoding.reading import shown_by, shown_tensors
 from graphopt.decoding.regions import Region
 from graphopt.decoding.sites import Site
 from graphopt.errors import CaptureError
@@ -44,14 +46,18 @@ class StepGraph:
     """A graph over new rows: placeholders are the weights, then ``inputs``; the output is logits [B, n, V].
 
     ``inputs``: tokens [B, n], mask [B, n] and positions [B, n] where the model takes them, ``slots`` int64
-    [n], ``valid`` bool [max batch, capacity] where it takes a mask, then the stores' tensors, ``stores``:
-    names and ``(site, tensor)``; numbers behind those of sites are of convolutions.
+    [n], ``valid`` bool [max batch, capacity] where it takes a mask, ``source_end`` int64 [1] where it reads a
+    source, whose last row that is, ``lasting``: what is kept of the source's masks
+    (``graphopt.decoding.reading``) and tables of biases (``graphopt.decoding.distance_bias``), then the
+    stores' tensors, ``stores``: names and ``(site, tensor)``; numbers behind those of sites are of
+    convolutions.
     """
 
     gm: fx.GraphModule
     inputs: tuple[str, ...]
     stores: dict[str, tuple[int, str]]
     weights: dict[str, torch.Tensor]
+    lasting: tuple[str, ...] = ()
 
 
 def step_graph(
@@ -75,8 +81,12 @@ class _Insertion:
         self.stores: dict[str, tuple[int, str]] = {}
         self.slopes: dict[tuple[float, ...], fx.Node] = {}
         self.fitted: dict[int, dict[str, fx.Node]] = {}
+        self.end: fx.Node | None = None
+        self.shown: dict[str, fx.Node] = {}
+        self.biases: dict[str, fx.Node] = {}
         self.weights = dict(uncached.weights)
         self.convolutions = causal_convolutions(uncached)
+        self.shown_by, self.biased_by = shown_by(sites), biased_by(sites)
 
     def node(self, of: fx.Node) -> fx.Node:
         return self.copies[of]
@@ -97,6 +107,14 @@ class _Insertion:
                 kinds = site.store.tensors(site.spec, self.batch, self.capacity)
                 for name, (shape, dtype) in reversed(list(kinds.items())):
                     tensors[index, name] = self._placeholder(f"store_{index}_{name}", shape, dtype)
+            for name, (_, seen) in shown_tensors(self.sites, self.batch).items():
+                self.shown[name] = self._placeholder(name, (most, seen), torch.bool)
+            for index, name in biased_by(self.sites).items():
+                if name not in self.biases:
+                    distances = (self.sites[index].spec.heads, self.capacity)
+                    self.biases[name] = self._placeholder(name, distances, torch.float32)
+            if any(site.spec.source for site in self.sites):
+                self.end = self._placeholder("source_end", (1,), torch.int64)
             valid = None
             if uncached.mask is not None:
                 valid = self._placeholder("valid", (most, self.capacity), torch.bool)
@@ -117,14 +135,17 @@ class _Insertion:
         self._count_padding(valid, slots)
         self._take_positions(slots)
         remove_dead(self.graph)
+        self._drop_source()
         self._refuse_rest()
         self.graph.lint()
         # In the order of the placeholders: the sites', and that in which operators take a store's tensors.
         order = {node: place for place, node in enumerate(self.graph.nodes)}
         self.stores = {tensors[key].name: key for key in sorted(tensors, key=lambda key: order[tensors[key]])}
-        names = [*uncached.inputs, slots.name, *([valid.name] if valid is not None else []), *self.stores]
+        placeholders = (node.name for node in self.graph.nodes if node.op == "placeholder")
+        names = [name for name in placeholders if name not in self.weights]
+        lasting = tuple(node.name for node in (*self.shown.values(), *self.biases.values()))
         gm = fx.GraphModule(torch.nn.Module(), self.graph)
-        return StepGraph(gm, tuple(names), self.stores, self.weights)
+        return StepGraph(gm, tuple(names), self.stores, self.weights, lasting)
 
     def _place_slopes(self) -> None:
         """What heads add for each position, as a weight: once for all sites that add the same."""
@@ -179,7 +200,7 @@ class _Insertion:
         with self.graph.inserting_before(output):
             query = self._heads_apart(self.node(region.query), region)
             key = value = None
-            if site.source == index or site.store.takes_turns:
+            if (site.source == index or site.store.takes_turns) and not spec.source:
                 made_by = self.sites[site.source].region
                 key = self.node(made_by.key)
                 if made_by.key_transposed:
@@ -191,12 +212,17 @@ class _Insertion:
                 sinks = self.call(aten.reshape.default, self.node(region.sinks), [spec.heads])
             if spec.mask.slopes:
                 slopes = self.slopes[spec.mask.slopes]
-            spec = replace(spec, fitted=self.fitted.get(site.source, {}))
+            bias = self.biases[self.biased_by[index]] if spec.mask.bias else None
+            spec = replace(spec, fitted=self.fitted.get(site.source, {}), bias=bias)
             query, key, value = site.store.enter(self.call, spec, query, key, value)
+            places, length = slots, self.length
+            valid = valid if spec.mask.padding or spec.mask.slopes else None
+            if spec.source:
+                # What the source is was said before the first step, and nothing of it changes.
+                places, length, valid = self._end(), spec.source, self.shown.get(self.shown_by.get(index, ""))
             made = self.call(
-                operator_named(site.store.attend_op), query, key, value, *held, slots,
-                valid if spec.mask.padding or spec.mask.slopes else None, slopes, sinks, spec.scale,
-                spec.softcap, spec.mask.window, self.length,
+                operator_named(site.store.attend_op), query, key, value, *held, places, valid, slopes, sinks,
+                spec.scale, spec.softcap, spec.mask.window, length,
                 *site.store.constants(replace(spec, turn=turn_of(self.sites, index))),
             )  # fmt: skip
             made.meta["nn_module_stack"] = output.meta.get("nn_module_stack")
@@ -205,6 +231,29 @@ class _Insertion:
                 made = self.call(aten.flatten.using_ints, made, 0, 1)
         output.replace_all_uses_with(made)
         self.graph.erase_node(output)
+
+    def _end(self) -> fx.Node:
+        assert self.end is not None
+        return self.end
+
+    def _drop_source(self) -> None:
+        """Nothing but keys and values of attentions, and what they leave out, is made of the source."""
+        source = self.uncached.source
+        if source is None:
+            return
+        tokens = self.node(self.uncached.placeholder(self.uncached.tokens))
+        for name in source.inputs:
+            node = self.node(self.uncached.placeholder(name))
+            for user in list(node.users):
+                if name_of(user) == "sym_size" and _torch.is_same_size(user.meta["val"], self.uncached.batch):
+                    user.update_arg(0, tokens)
+            if node.users:
+                user = next(iter(node.users))
+                raise CaptureError(
+                    f"{_where(user)} reads the source at every step: only attention to it is understood, "
+                    "whose keys and values are computed once"
+                )
+            self.graph.erase_node(node)
 
     def _convolve(self, one: Convolution, history: fx.Node, slots: fx.Node) -> None:
         output = self.node(one.output)

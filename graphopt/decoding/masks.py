@@ -14,13 +14,13 @@ length then gives chosen positions in place of all.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from graphopt.errors import CaptureError
 
-__all__ = ["MaskSpec", "meaning"]
+__all__ = ["MASKED", "MaskSpec", "distances", "meaning"]
 
 Rows = torch.Tensor
 Evaluate = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
@@ -31,7 +31,10 @@ _SMALL = 48
 _MANY = 1024
 """Positions that are all looked at where some cannot be chosen: a mask of each with each is made."""
 
-_MASKED = -1e4
+_CHUNK = 128
+"""Distances that are looked at together: as many rows for as many keys are made."""
+
+MASKED = -1e4
 """What is added to a score that is not to count: models write the least number of a dtype, or -1e4, or
 -inf."""
 
@@ -42,33 +45,44 @@ class MaskSpec:
 
     Rows read keys up to themselves; with ``window`` w the last w of them, themselves included (0: all).
     ``padding``: keys that the caller's mask leaves out are not read. ``slopes``: ALiBi, a number for each
-    head times the place of the key among those that are no padding.
+    head times the place of the key among those that are no padding. ``source``: keys are rows of a source, of
+    which all are read, or with ``padding`` those that its mask does not leave out. ``bias``: something is
+    added that depends on how far a key is before the query alone: what it is called, to tell two apart.
     """
 
     window: int = 0
     padding: bool = False
     slopes: tuple[float, ...] = ()
+    source: bool = False
+    bias: str = ""
 
     def __str__(self) -> str:
+        if self.source:
+            return "source, padding" if self.padding else "source"
         parts = [f"window {self.window}" if self.window else "causal"]
         parts += ["padding"] if self.padding else []
         parts += [f"alibi of {len(self.slopes)} heads"] if self.slopes else []
+        parts += ["bias of distances"] if self.bias else []
         return ", ".join(parts)
 
 
 def meaning(
-    evaluate: Evaluate, numbers: Sequence[int], capacity: int, device: torch.device, *, takes_mask: bool
+    evaluate: Evaluate,
+    numbers: Sequence[int],
+    capacity: int,
+    device: torch.device,
+    *,
+    takes_mask: bool,
+    bias: str = "bias",
 ) -> MaskSpec:
     """The spec of what ``evaluate`` gives for sequences of up to ``capacity`` positions.
 
-    ``numbers``: integers that the mask is made with. Raises ``CaptureError`` with what was seen instead of a
-    known kind.
+    ``numbers``: integers that the mask is made with; ``bias``: what a bias of distances is called.
+    Raises ``CaptureError`` with what was seen instead of a known kind.
     """
     dense = torch.arange(min(_SMALL, capacity), device=device)
-    plain = _added(evaluate, dense, takes_mask)
-    allowed, bias = _parts(plain)
-    window = _window(allowed, dense)
-    slopes = _slopes(bias, allowed, dense)
+    looks = [_Look(dense, *_parts(_added(evaluate, dense, takes_mask)))]
+    window = _window(looks[0].allowed, dense)
     critical = sorted({n for n in numbers if len(dense) - 2 <= n < capacity + 3})
     for number in critical:
         near = {p for k in (number, 2 * number) for p in range(k - 2, k + 3)} | {0, 1, 2, 3, capacity - 1}
@@ -81,14 +95,78 @@ def meaning(
                 raise
             spots = torch.arange(min(number + 3, capacity), device=device)
             added = _added(evaluate, spots, takes_mask)
-        allowed, bias = _parts(added)
-        found = _window(allowed, spots)
+        looks.append(_Look(spots, *_parts(added)))
+        found = _window(looks[-1].allowed, spots)
         if window and found != window:
             raise CaptureError(f"the mask has a window of {window} positions at first and of {found} later")
         window = found
-        _same_slopes(slopes, bias, allowed, spots)
-    spec = MaskSpec(window, False, slopes)
-    return spec if not takes_mask else _with_padding(evaluate, dense, spec)
+    slopes, table = _bias(looks, evaluate, capacity, device, takes_mask)
+    spec = MaskSpec(window, False, slopes, bias=bias if table is not None else "")
+    return spec if not takes_mask else _with_padding(evaluate, dense, spec, table)
+
+
+@dataclass(frozen=True)
+class _Look:
+    """At tokens at ``positions`` [S]: what is ``allowed``, bool [B, H or 1, S, S], and what is added
+    there."""
+
+    positions: torch.Tensor
+    allowed: torch.Tensor
+    bias: torch.Tensor
+
+
+def _bias(
+    looks: Sequence[_Look], evaluate: Evaluate, capacity: int, device: torch.device, takes_mask: bool
+) -> tuple[tuple[float, ...], torch.Tensor | None]:
+    """Slopes of a bias that is one, or the table of what is added by distance [H, capacity]; neither where
+    nothing is added. Raises ``CaptureError`` for what is added otherwise."""
+    try:
+        slopes = _slopes(looks[0].bias, looks[0].allowed, looks[0].positions)
+        for look in looks[1:]:
+            _same_slopes(slopes, look.bias, look.allowed, look.positions)
+        return slopes, None
+    except CaptureError as error:
+        try:
+            table = distances(evaluate, capacity, device, takes_mask=takes_mask)
+        except CaptureError:
+            raise error from None
+    for look in looks:
+        _same_table(table, look)
+    return (), table
+
+
+def distances(
+    evaluate: Evaluate, capacity: int, device: torch.device, *, takes_mask: bool
+) -> torch.Tensor:
+    """float64 [H or 1, capacity]: what is added to the score of the first key by a query that is so far
+    behind it; 0 where it is not read."""
+    parts = []
+    for start in range(0, capacity, _CHUNK):
+        wanted = torch.arange(start, min(start + _CHUNK, capacity), device=device)
+        spots = wanted if start == 0 else torch.cat([wanted.new_zeros(1), wanted])
+        try:
+            _, bias = _parts(_added(evaluate, spots, takes_mask, capacity))
+        except CaptureError:
+            if capacity > _MANY:
+                raise
+            _, bias = _parts(_added(evaluate, torch.arange(capacity, device=device), takes_mask))
+            return bias[0, :, :, 0]
+        parts.append(bias[0, :, -len(wanted) :, 0])
+    return torch.cat(parts, -1)
+
+
+def _same_table(table: torch.Tensor, look: _Look) -> None:
+    """Whether what is added is what ``table`` [H, capacity] says of the distance."""
+    distance = (look.positions[:, None] - look.positions[None, :]).clamp(min=0)
+    off = torch.where(look.allowed, (look.bias - table[None][:, :, distance]).abs(), 0.0)
+    if float(off.max()) > 1e-5 * max(1.0, float(table.abs().max())):
+        _, row, key = (off.amax(0) == off.max()).nonzero()[0].tolist()
+        row, key = int(look.positions[row]), int(look.positions[key])
+        raise CaptureError(
+            "something is added to the scores that is no slope times the position of a key (ALiBi), and no "
+            f"function of how far it is before the query: position {row} adds {float(off.max()):.3g} more or "
+            f"less to position {key} than to others as far away"
+        )
 
 
 def _added(
@@ -101,7 +179,7 @@ def _added(
 
 def _parts(added: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What is allowed, bool [B, H or 1, S, S], and what is added there."""
-    allowed = added > _MASKED
+    allowed = added > MASKED
     return allowed, torch.where(allowed, added, 0.0)
 
 
@@ -170,7 +248,9 @@ def _same_slopes(
         )
 
 
-def _with_padding(evaluate: Evaluate, positions: torch.Tensor, spec: MaskSpec) -> MaskSpec:
+def _with_padding(
+    evaluate: Evaluate, positions: torch.Tensor, spec: MaskSpec, table: torch.Tensor | None
+) -> MaskSpec:
     """``spec`` with what the caller's mask does: the first tokens of the second sequence are padding."""
     padded = max(1, len(positions) // 8)
     mask = torch.ones(2, len(positions), dtype=torch.int64, device=positions.device)
@@ -193,4 +273,8 @@ def _with_padding(evaluate: Evaluate, positions: torch.Tensor, spec: MaskSpec) -
                 spec.slopes, bias[row : row + 1, :, shown, shown], allowed[row : row + 1, :, shown, shown],
                 place[shown],
             )  # fmt: skip
-    return MaskSpec(spec.window, padding, spec.slopes)
+    if table is not None:
+        behind = allowed.clone()
+        behind[:, :, :padded] = False
+        _same_table(table, _Look(positions, behind, bias))
+    return replace(spec, padding=padding)

@@ -20,6 +20,10 @@ class Generate:
     token is no padding [B, S], and position ids [B, S]; ``mask`` and ``positions`` are left out where the
     model has none of that name, and its ``torch.arange`` then says where a token is. Without an argument of
     the name ``tokens``, the first one is taken.
+
+    Of a model that decodes with attention to an encoder's output these are ``decoder_input_ids`` and so on,
+    and ``mask`` names that of the source. ``max_source``: rows of an encoder's output that are kept at most;
+    without, as many as it gives of the example inputs.
     """
 
     max_tokens: int
@@ -27,9 +31,12 @@ class Generate:
     tokens: str = "input_ids"
     mask: str = "attention_mask"
     positions: str = "position_ids"
+    max_source: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in (("max_tokens", 2), ("max_batch", 1)):
+        for name, least in (("max_tokens", 2), ("max_batch", 1), ("max_source", 1)):
             value = getattr(self, name)
+            if name == "max_source" and value is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise InputsError(f"Generate({name}={value!r}): expected an int of {least} or more")

@@ -18,8 +18,8 @@ output on to a product with a third. Softmaxes of routers and samplers do not.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.fx as fx
@@ -37,7 +37,7 @@ from graphopt.decoding.layouts import (
 from graphopt.errors import CaptureError
 from graphopt.program import layer_of
 
-__all__ = ["Added", "Region", "attention_regions", "positional_values", "token_values"]
+__all__ = ["Added", "Region", "attention_regions", "positional_values", "row_values", "token_values"]
 
 aten = torch.ops.aten
 
@@ -56,9 +56,8 @@ class Added:
 @dataclass(frozen=True)
 class Region:
     """One place where a program attends. ``output`` is the node whose value the region makes: [B, H, S, Dv],
-    or [B * H, S, Dv] with ``flat``. ``query``, ``key``, ``value`` may be flat in the same way.
-
-    ``nodes``: what lies between, first to last.
+    or [B * H, S, Dv] with ``flat``. ``query``, ``key``, ``value`` may be flat in the same way. ``crosses``:
+    keys and values are made of the source alone, [B, Hkv, T, D].
     """
 
     index: int
@@ -74,6 +73,7 @@ class Region:
     sinks: fx.Node | None
     flat: bool = False
     key_transposed: bool = False
+    crosses: bool = False
 
     @property
     def layer(self) -> str:
@@ -97,7 +97,18 @@ class Region:
 
 def token_values(uncached: Uncached) -> set[fx.Node]:
     """Nodes whose numbers depend on the tokens; sizes do not."""
-    found = {uncached.placeholder(uncached.tokens)}
+    return _made_of(uncached, [uncached.tokens])
+
+
+def row_values(uncached: Uncached) -> set[fx.Node]:
+    """Nodes whose numbers depend on the tokens or on rows of the source; those of masks do not."""
+    read = uncached.source.leaves if uncached.source is not None else ()
+    floating = [name for name in read if uncached.placeholder(name).meta["val"].is_floating_point()]
+    return _made_of(uncached, [uncached.tokens, *floating])
+
+
+def _made_of(uncached: Uncached, names: Sequence[str]) -> set[fx.Node]:
+    found = {uncached.placeholder(name) for name in names}
     for node in uncached.gm.graph.nodes:
         if node.op != "call_function" or isinstance(node.meta.get("val"), (int, torch.SymInt)):
             continue
@@ -146,17 +157,34 @@ def attention_regions(uncached: Uncached) -> tuple[Region, ...]:
 
     Raises ``CaptureError`` for one whose parts were recognised but not their arrangement, naming its layer.
     """
-    values = token_values(uncached)
+    values, tokens = row_values(uncached), token_values(uncached)
     found: list[Region] = []
     for node in uncached.gm.graph.nodes:
         name = name_of(node)
+        region = None
         if name == "scaled_dot_product_attention":
-            found.append(_fused(node, len(found), uncached))
+            region = _fused(node, len(found), uncached)
         elif name in ("softmax", "_softmax") and node in values:
             region = _written_out(node, len(found), uncached, values)
-            if region is not None:
-                found.append(region)
+        if region is None or (uncached.source is not None and region.query not in tokens):
+            # What attends within the source is computed once for it.
+            continue
+        found.append(replace(region, crosses=_crosses(region, tokens, uncached)))
     return tuple(found)
+
+
+def _crosses(region: Region, tokens: set[fx.Node], uncached: Uncached) -> bool:
+    """Whether keys and values are those of the source."""
+    own = [node in tokens for node in (region.key, region.value)]
+    if all(own) or uncached.source is None:
+        return False
+    rows = region.key.meta["val"].shape[-1 if region.key_transposed else -2]
+    if any(own) or not uncached.has_rows(rows):
+        raise CaptureError(
+            f"{_where(region.output)}: keys of {list(map(str, region.key.meta['val'].shape))} are neither "
+            "all made of the tokens nor one for each row of the source"
+        )
+    return True
 
 
 def _fused(node: fx.Node, index: int, uncached: Uncached) -> Region:
@@ -311,7 +339,7 @@ def _written_out(softmax: fx.Node, index: int, uncached: Uncached, values: set[f
     dim = softmax.args[1] if len(softmax.args) > 1 else softmax.kwargs.get("dim")
     if len(shape) not in (3, 4) or dim not in (-1, len(shape) - 1):
         return None
-    if not uncached.has_length(shape[-1]):
+    if not uncached.has_length(shape[-1]) and not uncached.has_rows(shape[-1]):
         return None
     scores = _Scores(values)
     start = softmax.args[0]

@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from graphopt.candidate import Reason
 from graphopt.capture.aliasing import alias_map
 from graphopt.decoding.assignment import NOTHING, CacheAssignment, store_named
 from graphopt.decoding.capture import Uncached
 from graphopt.decoding.evaluate import added_by
 from graphopt.decoding.masks import MaskSpec, meaning
 from graphopt.decoding.regions import Region, attention_regions
+from graphopt.decoding.source_masks import source_mask
 from graphopt.decoding.sources import check_indices, check_sources, first_reader
 from graphopt.decoding.stores import CacheStore, SiteSpec
 from graphopt.errors import CaptureError, InputsError
@@ -103,17 +105,22 @@ def specs_of(uncached: Uncached, regions: Sequence[Region], capacity: int) -> li
     """What a store needs to know of each region, for sequences of up to ``capacity`` positions. Raises
     ``CaptureError`` for a mask that is not understood."""
     aliases = alias_map(uncached.gm.graph)
+    source = uncached.source
+    if source is not None:
+        # Sizes of a source may be read where masks of the tokens are made.
+        uncached = uncached.reading(source.given(source.encoder.sample(2, False)))
     device = uncached.placeholder(uncached.tokens).meta["val"].device
     known: dict[object, MaskSpec] = {}
     specs = []
     for region in regions:
         # Layers of one kind read one mask.
-        key = (region.added, region.heads)
+        key = (region.added, region.heads, region.crosses)
         if key not in known:
             evaluate, numbers = added_by(uncached, region, aliases)
             try:
-                known[key] = meaning(
-                    evaluate, sorted(numbers), capacity, device, takes_mask=uncached.mask is not None
+                known[key] = source_mask(uncached, region, aliases) if region.crosses else meaning(
+                    evaluate, sorted(numbers), capacity, device, takes_mask=uncached.mask is not None,
+                    bias=next((entry.node.name for entry in region.added if entry.node is not None), ""),
                 )
             except CaptureError as error:
                 where = region.layer or region.output.name
@@ -131,6 +138,7 @@ def specs_of(uncached: Uncached, regions: Sequence[Region], capacity: int) -> li
                 softcap=region.softcap,
                 sinks=region.sinks is not None,
                 within=region.is_within,
+                source=source.most if region.crosses and source is not None else 0,
             )
         )
     return specs
@@ -152,7 +160,7 @@ def _chosen(
     first = members[0]
     readers = [specs[first], *(replace(specs[i], shares=True) for i in members[1:])]
     if given is not None:
-        reasons = [given.refuses(spec, capacity) for spec in readers]
+        reasons = [_refusal(given, spec, capacity) for spec in readers]
         for index, reason in zip(members, reasons, strict=True):
             if reason is not None:
                 where = regions[index].layer or regions[index].output.name
@@ -189,7 +197,7 @@ def _taking(
         if not kind.exact:
             continue
         store = kind()
-        reason = next(filter(None, (store.refuses(spec, capacity) for spec in readers)), None)
+        reason = next(filter(None, (_refusal(store, spec, capacity) for spec in readers)), None)
         if reason is not None:
             reasons.append(f"{name}: {reason}")
         else:
@@ -199,6 +207,16 @@ def _taking(
         why = "; ".join(reasons) or "none is known"
         raise CaptureError(f"{where}: no store takes its keys and values ({why})")
     return min(taken, key=lambda entry: entry[:2])[2]
+
+
+def _refusal(store: CacheStore, spec: SiteSpec, capacity: int) -> Reason | None:
+    """``None``, or why ``store`` does not serve a site: what stores know of is asked of them alone."""
+    if bool(spec.source) is not store.crosses:
+        keeps = "rows of a source" if store.crosses else "keys and values of the sequence's own rows"
+        return Reason(f"it keeps {keeps}")
+    if spec.mask.bias and not store.adds_biases:
+        return Reason("it adds no bias of distances to scores")
+    return store.refuses(spec, capacity)
 
 
 def stored_bytes(sites: Sequence[Site], batch: int, capacity: int) -> int:

@@ -14,7 +14,7 @@ example that was traced.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,21 +27,25 @@ __all__ = ["compute_sizes"]
 aten = torch.ops.aten
 
 
-def compute_sizes(graph: fx.Graph, tokens: fx.Node) -> None:
-    """Replace symbols among arguments by what computes them from ``tokens`` [batch, length]. Raises
-    ``ValueError`` for a size that is neither of those nor a sum of products of them."""
+def compute_sizes(graph: fx.Graph, inputs: Sequence[fx.Node]) -> None:
+    """Replace symbols among arguments by what computes them from ``inputs``, tokens [batch, length] and
+    others whose sizes are symbols. Raises ``ValueError`` for a size that is neither of those nor a sum of
+    products of them."""
     sizes: dict[str, fx.Node] = {}
     first = next(node for node in graph.nodes if node.op == "call_function")
 
     def leaf(symbol: Any) -> fx.Node:
         if not sizes:
             with graph.inserting_before(first):
-                for dim, size in enumerate(tokens.meta["val"].shape):
-                    node = graph.call_function(aten.sym_size.int, (tokens, dim))
-                    node.meta["val"] = size
-                    sizes[str(size)] = node
+                for given in inputs:
+                    for dim, size in enumerate(given.meta["val"].shape):
+                        if str(size) in sizes or not isinstance(size, torch.SymInt):
+                            continue
+                        node = graph.call_function(aten.sym_size.int, (given, dim))
+                        node.meta["val"] = size
+                        sizes[str(size)] = node
         if str(symbol) not in sizes:
-            raise ValueError(f"the size {symbol} is not one of the tokens'")
+            raise ValueError(f"the size {symbol} is not one of the inputs'")
         return sizes[str(symbol)]
 
     def combine(function: Callable[..., Any], one: Any, other: Any) -> fx.Node:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -31,7 +31,10 @@ class SiteSpec:
     ``heads`` of queries share ``kv_heads`` of keys [.., ``key_width``] and values [.., ``value_width``].
     ``softcap`` 0: none. ``shares``: the site reads the store of an earlier one and writes nothing. ``turn``:
     0 where no other site reads the store, else 1 for the first, 3 for the last and 2 for those between.
-    ``within``: values are the first ``value_width`` columns of keys. ``fitted``: what the store made of
+    ``within``: values are the first ``value_width`` columns of keys. ``source``: where keys and values are
+    those of an encoder's output, how many rows of it there are at most; they are written once, before the
+    first step. ``bias``: the table of a mask that has one, float32 [heads, capacity], or the node of a
+    program that holds it. ``fitted``: what the store made of
     calibration tokens, by name (``CacheStore.fit``): tensors, or the nodes of a program that hold them.
     """
 
@@ -47,6 +50,8 @@ class SiteSpec:
     shares: bool = False
     turn: int = 0
     within: bool = False
+    source: int = 0
+    bias: Any = field(default=None, compare=False)
     fitted: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
@@ -73,6 +78,10 @@ class CacheStore:
     by it. ``takes_turns``: all sites that read the store are given the new rows, and ``site.turn`` says who
     is to write them. ``note``: what the report says besides, of a store that serves some uses badly.
     ``needs_fit``: it has tensors of its own at each site, which ``fit`` makes of calibration tokens.
+    ``adds_biases``: it serves sites whose mask has a ``bias``, which it is to add (``site.bias``).
+    ``crosses``: it keeps the rows of a source (``site.source``) and nothing else; ``write`` puts them there,
+    and ``attend_op`` is given ``positions`` int64 [1], the source's last row, ``valid``, which of its rows
+    count, and as ``length`` how many there are at most.
     """
 
     name: ClassVar[str]
@@ -83,6 +92,8 @@ class CacheStore:
     takes_turns: ClassVar[bool] = False
     note: ClassVar[str] = ""
     needs_fit: ClassVar[bool] = False
+    crosses: ClassVar[bool] = False
+    adds_biases: ClassVar[bool] = False
 
     @classmethod
     def named(cls, known: Mapping[str, type[CacheStore]], **options: Any) -> CacheStore:
@@ -149,6 +160,11 @@ class CacheStore:
     def leave(self, call: Call, site: SiteSpec, made: Any) -> Any:
         """What the program is given of what ``attend_op`` made."""
         return made
+
+    def write(self, call: Call, site: SiteSpec, key: Any, value: Any, tensors: Sequence[Any]) -> None:
+        """Put ``key`` [B, Hkv, T, D] and ``value`` [B, Hkv, T, Dv] of a source into the first rows of
+        ``tensors``, those of this store in order, by operators that are called with ``call`` alone."""
+        raise NotImplementedError(f"{type(self).__name__} does not define write()")
 
     @classmethod
     def choices(cls) -> tuple[CacheStore, ...]:

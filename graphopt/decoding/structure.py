@@ -20,7 +20,7 @@ from graphopt.decoding.capture import Uncached, capture_uncached
 from graphopt.decoding.columns import PRODUCTS, columns_of, through_layout
 from graphopt.decoding.layouts import name_of
 from graphopt.decoding.options import Generate
-from graphopt.decoding.regions import positional_values, token_values
+from graphopt.decoding.regions import positional_values, row_values, token_values
 from graphopt.decoding.sites import Site, sites_of
 from graphopt.plugins.host import PluginHost, default_host
 from graphopt.record_json import encode
@@ -55,7 +55,8 @@ class Operand:
 @dataclass(frozen=True)
 class AttentionRecord:
     """One attention. ``fused``: one operator as captured; ``source``: the attention whose keys and values it
-    reads, its own index where it makes them; ``latent``: keys and values come out of one smaller value."""
+    reads, its own index where it makes them; ``latent``: keys and values come out of one smaller value;
+    ``crosses``: they are made of an encoder's output."""
 
     index: int
     layer: str
@@ -72,6 +73,7 @@ class AttentionRecord:
     query: Operand
     key: Operand
     value: Operand
+    crosses: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class StackRecord:
                 + (f", softcap {one.softcap:g}" if one.softcap else "")
                 + (", sinks" if one.sinks else "")
                 + (", latent" if one.latent else "")
+                + (", reads an encoder's output" if one.crosses else "")
                 + (f", reads the store of {one.source}" if one.source != one.index else "")
             )
             lines += [f"      {name} {getattr(one, name)}" for name in ("query", "key", "value")]
@@ -154,24 +157,44 @@ def _repeats(uncached: Uncached, sites: Sequence[Site]) -> Iterable[RepeatRecord
 class _Reader:
     def __init__(self, uncached: Uncached) -> None:
         self.uncached = uncached
-        self.values = token_values(uncached)
+        self.values, self.tokens = row_values(uncached), token_values(uncached)
         self.place = {node: i for i, node in enumerate(uncached.gm.graph.nodes)}
         self.positional = positional_values(uncached, self.values)
 
     def attention(self, index: int, site: Site) -> AttentionRecord:
         region, spec = site.region, site.spec
         roots = (region.query, region.key, region.value)
-        above = [self._above(root) for root in roots]
-        common = above[0] & above[1] & above[2]
-        stream = max(common, key=self.place.__getitem__, default=None)
-        operands = [self._operand(root, stream) for root in roots]
+        if region.crosses:
+            operands = self._crossing(roots)
+        else:
+            above = [self._above(root) for root in roots]
+            common = above[0] & above[1] & above[2]
+            stream = max(common, key=self.place.__getitem__, default=None)
+            operands = [self._operand(root, stream) for root in roots]
         key, value = operands[1:]
         # Both are projected again out of what one projection gave.
         latent = len(value.weights) > 1 and value.weights[-1] in key.weights
         return AttentionRecord(
             index, region.layer, region.fused, spec.heads, spec.kv_heads, spec.key_width, spec.value_width,
-            str(spec.mask), spec.softcap, spec.sinks, site.source, latent, *operands,
+            str(spec.mask), spec.softcap, spec.sinks, site.source, latent, *operands, region.crosses,
         )  # fmt: skip
+
+    def _crossing(self, roots: Sequence[fx.Node]) -> list[Operand]:
+        """Queries are made of the stream, keys and values of the source: each of what is projected last, keys
+        and values of what both are made of."""
+        query, key, value = roots
+        projected = next(
+            (node for node in self._backwards(query) if self._weight(node) is not None), None
+        )
+        given = projected.all_input_nodes if projected is not None else []
+        stream = next((node for node in given if node in self.tokens), None)
+        common = self._above(key) & self._above(value)
+        source = max(common, key=self.place.__getitem__, default=None)
+        return [self._operand(query, stream), self._operand(key, source), self._operand(value, source)]
+
+    def _backwards(self, root: fx.Node) -> Iterable[fx.Node]:
+        """What ``root`` is made of, the last first."""
+        return sorted(self._above(root), key=self.place.__getitem__, reverse=True)
 
     def _above(self, root: fx.Node) -> set[fx.Node]:
         """``root`` and what it is made of, as far as that depends on the tokens."""

@@ -78,7 +78,7 @@ def attention_over(
 ) -> torch.Tensor:
     """[B, H, n, Dv] of ``query`` [B, H, n, D] over ``keys`` [B, Hkv, L, D] and ``values`` [B, Hkv, L, Dv].
 
-    ``allowed`` bool [1 or B, 1, n, L], ``bias`` float32 [1 or B, H, 1, L] or ``None``, ``sinks`` [H] or
+    ``allowed`` bool [1 or B, 1, n, L], ``bias`` float32 [1 or B, H, 1 or n, L] or ``None``, ``sinks`` [H] or
     ``None``. Keys are not repeated for the heads that share them.
     """
     if not softcap and sinks is None:

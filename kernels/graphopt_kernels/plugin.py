@@ -41,10 +41,12 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
     # Imported when asked: they need torch, and `graphopt --help` loads this module.
     from graphopt_kernels import (
         add_product,
+        attend_cross,
         attend_evict,
         attend_full,
         attend_latent,
         attend_quant,
+        attend_relative,
         attend_ring,
         attend_split,
         attention,
@@ -220,11 +222,25 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             summary="writes new keys and values into stores of all positions, and attends over them",
         ),
         KernelSpec(
+            name="attend-cross",
+            op="graphopt::attend_cross",
+            reference=attend_cross.attend_cross_reference,
+            supports=attend_cross.attend_cross_supports,
+            summary="attends over the rows of a source, which stores hold before the first step",
+        ),
+        KernelSpec(
             name="attend-latent",
             op="graphopt::attend_latent",
             reference=attend_latent.attend_latent_reference,
             supports=attend_latent.attend_latent_supports,
             summary="attends over keys whose first columns are the values",
+        ),
+        KernelSpec(
+            name="attend-relative",
+            op="graphopt::attend_relative",
+            reference=attend_relative.attend_relative_reference,
+            supports=attend_relative.attend_relative_supports,
+            summary="attends over stores of all positions with a bias of how far a key is",
         ),
         KernelSpec(
             name="attend-ring",
@@ -446,8 +462,10 @@ def graphopt_weight_formats() -> Iterable[str]:
 def graphopt_stores() -> Iterable[str]:
     """Ways to keep keys and values between steps of decoding."""
     return (
+        "graphopt_kernels.cache_stores:Cross",
         "graphopt_kernels.cache_stores:Full",
         "graphopt_kernels.cache_stores:Latent",
+        "graphopt_kernels.cache_stores:Relative",
         "graphopt_kernels.cache_stores:Ring",
         "graphopt_kernels.coordinate_stores:KeyChannels",
         "graphopt_kernels.coordinate_stores:LowRank",

@@ -1,0 +1,182 @@
+"""What steps of a decoder are predicted to take, and how long parts of prompts may be for it to fit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from graphopt import _torch
+from graphopt.budget import format_bytes
+from graphopt.capture.semantic import semantic_program
+from graphopt.cost import Cost
+from graphopt.decoding.capture import Uncached, source_shapes
+from graphopt.decoding.convolutions import kept_tensors
+from graphopt.decoding.decoder import MOVED
+from graphopt.decoding.distance_bias import biased_by
+from graphopt.decoding.insert import StepGraph
+from graphopt.decoding.options import Generate
+from graphopt.decoding.reading import shown_tensors
+from graphopt.decoding.sites import Site
+from graphopt.errors import BudgetError, InputsError, brief
+from graphopt.program import InputSpec, Program
+from graphopt.schedule import Schedule
+
+if TYPE_CHECKING:
+    from graphopt.session import Session
+
+__all__ = ["Arithmetic", "Before"]
+
+Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+@dataclass(frozen=True)
+class Before:
+    """A program that runs once for each source: ``what`` it does, for people, what it is given. ``anyway``:
+    without stores it runs as well."""
+
+    name: str
+    what: str
+    gm: torch.fx.GraphModule
+    weights: Mapping[str, torch.Tensor]
+    shapes: Shapes
+    anyway: bool = False
+
+
+class Arithmetic:
+    """Predicted bytes and seconds of steps of a decoder: ``step`` over ``sites``, rewritten as ``general``;
+    ``before``: programs that run once for each source, before the first step, with shapes and dtypes of what
+    they are given besides weights, by placeholder."""
+
+    def __init__(
+        self,
+        uncached: Uncached,
+        sites: tuple[Site, ...],
+        step: StepGraph,
+        general: Program,
+        session: Session,
+        options: Generate,
+        weight_bytes: int,
+        cache_bytes: int,
+        before: Sequence[Before] = (),
+    ) -> None:
+        self.uncached, self.sites, self.step, self.general = uncached, sites, step, general
+        self.cost, self.options = session.cost, options
+        self.weight_bytes, self.cache_bytes = weight_bytes, cache_bytes
+        self.before = before
+        device = session.cost.device
+        self.base = weight_bytes + cache_bytes + device.workspace_bytes + device.allocator_slack_bytes
+
+    def baseline(self) -> Cost:
+        """A token without a cache: the whole sequence again."""
+        batch, length = self.options.max_batch, self.options.max_tokens
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = dict.fromkeys(
+            self.uncached.inputs, ((batch, length), torch.int64)
+        )
+        shapes |= source_shapes(self.uncached, batch)
+        weights = self.uncached.weights
+        try:
+            program = _sized("uncached", self.uncached.gm, weights, shapes)
+        except (RuntimeError, IndexError) as error:
+            raise InputsError(
+                f"the model does not take sequences of max_tokens={length} positions: {brief(error)}"
+            ) from error
+        base = self.base - self.cache_bytes
+        cost = self._cost(program, base, 0)
+        peaks = [self._once(before, base).peak_bytes for before in self.before if before.anyway]
+        return replace(cost, peak_bytes=max(cost.peak_bytes, *peaks)) if peaks else cost
+
+    def fitted(self, budget: int | None) -> tuple[int, Cost]:
+        """The most tokens of a prompt at once whose step fits, and what one token takes, at the peak of
+        all."""
+        single = self._step(1)
+        chunk = self.options.max_tokens
+        peak = self._step(chunk).peak_bytes
+        if budget is not None and peak > budget:
+            fitting = [(1, single.peak_bytes)]
+            size = chunk // 2
+            while size > 1:
+                # Halves from above: steps are few, and the largest that fits takes the fewest.
+                found = self._step(size).peak_bytes
+                if found <= budget:
+                    fitting.append((size, found))
+                    break
+                size //= 2
+            chunk, peak = fitting[-1]
+            if peak > budget:
+                self._refuse(peak, budget)
+        for before in self.before:
+            once = self._once(before, self.base).peak_bytes
+            if budget is not None and once > budget:
+                self._refuse(once, budget, before.what)
+            peak = max(peak, once)
+        if self.options.max_batch > 1:
+            # Sequences may change places.
+            peak = max(peak, self.base + min(MOVED, self.cache_bytes))
+        return chunk, Cost(
+            max(peak, single.peak_bytes), self.weight_bytes, single.seconds, single.flops, self.cache_bytes
+        )
+
+    def _refuse(self, peak: int, budget: int, what: str = "decoding one token") -> None:
+        stores = format_bytes(self.cache_bytes)
+        raise BudgetError(
+            f"{what} takes {format_bytes(peak)} ({peak} bytes), {format_bytes(budget)} are "
+            f"allowed: {format_bytes(self.weight_bytes)} are parameters and buffers, {stores} stores of keys "
+            f"and values for max_tokens={self.options.max_tokens} and max_batch={self.options.max_batch}",
+            least_bytes=peak,
+            budget_bytes=budget,
+            hint=f"ask for budget={peak} or more, for fewer tokens or sequences, or pack weights "
+            "(graphopt.quantize) before",
+        )
+
+    def _step(self, count: int) -> Cost:
+        batch = self.options.max_batch
+        shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = dict.fromkeys(
+            self.uncached.inputs, ((batch, count), torch.int64)
+        )
+        shapes["slots"] = ((count,), torch.int64)
+        shapes["valid"] = ((batch, self.options.max_tokens), torch.bool)
+        shapes["source_end"] = ((1,), torch.int64)
+        shapes |= {n: (shape, torch.bool) for n, shape in shown_tensors(self.sites, batch).items()}
+        for index, name in biased_by(self.sites).items():
+            shapes[name] = ((self.sites[index].spec.heads, self.options.max_tokens), torch.float32)
+        kinds = kept_tensors(self.uncached, self.sites, batch, self.options.max_tokens)
+        shapes |= {name: kinds[key] for name, key in self.step.stores.items()}
+        given = {name: shapes[name] for name in self.step.inputs}
+        program = _sized("step", self.general.gm, self.step.weights, given)
+        # What the encoder gave is held until all is said.
+        read = source_shapes(self.uncached, batch).values()
+        held = sum(math.prod(shape) * dtype.itemsize for shape, dtype in read)
+        return self._cost(program, self.base + held, self.cache_bytes)
+
+    def _once(self, before: Before, base: int) -> Cost:
+        program = _sized(before.name, before.gm, before.weights, before.shapes)
+        return self._cost(program, base, self.cache_bytes)
+
+    def _cost(self, program: Program, base: int, cache_bytes: int) -> Cost:
+        calls = tuple(n.name for n in program.graph.nodes if n.op in ("call_function", "get_attr"))
+        profile = self.cost.memory([(program, Schedule(calls))], base_bytes=base)
+        prices = [self.cost.node(node) for node in program.nodes()]
+        return Cost(
+            profile.peak_bytes, self.weight_bytes, sum(p.seconds for p in prices), sum(p.flops for p in
+            prices), cache_bytes,
+        )  # fmt: skip
+
+
+def _sized(
+    name: str,
+    gm: torch.fx.GraphModule,
+    weights: Mapping[str, torch.Tensor],
+    shapes: Shapes,
+) -> Program:
+    """``gm`` traced again for inputs of these shapes."""
+    traced = _torch.retraced_at(gm, list(weights.values()), list(shapes.values()))
+    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    roles = ["parameter"] * len(weights) + [
+        "buffer" if name.startswith(("store_", "shown_", "bias_", "valid")) else "input" for name in shapes
+    ]
+    specs = [InputSpec(node.name, role) for node, role in zip(placeholders, roles, strict=True)]
+    return semantic_program(name, traced, specs)
