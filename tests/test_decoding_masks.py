@@ -110,7 +110,7 @@ def test_biases_of_distances_are_told_from_others() -> None:
 
 def test_other_biases_are_refused() -> None:
     with pytest.raises(CaptureError, match="no function of how far it is before the query: position 47 adds"):
-        spec_of(causal, bias=lambda rows, keys: (rows - keys + 1.0).abs().sqrt() + 0.1 * (rows == 47) * (keys == 3))
+        spec_of(causal, bias=lambda r, k: (r - k + 1.0).abs().sqrt() + 0.1 * (r == 47) * (k == 3))
     # A bias that turns where the sequence is long.
     with pytest.raises(CaptureError, match="no slope times the position of a key"):
         spec_of(causal, [300], bias=lambda rows, keys: 0.5 * keys.clamp(max=300).double())

@@ -41,6 +41,14 @@ class StoredCache:
     def get_max_cache_shape(self, layer_idx: int = 0) -> int:
         return self.decoder.options.max_tokens
 
+    @property
+    def self_attention_cache(self) -> Any:
+        """Read by whisper's ``generate`` where it returns the cache with the tokens: ``InputsError``."""
+        raise InputsError(
+            "the cache is asked for its keys and values, as where generate returns it "
+            "(return_dict_in_generate): the stores are not handed out"
+        )
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         self.decoder.reorder(beam_idx)
 
@@ -197,7 +205,7 @@ def plain_generate(
     """
     if (decoder.uncached.source is None) is not (source is None):
         given = "is given and the model has no encoder" if source is not None else "is not given"
-        raise InputsError(f"generate(source=...) {given}: expected the arguments of the model's encoder, by name")
+        raise InputsError(f"generate(source=...) {given}: expected the arguments of its encoder, by name")
     room = decoder.options.max_tokens - tokens.shape[1]
     new = room if max_new_tokens is None else max_new_tokens
     if new > room:

@@ -16,7 +16,7 @@ and in the one of a step (``graphopt.decoding.insert``)::
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,7 @@ class _Reading:
         source = self.uncached.source
         assert source is not None
         last = [node for node in self.graph.nodes if node.op == "placeholder"][-1]
+        # Of the example's size at least: taking its rows must not look impossible while tracing.
         most = max(self.batch, _torch.hint(self.uncached.batch))
         held: dict[tuple[int, str], fx.Node] = {}
         shown: dict[str, fx.Node] = {}
@@ -93,7 +94,8 @@ class _Reading:
             for index, site in enumerate(self.sites):
                 if not site.spec.source or site.source != index:
                     continue
-                for name, (shape, dtype) in site.store.tensors(site.spec, self.batch, self.capacity).items():
+                spec = replace(site.spec, source=max(site.spec.source, rows_at_least))
+                for name, (shape, dtype) in site.store.tensors(spec, most, self.capacity).items():
                     held[index, name] = self._placeholder(f"store_{index}_{name}", shape, dtype)
             for name, (_, rows) in shown_tensors(self.sites, self.batch).items():
                 shape = (most, max(rows, rows_at_least))
