@@ -119,7 +119,8 @@ ENCODERS: dict[str, dict[str, Any]] = {
         "decoder_start_token_id": 3,
     },
     "prophetnet": {
-        **_COMMON, "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": HEADS,
+        **{name: value for name, value in _COMMON.items() if not name.startswith("num_")},
+        "num_encoder_layers": 2, "num_decoder_layers": 2, "num_encoder_attention_heads": HEADS,
         "num_decoder_attention_heads": HEADS, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96,
         "decoder_start_token_id": 3,
     },

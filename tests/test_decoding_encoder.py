@@ -318,7 +318,7 @@ def test_sequences_that_change_places_take_their_source_along(fast: graphopt.Opt
 def learned() -> tuple[nn.Module, graphopt.Optimized]:
     model = plain("learned-distances")
     fast = graphopt.optimize(
-        model, {"ids": tokens()}, generate=graphopt.Generate(96, 2), emit="eager", on_error="raise"
+        model, {"ids": tokens()}, generate=graphopt.Generate(160, 2), emit="eager", on_error="raise"
     )
     return model, fast
 
@@ -335,7 +335,7 @@ def test_learned_biases_of_distances_are_added_and_read_anew() -> None:
     ids = tokens(2, 6)
     (site, _) = fast.report.decoding.sites
     assert (site.store, site.mask) == ("relative", "causal, bias of distances")
-    assert fast.report.decoding.cache_bytes == 2 * site.bytes + 2 * HEADS * 96 * 4
+    assert fast.report.decoding.cache_bytes == 2 * site.bytes + 2 * HEADS * 160 * 4
     first = said(model, ids, 50)
     assert torch.equal(fast.generate(ids, max_new_tokens=50), first)
     with torch.no_grad():

@@ -78,17 +78,19 @@ def attend_workspace(call: Call) -> int:
         copies = batch * groups * seen * (width + value_width) * size
     valid = call.argument("valid")
     known = batch if valid is not None else 1
+    # All rows read the same rows of a source.
+    apart = 1 if str(call.packet).endswith("attend_cross") else rows
     scores = batch * heads * rows * seen
     tabled = str(call.packet).endswith("attend_relative")
     slopes = call.argument("slopes") is not None or tabled
     # Positions of keys, what a mask says of each, places and what they add.
-    held = copies + 24 * seen + 8 * rows + known * rows * seen
+    held = copies + 24 * seen + 8 * apart + known * apart * seen
     if tabled:
         # Distances, twice, and what is added by them.
         held += rows * seen * (16 + 4 * heads)
     elif slopes:
         held += (16 * known * valid.shape[1] if valid is not None else 0) + known * (heads + 1) * seen * 4
-    masking = rows * seen * 3 + known * rows * seen
+    masking = apart * seen * 3 + known * apart * seen
     capped = bool(call.argument("softcap"))
     if capped or call.argument("sinks") is not None:
         attending = scores * max((3 if capped else 2) * size, 8 + (size if size < 4 else 0))
@@ -97,5 +99,5 @@ def attend_workspace(call: Call) -> int:
         mask = known * heads * rows * seen * (4 + (size if size != 4 else 0)) if slopes else 0
         # What torch's own attention turns a boolean mask into, and a block of scores for each thread.
         blocks = torch.get_num_threads() * 5 * min(rows, 64) * min(seen, 512)
-        attending = (mask or known * rows * seen * size) + blocks
+        attending = (mask or known * apart * seen * size) + blocks
     return int(held + max(masking, attending))

@@ -153,7 +153,14 @@ class Arithmetic:
         return self._cost(program, self.base + held, self.cache_bytes)
 
     def _once(self, before: Before, base: int) -> Cost:
-        program = _sized(before.name, before.gm, before.weights, before.shapes)
+        try:
+            program = _sized(before.name, before.gm, before.weights, before.shapes)
+        except (RuntimeError, IndexError) as error:
+            most = self.uncached.source.most if self.uncached.source is not None else 0
+            raise InputsError(
+                f"{before.what} of max_source={most} rows fails for {self.options.max_batch} sequences: "
+                f"{brief(error)}"
+            ) from error
         return self._cost(program, base, self.cache_bytes)
 
     def _cost(self, program: Program, base: int, cache_bytes: int) -> Cost:

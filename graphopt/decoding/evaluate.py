@@ -103,11 +103,11 @@ def added_by(
         chosen = None if dense else lambda node: _chosen(node, uncached, positions)
         try:
             values = values_of(uncached, nodes, aliases, given, chosen)
+            return _sum_of(region, dict(zip(nodes, values, strict=True)), positions)
         except Exception as error:
             raise CaptureError(
                 f"the mask could not be looked at at {len(positions)} chosen positions: {brief(error)}"
             ) from error
-        return _sum_of(region, dict(zip(nodes, values, strict=True)), positions)
 
     return evaluate, numbers
 

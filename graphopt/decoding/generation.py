@@ -169,7 +169,13 @@ def _step(decoder: Decoder, cache: Any, given: dict[str, Any], names: tuple[str,
     tokens, mask, positions = (given.pop(name, None) for name in names)
     others = [name for name, value in given.items() if isinstance(value, torch.Tensor)]
     if others:
-        raise InputsError(f"argument {others[0]!r} of a step: programs that decode take tokens alone")
+        beside = " and what an encoder gives" if decoder.uncached.source is not None else " alone"
+        raise InputsError(
+            f"argument {others[0]!r} of a step: programs that decode take tokens{beside}",
+            hint="masks of a source are taken where the inputs that optimize was given hold one"
+            if decoder.uncached.source is not None
+            else "",
+        )
     if not isinstance(tokens, torch.Tensor):
         raise InputsError(f"argument {names[0]!r} is {tokens!r}: programs that decode take tokens")
     if decoder.seen == 0:

@@ -143,9 +143,10 @@ def distances(
     parts = []
     for start in range(0, capacity, _CHUNK):
         wanted = torch.arange(start, min(start + _CHUNK, capacity), device=device)
+        # The first positions are as a short sequence is, whose mask is as long.
         spots = wanted if start == 0 else torch.cat([wanted.new_zeros(1), wanted])
         try:
-            _, bias = _parts(_added(evaluate, spots, takes_mask, capacity))
+            _, bias = _parts(_added(evaluate, spots, takes_mask, capacity if start else None))
         except CaptureError:
             if capacity > _MANY:
                 raise

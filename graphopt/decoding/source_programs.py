@@ -122,7 +122,7 @@ def source_programs(
         encoding = capture_encoder(source.encoder)
         encode = rewritten("encode", encoding.gm, _roles(encoding), encoding.inputs, session)
         encodes = encode.gm
-        check_encoder(encoding, encodes, source.encoder)
+        check_encoder(encoding, encodes, source.encoder, source.most)
         at_most = encoding.shapes(source.encoder, batch, source.most)
         before.append(Before("encode", "encoding a source", encodes, encoding.weights, at_most, True))
         programs.append(encode)

@@ -176,7 +176,8 @@ class _Reader:
         latent = len(value.weights) > 1 and value.weights[-1] in key.weights
         return AttentionRecord(
             index, region.layer, region.fused, spec.heads, spec.kv_heads, spec.key_width, spec.value_width,
-            str(spec.mask), spec.softcap, spec.sinks, site.source, latent, *operands, region.crosses,
+            str(spec.mask), spec.softcap, spec.sinks, site.source, latent, operands[0], key, value,
+            region.crosses,
         )  # fmt: skip
 
     def _crossing(self, roots: Sequence[fx.Node]) -> list[Operand]:

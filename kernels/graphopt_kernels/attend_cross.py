@@ -104,6 +104,8 @@ def attend_cross_supports(
         return Reason("keys and values are given: those of a source are in the stores before the first step")
     if slopes is not None or window:
         return Reason("slopes or a window are given: a source is read whole")
+    if list(positions.shape) != [1]:
+        return Reason(f"positions are {list(positions.shape)}: expected [1], the last row of the source")
     one = query[:, :, :1] if query.dim() == 4 else query
     return attend_supports(
         one, None, None, key_store, value_store, positions, valid, None, sinks, scale, softcap, 0
