@@ -120,7 +120,7 @@ def test_both_are_operators_as_torch_wants_them() -> None:
     [
         ("attend_cross", {"key": drawn(2, FEW, 1, WIDTH)}, "keys and values are given: those of a source"),
         ("attend_cross", {"window": 3}, "slopes or a window are given: a source is read whole"),
-        ("attend_cross", {"positions": torch.tensor([1, 2])}, "positions are [2]: expected [1], the last row"),
+        ("attend_cross", {"positions": torch.tensor([1, 2])}, "positions are [2]: expected [1], the last"),
         ("attend_relative", {"slopes": drawn(HEADS)}, "slopes are given: what is added by distance"),
         ("attend_relative", {"table": drawn(2, PLACES)}, "the table is torch.float32 [2, 12]: expected"),
         ("attend_relative", {"table": drawn(HEADS, 9)}, "the table has 9 distances, the stores 12 pos"),

@@ -403,7 +403,7 @@ def test_128_tokens_of_every_family_are_the_models_own(name: str) -> None:
 
 @pytest.mark.slow
 def test_several_streams_of_tokens_are_refused_with_the_reason() -> None:
-    with pytest.raises(CaptureError, match="rows of a table from 128 on: only the first ones"):
+    with pytest.raises(CaptureError, match="rows of a table from 512 on: only the first ones"):
         generating("prophetnet", 40)
 
 

@@ -104,7 +104,7 @@ def test_biases_of_distances_are_told_from_others() -> None:
     found = spec_of(causal, [300], 512, bias=lambda rows, keys: (rows - keys + 1.0).abs().sqrt())
     assert found == MaskSpec(bias="bias") and str(found) == "causal, bias of distances"
     # One that is a slope at first.
-    turning = spec_of(window(100), [100, 60], 512, bias=lambda rows, keys: -(rows - keys).clamp(max=60.0))
+    turning = spec_of(window(100), [100], 512, bias=lambda rows, keys: -(rows - keys).clamp(max=60.0))
     assert turning == MaskSpec(window=100, bias="bias")
 
 
