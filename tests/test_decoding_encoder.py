@@ -163,6 +163,8 @@ def test_stores_of_a_source_are_counted_and_written_once(fast: graphopt.Optimize
     assert [program.name for program in fast.programs] == ["decode", "read", "encode"]
     read = {name for node in fast.programs[0].nodes() for name in map(str, node.all_input_nodes)}
     assert any("_query_" in name for name in read) and not any("_kv_" in name for name in read)
+    products = [node.args[1].name for node in fast.programs[1].nodes() if "linear" in str(node.target)]
+    assert products == ["p_model_kv_weight"]
 
 
 def test_layers_say_what_they_read() -> None:

@@ -23,12 +23,14 @@ import torch
 import torch.fx as fx
 
 from graphopt import _torch
+from graphopt.capture.aliasing import alias_map
 from graphopt.decoding.capture import Uncached
-from graphopt.decoding.dead import remove_dead
+from graphopt.decoding.evaluate import closure
 from graphopt.decoding.masks import MASKED
 from graphopt.decoding.regions import Region
 from graphopt.decoding.sites import Site
 from graphopt.errors import CaptureError
+from graphopt.order import has_effect
 from graphopt.program import layer_of
 
 __all__ = ["ReadGraph", "read_graph", "shown_by", "shown_tensors"]
@@ -80,6 +82,7 @@ class _Reading:
         self.output = self.graph.output(())
         self.example = self.copies[uncached.placeholder(uncached.tokens)].meta["val"]
         self.mode = _torch.fake_mode_of([self.example])
+        self.made: set[fx.Node] = set()
 
     def result(self) -> ReadGraph:
         source = self.uncached.source
@@ -109,7 +112,7 @@ class _Reading:
                 if name not in done:
                     self._show(self.sites[index].region, shown[name])
                     done.add(name)
-        remove_dead(self.graph)
+        self._keep_what_is_written()
         stores = {node.name: key for key, node in held.items()}
         kept = {*stores, *(node.name for node in shown.values())}
         weights, inputs = {}, []
@@ -127,6 +130,15 @@ class _Reading:
         names = tuple(shown)
         return ReadGraph(gm, (*inputs, *stores, *names), stores, names, weights)
 
+    def _keep_what_is_written(self) -> None:
+        """Drop all but what is written and what that is made of: attention, which draws where there is
+        dropout, would keep the decoder's own layers."""
+        written = [node for node in self.made if has_effect(node)]
+        needed = set(closure(written, alias_map(self.graph)))
+        for node in reversed(self.graph.nodes):
+            if node.op == "call_function" and node not in needed:
+                self.graph.erase_node(node)
+
     def _placeholder(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> fx.Node:
         node = self.graph.placeholder(name)
         with self.mode:
@@ -136,6 +148,7 @@ class _Reading:
     def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         """A new call at the end of the graph, its value known."""
         node = self.graph.call_function(target, args, kwargs)
+        self.made.add(node)
         given: Any = fx.node.map_arg((args, kwargs), lambda ref: ref.meta["val"])
         with self.mode, torch.no_grad(), _torch.python_dispatcher():
             node.meta["val"] = target(*given[0], **given[1])
