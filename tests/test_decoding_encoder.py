@@ -419,6 +419,21 @@ def test_compiled_steps_give_the_models_tokens(name: str) -> None:
 
 
 @pytest.mark.slow
+def test_sounds_of_other_lengths_are_encoded_as_the_model_does() -> None:
+    model, fast = generating("moonshine", 40)
+    given = source_inputs("moonshine")
+    options: dict[str, Any] = {"max_new_tokens": 12, "do_sample": False, "no_repeat_ngram_size": 2}
+    agrees(model, fast, input_values=given["input_values"], attention_mask=given["attention_mask"], **options)
+    assert not fast.report.diagnostics
+    longer = torch.cat([given["input_values"], given["input_values"][:, :2500]], 1)
+    mask = torch.ones_like(longer, dtype=torch.int64)
+    mask[0, 3000:] = 0
+    agrees(model, fast, input_values=longer, attention_mask=mask, **options)
+    (line,) = fast.report.diagnostics
+    assert "[2, 6500]" in line and line.endswith("are encoded as the model does")
+
+
+@pytest.mark.slow
 def test_stores_are_not_handed_out_for_a_cache() -> None:
     _, fast = generating("whisper", 40)
     features = source_inputs("whisper")["input_features"]

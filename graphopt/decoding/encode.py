@@ -97,8 +97,11 @@ def capture_encoder(encoder: Encoder) -> EncodeGraph:
         except Exception as error:  # what export runs into cannot be listed
             why = why or error
             continue
-        return _graph_of(program, names)
-    raise CaptureError(f"the encoder could not be captured: {brief(why) if why is not None else ''}")
+        graph = _graph_of(program, names)
+        if _takes_longer(graph, encoder):
+            return graph
+    said = brief(why) if why is not None else "its program gives something else for other sizes"
+    raise CaptureError(f"the encoder could not be captured: {said}")
 
 
 def _dynamic(encoder: Encoder) -> Iterator[tuple[dict[int, Any], ...]]:
@@ -111,6 +114,31 @@ def _dynamic(encoder: Encoder) -> Iterator[tuple[dict[int, Any], ...]]:
     yield tuple({0: some, dim: some} for dim in last.values())
     yield tuple({0: some, 1: some} for _ in last)
     yield tuple({0: some} for _ in last)
+
+
+def _takes_longer(graph: EncodeGraph, encoder: Encoder) -> bool:
+    """Whether sizes that are symbols are any sizes: export lets some be computed with as they were."""
+    longer = {}
+    for argument, node in zip(graph.arguments, graph._placeholders(), strict=True):
+        value = encoder.example[argument]
+        for dim, size in enumerate(node.meta["val"].shape):
+            if dim and isinstance(size, torch.SymInt):
+                count = value.shape[dim] * 3 // 2 + 1
+                value = torch.cat([value, value], dim).narrow(dim, 0, count).contiguous()
+        longer[argument] = value
+    try:
+        expected = encoder(longer)
+    except (RuntimeError, IndexError):
+        return True  # the encoder itself takes no longer ones
+    try:
+        with torch.no_grad():
+            found = graph.gm(*graph.weights.values(), *longer.values())
+    except (RuntimeError, IndexError):
+        return False
+    return all(
+        one.shape == other.shape and torch.allclose(one, other, rtol=1e-2, atol=1e-2)
+        for one, other in zip(expected, found, strict=True)
+    )
 
 
 def _graph_of(program: torch.export.ExportedProgram, names: tuple[str, ...]) -> EncodeGraph:
