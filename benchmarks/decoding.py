@@ -6,7 +6,8 @@ Tiny models of transformers with random weights, float32. Of two prompts 256 gre
 padding on the left, in three beams, and drawn, by ``model.generate`` and by ``Optimized.generate``, op by op.
 Of models that decode what an encoder gives of two sources the second has padding at its end, and no two
 tokens follow each other twice: weights are random, and the likeliest would be one token again and again.
-Families that are refused are rows with the reason. Target: all tokens equal.
+Where the model's own cache gives other tokens than the model without one, or none, that is said, and ours are
+compared with those without. Families that are refused are rows with the reason. Target: all tokens equal.
 """
 
 from __future__ import annotations
@@ -21,9 +22,19 @@ import torch
 from harness import figure, parser
 
 import graphopt
+from graphopt.errors import InputsError
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from tests.decoders import ENCODERS, FAMILIES, OTHERS, encoder_family, family, source_inputs, tokens
+from tests.decoders import (
+    ENCODERS,
+    FAMILIES,
+    HYBRIDS,
+    RECURRENT,
+    encoder_family,
+    family,
+    source_inputs,
+    tokens,
+)
 
 TOKENS, FEWER = 256, 32
 
@@ -72,25 +83,54 @@ def rows(name: str) -> Iterator[dict[str, Any]]:
         on_error="raise",
     )
     captured = time.perf_counter() - start
-    differing = {}
+    differing: dict[str, int] = {}
+    own: dict[str, str] = {}
+    refused: dict[str, str] = {}
     for way, options in ways.items():
-        made = []
-        for generate in (model.generate, fast.generate):
-            torch.manual_seed(7)
-            made.append(generate(**options))
-        same = made[0].shape == made[1].shape
-        differing[way] = int((made[0] != made[1]).sum()) if same else max(m.numel() for m in made)
+        try:
+            found = _generated(fast.generate, options)
+        except InputsError as error:
+            # What is refused with a reason: padding where the model takes no mask.
+            refused[way] = error.message
+            continue
+        without: torch.Tensor | None = None
+        try:
+            expected = _generated(model.generate, options)
+        except (ValueError, RuntimeError) as error:
+            own[way] = str(error)
+            expected = without = _generated(model.generate, {**options, "use_cache": False})
+        differing[way] = _differing(found, expected)
+        if differing[way] and without is None:
+            without = _generated(model.generate, {**options, "use_cache": False})
+            if off := _differing(expected, without):
+                own[way] = f"{off} tokens differ from those without a cache"
+                differing[way] = _differing(found, without)
     record = fast.report.decoding
     assert record is not None
     yield {
         "model": name,
         "differing_tokens": differing,
+        **({"own_cache": own} if own else {}),
+        **({"refused_ways": refused} if refused else {}),
         "logits_off": record.off,
         "cache_bytes": record.cache_bytes,
         "stores": sorted({f"{site.store}: {site.mask}" for site in record.sites}),
+        "states": len(record.states),
+        "state_bytes": sum(state.bytes for state in record.states),
         "shared": sum(site.source != index for index, site in enumerate(record.sites)),
         "capture_seconds": round(captured, 1),
     }
+
+
+def _generated(generate: Any, options: dict[str, Any]) -> torch.Tensor:
+    torch.manual_seed(7)
+    made: torch.Tensor = generate(**options)
+    return made
+
+
+def _differing(one: torch.Tensor, other: torch.Tensor) -> int:
+    """How many tokens differ."""
+    return int((one != other).sum()) if one.shape == other.shape else max(one.numel(), other.numel())
 
 
 def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -101,11 +141,12 @@ def summary(found: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "equal": len(equal),
         "differing": [row["model"] for row in good if row["model"] not in equal],
         "refused": [row["model"] for row in found if "error" in row],
+        "own_cache_differs": [row["model"] for row in good if "own_cache" in row],
         "met": len(equal) == len(found),
     }
 
 
 if __name__ == "__main__":
     options = parser(__doc__).parse_args()
-    known = [*FAMILIES, *OTHERS, *ENCODERS]
+    known = [*FAMILIES, *HYBRIDS, *RECURRENT, *ENCODERS]
     figure("decoding", options, rows, summary, options.models or (known[:3] if options.quick else known))

@@ -380,6 +380,33 @@ def call_on_fakes(
         return target(*args, **kwargs)
 
 
+def traced_body(function: Callable[..., Any], example: Sequence[torch.Tensor]) -> fx.GraphModule:
+    """``function`` of tensors like ``example``, which may have any first size, as a graph of ATen
+    operators."""
+    with torch.no_grad():
+        traced: fx.GraphModule = make_fx(function, tracing_mode="real")(*example)
+    return traced
+
+
+def symbolic_fakes(fixed: Sequence[torch.Tensor], free: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Fake tensors like those given, in a mode of their own. Sizes of ``free`` ones are symbols, the same
+    where they are the same number; those of ``fixed`` ones are numbers."""
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=True), allow_non_fake_inputs=True)
+    found: list[torch.Tensor] = []
+    for tensors, kind in ((fixed, DimDynamic.STATIC), (free, DimDynamic.DUCK)):
+        for tensor in tensors:
+            context: Any = StatelessSymbolicContext(dynamic_sizes=[kind] * tensor.dim())
+            found.append(mode.from_tensor(tensor, symbolic_context=context))
+    return found
+
+
+def is_symbol(size: Any) -> bool:
+    """Whether a size is a symbol still, that nothing has taken for one number."""
+    return isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None
+
+
 def can_ignore_versions() -> bool:
     """Whether this torch hands inputs to the backward that are written to in between (``ignore_version``).
 
@@ -615,6 +642,15 @@ def size_from(size: torch.SymInt, leaf: Callable[[Any], Any], combine: Callable[
         return functools.reduce(lambda a, b: combine(function, a, b), map(of, expression.args))
 
     return of(size.node.expr)
+
+
+def size_at(size: torch.SymInt, numbers: Sequence[tuple[torch.SymInt, int]]) -> int:
+    """What a size is where symbols that it is made of are ``numbers``. Raises ``ValueError`` where it is
+    made of others too."""
+    expression = size.node.expr.subs({symbol.node.expr: number for symbol, number in numbers})
+    if not expression.is_Integer:
+        raise ValueError(f"the size {size} is not told by those of the tokens")
+    return int(expression)
 
 
 def is_same_size(one: Any, other: Any) -> bool:

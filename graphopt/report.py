@@ -177,8 +177,10 @@ class Report:
         body.setdefault("rewrites", [])
         body.setdefault("captures", [])
         if isinstance(body["decoding"], Mapping):
-            # Nor, before these could be, whether weights lie side by side, attentions share and stores round.
-            body["decoding"] = {"beside": 0, "sharing": None, "lossy": None, **body["decoding"]}
+            # Nor, before these could be, whether weights lie side by side, attentions share, stores round and
+            # recurrences keep states.
+            before: dict[str, Any] = {"beside": 0, "sharing": None, "lossy": None, "states": []}
+            body["decoding"] = {**before, **body["decoding"]}
         for name in ("baseline", "predicted", "measured"):
             if isinstance(body.get(name), Mapping):
                 body[name] = {"cache_bytes": 0, **body[name]}

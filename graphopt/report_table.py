@@ -122,6 +122,11 @@ def store_lines(record: DecodingRecord, shown: int = GROUPS_SHOWN) -> list[str]:
         layers = ", ".join(site.layer or "-" for site in sites[:2]) + (", ..." if len(sites) > 2 else "")
         total = format_bytes(sum(site.bytes for site in sites))
         lines.append(f"{store}: {len(sites)} attentions ({layers}), {mask}, {total}")
+    if record.states:
+        places = list(dict.fromkeys(state.layer or "-" for state in record.states))
+        named = ", ".join(places[:2]) + (", ..." if len(places) > 2 else "")
+        total = format_bytes(sum(state.bytes for state in record.states))
+        lines.append(f"state: {len(record.states)} of recurrences ({named}), {total}")
     return lines
 
 

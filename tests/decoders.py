@@ -60,7 +60,7 @@ HYBRIDS: dict[str, dict[str, Any]] = {
 """Decoders that keep what convolutions read last besides keys and values."""
 
 _RECURRENT = {"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": VOCABULARY, "pad_token_id": 0}
-OTHERS: dict[str, dict[str, Any]] = {
+RECURRENT: dict[str, dict[str, Any]] = {
     "mamba": {**_RECURRENT, "state_size": 4},
     "jamba": {
         **_COMMON, "num_experts": 2, "num_experts_per_tok": 1, "attn_layer_period": 2, "attn_layer_offset": 1,
@@ -71,14 +71,27 @@ OTHERS: dict[str, dict[str, Any]] = {
         "attention_window_size": 32, "num_key_value_heads": 1,
     },
     "rwkv": {**_RECURRENT, "attention_hidden_size": 32},
+    "falcon_mamba": {**_RECURRENT, "state_size": 4},
+    "xlstm": {**_RECURRENT, "hidden_size": 128, "num_heads": 4, "num_blocks": 2, "chunk_size": 8},
+    "zamba": {
+        **_COMMON, "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "use_mamba_kernels": False, "n_mamba_heads": 2, "mamba_d_state": 4, "mamba_dt_rank": 4,
+        "attention_hidden_size": 128, "attention_head_dim": 32, "num_key_value_heads": HEADS,
+    },
     "qwen3_next": {
         **_COMMON, "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32,
         "shared_expert_intermediate_size": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
         "linear_key_head_dim": 16, "linear_value_head_dim": 16,
         "layer_types": ["linear_attention", "full_attention"],
     },
+    "zamba2": {
+        **_COMMON, "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"],
+        "mamba_ngroups": 1, "n_mamba_heads": 8, "mamba_headdim": 16, "mamba_d_state": 4, "use_mem_rope": True,
+        "attention_hidden_size": 128, "attention_head_dim": 32, "num_key_value_heads": HEADS,
+        "adapter_rank": 8, "chunk_size": 16,
+    },
 }  # fmt: skip
-"""Decoders that keep states which are not understood besides keys and values, or instead of them."""
+"""Decoders that keep states which rows hand on, besides keys and values or instead of them."""
 
 
 def family(name: str, attention: str | None = None, **changes: Any) -> nn.Module:
@@ -86,7 +99,7 @@ def family(name: str, attention: str | None = None, **changes: Any) -> nn.Module
     import transformers
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    config = CONFIG_MAPPING[name](**{**FAMILIES, **HYBRIDS, **OTHERS}[name] | changes)
+    config = CONFIG_MAPPING[name](**{**FAMILIES, **HYBRIDS, **RECURRENT}[name] | changes)
     torch.manual_seed(0)
     kwargs = {} if attention is None else {"attn_implementation": attention}
     model: Any = transformers.AutoModelForCausalLM.from_config(config, **kwargs)
@@ -203,8 +216,8 @@ class Block(nn.Module):
             made = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
         else:
             made = self.attend(*(t.transpose(1, 2) for t in (q, k, v)), length).transpose(1, 2)
-        if self.kind == "convolution":
-            x = x + F.pad(x, (0, 0, 1, 0))[:, :-1]
+        if self.kind == "rolled":
+            x = x + x.roll(1, 1)
         x = x + self.out(made.reshape(batch, length, WIDTH))
         return x + self.mlp(self.second(x))
 
@@ -213,7 +226,7 @@ class Block(nn.Module):
         distance = i[:, None] - i
         scale = q.shape[-1] ** -0.5
         match self.kind:
-            case "fused" | "convolution":
+            case "fused" | "rolled":
                 return F.scaled_dot_product_attention(q, k, v, is_causal=True)
             case "buffer":
                 scores = (q @ k.mT * scale).masked_fill(~self.lower[:, :, :length, :length], float("-inf"))

@@ -52,7 +52,7 @@ def test_positions_may_be_counted_or_be_the_first_rows_of_a_table() -> None:
         ("prefix", CaptureError, "blocks.0: the mask lets position 0 read position 1, which comes later"),
         ("blocks", CaptureError, "position 8 does not read position 7, but position 1 reads position 0"),
         ("learned-keys", CaptureError, "no function of how far it is before the query: position"),
-        ("convolution", VerificationError, "first value that differs is pad (aten.pad.default) of blocks.0"),
+        ("rolled", VerificationError, "first value that differs is roll_1 (aten.roll.default) of blocks.1"),
     ],
 )
 def test_what_is_not_understood_is_refused_with_the_reason(

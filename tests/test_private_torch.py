@@ -872,3 +872,31 @@ def test_a_size_that_depends_on_values_has_no_symbol() -> None:
         values = _symbolic_call(lambda x: x.nonzero(), torch.ones(5))
     with pytest.raises(ValueError, match=r"the size u\d+ depends on values"):
         _torch.size_symbols(values)
+
+
+def test_fakes_with_symbols_share_those_of_equal_sizes_and_hold_numbers_apart() -> None:
+    weight, one, other = torch.zeros(7, 3), torch.zeros(3, 7, dtype=torch.int64), torch.zeros(3, 7)
+    fixed, tokens, mask = _torch.symbolic_fakes([weight], [one, other])
+    assert list(fixed.shape) == [7, 3] and not any(map(_torch.is_symbol, fixed.shape))
+    batch, length = tokens.shape
+    assert _torch.is_symbol(batch) and _torch.is_symbol(length) and not _torch.is_same_size(batch, length)
+    assert _torch.is_same_size(mask.shape[0], batch) and _torch.is_same_size(mask.shape[1], length)
+    wider = _torch.call_on_fakes(tokens, torch.ops.aten.pad.default, (mask, [0, (8 - length % 8) % 8]), {})
+    numbers = [(batch, 2), (length, 5)]
+    assert [_torch.size_at(size, numbers) for size in wider.shape] == [2, 8]
+    with pytest.raises(ValueError, match="is not told by those of the tokens"):
+        _torch.size_at(wider.shape[1], numbers[:1])
+    if length == 7:
+        assert not _torch.is_symbol(length)
+
+
+def test_a_traced_body_takes_any_first_size() -> None:
+    def body(h: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = h * x.exp()[:, :, None]
+        return h, h.sum(2)
+
+    gm = _torch.traced_body(body, [torch.zeros(2, 3, 4), torch.zeros(2, 3)])
+    assert all(isinstance(n.target, torch._ops.OpOverload) for n in gm.graph.nodes if n.op == "call_function")
+    h, x = torch.randn(5, 3, 4), torch.randn(5, 3)
+    for found, expected in zip(gm(h, x), body(h, x), strict=True):
+        assert torch.equal(found, expected)

@@ -14,13 +14,15 @@ from graphopt.budget import format_bytes
 from graphopt.capture.semantic import semantic_program
 from graphopt.cost import Cost
 from graphopt.decoding.capture import Uncached, source_shapes
-from graphopt.decoding.convolutions import kept_tensors
 from graphopt.decoding.decoder import MOVED
 from graphopt.decoding.distance_bias import biased_by
 from graphopt.decoding.insert import StepGraph
 from graphopt.decoding.options import Generate
 from graphopt.decoding.reading import shown_tensors
+from graphopt.decoding.recurrence import recurrences_in, shortened
 from graphopt.decoding.sites import Site
+from graphopt.decoding.states import kept_tensors
+from graphopt.decoding.unroll import STRETCH
 from graphopt.errors import BudgetError, InputsError, brief
 from graphopt.program import InputSpec, Program
 from graphopt.schedule import Schedule
@@ -47,7 +49,8 @@ class Before:
 
 
 class Arithmetic:
-    """Predicted bytes and seconds of steps of a decoder: ``step`` over ``sites``, rewritten as ``general``;
+    """Predicted bytes and seconds of steps of a decoder: ``step`` over ``sites``, rewritten as ``general``,
+    ``stretch``: for several rows, where ``general`` is for one;
     ``before``: programs that run once for each source, before the first step, with shapes and dtypes of what
     they are given besides weights, by placeholder."""
 
@@ -57,13 +60,15 @@ class Arithmetic:
         sites: tuple[Site, ...],
         step: StepGraph,
         general: Program,
+        stretch: Program | None,
         session: Session,
         options: Generate,
         weight_bytes: int,
         cache_bytes: int,
         before: Sequence[Before] = (),
     ) -> None:
-        self.uncached, self.sites, self.step, self.general = uncached, sites, step, general
+        self.uncached, self.sites, self.step = uncached, sites, step
+        self.general, self.stretch = general, stretch
         self.cost, self.options = session.cost, options
         self.weight_bytes, self.cache_bytes = weight_bytes, cache_bytes
         self.before = before
@@ -79,13 +84,23 @@ class Arithmetic:
         shapes |= source_shapes(self.uncached, batch)
         weights = self.uncached.weights
         try:
-            program = _sized("uncached", self.uncached.gm, weights, shapes)
+            program = _sized("uncached", shortened(self.uncached.gm, 1), weights, shapes)
+            loops = bool(recurrences_in(self.uncached.gm.graph))
+            more = program
+            if loops:
+                more = _sized("uncached", shortened(self.uncached.gm, 2), weights, shapes)
         except (RuntimeError, IndexError) as error:
             raise InputsError(
                 f"the model does not take sequences of max_tokens={length} positions: {brief(error)}"
             ) from error
         base = self.base - self.cache_bytes
         cost = self._cost(program, base, 0)
+        if loops:
+            # Each row of a loop costs what the second one does.
+            twice, rest = self._cost(more, base, 0), length - 1
+            seconds, flops = cost.seconds or 0.0, cost.flops or 0
+            seconds += rest * ((twice.seconds or 0.0) - seconds)
+            cost = replace(cost, seconds=seconds, flops=flops + rest * ((twice.flops or 0) - flops))
         peaks = [self._once(before, base).peak_bytes for before in self.before if before.anyway]
         return replace(cost, peak_bytes=max(cost.peak_bytes, *peaks)) if peaks else cost
 
@@ -93,11 +108,11 @@ class Arithmetic:
         """The most tokens of a prompt at once whose step fits, and what one token takes, at the peak of
         all."""
         single = self._step(1)
-        chunk = self.options.max_tokens
+        chunk = self.options.max_tokens if self.stretch is None else min(STRETCH, self.options.max_tokens)
         peak = self._step(chunk).peak_bytes
         if budget is not None and peak > budget:
             fitting = [(1, single.peak_bytes)]
-            size = chunk // 2
+            size = chunk // 2 if self.stretch is None else 1
             while size > 1:
                 # Halves from above: steps are few, and the largest that fits takes the fewest.
                 found = self._step(size).peak_bytes
@@ -146,7 +161,8 @@ class Arithmetic:
         kinds = kept_tensors(self.uncached, self.sites, batch, self.options.max_tokens)
         shapes |= {name: kinds[key] for name, key in self.step.stores.items()}
         given = {name: shapes[name] for name in self.step.inputs}
-        program = _sized("step", self.general.gm, self.step.weights, given)
+        stepped = self.general if self.stretch is None or count == 1 else self.stretch
+        program = _sized("step", stepped.gm, self.step.weights, given)
         # What the encoder gave is held until all is said.
         read = source_shapes(self.uncached, batch).values()
         held = sum(math.prod(shape) * dtype.itemsize for shape, dtype in read)

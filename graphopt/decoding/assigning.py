@@ -42,6 +42,7 @@ from graphopt.decoding.shared_model import SharedProgram, program_of, shared_mod
 from graphopt.decoding.site_pass import SiteAnswer, SitePass, SiteQuestion, site_passes
 from graphopt.decoding.sites import Site, sites_of, specs_of, stored_bytes
 from graphopt.decoding.sources import Fits
+from graphopt.decoding.states import kept_bytes
 from graphopt.decoding.stores import CacheStore
 from graphopt.errors import (
     CaptureError,
@@ -134,8 +135,9 @@ def _question(
     regions = tuple(site.region for site in sites)
     specs = specs_of(uncached, regions, options.max_tokens)
     fits = Fits(uncached, regions, specs)
-    # What is kept of padding counts against the bound as well.
+    # What is kept of padding, of convolutions and of recurrences counts against the bound as well.
     padding = options.max_batch * options.max_tokens if uncached.mask is not None else 0
+    padding += kept_bytes(uncached, options.max_batch)
     return regions, SiteQuestion(
         uncached, regions, sites, CacheAssignment(), fits, options, stores, session.host, _tell,
         None if session.budget.cache is None else parse_bytes(session.budget.cache) - padding,

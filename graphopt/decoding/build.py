@@ -16,19 +16,21 @@ from graphopt.decoding.arithmetic import Arithmetic
 from graphopt.decoding.beside import SideBySide
 from graphopt.decoding.capture import Uncached, capture_uncached
 from graphopt.decoding.check_decoder import check_decoder
-from graphopt.decoding.convolutions import causal_convolutions
 from graphopt.decoding.decoder import Decoder
 from graphopt.decoding.distance_bias import biased_by
 from graphopt.decoding.insert import step_graph
 from graphopt.decoding.last_row import last_row
 from graphopt.decoding.options import Generate
 from graphopt.decoding.reading import shown_tensors
-from graphopt.decoding.record import DecodingRecord, LossyRecord, site_records
+from graphopt.decoding.record import DecodingRecord, LossyRecord, site_records, state_records
+from graphopt.decoding.recurrence import recurrences_in
 from graphopt.decoding.rewritten import rewritten, roles
 from graphopt.decoding.singles import Singles
 from graphopt.decoding.site_pass import SitePass, site_passes
 from graphopt.decoding.sites import Site, sites_of, stored_bytes
 from graphopt.decoding.source_programs import source_programs
+from graphopt.decoding.states import kept_bytes
+from graphopt.decoding.unroll import STRETCH, unrolled
 from graphopt.errors import BudgetError
 from graphopt.program import Program
 
@@ -68,17 +70,28 @@ def build(
     device = next(iter(uncached.weights.values())).device
     kept = _kept_beside(uncached, sites, options)
     cache_bytes = stored_bytes(sites, batch, capacity) + kept
-    bound = _check_cache(session, sites, made, cache_bytes, options)
+    bound = _check_cache(session, uncached, sites, made, cache_bytes, options)
     beside = None
     if session.cost.device.multiprocessors:
         beside = SideBySide(tuple(session.host.schemes().values()))
     step = step_graph(uncached, sites, batch, capacity, capacity)
-    step = last_row(step if beside is None else beside(step), uncached, sites)
+    prompts = None
+    if recurrences_in(uncached.gm.graph):
+        whole, step = step, unrolled(step, uncached, 1)
+        prompts = unrolled(last_row(whole, uncached, sites), uncached, min(STRETCH, capacity))
+    if beside is not None:
+        step = beside(step)
+        prompts = None if prompts is None else beside(prompts)
+    if prompts is None:
+        step = last_row(step, uncached, sites)
     general = rewritten("decode", step.gm, roles(step, uncached), (uncached.tokens,), session)
+    stretch = None
+    if prompts is not None:
+        stretch = rewritten("prompt", prompts.gm, roles(prompts, uncached), (uncached.tokens,), session)
     once = source_programs(uncached, sites, options, session)
     weight_bytes = _torch.storage_bytes([*model.parameters(), *model.buffers()])
     arithmetic = Arithmetic(
-        uncached, sites, step, general, session, options, weight_bytes, cache_bytes,
+        uncached, sites, step, general, stretch, session, options, weight_bytes, cache_bytes,
         () if once is None else once.before,
     )  # fmt: skip
     baseline = arithmetic.baseline()
@@ -87,6 +100,8 @@ def build(
     decoder = Decoder(
         uncached, sites, options, step, general.gm, lambda *_: None, chunk, device, beside, once
     )
+    if stretch is not None and chunk > 1:
+        decoder.stretch = stretch.gm
     checked = check_decoder(decoder)
     _name(session, uncached, decoder)
     if budget is not None:
@@ -100,8 +115,10 @@ def build(
     record = DecodingRecord(
         capacity, batch, chunk, cache_bytes, bound, checked.off, site_records(sites, batch, capacity),
         0 if beside is None else beside.count, sharing, _lossy(sites, checked.allowed, assigned),
+        state_records(uncached, batch),
     )  # fmt: skip
-    return Built(decoder, record, baseline, predicted, (general, *(() if once is None else once.programs)))
+    programs = (general, *(() if stretch is None else (stretch,)), *(() if once is None else once.programs))
+    return Built(decoder, record, baseline, predicted, programs)
 
 
 def _kept_beside(uncached: Uncached, sites: tuple[Site, ...], options: Generate) -> int:
@@ -110,14 +127,12 @@ def _kept_beside(uncached: Uncached, sites: tuple[Site, ...], options: Generate)
     padding = batch * capacity if uncached.mask is not None else 0
     padding += sum(math.prod(shape) for shape in shown_tensors(sites, batch).values())
     tables = {name: sites[index].spec.heads for index, name in biased_by(sites).items()}
-    convolved = batch * sum(
-        one.channels * one.reach * one.dtype.itemsize for one in causal_convolutions(uncached)
-    )
-    return padding + convolved + sum(tables.values()) * capacity * torch.float32.itemsize
+    return padding + kept_bytes(uncached, batch) + sum(tables.values()) * capacity * torch.float32.itemsize
 
 
 def _check_cache(
-    session: Session, sites: tuple[Site, ...], made: tuple[Site, ...], cache_bytes: int, options: Generate
+    session: Session, uncached: Uncached, sites: tuple[Site, ...], made: tuple[Site, ...], cache_bytes: int,
+    options: Generate,
 ) -> int | None:
     """The bound on stores alone, which they keep; ``made``: sites as passes see them. Raises ``BudgetError``,
     naming the largest."""
@@ -131,12 +146,13 @@ def _check_cache(
         allow = f"{name}{{calibration=FILE}}"
         hint += f"; pass {name!r} changes results and is not allowed, it would do: allow=({allow!r},)"
     records = site_records(sites, options.max_batch, options.max_tokens)
-    largest = max(records, key=lambda record: record.bytes)
+    found = [(record.bytes, record.layer or "the first attention", record.store) for record in records]
+    found += [(r.bytes, r.layer or r.name, "state") for r in state_records(uncached, options.max_batch)]
+    size, layer, store = max(found, key=lambda entry: entry[0])
     raise BudgetError(
         f"the stores of keys and values take {format_bytes(cache_bytes)} ({cache_bytes} bytes) for "
         f"max_tokens={options.max_tokens} and max_batch={options.max_batch}, {format_bytes(bound)} are "
-        f"allowed; the largest is that of {largest.layer or 'the first attention'}: {largest.store}, "
-        f"{format_bytes(largest.bytes)}",
+        f"allowed; the largest is that of {layer}: {store}, {format_bytes(size)}",
         least_bytes=cache_bytes,
         budget_bytes=bound,
         hint=hint,

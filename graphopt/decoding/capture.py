@@ -19,9 +19,13 @@ import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.capture.inputs import bind_inputs
+from graphopt.decoding.blocks import blocks_as_recurrences
 from graphopt.decoding.einsum import write_einsum_out
 from graphopt.decoding.encoder import Encoder, decoder_name, encoder_of, evaluating
+from graphopt.decoding.lengths import lengths_for, merged
 from graphopt.decoding.options import Generate
+from graphopt.decoding.roll import roll
+from graphopt.decoding.shifts import shifts_as_recurrences
 from graphopt.errors import CaptureError, InputsError, brief
 
 __all__ = ["Source", "Uncached", "arguments_of", "capture_uncached", "logits_of", "source_shapes"]
@@ -214,29 +218,21 @@ def capture_uncached(model: torch.nn.Module, inputs: Any, options: Generate) -> 
     """
     with evaluating(model), _attributes_kept(model):
         names, fixed, example, encoder = _example(model, inputs, options)
-        wrapped = _Logits(model, names, fixed, encoder)
-        dynamic = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},) * len(example)
-        with torch.no_grad(), _torch.quiet_capture():
-            _runs(wrapped, example)
-            try:
-                program = torch.export.export(
-                    wrapped, tuple(example), dynamic_shapes=(dynamic,), strict=False
-                )
-            except Exception as error:
-                why = brief(error)
-                if "specialized it to be a constant" in str(error):
-                    why = (
-                        f"its program is one for {_BATCH} sequences of {_LENGTH} tokens alone, as that of a "
-                        "recurrence which is run position by position"
-                    )
-                raise CaptureError(f"the model could not be captured without a cache: {why}") from error
+    wrapped = _Logits(model, names, fixed, encoder)
 
     def eager(*values: torch.Tensor) -> torch.Tensor:
         with evaluating(model), torch.no_grad():
             logits: torch.Tensor = wrapped(*values)
         return logits
 
-    return _uncached(program, eager, names, options, encoder)
+    with evaluating(model), torch.no_grad(), _torch.quiet_capture():
+        with _attributes_kept(model, tensors_alone=True):
+            _runs(wrapped, example)
+        with _attributes_kept(model):
+            captured = _of_any_length(wrapped, example)
+            if captured is None:
+                captured = _by_lengths(wrapped, lambda length: _example(model, inputs, options, length)[2])
+    return _uncached(captured, eager, names, options, encoder)
 
 
 def _runs(wrapped: _Logits, example: Sequence[torch.Tensor]) -> None:
@@ -254,22 +250,26 @@ def _runs(wrapped: _Logits, example: Sequence[torch.Tensor]) -> None:
 
 
 @contextmanager
-def _attributes_kept(model: torch.nn.Module) -> Iterator[None]:
-    """What modules assign to themselves as they are traced (states of recurrences) is taken back."""
+def _attributes_kept(model: torch.nn.Module, *, tensors_alone: bool = False) -> Iterator[None]:
+    """What modules assign to themselves as they are traced (states of recurrences) is taken back; tensors
+    alone where they really run: what else they note (that weights were scaled) goes with what they did."""
     before = [(module, dict(vars(module))) for module in model.modules()]
     try:
         yield
     finally:
         for module, attributes in before:
+            noted = {}
+            if tensors_alone:
+                noted = {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str))}
             vars(module).clear()
-            vars(module).update(attributes)
+            vars(module).update(attributes | noted)
 
 
 def _example(
-    model: torch.nn.Module, inputs: Any, options: Generate
+    model: torch.nn.Module, inputs: Any, options: Generate, length: int = _LENGTH
 ) -> tuple[list[str], dict[str, Any], list[torch.Tensor], Encoder | None]:
-    """Names of the arguments that vary, values of those that do not, an example, what an encoder gives behind
-    it, and the encoder."""
+    """Names of the arguments that vary, values of those that do not, an example of ``length`` tokens, what an
+    encoder gives behind it, and the encoder."""
     args, kwargs = bind_inputs(model, inputs)
     signature = inspect.signature(model.forward)
     bound = signature.bind(*args, **kwargs)
@@ -304,23 +304,24 @@ def _example(
         )
     if "use_cache" in signature.parameters:
         given["use_cache"] = False
-    names, example = _varying(model, tokens, first, options.mask, options.positions)
+    names, example = _varying(model, tokens, first, options.mask, options.positions, length)
     return names, given, example, None
 
 
 def _varying(
-    model: torch.nn.Module, tokens: torch.Tensor, first: str, mask: str, positions: str
+    model: torch.nn.Module, tokens: torch.Tensor, first: str, mask: str, positions: str,
+    length: int = _LENGTH,
 ) -> tuple[list[str], list[torch.Tensor]]:
     """Names and an example of tokens, and of mask and positions where the model takes them."""
     parameters = inspect.signature(model.forward).parameters
-    tokens = tokens[:, : max(tokens.shape[1], 1)].repeat(_BATCH, _LENGTH)[:_BATCH, :_LENGTH].contiguous()
+    tokens = tokens[:, : max(tokens.shape[1], 1)].repeat(_BATCH, length)[:_BATCH, :length].contiguous()
     names, example = [first], [tokens]
     if mask in parameters:
         names.append(mask)
         example.append(torch.ones_like(tokens))
     if positions in parameters:
         names.append(positions)
-        example.append(torch.arange(_LENGTH, device=tokens.device).expand(_BATCH, _LENGTH).contiguous())
+        example.append(torch.arange(length, device=tokens.device).expand(_BATCH, length).contiguous())
     return names, example
 
 
@@ -328,8 +329,8 @@ def _beside(
     model: torch.nn.Module, encoder: Encoder, tokens: torch.Tensor, fixed: dict[str, Any], options: Generate
 ) -> tuple[list[str], dict[str, Any], list[torch.Tensor]]:
     """Names, constants and an example of a decoder, what ``encoder`` gives of its own example included."""
-    own = (decoder_name(name) for name in (options.tokens, options.mask, options.positions))
-    names, example = _varying(model, tokens, *own)
+    first, mask, positions = map(decoder_name, (options.tokens, options.mask, options.positions))
+    names, example = _varying(model, tokens, first, mask, positions)
     if "use_cache" in inspect.signature(model.forward).parameters:
         fixed["use_cache"] = False
     example += encoder(encoder.example)
@@ -349,13 +350,18 @@ def _inside(entry: Any) -> Any:
     return (re.sub(r"slice\([^)]*\)\.", "", str(path).removeprefix("model").removeprefix(".")), *rest)
 
 
-def _uncached(
-    program: torch.export.ExportedProgram,
-    eager: Callable[..., torch.Tensor],
-    names: Sequence[str],
-    options: Generate,
-    encoder: Encoder | None,
-) -> Uncached:
+@dataclass(frozen=True)
+class _Captured:
+    """A graph, what its placeholders of weights stand for, by name, and their dotted names; ``user``: its
+    other placeholders."""
+
+    graph: fx.Graph
+    weights: dict[str, torch.Tensor]
+    names: dict[str, str]
+    user: tuple[str, ...]
+
+
+def _captured(program: torch.export.ExportedProgram) -> _Captured:
     signature = program.graph_signature
     if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
         what = [*signature.buffers_to_mutate.values(), *signature.user_inputs_to_mutate.values()]
@@ -375,13 +381,25 @@ def _uncached(
         if stack := node.meta.get("nn_module_stack"):
             node.meta["nn_module_stack"] = {key: _inside(entry) for key, entry in stack.items()}
     write_einsum_out(graph)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    weights = {node.name: tensors[fqns[node.name]] for node in placeholders if node.name in fqns}
-    user = [node for node in placeholders if node.name not in fqns]
-    roles = dict(zip(names, (node.name for node in user), strict=False))
+    placeholders = [node.name for node in graph.nodes if node.op == "placeholder"]
+    weights = {name: tensors[fqns[name]] for name in placeholders if name in fqns}
+    dotted = {name: fqns[name].removeprefix("model.") for name in weights}
+    return _Captured(graph, weights, dotted, tuple(name for name in placeholders if name not in fqns))
+
+
+def _uncached(
+    captured: _Captured,
+    eager: Callable[..., torch.Tensor],
+    names: Sequence[str],
+    options: Generate,
+    encoder: Encoder | None,
+) -> Uncached:
+    graph = captured.graph
+    roles = dict(zip(names, captured.user, strict=False))
     output = next(node for node in graph.nodes if node.op == "output")
     (logits,) = output.args[0]
-    batch, length = user[0].meta["val"].shape
+    tokens = next(node for node in graph.nodes if node.name == roles[names[0]])
+    batch, length = tokens.meta["val"].shape
     if not isinstance(length, torch.SymInt):
         raise CaptureError(
             f"the model fixes the length of the sequence at {length}: its programs cannot decode"
@@ -390,18 +408,21 @@ def _uncached(
     source = None
     if encoder is not None:
         mask, positions = decoder_name(mask), decoder_name(positions)
-        source = _source(encoder, user[len(names) :], options, (first, mask, positions))
+        inputs = {node.name: node for node in graph.nodes if node.op == "placeholder"}
+        read = [inputs[name] for name in captured.user[len(names) :]]
+        source = _source(encoder, read, options, (first, mask, positions))
         # Weights of the encoder.
-        for node in placeholders:
-            if node.name in weights and not node.users:
-                del weights[node.name]
+        for name, node in inputs.items():
+            if name in captured.weights and not node.users:
+                del captured.weights[name], captured.names[name]
                 graph.erase_node(node)
-    gm = fx.GraphModule(torch.nn.Module(), graph)
+    shifts_as_recurrences(graph, length)
+    blocks_as_recurrences(graph, tokens, captured.weights)
     return Uncached(
-        gm,
+        fx.GraphModule(torch.nn.Module(), graph),
         eager,
-        weights,
-        {name: fqns[name].removeprefix("model.") for name in weights},
+        captured.weights,
+        captured.names,
         roles[first],
         roles.get(mask),
         roles.get(positions),
@@ -424,3 +445,49 @@ def _source(
     shown = read[count] if encoder.mask is not None else None
     most = options.max_source or encoder.rows
     return Source(encoder, read[:count], shown, rows, most, *names)
+
+
+def _of_any_length(wrapped: _Logits, example: Sequence[torch.Tensor]) -> _Captured | None:
+    """``wrapped`` captured with the length as a symbol; ``None`` where its program is one for the example's
+    length alone."""
+    dynamic = ({0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC},) * len(example)
+    try:
+        program = torch.export.export(wrapped, tuple(example), dynamic_shapes=(dynamic,), strict=False)
+    except Exception as error:
+        if "specialized it to be a constant" in str(error):
+            return None
+        raise CaptureError(f"the model could not be captured without a cache: {brief(error)}") from error
+    return _captured(program)
+
+
+def _by_lengths(wrapped: _Logits, example: Callable[[int], list[torch.Tensor]]) -> _Captured:
+    """``wrapped``, which takes positions one by one, captured for a few lengths, its loops over positions
+    rolled up. ``example(length)``: inputs of that length."""
+    lengths = lengths_for(wrapped, _BATCH)
+    found = []
+    try:
+        for length in lengths:
+            inputs = example(length)
+            program = torch.export.export(
+                wrapped,
+                tuple(inputs),
+                dynamic_shapes=(({0: torch.export.Dim.DYNAMIC},) * len(inputs),),
+                strict=False,
+            )
+            captured = _captured(program)
+            roll(captured.graph, length)
+            found.append(captured)
+        last = found[-1]
+        for name, tensor in last.weights.items():
+            if not all(torch.equal(one.weights[name], tensor) for one in found if name in one.weights):
+                raise CaptureError(f"{last.names[name]} is another one for each length")
+        graphs = [captured.graph for captured in found]
+        merged(graphs, lengths, last.user[0], list(last.weights.values()), inputs)
+    except CaptureError as error:
+        raise CaptureError(
+            f"the model takes positions one by one: {error.message}", hint=error.hint
+        ) from error
+    except Exception as error:
+        raise CaptureError(f"the model could not be captured without a cache: {brief(error)}") from error
+    return last
+

@@ -120,6 +120,9 @@ def _first_off(
 ) -> str:
     """Where the values of a step come to differ from those without a cache, as a half-sentence."""
     step = decoder.step
+    if step.rows:
+        # A program for one row: those before go in as they do.
+        start = max(start, stop - step.rows)
     whole = arguments_of(uncached, tokens[:, :stop], mask[:, :stop] if mask is not None else None, None)
     decoder.reset(tokens.shape[0])
     if start:

@@ -28,7 +28,7 @@ from graphopt.decoding.convolutions import causal_convolutions
 from graphopt.decoding.decoder import Decoder
 from graphopt.decoding.stores import CacheStore
 from graphopt.decoding.whole import with_outputs
-from graphopt.errors import CaptureError
+from graphopt.errors import CaptureError, brief
 
 __all__ = ["Checked", "check_decoder"]
 
@@ -36,6 +36,9 @@ _PROMPT = 5
 """Tokens of the prompt that is checked; those behind it come one by one."""
 
 _CHECKED = 12
+_LONGER = 300
+"""Tokens of which a graph that was captured for a few lengths is compared with the model."""
+
 _CHECKED_WINDOW = 64
 """Windows up to this many positions are crossed twice when decoding is checked."""
 
@@ -64,7 +67,9 @@ def check_decoder(decoder: Decoder) -> Checked:
     batch = min(2, options.max_batch)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(uncached.vocabulary, (batch, length), generator=generator).to(decoder.device)
-    prompt = min(length - 1, max(_PROMPT, length - _SINGLE) if lossy else _PROMPT)
+    # Of a model with recurrences prompts go in by programs for several rows, and what is left row by row.
+    least = max(_PROMPT, decoder.chunk + 1 if decoder.stretch is not None else 0)
+    prompt = min(length - 1, max(least, length - _SINGLE) if lossy else least)
     off = allowed = 0.0
     paddings = (0, 2) if uncached.mask is not None and prompt > 2 else (0,)
     for padded, uncached in _with_sources(decoder, paddings, batch):
@@ -84,6 +89,8 @@ def check_decoder(decoder: Decoder) -> Checked:
             rows = steps_of(decoder, tokens, mask, prompt)
         off = max(off, check_rows(rows, expected, decoder, tokens, mask, reference))
         allowed = max(allowed, tolerance(expected))
+    if decoder.stretch is not None or decoder.step.rows:
+        _check_longer(uncached, min(options.max_tokens, _LONGER), generator, decoder.device)
     decoder.reset(1)
     decoder.alike = None
     for tensor in decoder.held.values():
@@ -114,13 +121,26 @@ def _with_sources(
         yield padded, uncached.reading(given)
 
 
+def _check_longer(
+    uncached: Uncached, length: int, generator: torch.Generator, device: torch.device
+) -> None:
+    """Loops were rolled up on sequences of a few tokens: that they are the same on longer ones is looked at.
+    Raises ``VerificationError`` where they are not, ``CaptureError`` where the model does not run."""
+    tokens = torch.randint(uncached.vocabulary, (1, length), generator=generator).to(device)
+    try:
+        check_captured(uncached, tokens, None)
+    except (IndexError, RuntimeError) as error:
+        raise CaptureError(f"the model does not run {length} tokens: {brief(error)}") from error
+
+
 def _length(decoder: Decoder, stores: dict[int, CacheStore]) -> int:
     """Positions after which all that stores do has happened."""
     windows = [site.spec.mask.window for site in decoder.sites]
     windows += [one.reach for one in causal_convolutions(decoder.uncached)]
     crossed = max((2 * w + 3 for w in windows if w <= _CHECKED_WINDOW), default=0)
     specs = [site.spec for site in decoder.sites]
-    return max(_CHECKED, crossed, *(store.crossed(specs[i]) for i, store in stores.items()))
+    least = _CHECKED if decoder.stretch is None else max(_CHECKED, 2 * decoder.chunk)
+    return max(least, crossed, *(store.crossed(specs[i]) for i, store in stores.items()))
 
 
 def _cut(

@@ -14,7 +14,6 @@ to the length of the sequence reads no later row. Other convolutions along it ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,10 +22,9 @@ import torch.fx as fx
 from graphopt.decoding.capture import Uncached
 from graphopt.decoding.layouts import name_of
 from graphopt.decoding.regions import token_values
-from graphopt.decoding.sites import Site, tensors_of
 from graphopt.rules import argument
 
-__all__ = ["OPERATOR", "Convolution", "causal_convolutions", "kept_tensors"]
+__all__ = ["OPERATOR", "Convolution", "causal_convolutions"]
 
 OPERATOR = "graphopt::causal_convolution"
 
@@ -82,14 +80,3 @@ def _is_front(node: fx.Node, uncached: Uncached) -> bool:
     dim, start, step = (argument(node, name) for name in ("dim", "start", "step"))
     length = node.meta["val"].shape[2]
     return dim in (2, -1) and start in (0, None) and step == 1 and uncached.is_length(length)
-
-
-def kept_tensors(
-    uncached: Uncached, sites: Sequence[Site], batch: int, capacity: int
-) -> Mapping[tuple[int, str], tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of all that lasts from step to step: tensors of stores by site and name, and behind
-    them what convolutions read last."""
-    found = dict(tensors_of(sites, batch, capacity))
-    for index, one in enumerate(causal_convolutions(uncached), len(sites)):
-        found[index, "history"] = ((batch, one.channels, one.reach), one.dtype)
-    return found

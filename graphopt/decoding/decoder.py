@@ -10,12 +10,12 @@ import torch
 
 from graphopt.decoding.beside import SideBySide
 from graphopt.decoding.capture import Uncached
-from graphopt.decoding.convolutions import kept_tensors
 from graphopt.decoding.distance_bias import DistanceBias, distance_biases
 from graphopt.decoding.insert import StepGraph
 from graphopt.decoding.options import Generate
 from graphopt.decoding.reading import shown_tensors
 from graphopt.decoding.sites import Site
+from graphopt.decoding.states import kept_tensors
 from graphopt.errors import InputsError
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ MOVED = 64 << 20
 class Decoder:
     """Stores for ``options.max_batch`` sequences of ``options.max_tokens`` positions, and what steps on them.
 
-    ``general`` runs any number of new tokens for any batch; ``single(decoder, length, arguments)`` gives what
-    runs one token where no position is at or beyond ``length``, or ``None`` where ``general`` is to do it.
-    A prompt goes in at most ``chunk`` tokens at a time. ``once``: what runs for each source, where there is
-    one. Not for several threads at once: it has one set of
-    stores.
+    ``general`` runs any number of new tokens for any batch, or one where ``step.rows`` says so: then
+    ``stretch`` runs ``chunk`` of them. ``single(decoder, length, arguments)`` gives what runs one token
+    where no position is at or beyond ``length``, or ``None`` where ``general`` is to do it. A prompt goes
+    in at most ``chunk`` tokens at a time. ``once``: what runs for each source, where there is one. Not for
+    several threads at once: it has one set of stores.
     """
 
     uncached: Uncached
@@ -50,6 +50,7 @@ class Decoder:
     device: torch.device
     beside: SideBySide | None = None
     once: SourcePrograms | None = None
+    stretch: Run | None = None
     stores: dict[str, torch.Tensor] = field(default_factory=dict)
     valid: torch.Tensor | None = None
     shown: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -160,12 +161,21 @@ class Decoder:
             )
         given = self._inputs(tokens, mask, positions)
         logits: torch.Tensor | None = None
-        for start in range(0, count, self.chunk):
+        start = 0
+        for size in self._parts(count):
             # Compiled steps are for one layout: parts of longer rows have another.
-            part = {name: value[:, start : start + self.chunk].contiguous() for name, value in given.items()}
+            part = {name: value[:, start : start + size].contiguous() for name, value in given.items()}
             logits = self._step(part)
+            start += size
         assert logits is not None
         return logits
+
+    def _parts(self, count: int) -> list[int]:
+        """How many of ``count`` new tokens go in at once, one part after another."""
+        whole, rest = divmod(count, self.chunk)
+        # A program with recurrences is one for as many rows as it writes out.
+        behind = [1] * rest if self.step.rows else [rest] if rest else []
+        return [self.chunk] * whole + behind
 
     def _inputs(
         self, tokens: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
@@ -195,10 +205,14 @@ class Decoder:
         arguments = [*self.step.weights.values(), *(values[name] for name in self.step.inputs)]
         run = self.single(self, self.seen + 1, arguments) if count == 1 else None
         with torch.no_grad():
-            (logits,) = (run or self.general)(*arguments)
+            (logits,) = (run or self._of_rows(count))(*arguments)
         self.seen += count
         result: torch.Tensor = logits
         return result
+
+    def _of_rows(self, count: int) -> Run:
+        """What runs ``count`` new tokens operator by operator."""
+        return self.stretch if self.stretch is not None and count == self.chunk > 1 else self.general
 
     def reorder(self, index: torch.Tensor) -> None:
         """Sequence i goes on from what sequence ``index[i]`` was, in place, ``MOVED`` bytes at a time."""

@@ -19,7 +19,8 @@ import torch
 from graphopt import _torch
 from graphopt.capture.aliasing import alias_map
 from graphopt.decoding.capture import Uncached
-from graphopt.decoding.evaluate import added_by, closure
+from graphopt.decoding.closure import closure
+from graphopt.decoding.evaluate import added_by
 from graphopt.decoding.masks import distances
 from graphopt.decoding.regions import Region
 

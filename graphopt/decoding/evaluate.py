@@ -8,38 +8,14 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from graphopt.capture.aliasing import Aliases, written_inputs
+from graphopt.capture.aliasing import Aliases
 from graphopt.decoding.capture import Uncached, arguments_of
+from graphopt.decoding.closure import closure
 from graphopt.decoding.layouts import name_of
 from graphopt.decoding.regions import Region
 from graphopt.errors import CaptureError, brief
 
-__all__ = ["added_by", "added_values", "closure", "numbers_in", "values_of"]
-
-
-def closure(nodes: Sequence[fx.Node], aliases: Aliases) -> list[fx.Node]:
-    """``nodes`` and all that they are made of, what writes into those included, in order."""
-    if not nodes:
-        return []
-    graph = nodes[0].graph
-    writers: dict[fx.Node, list[fx.Node]] = {}
-    for node in graph.nodes:
-        for written in written_inputs(node):
-            for root in aliases.roots[written]:
-                writers.setdefault(root, []).append(node)
-    place = {node: i for i, node in enumerate(graph.nodes)}
-    last = max(place[node] for node in nodes)
-    found: set[fx.Node] = set()
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        if node in found:
-            continue
-        found.add(node)
-        pending.extend(node.all_input_nodes)
-        for root in aliases.roots.get(node, ()):
-            pending.extend(writer for writer in writers.get(root, ()) if place[writer] <= last)
-    return sorted(found, key=place.__getitem__)
+__all__ = ["added_by", "added_values", "numbers_in", "values_of"]
 
 
 def values_of(

@@ -18,10 +18,12 @@ from graphopt.decoding.insert import step_graph
 from graphopt.decoding.last_row import last_row
 from graphopt.decoding.layouts import name_of
 from graphopt.decoding.part import Part, following
+from graphopt.decoding.recurrence import shortened
 from graphopt.decoding.regions import Region
 from graphopt.decoding.reroot import streams_into
 from graphopt.decoding.share import between
-from graphopt.decoding.sites import Site, tensors_of
+from graphopt.decoding.sites import Site
+from graphopt.decoding.states import kept_tensors
 from graphopt.program import InputSpec
 
 __all__ = ["Promise", "flops_of_prompt", "flops_of_token", "promised", "promised_prompt"]
@@ -173,13 +175,14 @@ def _asked(node: fx.Node, query: fx.Node, asking: set[fx.Node]) -> float:
 def flops_of_prompt(uncached: Uncached, sites: Sequence[Site], tokens: int, cost: CostModel) -> int:
     """FLOPs of the step that takes in a prompt of ``tokens`` tokens of one sequence at once."""
     step = last_row(step_graph(uncached, sites, 1, tokens, tokens), uncached, sites)
-    kinds = tensors_of(sites, 1, tokens)
+    kinds = kept_tensors(uncached, sites, 1, tokens)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]]
     shapes = dict.fromkeys(uncached.inputs, ((1, tokens), torch.int64))
     shapes |= {"slots": ((tokens,), torch.int64), "valid": ((1, tokens), torch.bool)}
     shapes |= {name: kinds[key] for name, key in step.stores.items()}
     given = [shapes[name] for name in step.inputs]
-    return _flops("prompt", step.gm, list(step.weights.values()), given, cost)
+    # A row of each loop: they are the same before and after.
+    return _flops("prompt", shortened(step.gm, 1), list(step.weights.values()), given, cost)
 
 
 def flops_of_token(uncached: Uncached, cost: CostModel) -> int:

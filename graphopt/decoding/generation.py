@@ -23,6 +23,9 @@ __all__ = ["StoredCache", "generate_with", "plain_generate"]
 _ALONE = ("assistant_model", "prompt_lookup_num_tokens", "prefill_chunk_size", "cache_implementation")
 """Options of transformers' ``generate`` that bring a cache or a second model of their own."""
 
+_CACHES = ("past_key_values", "cache_params", "state")
+"""What forwards of transformers call the argument that a cache is."""
+
 
 class StoredCache:
     """What ``generate`` takes for a cache: how much is in the stores, and how to move sequences."""
@@ -77,20 +80,23 @@ def generate_with(
     for name in ("output_attentions", "output_hidden_states"):
         if options.get(name):
             raise InputsError(f"generate({name}=True): programs that decode give logits alone")
-    if options.get("past_key_values") is not None:
-        raise InputsError("generate(past_key_values=...): the stores are the cache")
-    given = dict(options)
+    for name in _CACHES:
+        if options.get(name) is not None:
+            raise InputsError(f"generate({name}=...): the stores are the cache")
+    takes = inspect.signature(model.forward).parameters
+    cache = next((name for name in _CACHES if name in takes), _CACHES[0])
+    given = {**options, cache: StoredCache(decoder)}
     given.pop("use_cache", None)
     driven = copy.copy(model)
     source = decoder.uncached.source
     if source is None:
-        vars(driven)["forward"] = _forward(model, decoder)
+        vars(driven)["forward"] = _forward(model, decoder, cache)
     else:
         encoding = _Encoding(decoder, source)
         vars(driven)["forward"] = _source_forward(model, decoder, source, encoding)
         vars(driven)["get_encoder"] = lambda *_, **__: encoding
     decoder.seen = 0
-    return driven.generate(*args, past_key_values=StoredCache(decoder), use_cache=True, **given)  # type: ignore[operator]
+    return driven.generate(*args, use_cache=True, **given)  # type: ignore[operator]
 
 
 class _Encoding:
@@ -152,20 +158,28 @@ def _shown(shown: torch.Tensor | None, encoding: _Encoding, rows: torch.Tensor) 
     return shown.repeat_interleave(rows.shape[0] // shown.shape[0], 0)
 
 
-def _forward(model: torch.nn.Module, decoder: Decoder) -> Callable[..., Any]:
-    """A forward with the signature of the model's, which ``generate`` looks at."""
+def _forward(model: torch.nn.Module, decoder: Decoder, cache: str) -> Callable[..., Any]:
+    """A forward with the signature of the model's, which ``generate`` looks at; ``cache``: its argument for
+    one."""
     names = decoder.options
 
     def forward(**given: Any) -> Any:
-        cache = given.pop("past_key_values", None)
-        return _step(decoder, cache, given, (names.tokens, names.mask, names.positions))
+        held = given.pop(cache, None)
+        return _step(decoder, held, given, (names.tokens, names.mask, names.positions), cache)
 
     forward.__signature__ = inspect.signature(model.forward)  # type: ignore[attr-defined]
     return forward
 
 
-def _step(decoder: Decoder, cache: Any, given: dict[str, Any], names: tuple[str, str, str]) -> Any:
-    """What a forward returns of a step that is ``given`` tokens, mask and positions by ``names``."""
+def _step(
+    decoder: Decoder,
+    held: Any,
+    given: dict[str, Any],
+    names: tuple[str, str, str],
+    cache: str = "past_key_values",
+) -> Any:
+    """What a forward returns of a step that is ``given`` tokens, mask and positions by ``names``: logits and
+    what it ``held``, the argument ``cache``."""
     tokens, mask, positions = (given.pop(name, None) for name in names)
     others = [name for name, value in given.items() if isinstance(value, torch.Tensor)]
     if others:
@@ -180,7 +194,7 @@ def _step(decoder: Decoder, cache: Any, given: dict[str, Any], names: tuple[str,
         raise InputsError(f"argument {names[0]!r} is {tokens!r}: programs that decode take tokens")
     if decoder.seen == 0:
         decoder.reset(tokens.shape[0])
-    return _Output(logits=decoder(tokens, mask, positions), past_key_values=cache)
+    return _Output(logits=decoder(tokens, mask, positions), **{cache: held})
 
 
 def plain_generate(

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from operator import getitem
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from graphopt.decoding.layouts import name_of
 from graphopt.decoding.reading import shown_by, shown_tensors
 from graphopt.decoding.regions import Region
 from graphopt.decoding.sites import Site
+from graphopt.decoding.states import states_of
 from graphopt.errors import CaptureError
 from graphopt.packing.scheme import operator_named
 from graphopt.program import layer_of
@@ -50,7 +52,7 @@ class StepGraph:
     source, whose last row that is, ``lasting``: what is kept of the source's masks
     (``graphopt.decoding.reading``) and tables of biases (``graphopt.decoding.distance_bias``), then the
     stores' tensors, ``stores``: names and ``(site, tensor)``; numbers behind those of sites are of
-    convolutions.
+    convolutions, those behind them of recurrences. ``rows``: the n that it is for, any where it is 0.
     """
 
     gm: fx.GraphModule
@@ -58,6 +60,7 @@ class StepGraph:
     stores: dict[str, tuple[int, str]]
     weights: dict[str, torch.Tensor]
     lasting: tuple[str, ...] = ()
+    rows: int = 0
 
 
 def step_graph(
@@ -87,6 +90,7 @@ class _Insertion:
         self.weights = dict(uncached.weights)
         self.convolutions = causal_convolutions(uncached)
         self.shown_by, self.biased_by = shown_by(sites), biased_by(sites)
+        self.states = states_of(uncached)
 
     def node(self, of: fx.Node) -> fx.Node:
         return self.copies[of]
@@ -97,7 +101,12 @@ class _Insertion:
         tensors: dict[tuple[int, str], fx.Node] = {}
         # Of the example's batch at least: taking its rows must not look impossible while tracing.
         most = max(self.batch, _torch.hint(uncached.batch))
+        behind = len(self.sites) + len(self.convolutions)
         with self.graph.inserting_after(last):
+            for index, loop in reversed(list(enumerate(self.states, behind))):
+                for name, state in reversed(list(loop.kinds.items())):
+                    rows = (most, *state.shape)
+                    tensors[index, name] = self._placeholder(f"store_{index}_{name}", rows, state.dtype)
             for index, one in reversed(list(enumerate(self.convolutions, len(self.sites)))):
                 rows = (most, one.channels, one.reach)
                 tensors[index, "history"] = self._placeholder(f"store_{index}_history", rows, one.dtype)
@@ -131,6 +140,8 @@ class _Insertion:
             self._attend(index, site, held, slots, valid if uses_padding else None)
         for index, one in enumerate(self.convolutions, len(self.sites)):
             self._convolve(one, tensors[index, "history"], slots)
+        for index, loop in enumerate(self.states, behind):
+            self._carry(loop.node, [tensors[index, name] for name in loop.kinds], slots)
         remove_dead(self.graph)
         self._count_padding(valid, slots)
         self._take_positions(slots)
@@ -267,6 +278,28 @@ class _Insertion:
         output.replace_all_uses_with(made)
         self.graph.erase_node(output)
         self.graph.erase_node(self.node(one.node))
+
+    def _carry(self, node: fx.Node, held: Sequence[fx.Node], slots: fx.Node) -> None:
+        """Begin a recurrence with what was kept, behind position 0, and keep what it leaves."""
+        call = self.node(node)
+        initial: Any = call.args[0]
+        with self.graph.inserting_before(call):
+            tokens = self.node(self.uncached.placeholder(self.uncached.tokens))
+            size = self.call(aten.sym_size.int, tokens, 0)
+            first = self.call(aten.eq.Scalar, self.call(aten.select.int, slots, 0, 0), 0)
+            rows = [self.call(aten.narrow.default, store, 0, 0, size) for store in held]
+            # Not a product: what was never written may be anything.
+            begun = [
+                self.call(aten.where.self, first, one, kept) for one, kept in zip(initial, rows, strict=True)
+            ]
+        call.update_arg(0, begun)
+        at = call
+        for number, row in enumerate(rows, len(call.meta["val"]) - len(held)):
+            with self.graph.inserting_after(at):
+                end = self.graph.call_function(getitem, (call, number))
+                end.meta["val"] = call.meta["val"][number]
+            with self.graph.inserting_after(end):
+                at = self.call(aten.copy_.default, row, end)
 
     def _heads_apart(self, node: fx.Node, region: Region) -> fx.Node:
         if not region.flat:

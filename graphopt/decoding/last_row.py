@@ -29,6 +29,7 @@ from graphopt.capture.aliasing import Aliases, alias_map, written_inputs
 from graphopt.decoding.capture import Uncached
 from graphopt.decoding.dead import remove_dead
 from graphopt.decoding.insert import StepGraph
+from graphopt.decoding.recurrence import Recurrence
 from graphopt.decoding.sites import Site
 from graphopt.packing.scheme import operator_named
 
@@ -101,7 +102,8 @@ class _Rows:
                 asked = not self.attending[node]
             else:
                 asked = any(root in every or root.op == "placeholder" for root in written)
-            if node in held or asked:
+            if node in held or asked or isinstance(node.target, Recurrence):
+                # A recurrence makes its last row of all the others.
                 need(node)
             if node in self.attending:
                 # Keys and values of all rows are kept, whoever asks for what.

@@ -25,7 +25,7 @@ import torch.fx as fx
 from graphopt import _torch
 from graphopt.capture.aliasing import alias_map
 from graphopt.decoding.capture import Uncached
-from graphopt.decoding.evaluate import closure
+from graphopt.decoding.closure import closure
 from graphopt.decoding.masks import MASKED
 from graphopt.decoding.regions import Region
 from graphopt.decoding.sites import Site

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from graphopt.decoding.capture import Uncached
 from graphopt.decoding.sites import Site
+from graphopt.decoding.states import states_of
 
 __all__ = [
     "CachePoint",
@@ -14,7 +16,9 @@ __all__ = [
     "LossyRecord",
     "SharingRecord",
     "SiteRecord",
+    "StateRecord",
     "site_records",
+    "state_records",
 ]
 
 
@@ -31,6 +35,18 @@ class SiteRecord:
     mask: str
     store: str
     source: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class StateRecord:
+    """What a row of a recurrence hands on to the next: ``shape`` of that of one sequence; ``bytes`` for
+    all."""
+
+    layer: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
     bytes: int
 
 
@@ -100,7 +116,7 @@ class DecodingRecord:
     ``cache_bytes``: stores and what is kept of padding; ``budget``: the bound on them, if there is one;
     ``off``: by how much logits differed most when it was checked, from those without a cache, what ``lossy``
     attentions gave being given; ``beside``: products whose weights were laid side by side, to be read by one;
-    ``sharing``: what passes let attentions share, if they did."""
+    ``sharing``: what passes let attentions share, if they did; ``states``: what recurrences keep."""
 
     max_tokens: int
     max_batch: int
@@ -112,6 +128,7 @@ class DecodingRecord:
     beside: int = 0
     sharing: SharingRecord | None = None
     lossy: LossyRecord | None = None
+    states: tuple[StateRecord, ...] = ()
 
 
 def site_records(sites: Sequence[Site], batch: int, capacity: int) -> tuple[SiteRecord, ...]:
@@ -129,4 +146,19 @@ def site_records(sites: Sequence[Site], batch: int, capacity: int) -> tuple[Site
             site.store.stored_bytes(site.spec, batch, capacity) if site.source == index else 0,
         )
         for index, site in enumerate(sites)
+    )
+
+
+def state_records(uncached: Uncached, batch: int) -> tuple[StateRecord, ...]:
+    """A record of each state of each recurrence, of ``batch`` sequences."""
+    return tuple(
+        StateRecord(
+            held.layer,
+            f"{held.node.name}.{name}",
+            state.shape,
+            str(state.dtype).removeprefix("torch."),
+            batch * state.bytes,
+        )
+        for held in states_of(uncached)
+        for name, state in held.kinds.items()
     )

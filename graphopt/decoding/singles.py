@@ -18,6 +18,7 @@ import torch
 from graphopt import _torch
 from graphopt.decoding.check import tolerance
 from graphopt.decoding.insert import step_graph
+from graphopt.decoding.unroll import unrolled
 from graphopt.errors import VerificationError, brief
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class Singles:
         may be run twice, it writes the same."""
         options = decoder.options
         step = step_graph(decoder.uncached, decoder.sites, options.max_batch, options.max_tokens, read)
+        if decoder.step.rows:
+            step = unrolled(step, decoder.uncached, 1)
         if decoder.beside is not None:
             step = decoder.beside(step)
         try:

@@ -13,6 +13,7 @@ from graphopt.decoding.assignment import NOTHING, CacheAssignment, store_named
 from graphopt.decoding.capture import Uncached
 from graphopt.decoding.evaluate import added_by
 from graphopt.decoding.masks import MaskSpec, meaning
+from graphopt.decoding.recurrence import recurrences_in
 from graphopt.decoding.regions import Region, attention_regions
 from graphopt.decoding.source_masks import source_mask
 from graphopt.decoding.sources import check_indices, check_sources, first_reader
@@ -46,15 +47,16 @@ def sites_of(
 
     Sites that read the same keys and values share one store, and so do those that ``assignment`` lets read
     another's. ``fitted``: what stores were fitted to, by site (``graphopt.decoding.fitting``). Raises
-    ``CaptureError`` for a program that attends nowhere, a mask that is not understood, and a site that no
+    ``CaptureError`` for a program that keeps nothing, a mask that is not understood, and a site that no
     store takes; ``InputsError`` and ``UnknownNameError`` for an assignment that does not fit, and for a store
     that needs to be fitted and was not.
     """
     regions = attention_regions(uncached)
-    if not regions:
+    if not regions and not recurrences_in(uncached.gm.graph):
         raise CaptureError(
-            "no attention was found in the model: there is nothing to keep between tokens, or it is a state "
-            "of another kind (a recurrence, a convolution), which is not kept yet"
+            "no attention was found in the model, and no recurrence: there is nothing to keep "
+            "between tokens, or "
+            "it is a state of another kind, which is not kept yet"
         )
     specs = specs_of(uncached, regions, capacity)
     check_sources(uncached, regions, specs, assignment.sources)
