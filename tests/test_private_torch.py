@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from graphopt import _torch
+from graphopt._torch import choices, dynamo, inductor
 from graphopt.emit.lowered import LoweredCompiler
 
 
@@ -395,13 +396,13 @@ def test_settings_of_functions_can_be_written_to_the_metrics(monkeypatch: pytest
     with _torch.quiet_capture():
         utils._get_dynamo_config_for_logging()
     monkeypatch.setattr(utils, "_get_dynamo_config_for_logging", as_in_torch_2_11)
-    _torch._config_is_loggable.cache_clear()
+    dynamo._config_is_loggable.cache_clear()
     try:
         with _torch.quiet_capture():
             assert utils._get_dynamo_config_for_logging() is None
         assert utils._get_dynamo_config_for_logging is as_in_torch_2_11
     finally:
-        _torch._config_is_loggable.cache_clear()
+        dynamo._config_is_loggable.cache_clear()
 
 
 def _softmax(x: torch.Tensor) -> torch.Tensor:
@@ -438,12 +439,12 @@ def test_rows_are_held_where_that_spares_reading_and_registers_reach(
     from torch._inductor import config
 
     seen: list[bool] = []
-    judge = _torch.holds_rows
-    monkeypatch.setattr(_torch, "holds_rows", lambda features: seen.append(judge(features)) or seen[-1])
+    judge = choices.holds_rows
+    monkeypatch.setattr(choices, "holds_rows", lambda features: seen.append(judge(features)) or seen[-1])
     torch._dynamo.reset()
     settings = config.patch(cpu_backend="triton", fx_graph_cache=False)
     # Code is generated; there is no driver to run it.
-    with settings, _torch._our_choices(), pytest.raises(Exception, match="active drivers"):
+    with settings, choices.our_choices(), pytest.raises(Exception, match="active drivers"):
         torch.compile(function)(*(torch.randn(64, width) for _ in range(inputs)))
     assert seen and all(found is held for found in seen)
 
@@ -599,7 +600,7 @@ def test_what_reads_memory_is_computed_before_a_custom_operator_writes_it() -> N
         compile_fx_inner(gm, values, is_inference=True)(list(values))
         assert [value.tolist() for value in values] == [[0.0] * 3, [0.0] * 4, [2.0] * 3, [2.0] * 4]
         torch._inductor.lowering.lowerings.pop(op)
-        _torch._ordered.discard(op)
+        inductor._ordered.discard(op)
 
 
 def test_products_of_eight_bit_integers_are_exact_and_have_32_bits() -> None:

@@ -1,0 +1,117 @@
+"""Compiled code in AOTAutograd's cache on disk."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._functorch import config as functorch_config
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
+
+__all__ = [
+    "forget_code",
+    "is_kept",
+    "is_known_to_caches",
+    "keeping_code",
+    "keeps_code",
+    "kept_code",
+    "known_to_caches",
+]
+
+
+@contextmanager
+def keeping_code(name: str) -> Iterator[None]:
+    """What AOTAutograd compiles goes to its cache under ``name``; nothing is read from there."""
+    from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
+
+    usual_save, usual_lookup = AOTAutogradCache.save, AOTAutogradCache._lookup
+
+    def save(key: str, entry: Any, remote: bool) -> None:
+        usual_save(name, entry, False)
+
+    def lookup(*args: Any) -> None:
+        return None
+
+    cache: Any = AOTAutogradCache
+    cache.save, cache._lookup = staticmethod(save), staticmethod(lookup)
+    try:
+        with functorch_config.patch({"enable_autograd_cache": True, "bundled_autograd_cache": False}):
+            yield
+    finally:
+        cache.save, cache._lookup = staticmethod(usual_save), staticmethod(usual_lookup)
+
+
+def keeps_code() -> bool:
+    """Whether torch's caches of compiled code are switched on."""
+    from torch._inductor import config as inductor_config
+
+    on = inductor_config.fx_graph_cache and functorch_config.enable_autograd_cache
+    return bool(on) and not inductor_config.force_disable_caches
+
+
+def is_kept(name: str) -> bool:
+    """Whether AOTAutograd's cache on this machine has something under ``name``."""
+    from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
+
+    folder = AOTAutogradCache._get_tmp_dir_for_key(name)
+    return os.path.isdir(folder) and bool(os.listdir(folder))
+
+
+def forget_code(prefix: str) -> None:
+    """Take what was kept under names that begin with ``prefix`` out of AOTAutograd's cache."""
+    from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache
+
+    for folder in Path(AOTAutogradCache._get_tmp_dir()).glob(f"{prefix}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def kept_code(
+    name: str, around_backward: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+) -> Callable[..., Any] | None:
+    """What ``compile_with_inductor`` kept under ``name``, as it returned it; ``None`` where parts are gone.
+
+    ``around_backward`` makes what autograd calls of the code of the backward.
+    """
+    from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache, FXGraphCacheMiss
+    from torch._inductor.cudagraph_utils import BoxedDeviceIndex
+    from torch._inductor.utils import BoxedBool
+
+    found = AOTAutogradCache._lookup(name, True, False, [], {}, None)
+    if found is None:
+        return None
+    entry: Any = found[0]
+    if around_backward is not None:
+        wrap, usual = around_backward, entry.compiled_bw.post_compile
+
+        def post_compile(result: Any, config: Any) -> Any:
+            why = "generated code is not traced"
+            return torch._dynamo.disable(wrap(usual(result, config)), reason=why)  # type: ignore[no-untyped-call]
+
+        entry.compiled_bw.post_compile = post_compile
+    sizes = torch.fx.experimental.symbolic_shapes.ShapeEnv()
+    context = TracingContext.try_get() or TracingContext(FakeTensorMode(shape_env=sizes))
+    settings = {"cudagraphs": BoxedBool(False), "boxed_forward_device_index": BoxedDeviceIndex(None)}
+    try:
+        with tracing(context):
+            run = entry.wrap_post_compile([], entry.sanitized_aot_config, settings)
+    except FXGraphCacheMiss:
+        return None
+    return lambda *args: run(list(args))
+
+
+def known_to_caches(code: Callable[..., Any], as_code: Any) -> Any:
+    """``code``, which calls the compiled graph ``as_code``, found in torch's caches as that graph is."""
+    for name in ("_fx_graph_cache_key", "_fx_graph_cache_debug_lines", "guards_expr"):
+        if getattr(as_code, name, None) is not None:
+            setattr(code, name, getattr(as_code, name))
+    return code
+
+
+def is_known_to_caches(code: Any) -> bool:
+    return getattr(code, "_fx_graph_cache_key", None) is not None
