@@ -1,12 +1,16 @@
 """What stores of keys and values that keep less do to the predictions of a real checkpoint, byte for byte.
 
-    python benchmarks/kv_stores.py [--models uniform dropping allocated decoder] [--prices FILE] [--update]
+    python benchmarks/kv_stores.py [--models uniform dropping merged shared-basis low-rank allocated decoder]
+        [--prices FILE] [--update]
 
 SmolLM2-135M (packages as ``checkpoints`` says), float32, on 2,048 held-out tokens in windows of 512, whole
 sequences at once: the captured graph whose attentions give what the stores say that they give
-(``CacheStore.whole``). ``decoder`` compares that with the decoder itself, token by token. ``share`` is bytes
-of stores for 4,096 positions of one sequence over those of exact stores, both of a checkpoint in two bytes;
-of those that drop positions for 512, since that is how long the sequences are.
+(``CacheStore.whole``). ``merged``, ``shared-basis``: attentions that write into one store, bases fitted to
+1,024 tokens of other topics, as those of ``low-rank`` are; by the operators themselves, blocks of 32 tokens
+after another, since rows of a block are made of what was kept of those before. ``decoder`` compares whole
+sequences with the decoder itself, token by token. ``share`` is bytes of stores for 4,096 positions of one
+sequence over those of exact stores, both of a checkpoint in two bytes; of those that drop positions for 512,
+since that is how long the sequences are.
 
 ``uniform``: one store for every attention. ``dropping``: stores that keep a quarter of the positions.
 ``allocated``: each attention has its own, the least sum of single prices on 256 tokens of other topics within
@@ -21,7 +25,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,15 +36,20 @@ from harness import figure, parser, say
 
 import graphopt
 from graphopt.decoding.allocate import StoreChoice, allocate_stores, store_choices
-from graphopt.decoding.assignment import store_named
+from graphopt.decoding.assignment import CacheAssignment, store_named
 from graphopt.decoding.capture import capture_uncached
+from graphopt.decoding.decoder import Decoder
+from graphopt.decoding.insert import step_graph
+from graphopt.decoding.site_pass import SiteQuestion
 from graphopt.decoding.sites import Site, sites_of
+from graphopt.decoding.sources import Fits
 from graphopt.decoding.stores import CacheStore
 from graphopt.decoding.whole import with_stores
 from graphopt.plugins import default_host
 from graphopt.quality import measure_quality
 
-ITEMS = ("uniform", "allocated", "dropping", "decoder")
+BASES = ("shared-basis", "low-rank")
+ITEMS = ("uniform", "allocated", "dropping", "merged", *BASES, "decoder")
 UNIFORM = (
     "quant{bits=8}",
     "quant{bits=4}",
@@ -51,6 +60,24 @@ UNIFORM = (
     "quant{bits=2}",
 )
 DROPPING = ("sink-window{near=124}", "evict{keep=128}", "evict{keep=128,policy=knorm}")
+BLOCK = 32
+MERGED = "merged{block=32,keep=2}"
+JOINED: dict[str, tuple[dict[str, Any], str]] = {
+    "join-kv: merged{block=32,keep=2}, from the middle": ({"store": MERGED}, ""),
+    "join-kv: merged{block=32,keep=2}, 3 pairs most alike": ({"store": MERGED, "groups": 3}, ""),
+    "join-kv: merged{bits=4,block=32,keep=2}, from the middle; quant{bits=4}": (
+        {"store": "merged{block=32,keep=2,bits=4}"}, "quant{bits=4}"
+    ),
+    "low-rank{key_rank=48,value_rank=48}": ({}, "low-rank{key_rank=48,value_rank=48}"),
+    "join-kv: shared-basis{key_rank=288,value_rank=288} of 2": (
+        {"store": "shared-basis{block=32,key_rank=288,value_rank=288}", "start": 0}, ""
+    ),
+    "join-kv: shared-basis{key_rank=720,value_rank=720} of 5": (
+        {"store": "shared-basis{block=32,key_rank=720,value_rank=720}", "start": 0, "size": 5}, ""
+    ),
+}  # fmt: skip
+"""What ``join-kv`` is told, and the store of all attentions that it leaves alone."""
+
 CAPACITY, WINDOW = 4096, 512
 SHARES = (0.28, 0.256, 0.20)
 TARGETS = {0.28: 1.02, 0.20: 1.05}
@@ -60,9 +87,9 @@ class Case:
     """The checkpoint, captured once; its logits on held-out tokens are kept."""
 
     def __init__(self) -> None:
-        self.model, tokenizer = checkpoints.smollm2()
-        self.held_out = checkpoints.batches(tokenizer, 4, WINDOW, held_out=True)
-        self.calibration = checkpoints.batches(tokenizer, 1, 256, held_out=False)
+        self.model, self.tokenizer = checkpoints.smollm2()
+        self.held_out = checkpoints.batches(self.tokenizer, 4, WINDOW, held_out=True)
+        self.calibration = checkpoints.batches(self.tokenizer, 1, 256, held_out=False)
         self.inputs = {"input_ids": self.held_out[0]["input_ids"]}
         self.uncached = capture_uncached(self.model, self.inputs, graphopt.Generate(CAPACITY))
         self.kinds = default_host().stores()
@@ -83,16 +110,35 @@ class Case:
     def row(self, item: str, what: str, stores: Mapping[int, CacheStore], share: float) -> dict[str, Any]:
         regions, specs = [s.region for s in self.sites], [s.spec for s in self.sites]
         changed = with_stores(self.uncached, regions, specs, stores)
+        return self.measured(item, what, changed.run, share)
+
+    def measured(
+        self, item: str, what: str, run: Callable[[torch.Tensor], torch.Tensor], share: float
+    ) -> dict[str, Any]:
         began = time.perf_counter()
         found = measure_quality(
             lambda input_ids, **_: {"logits": self.reference[id(input_ids)]},
-            lambda input_ids, **_: {"logits": changed.run(input_ids)},
+            lambda input_ids, **_: {"logits": run(input_ids)},
             self.held_out,
         ).to_json()
         ratio = found["perplexity_after"] / found["perplexity_before"]
         seconds = round(time.perf_counter() - began, 1)
         head = {"model": item, "what": what, "share": round(share, 4), "perplexity_ratio": round(ratio, 5)}
         return {**head, **found, "seconds": seconds}
+
+
+    def by_steps(self, sites: tuple[Site, ...]) -> Callable[[torch.Tensor], torch.Tensor]:
+        """Logits of all rows from the stores of ``sites``, ``BLOCK`` rows after another."""
+        step = step_graph(self.uncached, sites, 1, WINDOW, WINDOW)
+        options = graphopt.Generate(WINDOW)
+        cpu = torch.device("cpu")
+        decoder = Decoder(self.uncached, sites, options, step, step.gm, lambda *_: None, BLOCK, cpu)
+
+        def run(ids: torch.Tensor) -> torch.Tensor:
+            decoder.reset(1)
+            return torch.cat([decoder(part) for part in ids.split(BLOCK, 1)], 1)
+
+        return run
 
 
 def case(known: list[Case] = []) -> Case:  # noqa: B006
@@ -180,10 +226,49 @@ def rows(item: str, file: Path | None) -> Iterator[dict[str, Any]]:
         for text in DROPPING:
             stores = everywhere(one, text)
             yield one.row(item, text, stores, one.share(stores, WINDOW))
+    elif item in ("merged", *BASES):
+        yield from joined(one, item)
     elif item == "allocated":
         yield from allocated(one, file)
     else:
         yield from decoder(one)
+
+
+def joined(one: Case, item: str) -> Iterator[dict[str, Any]]:
+    rows = checkpoints.batches(one.tokenizer, 2, WINDOW, held_out=False)
+    calibration = [batch["input_ids"] for batch in rows]
+    regions, specs = tuple(s.region for s in one.sites), [s.spec for s in one.sites]
+    question = SiteQuestion(
+        one.uncached, regions, one.sites, CacheAssignment(), Fits(one.uncached, regions, specs),
+        graphopt.Generate(CAPACITY), one.kinds, default_host(), say,
+    )  # fmt: skip
+    dense = sum(s.store.stored_bytes(s.spec, 1, CAPACITY) for s in one.half())
+    for what, (told, rest) in JOINED.items():
+        if item not in what:
+            continue
+        stores: dict[int, str] = {}
+        joins: dict[int, int] = {}
+        fitted: dict[int, Mapping[str, torch.Tensor]] = {}
+        reason = ""
+        if told:
+            needs = "groups" in told or one.kinds[told["store"].partition("{")[0]].needs_fit
+            step = graphopt.use("join-kv", **told, **({"calibration": calibration} if needs else {}))
+            answer = step.assign(question)
+            stores, joins = dict(answer.assignment.stores), dict(answer.assignment.joins)
+            fitted, reason = dict(answer.fitted), answer.reason
+        if rest:
+            alone = tuple(i for i in range(len(one.sites)) if i not in stores and i not in joins)
+            needs = one.kinds[rest.partition("{")[0]].needs_fit
+            given = {"calibration": calibration} if needs else {}
+            answer = graphopt.use("keep-kv", store=rest, layers=alone, **given).assign(question)
+            stores |= answer.assignment.stores
+            fitted |= answer.fitted
+        made = CacheAssignment(stores, joins=joins)
+        sites = sites_of(one.uncached, one.kinds, 1, CAPACITY, made, fitted)
+        half = (replace(s.spec, dtype=torch.bfloat16) for s in sites)
+        taken = sum(s.store.stored_bytes(own, 1, CAPACITY) for s, own in zip(sites, half, strict=True))
+        row = one.measured(item, what, one.by_steps(sites), taken / dense)
+        yield {**row, "joins": {str(later): first for later, first in joins.items()}, "reason": reason}
 
 
 def uniform_kl(plain: Sequence[dict[str, Any]], share: float) -> float | None:

@@ -116,7 +116,7 @@ def store_lines(record: DecodingRecord, shown: int = GROUPS_SHOWN) -> list[str]:
         lines += sharing_lines(record.sharing)
     kinds: dict[tuple[str, str], list[SiteRecord]] = {}
     for index, site in enumerate(record.sites):
-        store = site.store if site.source == index else "shared"
+        store = site.store if site.source == index or site.joins else "shared"
         kinds.setdefault((store, site.mask), []).append(site)
     for (store, mask), sites in list(kinds.items())[:shown]:
         layers = ", ".join(site.layer or "-" for site in sites[:2]) + (", ..." if len(sites) > 2 else "")

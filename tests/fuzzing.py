@@ -25,7 +25,7 @@ WIDE, SINGLE, HALF = 1e-9, 2e-5, 2e-2
 """Allowed beside twice eager's own error, of the largest element: of float64; of float32; of models
 that round to sixteen bits on their way, where a last bit decides about one of those."""
 
-ANOTHER_RESULT = ("keep-kv", "lossy-cache", "quantize-linear", "quantize-saved", "share-kv")
+ANOTHER_RESULT = ("join-kv", "keep-kv", "lossy-cache", "quantize-linear", "quantize-saved", "share-kv")
 """Passes that change results by design."""
 
 FORCED = {

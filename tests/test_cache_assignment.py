@@ -18,19 +18,22 @@ from tests.decoders import family, tokens
 
 
 def test_an_assignment_comes_back_from_json() -> None:
-    made = CacheAssignment({0: "full", 2: "ring"}, {3: 2, 1: 0}, {2: 0})
+    made = CacheAssignment({0: "full", 2: "ring"}, {3: 2, 1: 0}, {2: 0}, {5: 4})
     text = json.dumps(made.to_json())
     assert CacheAssignment.from_json(json.loads(text)) == made
-    assert hash(CacheAssignment({2: "ring", 0: "full"}, {1: 0, 3: 2}, {2: 0})) == hash(made)
-    assert list(made.sources) == [1, 3] and not CacheAssignment()
+    assert hash(CacheAssignment({2: "ring", 0: "full"}, {1: 0, 3: 2}, {2: 0}, {5: 4})) == hash(made)
+    assert list(made.sources) == [1, 3] and not CacheAssignment() and CacheAssignment(joins={1: 0})
 
 
 @pytest.mark.parametrize(
     ("data", "reason"),
     [
-        ({"format": 1, "stores": {}, "sources": {}, "streams": {}}, "format 1: expected 2"),
-        ({"format": 2, "stores": {}, "sources": {}}, "expected format, stores, sources and streams"),
-        ({"format": 2, "stores": {}, "sources": {"a": 0}, "streams": {}}, "expected indices of attentions"),
+        ({"format": 2, "stores": {}, "sources": {}, "streams": {}}, "format 2: expected 3"),
+        ({"format": 3, "stores": {}, "sources": {}}, "expected format, stores, sources, streams and joins"),
+        (
+            {"format": 3, "stores": {}, "sources": {"a": 0}, "streams": {}, "joins": {}},
+            "expected indices of attentions",
+        ),
         ([1], "got list"),
     ],
     ids=["version", "field", "key", "kind"],
@@ -63,6 +66,23 @@ def test_sources_that_make_no_sense_are_refused(sources: Any, reason: str) -> No
 def test_what_reads_another_has_no_store() -> None:
     with pytest.raises(InputsError, match="attention 1 is given the store 'full' and reads that of"):
         CacheAssignment({1: "full"}, {1: 0})
+
+
+@pytest.mark.parametrize(
+    ("parts", "reason"),
+    [
+        ({"joins": {1: 1}}, "which comes no earlier"),
+        ({"joins": {1: 2}}, r"which comes no earlier(.|\n)*\{2: 1\}"),
+        ({"joins": {2: 1, 1: 0}}, r"which writes into that of attention 0(.|\n)*\{2: 0\}"),
+        ({"joins": {2: 1}, "sources": {1: 0}}, "1 makes no keys and values, it reads those of attention 0"),
+        ({"joins": {2: 1}, "stores": {2: "full"}}, "2 is given the store 'full' and writes into that"),
+        ({"joins": {1: "0"}}, "expected the index of an attention"),
+    ],
+    ids=["itself", "later", "chain", "reader", "store", "text"],
+)  # fmt: skip
+def test_joins_that_make_no_sense_are_refused(parts: Any, reason: str) -> None:
+    with pytest.raises(InputsError, match=reason):
+        CacheAssignment(**parts)
 
 
 @pytest.mark.parametrize(

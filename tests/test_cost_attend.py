@@ -8,11 +8,14 @@ import pytest
 import torch
 
 from graphopt import _torch
+from graphopt.decoding.masks import MaskSpec
+from graphopt.decoding.stores import SiteSpec
 from graphopt_cost_model.attend_cost import attend_phases, attend_workspace
 from graphopt_cost_model.call import call_of
 from graphopt_cost_model.phases import phases_of
 from graphopt_cost_model.stated_workspace import stated_workspace
 from graphopt_kernels.cache_stores import Full, Ring
+from graphopt_kernels.joint_known import joint_store
 from tests.cost_graphs import call_node
 
 assert Full.attend_op and Ring.attend_op, "importing them registers the operators"
@@ -92,3 +95,38 @@ def test_memory_beside_the_output_is_what_is_taken(case: str, op: Any, rows: int
     if rows > 1:
         # One row takes next to nothing, and less than is said of the places of keys.
         assert predicted <= 1.5 * taken
+
+
+JOINT = (
+    "merged{block=32,keep=2}", "merged{block=32,keep=2,bits=4}",
+    "shared-basis{block=32,key_rank=60,value_rank=60}",
+    "shared-basis{block=32,bits=2,key_rank=60,value_rank=60}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("member", [0, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 32])
+@pytest.mark.parametrize("places", [512, 4096])
+@pytest.mark.parametrize("text", JOINT)
+def test_joint_stores_take_what_is_said(
+    text: str, places: int, rows: int, dtype: torch.dtype, member: int
+) -> None:
+    store = joint_store(text)
+    site = SiteSpec(HEADS, FEW, WIDTH, WIDTH, dtype, MaskSpec(), 0.25, members=2, member=member)
+    bases = [torch.randn(shape, dtype=kind) for shape, kind in store.fitted(site).values()] or [None, None]
+    held = [torch.zeros(shape, dtype=kind) for shape, kind in store.tensors(site, 3, places).values()]
+    query, key, value = (torch.randn(BATCH, n, rows, WIDTH, dtype=dtype) for n in (HEADS, FEW, FEW))
+    arguments = (
+        query, key, value, *held, torch.arange(places - rows, places),
+        torch.ones(3, places, dtype=torch.bool), None, None, 0.25, 0.0, 0, places, *bases, text, member,
+    )  # fmt: skip
+    op = ops.attend_joint.default
+    op(*arguments)
+    live = most = 0
+    for change in _torch.record_allocations(lambda: op(*arguments)):
+        live += change
+        most = max(most, live)
+    taken = most - query.nbytes
+    predicted = stated_workspace(call_of(call_node(op, arguments, torch.empty(query.shape, dtype=dtype))))
+    assert predicted is not None and taken <= predicted <= 2.5 * taken

@@ -11,7 +11,7 @@ import torch
 from graphopt_cost_model.call import Call, TensorSpec
 from graphopt_cost_model.phase import Phase
 
-__all__ = ["attend_phases", "attend_workspace"]
+__all__ = ["attend_phases", "attend_workspace", "joint_workspace"]
 
 _TOGETHER, _TILE, _LEAST = 264, 128, 64
 """Programs that an H200 runs at a time, rows of a program where they are many, and keys of a part."""
@@ -76,6 +76,36 @@ def attend_workspace(call: Call) -> int:
     if str(call.packet).endswith("attend_ring") and new > 1:
         seen += new
         copies = batch * groups * seen * (width + value_width) * size
+    return copies + _attending(call, batch, heads, rows, seen, width + value_width)
+
+
+def joint_workspace(call: Call) -> int:
+    """The same of attention over what several attentions keep in one store: rows of all blocks are put
+    together again, keys and then values (``graphopt_kernels.attend_joint``)."""
+    batch, heads, rows, width = call.argument("query").shape
+    ring: TensorSpec = call.argument("key_ring")
+    groups, value_width = call.argument("key").shape[1], call.argument("value_ring").shape[3]
+    blocks, block, size = call.argument("key_blocks").shape[1], ring.shape[2], ring.dtype.itemsize
+    seen = (blocks + 1) * block
+    wide = max(width, value_width)
+    ranks = [basis.shape[-1] for x in ("key", "value") if (basis := call.argument(f"{x}_basis")) is not None]
+    # Of a record a copy; some forms of the rows at once; codes and float32 on the way where it is rounded.
+    codes = 4 * 6 if "bits=" in call.argument("store") else 0
+    far = batch * blocks * block * max(groups * wide, *ranks, 0)
+    records = batch * blocks * max(call.argument(f"{x}_blocks").shape[2] for x in ("key", "value"))
+    made = records + far * (3 * size + 1 + codes)
+    # A block in float64, in ten forms, as it is joined.
+    joining = 10 * 8 * batch * ring.shape[1] * block * wide
+    keys, values = (batch * groups * seen * each * size for each in (width, value_width))
+    attending = _attending(call, batch, heads, rows, seen, width + value_width)
+    if size < 4:
+        # torch's own attention lays keys and values out anew there.
+        attending += int(keys + values)
+    return int(keys + values + max(made, joining, attending))
+
+
+def _attending(call: Call, batch: int, heads: int, rows: int, seen: int, widths: int) -> int:
+    size = call.argument("query").dtype.itemsize
     valid = call.argument("valid")
     known = batch if valid is not None else 1
     # All rows read the same rows of a source.
@@ -84,7 +114,7 @@ def attend_workspace(call: Call) -> int:
     tabled = str(call.packet).endswith("attend_relative")
     slopes = call.argument("slopes") is not None or tabled
     # Positions of keys, what a mask says of each, places and what they add.
-    held = copies + 24 * seen + 8 * apart + known * apart * seen
+    held = 24 * seen + 8 * apart + known * apart * seen
     if tabled:
         # Distances, twice, and what is added by them.
         held += rows * seen * (16 + 4 * heads)
@@ -94,7 +124,7 @@ def attend_workspace(call: Call) -> int:
     capped = bool(call.argument("softcap"))
     if capped or call.argument("sinks") is not None:
         attending = scores * max((3 if capped else 2) * size, 8 + (size if size < 4 else 0))
-        attending += batch * heads * rows * (width + value_width) * size
+        attending += batch * heads * rows * widths * size
     else:
         mask = known * heads * rows * seen * (4 + (size if size != 4 else 0)) if slopes else 0
         # What torch's own attention turns a boolean mask into, and a block of scores for each thread.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from graphopt.collectives import is_collective, staged_bytes
-from graphopt_cost_model.attend_cost import attend_workspace
+from graphopt_cost_model.attend_cost import attend_workspace, joint_workspace
 from graphopt_cost_model.attention_cost import attention_workspace
 from graphopt_cost_model.call import Call, TensorSpec
 from graphopt_cost_model.class_blocks import BLOCK_ELEMENTS, block_workspace
@@ -39,6 +39,8 @@ def stated_workspace(call: Call) -> int | None:
         return attention_workspace(call)
     if name in _STORES:
         return attend_workspace(call)
+    if name == "graphopt.attend_joint":
+        return joint_workspace(call)
     if name == "graphopt.dropout_add":
         return dropout_workspace(call)
     if not name.startswith(_PREFIX):

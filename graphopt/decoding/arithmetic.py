@@ -14,7 +14,7 @@ from graphopt.budget import format_bytes
 from graphopt.capture.semantic import semantic_program
 from graphopt.cost import Cost
 from graphopt.decoding.capture import Uncached, source_shapes
-from graphopt.decoding.decoder import MOVED
+from graphopt.decoding.decoder import MOVED, step_bounds_of
 from graphopt.decoding.distance_bias import biased_by
 from graphopt.decoding.insert import StepGraph
 from graphopt.decoding.options import Generate
@@ -108,7 +108,9 @@ class Arithmetic:
         """The most tokens of a prompt at once whose step fits, and what one token takes, at the peak of
         all."""
         single = self._step(1)
-        chunk = self.options.max_tokens if self.stretch is None else min(STRETCH, self.options.max_tokens)
+        chunk = min(self.options.max_tokens, *step_bounds_of(self.sites), self.options.max_tokens)
+        if self.stretch is not None:
+            chunk = min(STRETCH, self.options.max_tokens)
         peak = self._step(chunk).peak_bytes
         if budget is not None and peak > budget:
             fitting = [(1, single.peak_bytes)]

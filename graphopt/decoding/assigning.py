@@ -170,7 +170,9 @@ def _after(
     stores = {**before.stores, **new.stores}
     sources = {**before.sources, **new.sources}
     streams = {**before.streams, **new.streams}
-    assigned = CacheAssignment({i: text for i, text in stores.items() if i not in sources}, sources, streams)
+    joins = {**before.joins, **new.joins}
+    stores = {i: text for i, text in stores.items() if i not in sources and i not in new.joins}
+    assigned = CacheAssignment(stores, sources, streams, joins)
     fitted = {**question.fitted, **answer.fitted}
     sites = sites_of(
         question.uncached, question.stores, options.max_batch, options.max_tokens, assigned, fitted

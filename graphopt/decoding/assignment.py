@@ -17,8 +17,10 @@ from graphopt.pipeline import parse_items
 
 __all__ = ["FORMAT", "NOTHING", "CacheAssignment", "store_named"]
 
-FORMAT = 2
+FORMAT = 3
 """Version of what ``to_json`` writes."""
+
+_PARTS = ("stores", "sources", "streams", "joins")
 
 
 @dataclass(frozen=True)
@@ -29,20 +31,24 @@ class CacheAssignment:
     not named gets the exact store of least bytes. ``sources``: attention ``consumer`` reads the keys and
     values of attention ``source``, its own projections of them being gone; one that is not named reads what
     it read. ``streams``: attention ``index`` makes its keys and values of what enters attention ``early``.
+    ``joins``: attention ``later`` writes what it makes into the store of attention ``first``, which writes
+    its own there too.
 
     Raises ``InputsError`` when made for what is no mapping of ints, a source that is no earlier attention or
-    reads another's itself, a stream that is no earlier one's, and a store or a stream for an attention that
-    keeps nothing of its own.
+    reads another's itself, a stream that is no earlier one's, a store or a stream for an attention that
+    keeps nothing of its own, and for attentions that would write into a store that is none.
     """
 
     stores: Mapping[int, str] = field(default_factory=dict)
     sources: Mapping[int, int] = field(default_factory=dict)
     streams: Mapping[int, int] = field(default_factory=dict)
+    joins: Mapping[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stores", dict(_mapping(self.stores, "stores", str)))
         object.__setattr__(self, "sources", dict(_mapping(self.sources, "sources", int)))
         object.__setattr__(self, "streams", dict(_mapping(self.streams, "streams", int)))
+        object.__setattr__(self, "joins", dict(_mapping(self.joins, "joins", int)))
         for index, early in self.streams.items():
             if early >= index:
                 raise InputsError(
@@ -65,34 +71,37 @@ class CacheAssignment:
                     f"attention {self.sources[index]}",
                     hint=f"give the store to attention {self.sources[index]}",
                 )
+        for later, first in self.joins.items():
+            _check_join(later, first, self)
 
     def __hash__(self) -> int:
-        return hash(tuple(tuple(part.items()) for part in (self.stores, self.sources, self.streams)))
+        return hash(tuple(tuple(part.items()) for part in self._parts().values()))
 
     def __bool__(self) -> bool:
-        return bool(self.stores or self.sources or self.streams)
+        return any(map(bool, self._parts().values()))
+
+    def _parts(self) -> dict[str, Mapping[int, Any]]:
+        return {name: getattr(self, name) for name in _PARTS}
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {
-            "format": FORMAT,
-            "stores": {str(index): text for index, text in self.stores.items()},
-            "sources": {str(index): source for index, source in self.sources.items()},
-            "streams": {str(index): early for index, early in self.streams.items()},
+        parts = {
+            name: {str(index): value for index, value in part.items()} for name, part in self._parts().items()
         }
+        return {"format": FORMAT, **parts}
 
     @classmethod
     def from_json(cls, data: object) -> CacheAssignment:
         """What ``to_json`` wrote. Raises ``InputsError`` for another version, other fields, other values."""
-        if not isinstance(data, Mapping) or set(data) != {"format", "stores", "sources", "streams"}:
+        if isinstance(data, Mapping) and data.get("format", FORMAT) != FORMAT:
+            raise InputsError(f"an assignment of stores of format {data['format']!r}: expected {FORMAT}")
+        if not isinstance(data, Mapping) or set(data) != {"format", *_PARTS}:
             found = sorted(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
             raise InputsError(
-                f"no assignment of stores: expected format, stores, sources and streams, got {found}"
+                f"no assignment of stores: expected format, stores, sources, streams and joins, got {found}"
             )
-        if data["format"] != FORMAT:
-            raise InputsError(f"an assignment of stores of format {data['format']!r}: expected {FORMAT}")
         parts = {}
-        for name in ("stores", "sources", "streams"):
+        for name in _PARTS:
             part = data[name]
             if not isinstance(part, Mapping) or not all(str(key).isdecimal() for key in part):
                 raise InputsError(f"{name} of an assignment: expected indices of attentions, got {part!r}")
@@ -137,6 +146,36 @@ def _check_order(consumer: int, source: int, sources: Mapping[int, int]) -> None
             f"attention {consumer} reads the keys and values of attention {source}, which makes none: it "
             f"reads those of attention {sources[source]}",
             hint=f"name what makes them: {{{consumer}: {path[-1]}}}",
+        )
+
+
+def _check_join(later: int, first: int, made: CacheAssignment) -> None:
+    """Raises ``InputsError`` for a store that is not there yet, is another's, or is read by others."""
+    head = f"attention {later} cannot write into the store of attention {first}, which"
+    if first >= later:
+        raise InputsError(
+            f"{head} comes no earlier",
+            hint=f"let attention {first} write into that of {later}: {{{first}: {later}}}"
+            if first > later
+            else f"name an earlier one, or leave attention {later} out",
+        )
+    if first in made.joins:
+        raise InputsError(
+            f"{head} writes into that of attention {made.joins[first]}",
+            hint=f"name that: {{{later}: {made.joins[first]}}}",
+        )
+    for index in (later, first):
+        if index in made.sources:
+            raise InputsError(
+                f"attention {later} cannot write into the store of attention {first}: attention {index} "
+                f"makes no keys and values, it reads those of attention {made.sources[index]}",
+                hint=f"leave attention {index} out of one of both",
+            )
+    if later in made.stores:
+        raise InputsError(
+            f"attention {later} is given the store {made.stores[later]!r} and writes into that of attention "
+            f"{first}",
+            hint=f"give the store to attention {first}",
         )
 
 

@@ -64,7 +64,8 @@ def build(
     assignment, stores = assigned.assignment, session.host.stores()
     made = sites_of(uncached, stores, batch, capacity, assignment, assigned.fitted)
     # What passes chose stores for was priced as it is.
-    low = absorbed(uncached, made, {*assignment.stores, *assignment.sources, *assignment.sources.values()})
+    shared = (*assignment.sources.items(), *assignment.joins.items())
+    low = absorbed(uncached, made, {*assignment.stores, *(index for pair in shared for index in pair)})
     sites = made if low is uncached else sites_of(low, stores, batch, capacity, assignment, assigned.fitted)
     uncached = low
     device = next(iter(uncached.weights.values())).device

@@ -147,14 +147,23 @@ def check_sites(
             replayed |= _replayed(decoder, watched, source, mask)
     for index, store in lossy.items():
         site, seen = decoder.sites[index], watched.seen[index]
-        kept = watched.seen[site.source]
-        numbers = seen.spread(seen.query), kept.key, kept.value
+        numbers = seen.spread(seen.query), *_kept(decoder, watched, site)
         if index in replayed:
             wide = replace(site.spec, dtype=torch.float32)
             expected = _whole(store, wide, [_wide(x) for x in numbers], _wide(seen.sinks), mask)
             _compare(index, site, store, seen, replayed[index], expected, mask, " in float32")
         expected = _whole(store, site.spec, numbers, seen.sinks, mask)
         _compare(index, site, store, seen, seen.made, expected, mask, "")
+
+
+def _kept(decoder: Decoder, watched: Watched, site: Site) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """Keys and values that the store of a site was given, those of all that write into it."""
+    if not site.store.joins:
+        first = watched.seen[site.source]
+        return first.key, first.value
+    every = [watched.seen[i] for i, one in enumerate(decoder.sites) if one.source == site.source]
+    keys, values = zip(*((seen.key, seen.value) for seen in every), strict=True)
+    return torch.stack(keys), torch.stack(values)
 
 
 def _whole(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from graphopt.errors import InputsError
 if TYPE_CHECKING:
     from graphopt.decoding.source_programs import SourcePrograms
 
-__all__ = ["MOVED", "Decoder"]
+__all__ = ["MOVED", "Decoder", "step_bounds_of"]
 
 Run = Callable[..., Any]
 
@@ -36,8 +36,9 @@ class Decoder:
     ``general`` runs any number of new tokens for any batch, or one where ``step.rows`` says so: then
     ``stretch`` runs ``chunk`` of them. ``single(decoder, length, arguments)`` gives what runs one token
     where no position is at or beyond ``length``, or ``None`` where ``general`` is to do it. A prompt goes
-    in at most ``chunk`` tokens at a time. ``once``: what runs for each source, where there is one. Not for
-    several threads at once: it has one set of stores.
+    in at most ``chunk`` tokens at a time, and never beyond a position that is a multiple of one of
+    ``step_bounds``. ``once``: what runs for each source, where there is one. Not for several threads at
+    once: it has one set of stores.
     """
 
     uncached: Uncached
@@ -59,9 +60,11 @@ class Decoder:
     alike: torch.Tensor | None = None
     seen: int = 0
     batch: int = 0
+    step_bounds: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         batch, capacity = self.options.max_batch, self.options.max_tokens
+        self.step_bounds = step_bounds_of(self.sites)
         kinds: Mapping[tuple[int, str], Any] = kept_tensors(self.uncached, self.sites, batch, capacity)
         for name, key in self.step.stores.items():
             shape, dtype = kinds[key]
@@ -172,10 +175,15 @@ class Decoder:
 
     def _parts(self, count: int) -> list[int]:
         """How many of ``count`` new tokens go in at once, one part after another."""
-        whole, rest = divmod(count, self.chunk)
-        # A program with recurrences is one for as many rows as it writes out.
-        behind = [1] * rest if self.step.rows else [rest] if rest else []
-        return [self.chunk] * whole + behind
+        parts: list[int] = []
+        position, end = self.seen, self.seen + count
+        while position < end:
+            ahead = (bound - position % bound for bound in self.step_bounds)
+            size = min(self.chunk, end - position, *ahead)
+            # A program with recurrences is one for as many rows as it writes out.
+            parts.append(1 if self.step.rows and size < self.chunk else size)
+            position += parts[-1]
+        return parts
 
     def _inputs(
         self, tokens: torch.Tensor, mask: torch.Tensor | None, positions: torch.Tensor | None
@@ -230,6 +238,11 @@ class Decoder:
     def _crosses(self, index: int) -> bool:
         """Whether a store is of a source; those behind the sites' are of convolutions."""
         return index < len(self.sites) and bool(self.sites[index].spec.source)
+
+
+def step_bounds_of(sites: Sequence[Site]) -> tuple[int, ...]:
+    """Beyond multiples of which positions no step goes (``CacheStore.stretch``)."""
+    return tuple(sorted({site.store.step_bound(site.spec) for site in sites} - {0}))
 
 
 def _one_axis(positions: torch.Tensor) -> torch.Tensor:

@@ -211,8 +211,9 @@ class _Insertion:
         with self.graph.inserting_before(output):
             query = self._heads_apart(self.node(region.query), region)
             key = value = None
-            if (site.source == index or site.store.takes_turns) and not spec.source:
-                made_by = self.sites[site.source].region
+            brings = site.source == index or site.store.takes_turns or site.store.joins
+            if brings and not spec.source:
+                made_by = self.sites[index if site.store.joins else site.source].region
                 key = self.node(made_by.key)
                 if made_by.key_transposed:
                     key = self.call(aten.transpose.int, key, -2, -1)

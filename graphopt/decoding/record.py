@@ -25,7 +25,7 @@ __all__ = [
 @dataclass(frozen=True)
 class SiteRecord:
     """One place where the model attends. ``source``: index of the site whose store it reads, its own or an
-    earlier one's; ``bytes``: what its own store takes."""
+    earlier one's; ``bytes``: what its own store takes; ``joins``: it writes into that store as others do."""
 
     layer: str
     heads: int
@@ -36,6 +36,7 @@ class SiteRecord:
     store: str
     source: int
     bytes: int
+    joins: bool = False
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,7 @@ def site_records(sites: Sequence[Site], batch: int, capacity: int) -> tuple[Site
             str(site.store),
             site.source,
             site.store.stored_bytes(site.spec, batch, capacity) if site.source == index else 0,
+            site.store.joins,
         )
         for index, site in enumerate(sites)
     )

@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from graphopt.candidate import Reason
 from graphopt.capture.aliasing import alias_map
 from graphopt.decoding.assignment import NOTHING, CacheAssignment, store_named
 from graphopt.decoding.capture import Uncached
 from graphopt.decoding.evaluate import added_by
+from graphopt.decoding.joining import joined_groups, joining_store, refusal, refuse
 from graphopt.decoding.masks import MaskSpec, meaning
 from graphopt.decoding.recurrence import recurrences_in
 from graphopt.decoding.regions import Region, attention_regions
@@ -46,10 +46,10 @@ def sites_of(
     store of least bytes that takes it.
 
     Sites that read the same keys and values share one store, and so do those that ``assignment`` lets read
-    another's. ``fitted``: what stores were fitted to, by site (``graphopt.decoding.fitting``). Raises
-    ``CaptureError`` for a program that keeps nothing, a mask that is not understood, and a site that no
-    store takes; ``InputsError`` and ``UnknownNameError`` for an assignment that does not fit, and for a store
-    that needs to be fitted and was not.
+    another's; those that it lets write into another's do so. ``fitted``: what stores were fitted to, by site
+    (``graphopt.decoding.fitting``). Raises ``CaptureError`` for a program that keeps nothing, a mask that is
+    not understood, and a site that no store takes; ``InputsError`` and ``UnknownNameError`` for an assignment
+    that does not fit, and for a store that needs to be fitted and was not.
     """
     regions = attention_regions(uncached)
     if not regions and not recurrences_in(uncached.gm.graph):
@@ -67,7 +67,19 @@ def sites_of(
         source = assignment.sources.get(index, index)
         groups.setdefault(first_reader(regions, source), []).append(index)
     sites: dict[int, Site] = {}
+    joined = joined_groups(uncached, regions, specs, assignment, groups)
+    for first, members in joined.items():
+        store = joining_store(regions, members, named.get(first))
+        for place, index in enumerate(members):
+            spec = replace(specs[index], members=len(members), member=place)
+            refuse(store, spec, regions[index], index, capacity)
+            if store.needs_fit:
+                tensors = (fitted or {}).get(first, {})
+                spec = replace(spec, fitted=_fitting(regions[index], index, spec, store, tensors))
+            sites[index] = Site(regions[index], spec, store, first)
     for members in groups.values():
+        if members[0] in sites:
+            continue
         # What has a store of its own does not wait for what others would share.
         alone = [index for index in members[1:] if index in named]
         parts = [[index] for index in alone] + [[index for index in members if index not in alone]]
@@ -93,7 +105,8 @@ def _fitting(
         state = "it was not" if not found else f"it was fitted as another, with {kinds_text(found)}"
         raise InputsError(
             f"{where}: store {store} of attention {index} is to be fitted to calibration tokens: {state}",
-            hint='name it with graphopt.use("keep-kv", store=..., calibration=batches)',
+            hint=f'name it with graphopt.use("{"join-kv" if store.joins else "keep-kv"}", store=..., '
+            "calibration=batches)",
         )
     return tensors
 
@@ -162,11 +175,8 @@ def _chosen(
     first = members[0]
     readers = [specs[first], *(replace(specs[i], shares=True) for i in members[1:])]
     if given is not None:
-        reasons = [_refusal(given, spec, capacity) for spec in readers]
-        for index, reason in zip(members, reasons, strict=True):
-            if reason is not None:
-                where = regions[index].layer or regions[index].output.name
-                raise InputsError(f"{where}: store {given} does not take attention {index}: {reason}")
+        for index, spec in zip(members, readers, strict=True):
+            refuse(given, spec, regions[index], index, capacity)
         windows = {specs[i].mask.window for i in members}
         if not given.exact and len(windows) > 1:
             raise InputsError(
@@ -199,7 +209,7 @@ def _taking(
         if not kind.exact:
             continue
         store = kind()
-        reason = next(filter(None, (_refusal(store, spec, capacity) for spec in readers)), None)
+        reason = next(filter(None, (refusal(store, spec, capacity) for spec in readers)), None)
         if reason is not None:
             reasons.append(f"{name}: {reason}")
         else:
@@ -209,16 +219,6 @@ def _taking(
         why = "; ".join(reasons) or "none is known"
         raise CaptureError(f"{where}: no store takes its keys and values ({why})")
     return min(taken, key=lambda entry: entry[:2])[2]
-
-
-def _refusal(store: CacheStore, spec: SiteSpec, capacity: int) -> Reason | None:
-    """``None``, or why ``store`` does not serve a site: what stores know of is asked of them alone."""
-    if bool(spec.source) is not store.crosses:
-        keeps = "rows of a source" if store.crosses else "keys and values of the sequence's own rows"
-        return Reason(f"it keeps {keeps}")
-    if spec.mask.bias and not store.adds_biases:
-        return Reason("it adds no bias of distances to scores")
-    return store.refuses(spec, capacity)
 
 
 def stored_bytes(sites: Sequence[Site], batch: int, capacity: int) -> int:

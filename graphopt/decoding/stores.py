@@ -34,8 +34,9 @@ class SiteSpec:
     ``within``: values are the first ``value_width`` columns of keys. ``source``: where keys and values are
     those of an encoder's output, how many rows of it there are at most; they are written once, before the
     first step. ``bias``: the table of a mask that has one, float32 [heads, capacity], or the node of a
-    program that holds it. ``fitted``: what the store made of
-    calibration tokens, by name (``CacheStore.fit``): tensors, or the nodes of a program that hold them.
+    program that holds it. ``members``: how many sites write into the store, ``member`` which of them this one
+    is, in the order of the program. ``fitted``: what the store made of calibration tokens, by name
+    (``CacheStore.fit``): tensors, or the nodes of a program that hold them.
     """
 
     heads: int
@@ -52,6 +53,8 @@ class SiteSpec:
     within: bool = False
     source: int = 0
     bias: Any = field(default=None, compare=False)
+    members: int = 1
+    member: int = 0
     fitted: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
 
@@ -76,7 +79,8 @@ class CacheStore:
     keys and values of all. ``exact``: it gives what the program gives without a cache. A store that does not
     says with ``whole`` what it gives instead: decoders are compared with that, and what it costs is measured
     by it. ``takes_turns``: all sites that read the store are given the new rows, and ``site.turn`` says who
-    is to write them. ``note``: what the report says besides, of a store that serves some uses badly.
+    is to write them. ``joins``: several sites write into the store, each rows of its own, ``site.member`` of
+    ``site.members``. ``note``: what the report says besides, of a store that serves some uses badly.
     ``needs_fit``: it has tensors of its own at each site, which ``fit`` makes of calibration tokens.
     ``adds_biases``: it serves sites whose mask has a ``bias``, which it is to add (``site.bias``).
     ``crosses``: it keeps the rows of a source (``site.source``) and nothing else; ``write`` puts them there,
@@ -90,6 +94,7 @@ class CacheStore:
     last_alone: ClassVar[bool] = False
     attend_op: ClassVar[str]
     takes_turns: ClassVar[bool] = False
+    joins: ClassVar[bool] = False
     note: ClassVar[str] = ""
     needs_fit: ClassVar[bool] = False
     crosses: ClassVar[bool] = False
@@ -126,8 +131,10 @@ class CacheStore:
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
         """[B, H, S, Dv]: what the rows of whole sequences give, ``query`` [B, H, S, D], ``key`` [B, Hkv, S,
-        D] and ``value`` [B, Hkv, S, Dv], as if they had come one by one; ``valid`` bool [B, S]. Without
-        stores and without packing, so that it tells what ``attend_op`` does wrong."""
+        D] and ``value`` [B, Hkv, S, Dv], as if they had come one by one; ``valid`` bool [B, S]. Of a store
+        that ``joins``, ``key`` and ``value`` are those of all M sites that write into it, [M, B, Hkv, S, ..],
+        and ``query`` is that of ``site.member``. Without stores and without packing, so that it tells what
+        ``attend_op`` does wrong."""
         raise NotImplementedError(f"{type(self).__name__} does not define whole()")
 
     def fitted(self, site: SiteSpec) -> Mapping[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -143,7 +150,8 @@ class CacheStore:
     ) -> Mapping[str, torch.Tensor]:
         """Tensors of its own for a site, which come to be ``site.fitted``, made of what it attends with on R
         calibration tokens, by head of keys: ``key`` [Hkv, R, D], ``value`` [Hkv, R, Dv], and ``query`` [Hkv,
-        Q, D], those of all heads and attentions that read the head. All are finite, in ``site.dtype``."""
+        Q, D], those of all heads and attentions that read the head. All are finite, in ``site.dtype``. Of a
+        store that ``joins`` they are those of all M sites, [M, Hkv, ..]."""
         return {}
 
     def inside(self, site: SiteSpec) -> tuple[CacheStore, SiteSpec]:
@@ -171,6 +179,11 @@ class CacheStore:
         """What is tried of it where the stores of a decoder are to take fewer bytes, most bytes first."""
         return ()
 
+    def step_bound(self, site: SiteSpec) -> int:
+        """New rows of a step lie between two multiples of as many positions: prompts go in by parts. 0: they
+        may lie anywhere."""
+        return 0
+
     def crossed(self, site: SiteSpec) -> int:
         """Positions after which all that the store does has happened: as many are checked."""
         return 2 * site.mask.window + 3 if site.mask.window else 0
@@ -182,8 +195,9 @@ class CacheStore:
         return device.type == "cpu"
 
     def stored_bytes(self, site: SiteSpec, batch: int, capacity: int) -> int:
-        """Bytes of all tensors, fitted ones included; none for a site that shares."""
-        if site.shares:
+        """Bytes of all tensors, fitted ones included; none for a site that shares, nor for those behind the
+        first that writes into the store."""
+        if site.shares or site.member:
             return 0
         kinds = [*self.tensors(site, batch, capacity).values(), *self.fitted(site).values()]
         return sum(math.prod(shape) * dtype.itemsize for shape, dtype in kinds)

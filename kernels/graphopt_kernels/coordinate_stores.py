@@ -176,8 +176,7 @@ class LowRank(Coordinates):
     """``key_rank`` coordinates of a key and ``value_rank`` of a value in the directions of most energy of
     calibration rows, head by head: the projection that MatryoshkaKV (Lin et al. 2024, arXiv 2410.14731)
     trains on from. CSKV (Wang et al. 2024, arXiv 2409.10593) keeps coordinates of all heads together, and the
-    newest rows as they are; xKV (Chang et al. 2025, arXiv 2503.18893) takes one basis for several layers,
-    made of the prompt itself. None of these is done here."""
+    newest rows as they are, which is not done here; one basis for several layers is ``shared-basis``."""
 
     name = "low-rank"
     summary = "keeps coordinates of keys and values in a basis fitted to calibration tokens"

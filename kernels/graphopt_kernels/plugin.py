@@ -44,6 +44,7 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
         attend_cross,
         attend_evict,
         attend_full,
+        attend_joint,
         attend_latent,
         attend_quant,
         attend_relative,
@@ -271,6 +272,13 @@ def graphopt_kernels() -> Iterable[KernelSpec]:
             summary="attends over as many positions as there are slots, the least important one going",
         ),
         KernelSpec(
+            name="attend-joint",
+            op="graphopt::attend_joint",
+            reference=attend_joint.attend_joint_reference,
+            supports=attend_joint.attend_joint_supports,
+            summary="attends over what several attentions keep in one store, block by block",
+        ),
+        KernelSpec(
             name="causal-convolution",
             op="graphopt::causal_convolution",
             reference=causal_convolution.causal_convolution_reference,
@@ -473,6 +481,8 @@ def graphopt_stores() -> Iterable[str]:
         "graphopt_kernels.split_stores:SinkWindow",
         "graphopt_kernels.split_stores:SplitHeads",
         "graphopt_kernels.evict_store:Evict",
+        "graphopt_kernels.joined_stores:Merged",
+        "graphopt_kernels.joined_stores:SharedBasis",
     )
 
 

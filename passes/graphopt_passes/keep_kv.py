@@ -18,26 +18,26 @@ A store that is not exact changes results; the report says so.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from graphopt.decoding.assignment import CacheAssignment, store_named
 from graphopt.decoding.fitting import fit_stores
-from graphopt.decoding.site_pass import SiteAnswer, SitePass, SiteQuestion
+from graphopt.decoding.site_pass import SiteAnswer, SiteQuestion
 from graphopt.decoding.sites import sites_of
 from graphopt.decoding.sources import check_indices
 from graphopt.decoding.stores import CacheStore
 from graphopt.errors import InputsError
 from graphopt.program import Level
-from graphopt_passes.share_kv.calibration import rows_from_batches, rows_of
+from graphopt_passes.share_kv.calibration import CalibratedPass, rows_of
 
 __all__ = ["KeepKv"]
 
 
 @dataclass(frozen=True)
-class KeepKv(SitePass):
+class KeepKv(CalibratedPass):
     """Gives attentions the store ``store`` (``graphopt_stores``), spelled with its options.
 
     ``layers``: indices of attentions; without, all that keep keys and values of their own and that the store
@@ -56,24 +56,12 @@ class KeepKv(SitePass):
     layers: tuple[int, ...] = ()
     calibration: str | tuple[tuple[int, ...], ...] = ()
 
-    @classmethod
-    def configured(cls, **options: Any) -> KeepKv:
-        given = options.get("calibration", ())
-        if not isinstance(given, str):
-            options["calibration"] = rows_from_batches(given)
-        made = super().configured(**options)
-        assert isinstance(made, KeepKv)
-        return made
-
-    def spelled(self) -> str:
-        if not self.calibration or isinstance(self.calibration, str):
-            return super().spelled()
-        rows = f"[{len(self.calibration)} rows of token ids]"
-        return replace(self, calibration=rows).spelled().replace(f'"{rows}"', rows)
-
     def assign(self, question: SiteQuestion) -> SiteAnswer:
         store = store_named(self.store, question.stores)
-        owners = [i for i, site in enumerate(question.sites) if site.source == i]
+        joined = {*question.assigned.joins, *question.assigned.joins.values()}
+        owners = [i for i, site in enumerate(question.sites) if site.source == i and i not in joined]
+        if not owners:
+            raise InputsError(f"store {store} is left no attention: all write into joint stores (join-kv)")
         layers, refused = list(self.layers), ""
         if not layers:
             capacity = question.options.max_tokens

@@ -61,6 +61,12 @@ class LossyCache(SitePass):
 
     def assign(self, question: SiteQuestion) -> SiteAnswer:
         batch, capacity = question.options.max_batch, question.options.max_tokens
+        if joins := question.assigned.joins:
+            raise InputsError(
+                f"pass 'lossy-cache' cannot price attention {min(joins)}, which writes into the store of "
+                f"attention {joins[min(joins)]}: prices are those of single attentions",
+                hint="leave out lossy-cache or join-kv",
+            )
         exact = stored_bytes(question.sites, batch, capacity)
         bound = question.bound
         if bound is not None and exact <= bound:

@@ -53,6 +53,7 @@ def graphopt_passes() -> Iterable[str]:
         "graphopt_passes.rotary:Rotary",
         "graphopt_passes.share_kv:ShareKv",
         "graphopt_passes.keep_kv:KeepKv",
+        "graphopt_passes.join_kv:JoinKv",
         "graphopt_passes.lossy_cache:LossyCache",
         "graphopt_passes.store_rotary:StoreRotary",
         "graphopt_passes.sum_products:SumProducts",

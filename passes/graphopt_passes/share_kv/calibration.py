@@ -4,19 +4,44 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from graphopt.decoding.site_pass import SitePass
 from graphopt.errors import InputsError
+from graphopt.passes import Pass
 from graphopt.tensors_file import TensorsFileError, read_tensors
 
-__all__ = ["rows_from_batches", "rows_of", "save_rows"]
+__all__ = ["CalibratedPass", "rows_from_batches", "rows_of", "save_rows"]
 
 _NAME = "input_ids"
 
 Rows = tuple[tuple[int, ...], ...]
+
+
+class CalibratedPass(SitePass):
+    """Base of passes that are told rows of token ids: ``calibration``, in Python also batches. Which place
+    the option has among others they say themselves."""
+
+    calibration: str | Rows
+
+    @classmethod
+    def configured(cls, **options: Any) -> Pass:
+        given = options.get("calibration", ())
+        if not isinstance(given, str):
+            options["calibration"] = rows_from_batches(given)
+        return super().configured(**options)
+
+    def spelled(self) -> str:
+        if not self.calibration or isinstance(self.calibration, str):
+            return super().spelled()
+        rows = f"[{len(self.calibration)} rows of token ids]"
+        told: Any = self
+        text: str = replace(told, calibration=rows).spelled()
+        return text.replace(f'"{rows}"', rows)
 
 
 def rows_from_batches(batches: Any) -> Rows:
