@@ -61,7 +61,7 @@ class LoadedDriver(Driver):
         super().__init__(model, session)
         self._contents, self._signature, self._steps = contents, signature, steps
         self._callees = [step.callee for step in steps]
-        self._call = self._step
+        self.call = self._step
         self._present = -1
         self._show(len(steps) - 1)
         state = self.tensors_now()
