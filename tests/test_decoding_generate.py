@@ -174,9 +174,12 @@ def test_what_would_bring_a_cache_of_its_own_is_refused(fast: graphopt.Optimized
 
 
 def test_models_that_cannot_be_captured_generate_as_they_did() -> None:
-    config = transformers.MambaConfig(vocab_size=128, hidden_size=32, num_hidden_layers=2, state_size=4)
+    config = transformers.BertConfig(
+        vocab_size=128, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
     torch.manual_seed(0)
-    model = transformers.MambaForCausalLM(config).eval()
+    # Every token sees all others, those that come later among them.
+    model = transformers.BertLMHeadModel(config).eval()
     model.generation_config.pad_token_id = 0
     with pytest.raises(CaptureError):
         generating(model, 40)
