@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import graphopt
-from graphopt import atomic, step_store
+from graphopt import atomic, session, step_store
 from graphopt.emit.eager import EagerEmitter
 from graphopt.session import Session
 from graphopt_kernels.tuning.store import read_entries, write_entries
@@ -42,8 +42,8 @@ def test_an_interrupt_leaves_the_model_as_it_was(place: str, monkeypatch: pytest
     """Ctrl-C is raised, not recorded; the model is as before, and it can be tried again."""
     owner, name = {
         "semantic": (Session, "_semantic"),
-        "joint": (Session, "see_joint"),
-        "planning": (Session, "_plan"),
+        "joint": (session, "see_joint"),
+        "planning": (session, "choose_schedules"),
         "lowering": (EagerEmitter, "compile"),
     }[place]
     torch.manual_seed(0)
