@@ -4,7 +4,8 @@
 
 Single layers of several kinds, residual and inverted blocks of 32 channels, with random weights, scales and
 biases, their running statistics those of random batches, in float32 on the CPU by one thread and by two:
-libraries choose other kernels with them. Layers whose sums begin with the bias are folded (``bias_first``).
+libraries choose other kernels with them, and for other processors: there is a result of one with AVX-512
+and of one without. Layers whose sums begin with the bias are folded (``bias_first``).
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from torch import nn
 import graphopt
 from graphopt.atomic import write_atomically
 
-OUT = Path(__file__).parent / "results" / "folded_norms.json"
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+"""What instructions libraries choose by."""
+OUT = Path(__file__).parent / "results" / f"folded_norms_{CAPABILITY.lower()}.json"
 NETWORKS = 4
 
 
@@ -122,6 +125,7 @@ def main() -> None:
     document = {
         **environment(),
         "command": "python benchmarks/folded_norms.py",
+        "capability": CAPABILITY,
         "rows": rows,
     }
     write_atomically(OUT, json.dumps(document, indent=1) + "\n")

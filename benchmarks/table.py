@@ -338,7 +338,7 @@ def folded_norms(record: dict[str, Any]) -> str:
     return (
         "## Batch norms within convolutions\n\n"
         "Distance of the result from float64 over that of separate operators: 8 images of 56 x 56, float32 "
-        "on the CPU, `bias_first: true`.\n\n"
+        f"on a CPU with {record['capability']}, `bias_first: true`.\n\n"
         + table(("layers", "threads", "networks", "geometric mean", "most"), cells)
     )
 
@@ -453,7 +453,8 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "chunked_frontier": chunked_frontier,
     "backward_order": backward_order,
     "tiled_convolutions": tiled_convolutions,
-    "folded_norms": folded_norms,
+    "folded_norms_avx512": folded_norms,
+    "folded_norms_avx2": folded_norms,
     "quantized_cpu": quantized_cpu,
     "quality_packed": quality_packed,
     "matcher": matcher,

@@ -18,7 +18,8 @@ from graphopt.candidate import Candidate, CostDelta, NearMiss
 from graphopt.passes import PassContext, Proposal
 from graphopt.program import Program
 from graphopt.testing import CheckedPass, check_pass, semantic_programs
-from graphopt_passes.fold_batch_norm import _BIAS_FIRST, _FURTHER, FoldBatchNorm
+from graphopt_passes import fold_batch_norm
+from graphopt_passes.fold_batch_norm import _BIAS_FIRST, _FURTHER, FoldBatchNorm, adds_bias_last
 from graphopt_passes.functionalize import Functionalize
 from tests.programs import context, host
 
@@ -228,7 +229,8 @@ def test_errors_of_each_kind_are_what_the_pass_says(
         said.add(candidate.delta.error)
         ratios.append(error_ratio(model, x, lambda shape=shape: torch.randn(shape)))
     (error,) = said
-    assert error == (_FURTHER if kind in ("3 x 3", "3 x 3, strides", "5", "transposed") else _BIAS_FIRST)
+    last = adds_bias_last() and kind in ("3 x 3", "3 x 3, strides", "5", "transposed")
+    assert error == (_FURTHER if last else _BIAS_FIRST)
     assert math.prod(ratios) <= (1.0 + error) ** len(ratios)
 
 
@@ -271,6 +273,15 @@ def test_sums_that_begin_with_the_bias_are_folded_where_asked() -> None:
         (program,) = semantic_programs(model, (X,))
         (found,) = FoldBatchNorm(bias_first=True).propose(program, context("infer"))
         assert isinstance(found, Candidate)
+
+
+def test_without_the_instructions_that_it_was_seen_with_no_sum_is_taken_to_end_with_the_bias(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = prepared(nn.Sequential(nn.Conv2d(16, 8, 3), nn.BatchNorm2d(8)))
+    for last, said in ((True, []), (False, ["its sums begin with the bias, and would err further"])):
+        monkeypatch.setattr(fold_batch_norm, "adds_bias_last", lambda last=last: last)
+        assert [reason.partition(" (")[0] for reason in reasons(model)] == said
 
 
 def test_it_has_to_be_allowed() -> None:
