@@ -770,6 +770,25 @@ def test_a_size_that_nothing_bounds_counts_as_one() -> None:
     assert _torch.hint(node.meta["val"].shape[0]) == 1
 
 
+def test_export_says_that_a_size_is_fixed() -> None:
+    class Fixed(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.view(4, 3) if x.shape[0] == 4 else x
+
+    class Other(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise ValueError("another error")
+
+    found = []
+    for module in (Fixed(), Other()):
+        with pytest.raises(Exception) as raised:
+            torch.export.export(
+                module, (torch.randn(4, 3),), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},), strict=False
+            )
+        found.append(_torch.fixes_a_size(raised.value))
+    assert found == [True, False]
+
+
 def test_a_bound_that_is_the_largest_number_there_is_is_none() -> None:
     _, retraced = _retraced(torch.masked_select, torch.randn(()), torch.tensor(True))
     (node,) = _calls(retraced, torch.ops.aten.masked_select.default)

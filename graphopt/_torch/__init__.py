@@ -23,6 +23,7 @@ from graphopt._torch.containers import container_classes, container_of, containe
 from graphopt._torch.dynamo import (
     ISOLATES_RECOMPILES,
     compile_errors,
+    fixes_a_size,
     graph_break_errors,
     inner_error,
     quiet_capture,
@@ -191,6 +192,7 @@ __all__ = [
     "fake_attribute",
     "fake_mode",
     "fake_mode_of",
+    "fixes_a_size",
     "forget_code",
     "functorch_settings",
     "gathers_ended",

@@ -15,6 +15,7 @@ import torch.fx as fx
 __all__ = [
     "ISOLATES_RECOMPILES",
     "compile_errors",
+    "fixes_a_size",
     "graph_break_errors",
     "inner_error",
     "quiet_capture",
@@ -47,6 +48,11 @@ def graph_break_errors() -> tuple[type[BaseException], ...]:
 
     names = ("Unsupported", "UserError", "InternalTorchDynamoError", "TorchRuntimeError")
     return tuple(getattr(exc, name) for name in names if hasattr(exc, name))
+
+
+def fixes_a_size(error: BaseException) -> bool:
+    """Whether ``torch.export`` says that a program is for one number where a symbol was asked for."""
+    return "specialized it to be a constant" in str(error)
 
 
 def splitting(error: BaseException) -> Exception:

@@ -454,7 +454,7 @@ def _of_any_length(wrapped: _Logits, example: Sequence[torch.Tensor]) -> _Captur
     try:
         program = torch.export.export(wrapped, tuple(example), dynamic_shapes=(dynamic,), strict=False)
     except Exception as error:
-        if "specialized it to be a constant" in str(error):
+        if _torch.fixes_a_size(error):
             return None
         raise CaptureError(f"the model could not be captured without a cache: {brief(error)}") from error
     return _captured(program)
