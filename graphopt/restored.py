@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["cuda_devices", "random_state_restored", "restored"]
+__all__ = ["cuda_devices", "random_state_restored", "rebinding_restored", "restored"]
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
 def cuda_devices(model: torch.nn.Module) -> list[int]:
@@ -31,17 +34,40 @@ def random_state_restored() -> Iterator[None]:
 
 
 @contextmanager
+def rebinding_restored(model: torch.nn.Module) -> Iterator[None]:
+    """Afterwards the names of buffers, and attributes of plain values (counters, scales), stand for what they
+    stood for: a step may bind them anew rather than write into what they name.
+
+    Names that a step adds are left: models make tables at their first call that later ones rely on.
+    """
+    tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
+    for module in model.modules():
+        attributes = vars(module)
+        tables.append((attributes["_buffers"], dict(attributes["_buffers"])))
+        plain = {name: value for name, value in attributes.items() if isinstance(value, _PLAIN)}
+        tables.append((attributes, plain))
+    try:
+        yield
+    finally:
+        for table, names in tables:
+            # One by one: guards of compiled code watch whether a table was written to.
+            for name, value in names.items():
+                if table.get(name) is not value:
+                    table[name] = value
+
+
+@contextmanager
 def restored(
     model: torch.nn.Module, leaves: Sequence[torch.Tensor], written: Sequence[torch.Tensor] = ()
 ) -> Iterator[None]:
-    """Afterwards the gradients of ``leaves``, the model's buffers, what is ``written`` besides and the random
-    state are what they were."""
+    """Afterwards the gradients of ``leaves``, the model's buffers (values and names), its plain attributes,
+    what is ``written`` besides and the random state are what they were."""
     # Copies on the host: the step may write into the gradients, and must not find more memory taken.
     gradients = [(t.grad, None if t.grad is None else t.grad.detach().cpu().clone()) for t in leaves]
     buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     others = [(tensor, tensor.detach().to("cpu", copy=True)) for tensor in written]
     try:
-        with random_state_restored():
+        with random_state_restored(), rebinding_restored(model):
             yield
     finally:
         with torch.no_grad():

@@ -55,6 +55,42 @@ def test_capture_leaves_buffers_and_random_state_alone() -> None:
         assert torch.equal(buffer, buffers[name]), name
 
 
+class Bound(nn.Module):
+    """Binds a statistic and a counter anew at each call; a branch makes it several graphs."""
+
+    def __init__(self, branches: bool) -> None:
+        super().__init__()
+        self.branches = branches
+        self.a = nn.Linear(16, 16)
+        self.register_buffer("low", torch.zeros(1))
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        y = self.a(x)
+        if self.branches and self.low.min() > -1e-5:
+            self.low = self.low + y.data.min()
+        else:
+            self.low = self.low * 0.9 + y.data.min() * 0.1
+        return (y * self.low).sum()
+
+
+@pytest.mark.parametrize("branches", [False, True])
+def test_what_a_model_binds_anew_is_bound_as_it_was_after_a_look(branches: bool) -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, x = Bound(branches), torch.randn(4, 16)
+    plain, low = copy.deepcopy(model), model.low
+    fast = graphopt.optimize(model, (x,), emit="eager")
+    assert model.low is low and model.calls == 0
+    assert not any("not compared" in text for text in fast.report.diagnostics), fast.report.diagnostics
+    fast.measure(repeats=1)
+    assert model.low is low and model.calls == 0
+    for _ in range(2):
+        assert torch.equal(fast(x), plain(x))
+        assert torch.equal(model.low, plain.low) and model.calls == plain.calls
+
+
 def test_several_graphs_share_one_budget_and_one_report() -> None:
     model, x = _broken()
     plain, free_model = copy.deepcopy(model), copy.deepcopy(model)

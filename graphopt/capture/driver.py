@@ -39,7 +39,7 @@ from graphopt.planned_step import showing
 from graphopt.plans import Plan
 from graphopt.program import Program, layer_of
 from graphopt.report import Environment, Report
-from graphopt.restored import cuda_devices, random_state_restored
+from graphopt.restored import cuda_devices, restored
 from graphopt.segmented_capture import unfold
 from graphopt.session import NotPlanned, Session
 from graphopt.several import compile_together
@@ -340,8 +340,7 @@ class Driver:
         """Run the model, everything put back. Raises ``InputsError`` where it does not run."""
         with (
             torch.set_grad_enabled(self._differentiates),
-            _buffers_restored(self.model),
-            random_state_restored(),
+            restored(self.model, ()),
             torch.random.fork_rng(devices=cuda_devices(self.model)),
             _torch.gathers_ended(self.model),
         ):
@@ -515,17 +514,6 @@ class Driver:
         unfold(self.session)
         session = self.session
         return dumped(session.current, session.host, session.cost, form, stage, beside)
-
-
-@contextmanager
-def _buffers_restored(model: torch.nn.Module) -> Iterator[None]:
-    kept = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
 
 
 def _may_be_left(error: Exception, before: Untouched | None) -> bool:
