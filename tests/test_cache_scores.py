@@ -12,8 +12,9 @@ from graphopt import GraphoptError, PluginError, UnknownNameError
 from graphopt.decoding import cache_scores
 from graphopt.decoding.cache_scores import ScoreContext, cache_score, make_known, scored
 from graphopt.plugins import CacheScoreSpec, hookimpl
+from graphopt_kernels.attend_evict import attend_evict_reference
 from graphopt_kernels.evict_scores import SCORES
-from tests.decoders import plain, tokens
+from tests.decoders import family, plain, tokens
 
 
 @pytest.fixture(autouse=True)
@@ -84,6 +85,38 @@ def test_plugins_bring_scores() -> None:
     record = fast.report.decoding
     assert record.sites[0].store == "evict{keep=20,policy=newest,recent=4}"
     assert record.off <= record.lossy.allowed < 1e-3
+
+
+def test_what_is_left_of_another_sequence_is_not_read() -> None:
+    torch.manual_seed(0)
+
+    def rows(count: int) -> list[torch.Tensor]:
+        return [torch.randn(2, heads, count, 8) for heads in (4, 2, 2)]
+
+    def taken(made: list[torch.Tensor], store: list[torch.Tensor]) -> torch.Tensor:
+        count = made[0].shape[2]
+        return attend_evict_reference(
+            *made, *store, torch.arange(count), None, None, None, 0.3, 0.0, 0, count, "h2o", 2
+        )
+
+    def empty() -> list[torch.Tensor]:
+        slots = torch.zeros(2, 2, 6, 8), torch.zeros(2, 2, 6, 8), torch.zeros(2, 2, 6, dtype=torch.int64)
+        return [*slots, torch.zeros(2, 2, 6)]
+
+    used, other = empty(), rows(11)
+    taken(rows(20), used)
+    assert torch.equal(taken(other, used), taken(other, empty()))
+
+
+def test_masked_models_of_shared_heads_keep_what_is_read_most() -> None:
+    fast = graphopt.optimize(
+        family("llama"), {"input_ids": tokens()}, generate=graphopt.Generate(64, 2), emit="eager",
+        pipeline=["default", graphopt.use("keep-kv", store="evict{keep=6,recent=2}")], on_error="raise",
+    )  # fmt: skip
+    ids = tokens(2, 20)
+    once = fast.generate(ids, max_new_tokens=8, do_sample=False)
+    fast.generate(tokens(2, 30, seed=5), max_new_tokens=8, do_sample=False)
+    assert torch.equal(fast.generate(ids, max_new_tokens=8, do_sample=False), once)
 
 
 def test_scores_that_nobody_brings_are_refused() -> None:

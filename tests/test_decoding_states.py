@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import graphopt
+from graphopt.decoding import singles
 from graphopt.decoding.capture import Uncached, capture_uncached
 from graphopt.decoding.insert import _Insertion
 from graphopt.decoding.recurrence import Recurrence, recurrences_in
@@ -288,8 +289,30 @@ def test_compiled_steps_keep_states() -> None:
         model, (tokens(2, 9),), generate=generate, emit="inductor", on_error="raise"
     )
     ids = tokens(2, 5)
-    assert torch.equal(fast.generate(ids, max_new_tokens=12), greedy(model, ids, 12))
+    plain = generating(model)
+    # Few tokens: states are not to have forgotten that a step was compared with its operators.
+    for made in (fast, plain):
+        assert torch.equal(made.generate(ids, max_new_tokens=3), greedy(model, ids, 3))
     assert not [text for text in fast.report.diagnostics if "operator by operator" in text]
+    states = [made._generator.built.decoder.states for made in (fast, plain)]
+    assert states[0] and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*states, strict=True))
+
+
+def test_compiled_steps_that_leave_other_states_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forgetting(run: Any, decoder: Any, arguments: Any) -> list[torch.Tensor]:
+        made = once(run, decoder, arguments)
+        return made if run is decoder.general else [made[0], *(state * 0.5 for state in made[1:])]
+
+    once = singles._once
+    monkeypatch.setattr(singles, "_once", forgetting)
+    model = Mixed(hybrid).eval()
+    fast = graphopt.optimize(
+        model, (tokens(2, 9),), generate=graphopt.Generate(ROOM, max_batch=BATCH), emit="inductor"
+    )
+    ids = tokens(2, 5)
+    assert torch.equal(fast.generate(ids, max_new_tokens=3), greedy(model, ids, 3))
+    said = [text for text in fast.report.diagnostics if "operator by operator" in text]
+    assert said and "the compiled step leaves other states than its operators one by one" in said[0]
 
 
 # --- what is refused -------------------------------------------------------------------------------------

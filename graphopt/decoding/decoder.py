@@ -83,6 +83,18 @@ class Decoder:
         return held if self.valid is None else {**held, "valid": self.valid}
 
     @property
+    def states(self) -> list[torch.Tensor]:
+        """What convolutions and recurrences keep."""
+        return [self.stores[name] for name, (i, _) in self.step.stores.items() if i >= len(self.sites)]
+
+    @property
+    def moving(self) -> list[torch.Tensor]:
+        """What a step that runs twice leaves otherwise than one that runs once: states, and tensors of stores
+        that do not ``repeat``."""
+        kept = ((name, index) for name, (index, _) in self.step.stores.items() if index < len(self.sites))
+        return [*self.states, *(self.stores[n] for n, i in kept if not self.sites[i].store.repeats)]
+
+    @property
     def cache_bytes(self) -> int:
         own = [site for i, site in enumerate(self.sites) if site.source == i]
         fitted = [tensor for site in own for tensor in site.spec.fitted.values()]

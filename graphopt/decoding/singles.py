@@ -9,7 +9,7 @@ one program serves all positions. Else how much of the stores is read is part of
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -59,8 +59,8 @@ class Singles:
         return min(read, capacity)
 
     def _compiled(self, decoder: Decoder, read: int, arguments: list[Any]) -> Callable[..., Any] | None:
-        """The step for this batch, compared once with the operators run one by one on ``arguments``: a step
-        may be run twice, it writes the same."""
+        """The step for this batch, compared once with the operators run one by one on ``arguments``: logits
+        and the states that are left."""
         options = decoder.options
         step = step_graph(decoder.uncached, decoder.sites, options.max_batch, options.max_tokens, read)
         if decoder.step.rows:
@@ -70,17 +70,36 @@ class Singles:
         try:
             with torch.no_grad(), _torch.quiet_capture(), _torch.within(_torch.static_context()):
                 run = self.session.backend(step.gm, arguments)
-            with torch.no_grad():
-                (expected,), (found,) = decoder.general(*arguments), run(*arguments)
-            off = float((found - expected).abs().max())
-            if not off <= tolerance(expected):
-                raise VerificationError(
-                    f"the compiled step gives other logits than its operators one by one: off by {off:.3g}, "
-                    f"at most {tolerance(expected):.3g} is allowed"
-                )
+            expected, found = _once(decoder.general, decoder, arguments), _once(run, decoder, arguments)
+            for place, (one, other) in enumerate(zip(expected, found, strict=True)):
+                off, allowed = _off(one, other), tolerance(one)
+                if not off <= allowed:
+                    raise VerificationError(
+                        f"the compiled step {'leaves other states' if place else 'gives other logits'} than "
+                        f"its operators one by one: off by {off:.3g}, at most {allowed:.3g} is allowed"
+                    )
         except Exception as error:
             if self.session.on_error == "raise":
                 raise
             self.session.diagnostics.append(f"tokens are decoded operator by operator: {brief(error)}")
             return None
         return run
+
+
+def _once(run: Callable[..., Any], decoder: Decoder, arguments: list[Any]) -> list[torch.Tensor]:
+    """The logits of a step and the states that it leaves; what it moved is put back."""
+    # Copies on the host: caches may leave no room for a second one.
+    before = [(tensor, tensor.to("cpu", copy=True)) for tensor in decoder.moving]
+    try:
+        with torch.no_grad():
+            (logits,) = run(*arguments)
+        return [logits, *(state.to("cpu", copy=True) for state in decoder.states)]
+    finally:
+        for tensor, value in before:
+            tensor.copy_(value)
+
+
+def _off(one: torch.Tensor, other: torch.Tensor) -> float:
+    """The largest difference; infinities, which largest values begin with, may be the same."""
+    differ = one != other
+    return float((other - one)[differ].abs().max()) if bool(differ.any()) else 0.0

@@ -85,7 +85,8 @@ class CacheStore:
     ``adds_biases``: it serves sites whose mask has a ``bias``, which it is to add (``site.bias``).
     ``crosses``: it keeps the rows of a source (``site.source``) and nothing else; ``write`` puts them there,
     and ``attend_op`` is given ``positions`` int64 [1], the source's last row, ``valid``, which of its rows
-    count, and as ``length`` how many there are at most.
+    count, and as ``length`` how many there are at most. ``repeats``: a step that runs twice leaves in the
+    tensors what it leaves when it runs once; others are copied to the host where compiled steps are compared.
     """
 
     name: ClassVar[str]
@@ -99,6 +100,7 @@ class CacheStore:
     needs_fit: ClassVar[bool] = False
     crosses: ClassVar[bool] = False
     adds_biases: ClassVar[bool] = False
+    repeats: ClassVar[bool] = False
 
     @classmethod
     def named(cls, known: Mapping[str, type[CacheStore]], **options: Any) -> CacheStore:

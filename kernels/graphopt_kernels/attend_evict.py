@@ -161,6 +161,11 @@ def attend_evict_reference(
     outputs = []
     for row in range(query.shape[2]):
         at = positions[row]
+        # Stores are not emptied between sequences: what is ahead of a row, or there before the first one, is
+        # of another.
+        other = (places > at + 1) | (at == 0)
+        places.masked_fill_(other, 0)
+        scores.masked_fill_(other, 0.0)
         # A row that is taken in twice is not read twice.
         again = (places == at + 1).any(-1, keepdim=True)
         slot = _driven_out(places, scores, at, valid, batch, recent)[..., None]

@@ -44,6 +44,7 @@ class Full(_AsTheyAre):
     summary = "keeps every position"
     exact = True
     last_alone = True
+    repeats = True
     attend_op = "graphopt::attend_full"
 
     def tensors(
@@ -87,6 +88,7 @@ class Latent(CacheStore):
     summary = "keeps every position of keys that values are a part of"
     exact = True
     last_alone = True
+    repeats = True
     attend_op = "graphopt::attend_latent"
 
     def refuses(self, site: SiteSpec, capacity: int) -> Reason | None:
@@ -111,6 +113,7 @@ class Ring(_AsTheyAre):
     summary = "keeps the positions of a sliding window"
     exact = True
     last_alone = True
+    repeats = True
     attend_op = "graphopt::attend_ring"
 
     def refuses(self, site: SiteSpec, capacity: int) -> Reason | None:
@@ -147,6 +150,7 @@ class Cross(CacheStore):
     exact = True
     crosses = True
     last_alone = True
+    repeats = True
     attend_op = "graphopt::attend_cross"
 
     def tensors(

@@ -72,7 +72,7 @@ class Coordinates(CacheStore):
         kept = store_named(self.store, known)
         object.__setattr__(self, "kept", kept)
         # What the operator of the other store does and needs is what this one does and needs.
-        for name in ("attend_op", "takes_turns", "last_alone", "note"):
+        for name in ("attend_op", "takes_turns", "last_alone", "repeats", "note"):
             object.__setattr__(self, name, getattr(kept, name))
 
     @classmethod

@@ -31,6 +31,7 @@ class Evict(CacheStore):
     name = "evict"
     summary = "keeps the positions that are read most, and the newest"
     exact = False
+    repeats = True
     note = (
         "evict: what was dropped for one answer is gone for another: a prompt that is kept cannot be reused"
     )

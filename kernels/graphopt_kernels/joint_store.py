@@ -37,6 +37,7 @@ class JointStore(CacheStore):
 
     exact = False
     last_alone = True
+    repeats = True
     joins: ClassVar[bool] = True
     attend_op = "graphopt::attend_joint"
 

@@ -41,6 +41,7 @@ class Quant(CacheStore):
     summary = "rounds keys per channel and values per token, but for the newest"
     exact = False
     last_alone = True
+    repeats = True
     attend_op = "graphopt::attend_quant"
     takes_turns = True
 

@@ -33,6 +33,7 @@ class SinkWindow(CacheStore):
     summary = "keeps the first and the newest positions"
     exact = False
     last_alone = True
+    repeats = True
     note = f"sink-window: {_NOTE}"
     attend_op = "graphopt::attend_split"
 
