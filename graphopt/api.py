@@ -24,7 +24,7 @@ from graphopt.device import DeviceSpec
 from graphopt.emit import resolve_emitter
 from graphopt.emit.eager import EagerEmitter
 from graphopt.emit.replacing import proposed
-from graphopt.errors import InputsError, PipelineError, PluginError, UnknownNameError
+from graphopt.errors import InputsError, LoweringError, PipelineError, PluginError, UnknownNameError, brief
 from graphopt.explanation import MemoryExplanation
 from graphopt.guard import GUARDS, Guard
 from graphopt.hand_over import is_watched
@@ -235,15 +235,33 @@ def _prepared(
             raise InputsError("step= and generate= exclude each other: a step is not what generates")
         optimized._generator.prepare()
         return optimized
+    try:
+        _prepare(optimized, model, inputs, step)
+    except LoweringError as error:
+        if options["emit"] != "auto" or options["on_error"] == "raise":
+            raise
+        # Code whose memory cannot be told, or that is none: operators are planned and run one by one.
+        optimized = _uncaptured(model, inputs, compare=verify != "off", **options | {"emit": "eager"})
+        optimized._driver.remark(f"runs operator by operator: {brief(error)}")
+        _prepare(optimized, model, inputs, step)
+    if inputs is not None and verify == "numeric":
+        from graphopt.verify import verify_numerically
+
+        verify_numerically(model, optimized, inputs)
+    return optimized
+
+
+def _prepare(
+    optimized: Optimized,
+    model: torch.nn.Module,
+    inputs: Any,
+    step: Callable[[torch.nn.Module], object] | None,
+) -> None:
+    """Capture what ``inputs`` and ``step`` run."""
     if step is not None:
         optimized._driver.prepare_step(partial(step, optimized))
     if inputs is not None:
         optimized._driver.prepare(*bind_inputs(model, inputs))
-        if verify == "numeric":
-            from graphopt.verify import verify_numerically
-
-            verify_numerically(model, optimized, inputs)
-    return optimized
 
 
 def _uncaptured(

@@ -323,12 +323,25 @@ def test_the_halves_must_belong_together() -> None:
         ("def call(args:\n", "generated code is not Python"),
         ("call = CppWrapperCodeCache.load()", "is a C\\+\\+ wrapper"),
         ("def call(args):\n    return (1, 2)", "returns 2 values, the graph 1"),
-        ("def call(args):\n    a, = args\n    n = a.item()\n    return (n,)", "does not run without data"),
+        (
+            "def call(args):\n    a, = args\n    b = a if a.item() > 0 else None\n    return (b,)",
+            "does not run without data: GuardOnDataDependentSymNode",
+        ),
+        (
+            "import torch\ndef call(args):\n    a, = args\n    b = torch.empty(a.item())\n    return (b,)",
+            "does not run without data",
+        ),
     ],
 )
 def test_unreadable_code_is_refused(source: str, message: str) -> None:
     with pytest.raises(LoweringError, match=message):
         lowered_memory(source, [torch.empty(1)], input_names=["a"], output_names=["b"], phase="inference")
+
+
+def test_checks_of_numbers_that_are_read_hold_nothing() -> None:
+    body = "a, = args\nn = a.item()\nif not (n <= 16):\n    raise RuntimeError('n <= 16')\nreturn (a,)"
+    (storage,) = read(body, torch.empty((), dtype=torch.int64)).storages
+    assert (storage.input, storage.bytes, storage.outputs) == ("a", 8, (0,))
 
 
 @pytest.mark.parametrize(

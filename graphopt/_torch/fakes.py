@@ -119,9 +119,11 @@ def outside_of_fake_mode() -> Iterator[None]:
         yield
 
 
-def fake_mode() -> FakeTensorMode:
-    """A fresh mode in which tensors have shapes, dtypes, devices and storages, but no data."""
-    return FakeTensorMode(allow_non_fake_inputs=True)
+def fake_mode(*, numbers: bool = False) -> FakeTensorMode:
+    """A fresh mode in which tensors have shapes, dtypes, devices and storages, but no data. ``numbers``:
+    those that are read out of tensors are symbols, of which nothing is known; else reading one raises."""
+    symbols = torch.fx.experimental.symbolic_shapes.ShapeEnv(allow_scalar_outputs=True) if numbers else None
+    return FakeTensorMode(allow_non_fake_inputs=True, shape_env=symbols)
 
 
 @contextmanager

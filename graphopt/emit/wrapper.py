@@ -67,7 +67,7 @@ def trace_wrapper(
     inputs, or whose control flow depends on data.
     """
     tree = _parse(source)
-    mode = _torch.fake_mode()
+    mode = _torch.fake_mode(numbers=True)
     recorder = _Recorder(device_type)
     watcher = _torch.CallWatcher(recorder.dispatched)
     with torch.no_grad(), mode:
@@ -113,7 +113,18 @@ def _parse(source: str) -> ast.Module:
             "generated code defines no 'call' function",
             hint=f"expected Inductor's Python wrapper; it defines {listing}",
         )
-    return tree
+    return ast.fix_missing_locations(_Unchecked().visit(tree))
+
+
+class _Unchecked(ast.NodeTransformer):
+    """Leaves out branches that do nothing but raise: they refuse numbers that the program reads out of
+    tensors, which are unknown here, and what goes on holds the same either way."""
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        self.generic_visit(node)
+        if len(node.body) == 1 and isinstance(node.body[0], ast.Raise) and not node.orelse:
+            return ast.Pass()
+        return node
 
 
 def _stand_ins(inputs: Sequence[Any]) -> list[Any]:
