@@ -45,6 +45,7 @@ from graphopt.decoding.masks import MaskSpec
 from graphopt.decoding.stores import SiteSpec
 from graphopt_kernels import attend_launch, attend_quant_launch, bandwidth
 from graphopt_kernels.attend_full import attend_full
+from graphopt_kernels.attend_operator import Asked, RowStores
 from graphopt_kernels.attend_quant import ALONE, attend_quant
 from graphopt_kernels.attend_reference import allowed_keys, attention_over
 from graphopt_kernels.cache_codes import round_keys, round_values
@@ -295,17 +296,18 @@ def tuned(case: Case, kind: str, bandwidth: float) -> Iterator[dict[str, Any]]:
 
 def launched(given: Held | Rounded, launch: attend_launch.AttendLaunch) -> torch.Tensor:
     """A call by a launch of its own."""
-    settings = (None, None, None, WIDTH**-0.5, 0.0, 0)
-    if isinstance(given, Rounded):
-        held, store = given.held, given.store
-        return attend_quant_launch.row_on_gpu(
-            attend_quant_launch.jitted(), held.query, held.key, held.value, given.stores, held.positions,  # type: ignore[arg-type]
-            *settings, held.keys.shape[2], *store.widths, store.group, takes=True, launch=launch,
-        )  # fmt: skip
-    return attend_launch.attend_on_gpu(
-        attend_launch.jitted(), given.query, given.key, given.value, given.keys, given.values,
-        given.positions, *settings, given.keys.shape[2], ring=False, launch=launch,
+    held = given.held if isinstance(given, Rounded) else given
+    asked = Asked(
+        held.query, held.key, held.value, held.positions, None, None, None, WIDTH**-0.5, 0.0, 0,
+        held.keys.shape[2],
     )  # fmt: skip
+    if isinstance(given, Rounded):
+        stores = attend_quant_launch.QuantStores(*given.stores)
+        bits = attend_quant_launch.QuantBits(*given.store.widths, given.store.group, ALONE)
+        kernels = attend_quant_launch.jitted()
+        return attend_quant_launch.row_on_gpu(kernels, asked, stores, bits, takes=True, launch=launch)
+    stored = RowStores(held.keys, held.values)
+    return attend_launch.attend_on_gpu(attend_launch.jitted(), asked, stored, ring=False, launch=launch)
 
 
 def main() -> None:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from graphopt_kernels import attend_triton
-from graphopt_kernels.attend_full import attend_full_reference
+from graphopt_kernels.attend_full import attend_full
 from graphopt_kernels.attend_launch import AttendLaunch, attend_on_gpu
-from graphopt_kernels.attend_ring import attend_ring_reference
+from graphopt_kernels.attend_ring import attend_ring
 
 FP16, FP32 = torch.float16, torch.float32
 TILE = AttendLaunch(16, 16, 3, 1, 1)
@@ -125,7 +125,7 @@ def exact(arguments: dict[str, Any], ring: bool) -> tuple[Tensor, Tensor, Tensor
     for name, value in given.items():
         if isinstance(value, Tensor) and value.is_floating_point():
             given[name] = value.double()
-    made = (attend_ring_reference if ring else attend_full_reference)(*given.values())
+    made = (attend_ring if ring else attend_full).reference(*given.values())
     return made, given["key_store"].to(kinds[0]), given["value_store"].to(kinds[1])
 
 
@@ -138,7 +138,8 @@ def main(names: Sequence[str]) -> None:
         launch = case.pop("launch", TILE)
         arguments, ring = drawn(**case), "ring" in case
         expected, keys, values = exact(arguments, ring)
-        made = attend_on_gpu(attend_triton, *arguments.values(), ring=ring, launch=launch)
+        asked, stores, _ = attend_full.parted([*arguments.values()])
+        made = attend_on_gpu(attend_triton, asked, stores, ring=ring, launch=launch)
         assert made.dtype is arguments["query"].dtype and made.shape == expected.shape
         stored = torch.equal(arguments["key_store"].nan_to_num(7), keys.nan_to_num(7))
         stored &= torch.equal(arguments["value_store"].nan_to_num(7), values.nan_to_num(7))

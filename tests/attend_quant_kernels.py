@@ -19,7 +19,7 @@ from graphopt.decoding.masks import MaskSpec
 from graphopt.decoding.stores import SiteSpec
 from graphopt_kernels import attend_quant_triton, attend_triton
 from graphopt_kernels.attend_launch import AttendLaunch
-from graphopt_kernels.attend_quant import ALONE, FIRST, LAST, attend_quant_reference
+from graphopt_kernels.attend_quant import ALONE, FIRST, LAST, attend_quant
 from graphopt_kernels.attend_quant_launch import row_on_gpu
 from graphopt_kernels.quant_store import Quant
 
@@ -83,7 +83,7 @@ def drawn(
     }  # fmt: skip
     if seen:
         prompt = {**given, **rows(batch, groups, group, seen, width, value_width, dtype)}
-        attend_quant_reference(*{**prompt, "positions": torch.arange(seen)}.values())
+        attend_quant.reference(*{**prompt, "positions": torch.arange(seen)}.values())
     return given
 
 
@@ -120,10 +120,9 @@ def main(names: Sequence[str]) -> None:
             for turn in turns:
                 arguments["turn"] = turn
                 reference = wide(arguments)
-                expected = attend_quant_reference(*reference.values())
-                stores = tuple(arguments[name] for name in STORES)
-                inner = [v for k, v in arguments.items() if k not in STORES and k != "turn"]
-                made = row_on_gpu(KERNELS, *inner[:3], stores, *inner[3:], takes=turn != LAST, launch=launch)
+                expected = attend_quant.reference(*reference.values())
+                given = attend_quant.parted([*arguments.values()])
+                made = row_on_gpu(KERNELS, *given, takes=turn != LAST, launch=launch)
                 assert made.dtype is arguments["query"].dtype and made.shape == expected.shape
                 worst = max(worst, float((made.double() - expected).norm() / expected.norm()))
                 stored &= all(torch.equal(arguments[name], reference[name]) for name in STORES)

@@ -14,10 +14,12 @@ import graphopt_kernels.attend_launch as launching
 import graphopt_kernels.attend_quant_launch as quant_launching
 from graphopt.decoding.masks import MaskSpec
 from graphopt.decoding.stores import SiteSpec
-from graphopt_kernels.attend_full import attend_full, attend_full_reference
+from graphopt_kernels.attend_full import attend_full
 from graphopt_kernels.attend_launch import AttendProblem, kernels_take, launch_for, parts_for
-from graphopt_kernels.attend_quant import attend_quant, attend_quant_reference
-from graphopt_kernels.attend_ring import attend_ring, attend_ring_reference
+from graphopt_kernels.attend_operator import Asked, RowStores
+from graphopt_kernels.attend_quant import ALONE, attend_quant
+from graphopt_kernels.attend_quant_launch import QuantBits, QuantStores
+from graphopt_kernels.attend_ring import attend_ring
 from graphopt_kernels.cache_stores import Full, Ring
 from graphopt_kernels.emit.machine_code import MachineCode, compile_function_for_sm90
 from graphopt_kernels.quant_store import Quant
@@ -67,14 +69,14 @@ def recorded(
 
     recorder = Recorder(attend_triton)
     heads, value_width = groups * group, value_width or width
-    launching.attend_on_gpu(
-        recorder, meta(batch, heads, rows, width, dtype=dtype), meta(batch, groups, rows, width, dtype=dtype),
-        meta(batch, groups, rows, value_width, dtype=dtype), meta(batch, groups, slots, width, dtype=dtype),
-        meta(batch, groups, slots, value_width, dtype=dtype), meta(rows, dtype=torch.int64),
+    asked = Asked(
+        meta(batch, heads, rows, width, dtype=dtype), meta(batch, groups, rows, width, dtype=dtype),
+        meta(batch, groups, rows, value_width, dtype=dtype), meta(rows, dtype=torch.int64),
         meta(batch, slots, dtype=torch.bool) if every else None, meta(heads, dtype=FP32) if every else None,
         meta(heads) if every else None, 0.1, 30.0 if every else 0.0, slots if ring else 1024 * every, slots,
-        ring=ring, processors=132,
     )  # fmt: skip
+    stores = RowStores(*(meta(batch, groups, slots, size, dtype=dtype) for size in (width, value_width)))
+    launching.attend_on_gpu(recorder, asked, stores, ring=ring, processors=132)
     return recorder
 
 
@@ -128,14 +130,16 @@ def quant_recorded(
     recorder = Recorder(quant_launching.jitted())
     heads, places = 8 * group, 32768
     site = SiteSpec(heads, 8, width, width, dtype, MaskSpec(window=1024 * every), 0.1)
-    stores = tuple(meta(*shape, dtype=kind) for shape, kind in store.tensors(site, 1, places).values())
+    kinds = store.tensors(site, 1, places).values()
+    stores = QuantStores(*(meta(*shape, dtype=kind) for shape, kind in kinds))
     row = meta(1, 8, 1, width, dtype=dtype)
-    quant_launching.row_on_gpu(
-        recorder, meta(1, heads, 1, width, dtype=dtype), row, row, stores, meta(1, dtype=torch.int64),  # type: ignore[arg-type]
+    asked = Asked(
+        meta(1, heads, 1, width, dtype=dtype), row, row, meta(1, dtype=torch.int64),
         meta(1, places, dtype=torch.bool) if every else None, meta(heads, dtype=FP32) if every else None,
-        meta(heads) if every else None, 0.1, 30.0 if every else 0.0, 1024 * every, places, *store.widths,
-        store.group, takes=takes, processors=132,
+        meta(heads) if every else None, 0.1, 30.0 if every else 0.0, 1024 * every, places,
     )  # fmt: skip
+    bits = QuantBits(*store.widths, store.group, ALONE)
+    quant_launching.row_on_gpu(recorder, asked, stores, bits, takes=takes, processors=132)
     return recorder
 
 
@@ -196,9 +200,9 @@ def test_what_kernels_of_rounded_rows_do_not_take_is_said(change: dict[str, Any]
     dtype, store = change.get("dtype", BF16), change.get("store", Quant())
     site = SiteSpec(8, 2, 32, 32, dtype, MaskSpec(), 1.0)
     kinds = store.tensors(site, change.get("batch", 1), 512).values()
-    stores: Any = tuple(meta(*shape, dtype=kind) for shape, kind in kinds)
+    stores = QuantStores(*(meta(*shape, dtype=kind) for shape, kind in kinds))
     if "batch" in change:
-        stores = tuple(each.transpose(0, 1) for each in stores)
+        stores = QuantStores(*(each.transpose(0, 1) for each in stores))
     query = change.get("query", meta(1, 8, 1, 32, dtype=dtype))
     assert text in str(quant_launching.kernels_take(query, stores, change.get("group", 32)))
 
@@ -282,15 +286,15 @@ def test_what_a_gpu_needs_beside_the_output_is_that_of_the_launch() -> None:
         positions = torch.empty(1, dtype=torch.int64, device="cuda")
         valid = torch.empty(1, 32768, dtype=torch.bool, device="cuda")
         given = (query, key, key, store, store, positions)
-        taken = launching.attend_scratch(*given, None, None, None, 0.1, 0.0, 0, 32768)
-        counted = launching.attend_scratch(*given, valid, query, None, 0.1, 0.0, 0, 32768)
+        taken = attend_full.scratch(*given, None, None, None, 0.1, 0.0, 0, 32768)
+        counted = attend_full.scratch(*given, valid, query, None, 0.1, 0.0, 0, 32768)
         parts = launch_for(
             launching.problem_of(query, store, store, 32768), launching.processors_for(query.device)
         ).parts
     assert taken == 32 * parts * (128 + 1) * 4
     assert counted == taken + 32768 * 4
     assert (
-        launching.attend_scratch(torch.zeros(1, 2, 1, 8), *given[1:], None, None, None, 0.1, 0.0, 0, 9) == 0
+        attend_full.scratch(torch.zeros(1, 2, 1, 8), *given[1:], None, None, None, 0.1, 0.0, 0, 9) == 0
     )
 
 
@@ -348,9 +352,7 @@ def test_a_cuda_graph_follows_the_position(ring: bool) -> None:
     arguments = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in made.items()}
     plain = {k: v.double() if isinstance(v, Tensor) and v.dtype is BF16 else v for k, v in arguments.items()}
     plain["positions"] = arguments["positions"].clone()
-    operator, reference = (
-        (attend_ring, attend_ring_reference) if ring else (attend_full, attend_full_reference)
-    )
+    operator = attend_ring if ring else attend_full
     if not ring:
         for held in (arguments, plain):
             held["key_store"].zero_()
@@ -366,7 +368,7 @@ def test_a_cuda_graph_follows_the_position(ring: bool) -> None:
         for held in (arguments, plain):
             held["positions"].fill_(position)
         recording.replay()
-        expected = reference(*plain.values())
+        expected = operator.reference(*plain.values())
         error = float((output.double() - expected).norm() / expected.norm())
         assert error <= 1e-2, (position, error)
         assert torch.equal(arguments["key_store"].double(), plain["key_store"])
@@ -384,7 +386,7 @@ def test_on_a_gpu_rounded_rows_are_read_as_the_reference_does(bits: int, dtype: 
     made = drawn(**sizes, dtype=dtype, store=Quant(bits=bits), seen=608)
     made["positions"] = torch.tensor([608])
     reference = wide(made)
-    expected = attend_quant_reference(*reference.values()).cuda()
+    expected = attend_quant.reference(*reference.values()).cuda()
     arguments = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in made.items()}
     found = attend_quant(*arguments.values())
     error = float((found.double() - expected).norm() / expected.norm())
@@ -415,7 +417,7 @@ def test_a_cuda_graph_rounds_blocks_as_they_fill() -> None:
         arguments["positions"].fill_(position)
         reference["positions"] = torch.tensor([position])
         recording.replay()
-        expected = attend_quant_reference(*reference.values())
+        expected = attend_quant.reference(*reference.values())
         error = float((output.cpu().double() - expected).norm() / expected.norm())
         assert error <= 1e-2, (position, error)
         for name in STORES:

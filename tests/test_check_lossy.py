@@ -14,8 +14,8 @@ import graphopt
 from graphopt import VerificationError
 from graphopt.decoding.check_decoder import check_decoder
 from graphopt.decoding.decoder import Decoder
-from graphopt_kernels.attend_evict import attend_evict_reference
-from graphopt_kernels.attend_quant import attend_quant_reference
+from graphopt_kernels.attend_evict import attend_evict
+from graphopt_kernels.attend_quant import attend_quant
 from graphopt_kernels.evict_store import Evict
 from graphopt_kernels.quant_store import Quant
 from tests.decoders import plain, tokens
@@ -56,9 +56,9 @@ def defined(name: str, stores: str, constants: str, reference: Callable[..., Ten
 
 PACKED = "key_codes key_scales value_codes value_scales key_ring value_ring"
 BITS = "SymInt key_bits, SymInt value_bits, SymInt group, SymInt turn"
-faulty_quant = defined("attend_quant", PACKED, BITS, attend_quant_reference)
+faulty_quant = defined("attend_quant", PACKED, BITS, attend_quant.reference)
 SLOTS = "key_store value_store place_store score_store"
-faulty_evict = defined("attend_evict", SLOTS, "str policy, SymInt recent", attend_evict_reference)
+faulty_evict = defined("attend_evict", SLOTS, "str policy, SymInt recent", attend_evict.reference)
 
 
 @dataclass(frozen=True)

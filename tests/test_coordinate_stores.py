@@ -24,7 +24,7 @@ from graphopt.decoding.stores import SiteSpec
 from graphopt.plugins import default_host, hookimpl
 from graphopt.plugins.host import PluginHost
 from graphopt.tensors_file import write_tensors
-from graphopt_kernels.attend_reference import attention_whole
+from graphopt_kernels.attend_reference import asked_whole, attention_whole
 from graphopt_kernels.cache_stores import Full
 from graphopt_kernels.coordinate_stores import Coordinates, KeyChannels, LowRank
 from tests.decoders import family, plain, tokens
@@ -56,7 +56,7 @@ def test_what_is_read_is_the_projection(store: Coordinates) -> None:
     keys, values = made["keys"], made["values"]
     assert torch.allclose(keys.mT @ keys, torch.eye(6, dtype=torch.float64).expand(2, 6, 6), atol=1e-12)
     projected = given[1] @ keys @ keys.mT, given[2] @ values @ values.mT
-    expected = attention_whole(given[0], *projected, None, None, None, 0.25, 0.0, 0)
+    expected = attention_whole(asked_whole(SITE, given[0], *projected, None, None, None))
     found = store.whole(replace(SITE, fitted=made), *given, None, None, None)
     assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
 

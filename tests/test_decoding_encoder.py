@@ -233,7 +233,7 @@ def test_a_mask_that_is_dropped_is_found_before_the_model_is_handed_over(
 def test_rows_of_an_earlier_source_that_are_read_are_found(
     model: Translator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import graphopt_kernels.attend_cross as module
+    from graphopt_kernels.attend_cross import attend_cross
 
     def forgetful(query: Tensor, *rest: Any) -> Tensor:
         keys, values, valid = rest[2], rest[3], rest[5]
@@ -241,7 +241,7 @@ def test_rows_of_an_earlier_source_that_are_read_are_found(
         return F.scaled_dot_product_attention(query, keys[: len(query)], values[: len(query)], shown)
 
     # What masks show of a shorter source stays as it was behind it: only ``source_end`` tells.
-    monkeypatch.setattr(module, "attend_cross_reference", forgetful)
+    monkeypatch.setattr(attend_cross, "reference", forgetful)
     with pytest.raises(VerificationError, match="decoding gives other logits than the model without a cache"):
         decoding(model)
 

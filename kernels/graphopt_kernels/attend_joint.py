@@ -13,20 +13,14 @@ to slot ``b % N`` of the N that are kept.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import torch
 
 from graphopt import _torch
 from graphopt.candidate import Reason
-from graphopt.operator_scratch import state_scratch
-from graphopt_kernels.attend_reference import (
-    allowed_keys,
-    asked_at,
-    attend_supports,
-    attention_over,
-    places_of,
-)
+from graphopt_kernels.attend_operator import Asked, AttendOperator
+from graphopt_kernels.attend_reference import attend_refuses, attention_at
 from graphopt_kernels.joint_blocks import (
     JoinsRows,
     JointRows,
@@ -37,103 +31,34 @@ from graphopt_kernels.joint_blocks import (
 )
 from graphopt_kernels.joint_known import joint_store
 
-__all__ = ["attend_joint", "attend_joint_reference", "attend_joint_supports", "attention_joint"]
-
-_STORES = ("key_blocks", "value_blocks", "key_ring", "value_ring")
+__all__ = ["JointMember", "JointStores", "attend_joint", "attention_joint"]
 
 
-@torch.library.custom_op("graphopt::attend_joint", mutates_args=_STORES)
-def attend_joint(
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor | None,
-    key_blocks: torch.Tensor,
-    value_blocks: torch.Tensor,
-    key_ring: torch.Tensor,
-    value_ring: torch.Tensor,
-    positions: torch.Tensor,
-    valid: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    length: int,
-    key_basis: torch.Tensor | None,
-    value_basis: torch.Tensor | None,
-    store: str,
-    member: int,
-) -> torch.Tensor:
-    """[B, H, n, Dv] of ``query`` [B, H, n, D], dense.
+class JointStores(NamedTuple):
+    """``key_blocks`` and ``value_blocks`` uint8 [.., N, bytes], ``key_ring`` [.., M * Hkv, block, D],
+    ``value_ring`` [.., M * Hkv, block, Dv], heads of one attention after those of the other, of at least B
+    sequences."""
 
-    ``key`` [B, Hkv, n, D] and ``value`` [B, Hkv, n, Dv] are attention ``member``'s of consecutive
-    ``positions`` int64 [n], all in one block. Of at least B sequences: ``key_blocks`` and ``value_blocks``
-    uint8 [.., N, bytes], ``key_ring`` [.., M * Hkv, block, D], ``value_ring`` [.., M * Hkv, block, Dv], heads
-    of one attention after those of the other. ``store``: the store that joins them, as it is spelled;
-    ``key_basis``, ``value_basis``: what it was fitted to, or ``None``. All else as for
-    ``graphopt::attend_full``. There is no gradient.
-    """
-    return attend_joint_reference(
-        query, key, value, key_blocks, value_blocks, key_ring, value_ring, positions, valid, slopes, sinks,
-        scale, softcap, window, length, key_basis, value_basis, store, member,
-    )  # fmt: skip
+    key_blocks: torch.Tensor
+    value_blocks: torch.Tensor
+    key_ring: torch.Tensor
+    value_ring: torch.Tensor
 
 
-@attend_joint.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor | None,
-    key_blocks: torch.Tensor,
-    value_blocks: torch.Tensor,
-    key_ring: torch.Tensor,
-    value_ring: torch.Tensor,
-    positions: torch.Tensor,
-    valid: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    length: int,
-    key_basis: torch.Tensor | None,
-    value_basis: torch.Tensor | None,
-    store: str,
-    member: int,
-) -> torch.Tensor:
-    reason = attend_joint_supports(
-        query, key, value, key_blocks, value_blocks, key_ring, value_ring, positions, valid, slopes, sinks,
-        scale, softcap, window, length, key_basis, value_basis, store, member,
-    )  # fmt: skip
-    if reason is not None:
-        raise ValueError(f"attend_joint: {reason}")
-    return query.new_empty((*query.shape[:3], value_ring.shape[3]))
+class JointMember(NamedTuple):
+    """``store``: the store that joins attentions, as it is spelled; ``key_basis``, ``value_basis``: what it
+    was fitted to, or ``None``; ``member``: whose new rows these are, of consecutive positions in one
+    block."""
+
+    key_basis: torch.Tensor | None
+    value_basis: torch.Tensor | None
+    store: str
+    member: int
 
 
-def attend_joint_supports(
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor | None,
-    key_blocks: torch.Tensor,
-    value_blocks: torch.Tensor,
-    key_ring: torch.Tensor,
-    value_ring: torch.Tensor,
-    positions: torch.Tensor,
-    valid: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    length: int,
-    key_basis: torch.Tensor | None,
-    value_basis: torch.Tensor | None,
-    store: str,
-    member: int,
-    *_: Any,
-) -> Reason | None:
-    """``None``, or why the operator does not take these arguments."""
-    if key is None or value is None:
+def _refuses(asked: Asked, stores: JointStores, by: JointMember) -> Reason | None:
+    key, key_ring, value_ring, member = asked.key, stores.key_ring, stores.value_ring, by.member
+    if key is None or asked.value is None:
         return Reason("every attention that writes into the store brings rows of its own: some are missing")
     if key.dim() != 4 or key_ring.dim() != 4 or value_ring.dim() != 4:
         return Reason("keys and rings: expected [batch, heads, rows, width]")
@@ -142,8 +67,9 @@ def attend_joint_supports(
         return Reason(
             f"attention {member} of a ring of {key_ring.shape[1]} heads, {heads} of each: there is none"
         )
-    joins = joint_store(store)
-    for name, blocks, ring in (("keys", key_blocks, key_ring), ("values", value_blocks, value_ring)):
+    joins = joint_store(by.store)
+    parts = ("keys", stores.key_blocks, key_ring), ("values", stores.value_blocks, value_ring)
+    for name, blocks, ring in parts:
         if ring.shape[2] != joins.block:
             return Reason(f"the ring of {name} has {ring.shape[2]} rows: expected {joins.block}")
         size = _bytes(joins, _rows(name, ring, heads))
@@ -153,10 +79,7 @@ def attend_joint_supports(
                 f"blocks, {size}]"
             )
     own = slice(member * heads, (member + 1) * heads)
-    return attend_supports(
-        query, key, value, key_ring[:, own], value_ring[:, own], positions, valid, slopes, sinks, scale,
-        softcap, window,
-    )  # fmt: skip
+    return attend_refuses(asked, key_ring[:, own], value_ring[:, own])
 
 
 def _rows(what: str, ring: torch.Tensor, heads: int) -> JointRows:
@@ -169,69 +92,29 @@ def _bytes(store: JoinsRows, spec: JointRows) -> int:
     return sum(sizes)
 
 
-def joint_scratch(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_blocks: torch.Tensor,
-    value_blocks: torch.Tensor,
-    key_ring: torch.Tensor,
-    value_ring: torch.Tensor,
-    positions: torch.Tensor,
-    valid: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    length: int,
-    key_basis: torch.Tensor | None,
-    value_basis: torch.Tensor | None,
-    *_: Any,
-) -> int:
+def _scratch(asked: Asked, stores: JointStores, by: JointMember) -> int:
     """Bytes that a call takes on a GPU beyond its output: rows of all blocks as one attention reads them,
     once from records and once beside the newest, and what they were in records."""
+    query, key, (key_blocks, value_blocks, key_ring, value_ring) = asked.query, asked.key, stores
     if query.device.type != "cuda":
         return 0
+    assert key is not None
     records = key_blocks.shape[1] * max(key_blocks.shape[2], value_blocks.shape[2])
     rows, size = (key_blocks.shape[1] + 1) * key_ring.shape[2], key_ring.element_size()
-    ranks = [basis.shape[-1] for basis in (key_basis, value_basis) if basis is not None]
+    ranks = [basis.shape[-1] for basis in (by.key_basis, by.value_basis) if basis is not None]
     widths = key_ring.shape[3], value_ring.shape[3]
     # Where rows come out of codes they are integers, and float32, on their way.
     made = records + rows * max(key.shape[1] * max(widths), *ranks, 0) * (2 * size + 4 * 7)
     return int(_torch.hint(query.shape[0]) * (made + rows * key.shape[1] * sum(widths) * size))
 
 
-state_scratch("graphopt::attend_joint", joint_scratch)
-
-
-def attend_joint_reference(
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor | None,
-    key_blocks: torch.Tensor,
-    value_blocks: torch.Tensor,
-    key_ring: torch.Tensor,
-    value_ring: torch.Tensor,
-    positions: torch.Tensor,
-    valid: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    length: int,
-    key_basis: torch.Tensor | None,
-    value_basis: torch.Tensor | None,
-    store: str,
-    member: int,
-) -> torch.Tensor:
-    """What ``attend_joint`` does, with ATen operators."""
+def _reference(asked: Asked, stores: JointStores, by: JointMember) -> torch.Tensor:
+    query, key, value, positions, valid = asked[:5]
     assert key is not None and value is not None
-    joins, batch, heads = joint_store(store), query.shape[0], key.shape[1]
-    block, slots = joins.block, key_blocks.shape[1]
+    joins, batch, heads, member = joint_store(by.store), query.shape[0], key.shape[1], by.member
+    block, slots = joins.block, stores.key_blocks.shape[1]
     here, closes = positions[-1] // block, positions[-1] % block == block - 1
-    filled, looked = min(slots, max(0, length - 1) // block), _may_look(positions)
+    filled, looked = min(slots, max(0, asked.length - 1) // block), _may_look(positions)
     if looked:
         if int(positions[0]) // block != int(here):
             raise ValueError(
@@ -246,8 +129,8 @@ def attend_joint_reference(
     places = torch.where(places > positions[-1], -1, places)
     parts: list[torch.Tensor] = []
     for name, new, records, ring, basis in (
-        ("keys", key, key_blocks, key_ring, key_basis),
-        ("values", value, value_blocks, value_ring, value_basis),
+        ("keys", key, stores.key_blocks, stores.key_ring, by.key_basis),
+        ("values", value, stores.value_blocks, stores.value_ring, by.value_basis),
     ):
         own = ring[:batch, member * heads : (member + 1) * heads]
         own.index_copy_(2, positions % block, new.to(ring.dtype))
@@ -264,12 +147,8 @@ def attend_joint_reference(
             made = joined_records(joins, spec, every.transpose(0, 1), shown, basis)
             before = records[:batch].index_select(1, slot)
             records[:batch].index_copy_(1, slot, torch.where(closes, made, before))
-    allowed = allowed_keys(asked_at(query, positions), places, valid, batch, window)
-    bias = None
-    if slopes is not None:
-        bias = slopes.float()[None, :, None, None] * places_of(places, valid, batch)[:, None, None]
     keys, values = parts
-    return attention_over(query, keys, values, allowed, bias, sinks, scale, softcap)
+    return attention_at(asked, keys, values, places)
 
 
 def _may_look(positions: torch.Tensor) -> bool:
@@ -277,24 +156,29 @@ def _may_look(positions: torch.Tensor) -> bool:
     return positions.device.type == "cpu"
 
 
+attend_joint = AttendOperator(
+    "attend_joint",
+    JointStores,
+    JointMember,
+    summary="attends over what several attentions keep in one store, block by block",
+    reference=_reference,
+    refuses=_refuses,
+    value_width=lambda stores, _: stores.value_ring.shape[3],
+    scratch=_scratch,
+)
+
+
 def attention_joint(
     store: JoinsRows,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    valid: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
+    asked: Asked,
     member: int,
     bases: tuple[torch.Tensor | None, torch.Tensor | None],
 ) -> torch.Tensor:
     """What ``attend_joint`` gives for all rows ``query`` [B, H, S, D] of attention ``member`` at once, of
     ``key`` [M, B, Hkv, S, D] and ``value`` [M, B, Hkv, S, Dv], without rings and records."""
+    query, key, value, places, valid = asked[:5]
+    assert key is not None and value is not None
     batch, rows, block = query.shape[0], query.shape[2], store.block
-    places = torch.arange(rows, device=query.device)
     count = rows // block
     shown = None if valid is None else valid[:batch, : count * block].reshape(batch, count, block)
     joined: list[torch.Tensor] = []
@@ -303,7 +187,6 @@ def attention_joint(
         spec = JointRows(kind, every.shape[0], every.shape[2], every.shape[4], every.dtype)
         blocks = every[:, :, :, : count * block].reshape(*every.shape[:3], count, block, every.shape[4])
         joined.append(joined_rows(store, spec, blocks, shown, member, basis).flatten(2, 3))
-    at = places_of(places, valid, batch)
     outputs = []
     for start in range(0, rows, block):
         stop = min(start + block, rows)
@@ -311,9 +194,6 @@ def attention_joint(
             torch.cat([far[:, :, :start], every[member, :, :, start:stop]], 2).to(query.dtype)
             for far, every in zip(joined, (key, value), strict=True)
         )
-        allowed = allowed_keys(places[start:stop], places[:stop], valid, batch, window)
-        bias = None if slopes is None else slopes.float()[None, :, None, None] * at[:, None, None, :stop]
-        outputs.append(
-            attention_over(query[:, :, start:stop], keys, values, allowed, bias, sinks, scale, softcap)
-        )
+        part = asked._replace(query=query[:, :, start:stop], positions=places[start:stop])
+        outputs.append(attention_at(part, keys, values, places[:stop]))
     return torch.cat(outputs, 2)

@@ -17,13 +17,14 @@ import torch
 
 from graphopt import _torch
 from graphopt.candidate import Reason
+from graphopt_kernels.attend_operator import Asked, NoConstants, RowStores
 from graphopt_kernels.attention_launch import WIDEST, WIDEST_FLOAT32, rows_together
 from graphopt_kernels.tuning.lookup import processors_of
 
 __all__ = [
     "AttendLaunch", "AttendProblem", "attend_on_gpu", "attend_scratch", "block_of", "jitted",
-    "kernels_follow", "kernels_for", "kernels_take", "kinds_taken", "launch_for", "merge", "on_device",
-    "parts_for", "precision", "problem_of", "processors_for",
+    "kernels_follow", "kernels_for", "kernels_take", "kinds_taken", "launch_for", "merge", "new_rows_on_gpu",
+    "on_device", "parts_for", "precision", "problem_of", "processors_for",
 ]  # fmt: skip
 
 RESIDENT = 2
@@ -168,21 +169,18 @@ def jitted() -> Any:
     return attend_triton
 
 
+def new_rows_on_gpu(asked: Asked, stores: RowStores, *, ring: bool) -> torch.Tensor | None:
+    """``attend_on_gpu`` where its kernels take these tensors and all of the new rows ask, else ``None``."""
+    if asked.query.shape[2] != asked.positions.shape[0]:
+        return None
+    kernels = kernels_for(asked.query, *stores)
+    return None if kernels is None else attend_on_gpu(kernels, asked, stores, ring=ring)
+
+
 def attend_on_gpu(
     kernels: Any,
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor | None,
-    key_store: torch.Tensor,
-    value_store: torch.Tensor,
-    positions: torch.Tensor,
-    valid: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    length: int,
+    asked: Asked,
+    stores: RowStores,
     *,
     ring: bool,
     launch: AttendLaunch | None = None,
@@ -195,10 +193,12 @@ def attend_on_gpu(
     written before and read from there, and those of a ring after, when nobody reads what they take the place
     of.
     """
-    query, positions = rows_together(query), positions.contiguous()
+    query, positions = rows_together(asked.query), asked.positions.contiguous()
+    key, value, valid, slopes, sinks = asked.key, asked.value, asked.valid, asked.slopes, asked.sinks
+    key_store, value_store = stores
     batch, heads, rows, width = query.shape
     groups, slots, value_width = key_store.shape[1], key_store.shape[2], value_store.shape[3]
-    problem = problem_of(query, key_store, value_store, length)
+    problem = problem_of(query, key_store, value_store, asked.length)
     launch = launch or launch_for(problem, processors or processors_for(query.device))
     output = query.new_empty((batch, heads, rows, value_width))
     widths = {
@@ -238,10 +238,10 @@ def attend_on_gpu(
             query, *new, key_store, value_store, positions, shown, counts,
             query if slopes is None else slopes, query if sinks is None else sinks, output, partial, sums,
             *query.stride()[:3], *given, *held, shown.stride(0), counts.stride(0), *output.stride()[:3],
-            heads, heads // groups, rows, slots, parts, window, scale, softcap,
-            RING=ring, NEW=beside, WRITES=beside and rows == 1, FINAL=parts == 1, WINDOW=bool(window),
+            heads, heads // groups, rows, slots, parts, asked.window, asked.scale, asked.softcap,
+            RING=ring, NEW=beside, WRITES=beside and rows == 1, FINAL=parts == 1, WINDOW=bool(asked.window),
             VALID=valid is not None, SLOPES=slopes is not None, SINKS=sinks is not None,
-            CAPPED=bool(softcap), APPROXIMATE=query.dtype is torch.bfloat16, ROWS=launch.rows,
+            CAPPED=bool(asked.softcap), APPROXIMATE=query.dtype is torch.bfloat16, ROWS=launch.rows,
             COLUMNS=launch.columns, NEW_COLUMNS=_NEW_COLUMNS if rows <= _NEW_COLUMNS else launch.columns,
             PRECISION=precision(), num_warps=launch.warps, num_stages=launch.stages, **widths,
         )  # fmt: skip
@@ -281,30 +281,16 @@ def problem_of(
     )
 
 
-def attend_scratch(
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor | None,
-    key_store: torch.Tensor,
-    value_store: torch.Tensor,
-    positions: torch.Tensor,
-    valid: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    length: int,
-    *_: Any,
-) -> int:
+def attend_scratch(asked: Asked, stores: RowStores, _: NoConstants) -> int:
     """Bytes that a call takes on a GPU beyond its output: the parts of rows, and counts of positions."""
-    if query.device.type != "cuda" or kernels_take(query, key_store, value_store) is not None:
+    query, valid = asked.query, asked.valid
+    if query.device.type != "cuda" or kernels_take(query, *stores) is not None:
         return 0
-    problem = problem_of(query, key_store, value_store, length)
+    problem = problem_of(query, *stores, asked.length)
     parts = launch_for(problem, processors_for(query.device)).parts
     batch, heads, rows, _width = map(_torch.hint, query.shape)
-    taken = batch * heads * rows * parts * (value_store.shape[3] + 1) * 4 if parts > 1 else 0
-    if valid is not None and slopes is not None:
+    taken = batch * heads * rows * parts * (stores.value_store.shape[3] + 1) * 4 if parts > 1 else 0
+    if valid is not None and asked.slopes is not None:
         taken += batch * valid.shape[1] * 4
     return taken
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,11 +20,13 @@ from graphopt_kernels.attend_launch import (
     precision,
     processors_for,
 )
+from graphopt_kernels.attend_operator import Asked
 from graphopt_kernels.attention_launch import rows_together
 from graphopt_kernels.cache_codes import PLANES
 
 __all__ = [
-    "follows", "jitted", "kernels_for", "kernels_take", "launch_for", "quant_scratch", "row_on_gpu",
+    "QuantBits", "QuantStores", "follows", "jitted", "kernels_for", "kernels_take", "launch_for",
+    "quant_scratch", "row_on_gpu",
 ]  # fmt: skip
 
 UNIT = 32
@@ -35,7 +37,33 @@ _MOST_ROWS = 64
 
 _CHANNELS = 64
 
-Stores = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+class QuantStores(NamedTuple):
+    """``key_codes`` int32 [.., Hkv, N, words, D], ``key_scales`` [.., Hkv, N, 2, D], ``value_codes`` int32
+    [.., Hkv, N * block, words], ``value_scales`` [.., Hkv, N * block, 2, groups], ``key_ring`` [.., Hkv, R,
+    D], ``value_ring`` [.., Hkv, R, Dv], R a multiple of ``block``, of at least B sequences."""
+
+    key_codes: torch.Tensor
+    key_scales: torch.Tensor
+    value_codes: torch.Tensor
+    value_scales: torch.Tensor
+    key_ring: torch.Tensor
+    value_ring: torch.Tensor
+
+    @property
+    def block(self) -> int:
+        """Positions that are rounded together."""
+        return self.value_codes.shape[2] // self.key_codes.shape[2]
+
+
+class QuantBits(NamedTuple):
+    """``group``: channels of values that have one scale. ``turn``: ``ALONE`` or ``FIRST``, ``MIDDLE``,
+    ``LAST`` of sites that read one store."""
+
+    key_bits: int
+    value_bits: int
+    group: int
+    turn: int
 
 
 def launch_for(
@@ -49,23 +77,23 @@ def launch_for(
     return AttendLaunch(rows, 2 * UNIT if small else UNIT, parts + (parts > 1), 4 if small else 8, 3)
 
 
-def kernels_for(query: torch.Tensor, stores: Stores, group: int) -> Any:
+def kernels_for(query: torch.Tensor, stores: QuantStores, group: int) -> Any:
     """The kernels where they take these tensors, else ``None``."""
     if not query.is_cuda or kernels_take(query, stores, group) is not None:
         return None
     return jitted()
 
 
-def kernels_take(query: torch.Tensor, stores: Stores, group: int) -> Reason | None:
+def kernels_take(query: torch.Tensor, stores: QuantStores, group: int) -> Reason | None:
     """``None``, or why the kernels do not take what the operator takes."""
-    key_ring, value_ring = stores[4:]
+    key_ring, value_ring = stores.key_ring, stores.value_ring
     if query.shape[2] != 1:
         return Reason(f"{query.shape[2]} rows: the kernels take one, prompts go by ATen operators")
     if not query.shape[0]:
         return Reason("there are no rows")
     if query.shape[1] // key_ring.shape[1] > _MOST_ROWS:
         return Reason(f"{query.shape[1] // key_ring.shape[1]} heads share a key: at most {_MOST_ROWS} may")
-    block = stores[2].shape[2] // stores[0].shape[2]
+    block = stores.block
     for name, size, most in (("positions", block, 128), ("channels", group, 128)):
         if size & (size - 1) or size > most:
             return Reason(f"{size} {name} are rounded together: expected a power of two up to {most}")
@@ -105,21 +133,9 @@ def jitted() -> Any:
 
 def row_on_gpu(
     kernels: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    stores: Stores,
-    positions: torch.Tensor,
-    valid: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    length: int,
-    key_bits: int,
-    value_bits: int,
-    group: int,
+    asked: Asked,
+    stores: QuantStores,
+    bits: QuantBits,
     *,
     takes: bool,
     launch: AttendLaunch | None = None,
@@ -127,18 +143,20 @@ def row_on_gpu(
 ) -> torch.Tensor:
     """``graphopt::attend_quant`` of one row by its kernels. ``takes``: the row is written; else another site
     did that. ``launch``: in place of the one for the problem."""
-    query, key, value = rows_together(query), rows_together(key), rows_together(value)
+    assert asked.key is not None and asked.value is not None
+    query, key, value = rows_together(asked.query), rows_together(asked.key), rows_together(asked.value)
+    valid, slopes, sinks = asked.valid, asked.slopes, asked.sinks
     batch, heads, _, width = query.shape
     key_codes, key_scales, value_codes, value_scales, key_ring, value_ring = stores
     groups, slots, kept, value_width = *key_codes.shape[1:3], key_ring.shape[2], value_ring.shape[3]
-    block = value_codes.shape[2] // slots
+    block, group = stores.block, bits.group
     widths = {"WIDTH": width, "VALUE_WIDTH": value_width}
     # Groups of channels and words of values are whole in a tile.
     blocks = {"BLOCK_D": block_of(width), "BLOCK_V": max(block_of(value_width), UNIT, group)}
-    bits = {"KEY_BITS": key_bits, "VALUE_BITS": value_bits, "LENGTH": block, "GROUP": group}
-    words = (key_codes.shape[3], value_codes.shape[3], -(-value_width * PLANES[value_bits][0] // 32))
+    packed = {"KEY_BITS": bits.key_bits, "VALUE_BITS": bits.value_bits, "LENGTH": block, "GROUP": group}
+    words = (key_codes.shape[3], value_codes.shape[3], -(-value_width * PLANES[bits.value_bits][0] // 32))
     launch = launch or launch_for(
-        batch, groups, heads, min(length, slots * block), max(blocks.values()), query.dtype,
+        batch, groups, heads, min(asked.length, slots * block), max(blocks.values()), query.dtype,
         processors or processors_for(query.device),
     )  # fmt: skip
     output = query.new_empty((batch, heads, 1, value_width))
@@ -151,16 +169,18 @@ def row_on_gpu(
     if slopes is not None and valid is not None:
         counts = valid[:batch].cumsum(-1, dtype=torch.int32)
     shown = query if valid is None else rows_together(valid)
+    positions, window, softcap = asked.positions, asked.window, asked.softcap
     with on_device(query):
         kernels.attend_kernel[(parts * batch * groups,)](
             query, key, value, *stores, positions, shown, counts, query if slopes is None else slopes,
             query if sinks is None else sinks, output, partial, sums, *query.stride()[:3],
             *key.stride()[:3], *value.stride()[:3], shown.stride(0), counts.stride(0), *output.stride()[:3],
-            heads, heads // groups, slots, kept, parts, window, scale, softcap, *words, **bits, TAKES=takes,
-            FINAL=parts == 1, WINDOW=bool(window), VALID=valid is not None, SLOPES=slopes is not None,
-            SINKS=sinks is not None, CAPPED=bool(softcap), APPROXIMATE=query.dtype is torch.bfloat16,
-            **widths, **blocks, ROWS=launch.rows, COUNT=launch.columns // UNIT, PRECISION=precision(),
-            num_warps=launch.warps, num_stages=launch.stages,
+            heads, heads // groups, slots, kept, parts, window, asked.scale, softcap, *words, **packed,
+            TAKES=takes, FINAL=parts == 1, WINDOW=bool(window), VALID=valid is not None,
+            SLOPES=slopes is not None, SINKS=sinks is not None, CAPPED=bool(softcap),
+            APPROXIMATE=query.dtype is torch.bfloat16, **widths, **blocks, ROWS=launch.rows,
+            COUNT=launch.columns // UNIT, PRECISION=precision(), num_warps=launch.warps,
+            num_stages=launch.stages,
         )  # fmt: skip
         if parts > 1:
             merge(kernels, output, partial, sums, sinks)
@@ -168,45 +188,23 @@ def row_on_gpu(
             pieces = -(-width // _CHANNELS) + block // UNIT
             limits = (torch.finfo(key_scales.dtype).max, torch.finfo(value_scales.dtype).max)
             kernels.close_kernel[(batch * groups * pieces,)](
-                *stores, positions, slots, kept, *limits, *words, **bits, **widths,
+                *stores, positions, slots, kept, *limits, *words, **packed, **widths,
                 BLOCK_V=blocks["BLOCK_V"], CHANNELS=_CHANNELS, num_warps=4,
             )  # fmt: skip
     return output
 
 
-def quant_scratch(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_codes: torch.Tensor,
-    key_scales: torch.Tensor,
-    value_codes: torch.Tensor,
-    value_scales: torch.Tensor,
-    key_ring: torch.Tensor,
-    value_ring: torch.Tensor,
-    positions: torch.Tensor,
-    valid: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    length: int,
-    key_bits: int,
-    value_bits: int,
-    group: int,
-    *_: Any,
-) -> int:
+def quant_scratch(asked: Asked, stores: QuantStores, bits: QuantBits) -> int:
     """Bytes that a call of one row takes on a GPU beyond its output."""
-    stores = (key_codes, key_scales, value_codes, value_scales, key_ring, value_ring)
+    query, valid, group = asked.query, asked.valid, bits.group
     if query.device.type != "cuda" or kernels_take(query, stores, group) is not None:
         return 0
-    batch, heads, value_width = query.shape[0], query.shape[1], value_ring.shape[3]
+    batch, heads, value_width = query.shape[0], query.shape[1], stores.value_ring.shape[3]
     widest = max(block_of(query.shape[3]), block_of(value_width), UNIT, group)
-    held = min(length, value_codes.shape[2])
+    held = min(asked.length, stores.value_codes.shape[2])
     processors = processors_for(query.device)
-    parts = launch_for(batch, key_ring.shape[1], heads, held, widest, query.dtype, processors).parts
+    parts = launch_for(batch, stores.key_ring.shape[1], heads, held, widest, query.dtype, processors).parts
     taken = batch * heads * parts * (value_width + 1) * 4 if parts > 1 else 0
-    if valid is not None and slopes is not None:
+    if valid is not None and asked.slopes is not None:
         taken += batch * valid.shape[1] * 4
     return int(taken)

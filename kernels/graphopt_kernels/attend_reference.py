@@ -19,15 +19,13 @@ import torch
 from torch.nn import functional
 
 from graphopt.candidate import Reason
+from graphopt.decoding.stores import SiteSpec
+from graphopt_kernels.attend_operator import Asked, RowStores
 
 __all__ = [
-    "allowed_keys",
-    "asked_at",
-    "attend_supports",
-    "attention_over",
-    "attention_whole",
-    "places_of",
-]
+    "allowed_keys", "asked_at", "asked_whole", "attend_refuses", "attention_at", "attention_over",
+    "attention_whole", "places_of", "rows_written",
+]  # fmt: skip
 
 
 def allowed_keys(
@@ -107,41 +105,69 @@ def attention_over(
     return output.view(batch, heads, rows, -1)
 
 
-def attention_whole(
+def attention_at(
+    asked: Asked,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    key_positions: torch.Tensor,
+    also: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``attention_over`` keys and values at ``key_positions`` [L], negative where there is none yet.
+
+    ``also`` bool [n, L]: which of them a row reads, of those that it may.
+    """
+    batch = asked.query.shape[0]
+    rows = asked_at(asked.query, asked.positions)
+    allowed = allowed_keys(rows, key_positions, asked.valid, batch, asked.window)
+    if also is not None:
+        allowed = allowed & also
+    bias = None
+    if asked.slopes is not None:
+        places = places_of(key_positions, asked.valid, batch)
+        bias = asked.slopes.float()[None, :, None, None] * places[:, None, None]
+    return attention_over(asked.query, keys, values, allowed, bias, asked.sinks, asked.scale, asked.softcap)
+
+
+def rows_written(asked: Asked, stores: RowStores) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values [B, Hkv, L, D or Dv] of all positions that a call may read, once the new rows are
+    written at theirs."""
+    positions, length = asked.positions, asked.length
+    keys, values = (store[: asked.query.shape[0]] for store in stores)
+    if asked.key is not None and asked.value is not None:
+        keys.index_copy_(2, positions, asked.key.to(keys.dtype))
+        values.index_copy_(2, positions, asked.value.to(values.dtype))
+    if positions.device.type == "cpu":
+        # Free to look at here; on an accelerator it would hold up the host.
+        length = min(length, int(positions[-1]) + 1)
+    return keys[:, :, :length], values[:, :, :length]
+
+
+def asked_whole(
+    site: SiteSpec,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
     valid: torch.Tensor | None,
     slopes: torch.Tensor | None,
     sinks: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-) -> torch.Tensor:
+) -> Asked:
+    """What all rows [B, heads, S, width] of a sequence of ``site`` ask at once."""
+    rows = query.shape[2]
+    places = torch.arange(rows, device=query.device)
+    return Asked(
+        query, key, value, places, valid, slopes, sinks, site.scale, site.softcap, site.mask.window, rows
+    )
+
+
+def attention_whole(asked: Asked) -> torch.Tensor:
     """What stores that keep rows as they are give for all rows of a sequence at once."""
-    places = torch.arange(query.shape[2], device=query.device)
-    allowed = allowed_keys(places, places, valid, query.shape[0], window)
-    bias = None
-    if slopes is not None:
-        bias = slopes.float()[None, :, None, None] * places_of(places, valid, query.shape[0])[:, None, None]
-    return attention_over(query, key, value, allowed, bias, sinks, scale, softcap)
+    assert asked.key is not None and asked.value is not None
+    return attention_at(asked, asked.key, asked.value, asked.positions)
 
 
-def attend_supports(
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor | None,
-    key_store: torch.Tensor,
-    value_store: torch.Tensor,
-    positions: torch.Tensor,
-    valid: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-) -> Reason | None:
+def attend_refuses(asked: Asked, key_store: torch.Tensor, value_store: torch.Tensor) -> Reason | None:
     """``None``, or why stores that hold rows as they are do not take these arguments."""
+    query, positions, valid = asked.query, asked.positions, asked.valid
     if query.dim() != 4:
         return Reason(f"the query has shape {list(query.shape)}: expected [batch, heads, rows, width]")
     batch, heads, rows, width = query.shape
@@ -153,7 +179,7 @@ def attend_supports(
         return Reason(f"{heads} heads of queries do not share {groups} heads of keys evenly")
     if key_store.shape[3] != width:
         return Reason(f"queries have {width} elements a head, the store of keys {key_store.shape[3]}")
-    if (key is None) is not (value is None):
+    if (asked.key is None) is not (asked.value is None):
         return Reason("keys and values come together: one of them is missing")
     # A step's length may be a symbol, of which nothing is asked.
     is_last = isinstance(rows, int) and rows == 1 and positions.dim() == 1
@@ -161,13 +187,13 @@ def attend_supports(
         return Reason(
             f"positions are {positions.dtype} {list(positions.shape)}: expected torch.int64 of shape [{rows}]"
         )
-    for name, new, store in (("key", key, key_store), ("value", value, value_store)):
+    for name, new, store in (("key", asked.key, key_store), ("value", asked.value, value_store)):
         expected = [batch, groups, positions.shape[0], store.shape[3]]
         if new is not None and list(new.shape) != expected:
             return Reason(f"the new {name} has shape {list(new.shape)}: expected {expected}")
     if valid is not None and (valid.dtype is not torch.bool or valid.dim() != 2):
         return Reason(f"valid is {valid.dtype} {list(valid.shape)}: expected torch.bool [batch, positions]")
-    for name, numbers in (("slopes", slopes), ("sinks", sinks)):
+    for name, numbers in (("slopes", asked.slopes), ("sinks", asked.sinks)):
         if numbers is not None and list(numbers.shape) != [heads]:
             return Reason(f"{name} have shape {list(numbers.shape)}: expected [{heads}]")
     return None

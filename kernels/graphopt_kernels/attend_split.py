@@ -10,181 +10,48 @@ rotated again.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
 from graphopt.candidate import Reason
-from graphopt_kernels.attend_full import attend_full_reference
-from graphopt_kernels.attend_reference import (
-    allowed_keys,
-    asked_at,
-    attend_supports,
-    attention_over,
-    places_of,
-)
+from graphopt_kernels.attend_full import read_full
+from graphopt_kernels.attend_operator import Asked, AttendOperator, RowStores
+from graphopt_kernels.attend_reference import asked_at, attend_refuses, attention_at
 
-__all__ = ["attend_split", "attend_split_reference", "attend_split_supports", "attention_split"]
-
-_STORES = ("key_all", "value_all", "key_near", "value_near")
+__all__ = ["SplitHeads", "SplitStores", "attend_split", "attention_split"]
 
 
-@torch.library.custom_op("graphopt::attend_split", mutates_args=_STORES)
-def attend_split(
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor | None,
-    key_all: torch.Tensor,
-    value_all: torch.Tensor,
-    key_near: torch.Tensor,
-    value_near: torch.Tensor,
-    positions: torch.Tensor,
-    valid: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    length: int,
-    whole: Sequence[int],
-    first: int,
-) -> torch.Tensor:
-    """[B, H, n, Dv] of ``query`` [B, H, n, D], dense.
+class SplitStores(NamedTuple):
+    """``key_all``, ``value_all`` [.., len(whole), capacity, D or Dv] of the heads ``whole``, ``key_near``,
+    ``value_near`` [.., Hkv - len(whole), first + near, D or Dv] of the others, of at least B sequences."""
 
-    ``key`` [B, Hkv, n, D] and ``value`` [B, Hkv, n, Dv] are of consecutive ``positions`` int64 [n], those
-    right behind what the stores hold: ``key_all``, ``value_all`` [.., len(whole), capacity, ..] of the heads
-    ``whole``, ``key_near``, ``value_near`` [.., Hkv - len(whole), first + near, ..] of the others, at least B
-    sequences. All else as for ``graphopt::attend_full``. There is no gradient.
-    """
-    return attend_split_reference(
-        query, key, value, key_all, value_all, key_near, value_near, positions, valid, slopes, sinks, scale,
-        softcap, window, length, whole, first,
-    )  # fmt: skip
+    key_all: torch.Tensor
+    value_all: torch.Tensor
+    key_near: torch.Tensor
+    value_near: torch.Tensor
 
 
-@attend_split.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor | None,
-    key_all: torch.Tensor,
-    value_all: torch.Tensor,
-    key_near: torch.Tensor,
-    value_near: torch.Tensor,
-    positions: torch.Tensor,
-    valid: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    length: int,
-    whole: Sequence[int],
-    first: int,
-) -> torch.Tensor:
-    reason = attend_split_supports(
-        query, key, value, key_all, value_all, key_near, value_near, positions, valid, slopes, sinks, scale,
-        softcap, window, length, whole, first,
-    )  # fmt: skip
-    if reason is not None:
-        raise ValueError(f"attend_split: {reason}")
-    return query.new_empty((*query.shape[:3], value_near.shape[3]))
+class SplitHeads(NamedTuple):
+    """``whole``: heads of keys that read all positions, ascending; ``first``: how many of the first positions
+    the others read. New rows are of consecutive positions, those right behind what the stores hold."""
+
+    whole: Sequence[int]
+    first: int
 
 
-def attend_split_supports(
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor | None,
-    key_all: torch.Tensor,
-    value_all: torch.Tensor,
-    key_near: torch.Tensor,
-    value_near: torch.Tensor,
-    positions: torch.Tensor,
-    valid: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    length: int,
-    whole: Sequence[int],
-    first: int,
-    *_: Any,
-) -> Reason | None:
-    """``None``, or why the operator does not take these arguments."""
-    if key is None or value is None:
-        return Reason("what a head keeps of the newest positions is not what the first of several rows read")
-    heads = key_near.shape[1] + len(whole)
-    if list(whole) != sorted({*whole}) or any(not 0 <= head < heads for head in whole):
-        return Reason(f"whole heads {list(whole)}: expected some of 0 to {heads - 1}, ascending")
-    if key_all.shape[1] != len(whole) or key_near.shape[2] <= first:
-        return Reason(
-            f"stores have {key_all.shape[1]} whole heads and {key_near.shape[2]} slots: expected "
-            f"{len(whole)} heads, and more than the {first} first positions"
-        )
-    like = key_near.new_empty((*key_near.shape[:1], heads, *key_near.shape[2:]))
-    values = value_near.new_empty((*value_near.shape[:1], heads, *value_near.shape[2:]))
-    return attend_supports(
-        query, key, value, like, values, positions, valid, slopes, sinks, scale, softcap, window
-    )
-
-
-def attend_split_reference(
-    query: torch.Tensor,
-    key: torch.Tensor | None,
-    value: torch.Tensor | None,
-    key_all: torch.Tensor,
-    value_all: torch.Tensor,
-    key_near: torch.Tensor,
-    value_near: torch.Tensor,
-    positions: torch.Tensor,
-    valid: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    length: int,
-    whole: Sequence[int],
-    first: int,
-) -> torch.Tensor:
-    """What ``attend_split`` does, with ATen operators."""
+def _reference(asked: Asked, stores: SplitStores, heads: SplitHeads) -> torch.Tensor:
+    query, key, value = asked[:3]
     assert key is not None and value is not None
     output = query.new_empty((*query.shape[:3], value.shape[3]))
-    for kept, others in _parts(key.shape[1], whole):
+    for kept, others in _parts(key.shape[1], heads.whole):
         if not kept:
             continue
         chosen, readers = _indices(kept, query, key)
-        given = query.index_select(1, readers), key.index_select(1, chosen), value.index_select(1, chosen)
-        own_slopes, own_sinks = (None if x is None else x.index_select(0, readers) for x in (slopes, sinks))
-        if others:
-            made = attend_full_reference(
-                *given,
-                key_all,
-                value_all,
-                positions,
-                valid,
-                own_slopes,
-                own_sinks,
-                scale,
-                softcap,
-                window,
-                length,
-            )
-        else:
-            made = _near(
-                *given,
-                key_near,
-                value_near,
-                positions,
-                valid,
-                own_slopes,
-                own_sinks,
-                scale,
-                softcap,
-                window,
-                first,
-            )
+        part = _of_heads(asked, readers)._replace(
+            key=key.index_select(1, chosen), value=value.index_select(1, chosen)
+        )
+        made = read_full(part, RowStores(*stores[:2])) if others else _near(part, *stores[2:], heads.first)
         output.index_copy_(1, readers, made)
     return output
 
@@ -203,43 +70,29 @@ def _indices(
     return chosen, (chosen[:, None] * each + torch.arange(each, device=query.device)).flatten()
 
 
-def _near(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_store: torch.Tensor,
-    value_store: torch.Tensor,
-    positions: torch.Tensor,
-    valid: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    first: int,
-) -> torch.Tensor:
+def _of_heads(asked: Asked, readers: torch.Tensor) -> Asked:
+    """What the heads ``readers`` of queries ask."""
+    slopes, sinks = (None if x is None else x.index_select(0, readers) for x in (asked.slopes, asked.sinks))
+    return asked._replace(query=asked.query.index_select(1, readers), slopes=slopes, sinks=sinks)
+
+
+def _near(asked: Asked, key_store: torch.Tensor, value_store: torch.Tensor, first: int) -> torch.Tensor:
     """Heads that keep the first and the newest positions."""
+    query, key, value, positions = asked[:4]
+    assert key is not None and value is not None
     batch, rows = query.shape[0], positions.shape[0]
     keys, values = key_store[:batch], value_store[:batch]
     near = keys.shape[2] - first
     if rows == 1:
         _write(keys, values, key, value, positions, first)
-        places, held, given = (
-            _places(positions[-1], first, near),
-            keys.to(query.dtype),
-            values.to(query.dtype),
-        )
+        places = _places(positions[-1], first, near)
+        held, given = keys.to(query.dtype), values.to(query.dtype)
     else:
         places = torch.cat([_places(positions[0] - 1, first, near), positions])
         held = torch.cat([keys.to(query.dtype), key], 2)
         given = torch.cat([values.to(query.dtype), value], 2)
-    asked = asked_at(query, positions)
-    allowed = allowed_keys(asked, places, valid, batch, window)
-    allowed = allowed & ((places < first) | (places > asked[:, None] - near))
-    bias = None
-    if slopes is not None:
-        bias = slopes.float()[None, :, None, None] * places_of(places, valid, batch)[:, None, None]
-    output = attention_over(query, held, given, allowed, bias, sinks, scale, softcap)
+    close = (places < first) | (places > asked_at(query, positions)[:, None] - near)
+    output = attention_at(asked, held, given, places, close)
     if rows > 1:
         _write(keys, values, key, value, positions, first)
     return output
@@ -273,38 +126,44 @@ def _places(last: torch.Tensor, first: int, near: int) -> torch.Tensor:
     return torch.cat([begun, torch.where(ring >= first, ring, -1)])
 
 
-def attention_split(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    valid: torch.Tensor | None,
-    slopes: torch.Tensor | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    softcap: float,
-    window: int,
-    whole: Sequence[int],
-    first: int,
-    near: int,
-) -> torch.Tensor:
+def _refuses(asked: Asked, stores: SplitStores, heads: SplitHeads) -> Reason | None:
+    if asked.key is None or asked.value is None:
+        return Reason("what a head keeps of the newest positions is not what the first of several rows read")
+    key_near, value_near, whole = stores.key_near, stores.value_near, heads.whole
+    count = key_near.shape[1] + len(whole)
+    if list(whole) != sorted({*whole}) or any(not 0 <= head < count for head in whole):
+        return Reason(f"whole heads {list(whole)}: expected some of 0 to {count - 1}, ascending")
+    if stores.key_all.shape[1] != len(whole) or key_near.shape[2] <= heads.first:
+        return Reason(
+            f"stores have {stores.key_all.shape[1]} whole heads and {key_near.shape[2]} slots: expected "
+            f"{len(whole)} heads, and more than the {heads.first} first positions"
+        )
+    like = (store.new_empty((*store.shape[:1], count, *store.shape[2:])) for store in (key_near, value_near))
+    return attend_refuses(asked, *like)
+
+
+attend_split = AttendOperator(
+    "attend_split",
+    SplitStores,
+    SplitHeads,
+    summary="attends over the first and the newest positions, all positions for some heads",
+    reference=_reference,
+    refuses=_refuses,
+    value_width=lambda stores, _: stores.value_near.shape[3],
+)
+
+
+def attention_split(asked: Asked, whole: Sequence[int], first: int, near: int) -> torch.Tensor:
     """What ``attend_split`` gives for all rows of a sequence at once, without stores."""
-    batch, rows = query.shape[0], query.shape[2]
-    places = torch.arange(rows, device=query.device)
-    allowed = allowed_keys(places, places, valid, batch, window)
+    query, key, value, places = asked[:4]
+    assert key is not None and value is not None
     close = (places < first) | (places > places[:, None] - near)
     output = query.new_empty((*query.shape[:3], value.shape[3]))
     for kept, others in _parts(key.shape[1], whole):
         if not kept:
             continue
         chosen, readers = _indices(kept, query, key)
-        bias = None
-        if slopes is not None:
-            at = places_of(places, valid, batch)[:, None, None]
-            bias = slopes.index_select(0, readers).float()[None, :, None, None] * at
-        made = attention_over(
-            query.index_select(1, readers), key.index_select(1, chosen), value.index_select(1, chosen),
-            allowed if others else allowed & close, bias,
-            None if sinks is None else sinks.index_select(0, readers), scale, softcap,
-        )  # fmt: skip
-        output.index_copy_(1, readers, made)
+        keys, values = key.index_select(1, chosen), value.index_select(1, chosen)
+        part = _of_heads(asked, readers)
+        output.index_copy_(1, readers, attention_at(part, keys, values, places, None if others else close))
     return output

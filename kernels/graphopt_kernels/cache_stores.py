@@ -14,7 +14,7 @@ from graphopt_kernels.attend_cross import attend_cross
 from graphopt_kernels.attend_full import attend_full
 from graphopt_kernels.attend_latent import attend_latent
 from graphopt_kernels.attend_launch import kernels_follow
-from graphopt_kernels.attend_reference import attention_whole
+from graphopt_kernels.attend_reference import asked_whole, attention_whole
 from graphopt_kernels.attend_relative import attend_relative
 from graphopt_kernels.attend_ring import attend_ring
 from graphopt_kernels.causal_convolution import causal_convolution
@@ -31,9 +31,7 @@ class _AsTheyAre(CacheStore):
     def whole(
         self, site: SiteSpec, query: Any, key: Any, value: Any, valid: Any, slopes: Any, sinks: Any
     ) -> torch.Tensor:
-        return attention_whole(
-            query, key, value, valid, slopes, sinks, site.scale, site.softcap, site.mask.window
-        )
+        return attention_whole(asked_whole(site, query, key, value, valid, slopes, sinks))
 
 
 @dataclass(frozen=True)

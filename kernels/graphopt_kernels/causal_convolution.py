@@ -11,12 +11,12 @@ from __future__ import annotations
 import torch
 
 from graphopt.candidate import Reason
+from graphopt_kernels.stated_operator import state_operator
 
 __all__ = ["causal_convolution", "causal_convolution_reference", "causal_convolution_supports"]
 
 
-@torch.library.custom_op("graphopt::causal_convolution", mutates_args=("history",))
-def causal_convolution(
+def causal_convolution_reference(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -29,19 +29,6 @@ def causal_convolution(
     ``history`` [at least B, C, reach] holds, with ``weight`` [C', C / groups, taps] and ``bias`` [C'];
     ``reach`` is ``dilation * (taps - 1)``. Rows before position 0 are zeros. There is no gradient.
     """
-    return causal_convolution_reference(x, weight, bias, history, positions, dilation, groups)
-
-
-def causal_convolution_reference(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    history: torch.Tensor,
-    positions: torch.Tensor,
-    dilation: int,
-    groups: int,
-) -> torch.Tensor:
-    """What ``causal_convolution`` does, with ATen operators."""
     batch, reach = x.shape[0], history.shape[2]
     held = history[:batch]
     before = positions[0] - reach + torch.arange(reach, device=x.device)
@@ -54,22 +41,6 @@ def causal_convolution_reference(
     last = positions[x.shape[2] - kept :].remainder(reach)
     held.index_copy_(2, last, x[:, :, x.shape[2] - kept :].to(held.dtype))
     return output.contiguous()
-
-
-@causal_convolution.register_fake
-def _(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    history: torch.Tensor,
-    positions: torch.Tensor,
-    dilation: int,
-    groups: int,
-) -> torch.Tensor:
-    reason = causal_convolution_supports(x, weight, bias, history, positions, dilation, groups)
-    if reason is not None:
-        raise ValueError(f"causal_convolution: {reason}")
-    return x.new_empty((x.shape[0], weight.shape[0], x.shape[2]))
 
 
 def causal_convolution_supports(
@@ -105,3 +76,12 @@ def causal_convolution_supports(
             f"positions are {positions.dtype} {list(positions.shape)}: expected torch.int64 [{x.shape[2]}]"
         )
     return None
+
+
+causal_convolution = state_operator(
+    "causal_convolution",
+    causal_convolution_reference,
+    mutates=("history",),
+    refuses=causal_convolution_supports,
+    output=lambda x, weight, *_: x.new_empty((x.shape[0], weight.shape[0], x.shape[2])),
+)

@@ -12,6 +12,7 @@ from graphopt.candidate import Reason
 from graphopt.decoding.cache_scores import known_cache_scores
 from graphopt.decoding.stores import CacheStore, SiteSpec
 from graphopt_kernels.attend_evict import attend_evict, attention_evicting
+from graphopt_kernels.attend_reference import asked_whole
 
 __all__ = ["Evict"]
 
@@ -65,10 +66,8 @@ class Evict(CacheStore):
     def whole(
         self, site: SiteSpec, query: Any, key: Any, value: Any, valid: Any, slopes: Any, sinks: Any
     ) -> torch.Tensor:
-        return attention_evicting(
-            query, key, value, valid, slopes, sinks, site.scale, site.softcap, site.mask.window, self.policy,
-            self.recent, self.keep,
-        )  # fmt: skip
+        asked = asked_whole(site, query, key, value, valid, slopes, sinks)
+        return attention_evicting(asked, self.policy, self.recent, self.keep)
 
     def crossed(self, site: SiteSpec) -> int:
         return self.keep + 24

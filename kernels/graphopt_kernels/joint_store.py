@@ -12,6 +12,7 @@ import torch
 from graphopt.candidate import Reason
 from graphopt.decoding.stores import CacheStore, SiteSpec
 from graphopt_kernels.attend_joint import attend_joint, attention_joint
+from graphopt_kernels.attend_reference import asked_whole
 from graphopt_kernels.cache_codes import PLANES
 from graphopt_kernels.joint_blocks import JointRows, Kinds, kinds_of
 from graphopt_kernels.joint_known import make_known
@@ -111,10 +112,8 @@ class JointStore(CacheStore):
     def whole(
         self, site: SiteSpec, query: Any, key: Any, value: Any, valid: Any, slopes: Any, sinks: Any
     ) -> torch.Tensor:
-        return attention_joint(
-            self, query, key, value, valid, slopes, sinks, site.scale, site.softcap, site.mask.window,
-            site.member, (site.fitted.get("keys"), site.fitted.get("values")),
-        )  # fmt: skip
+        asked = asked_whole(site, query, key, value, valid, slopes, sinks)
+        return attention_joint(self, asked, site.member, (site.fitted.get("keys"), site.fitted.get("values")))
 
     def step_bound(self, site: SiteSpec) -> int:
         return self.block

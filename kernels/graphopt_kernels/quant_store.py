@@ -12,6 +12,7 @@ from graphopt.candidate import Reason
 from graphopt.decoding.stores import CacheStore, SiteSpec
 from graphopt_kernels.attend_quant import attend_quant, attention_rounded
 from graphopt_kernels.attend_quant_launch import follows
+from graphopt_kernels.attend_reference import asked_whole
 from graphopt_kernels.cache_codes import PLANES, scale_dtype, words_of
 
 __all__ = ["Quant"]
@@ -105,10 +106,8 @@ class Quant(CacheStore):
         slopes: torch.Tensor | None,
         sinks: torch.Tensor | None,
     ) -> torch.Tensor:
-        return attention_rounded(
-            query, key, value, valid, slopes, sinks, site.scale, site.softcap, site.mask.window, *self.widths,
-            self.block, self.group, self.residual,
-        )  # fmt: skip
+        asked = asked_whole(site, query, key, value, valid, slopes, sinks)
+        return attention_rounded(asked, *self.widths, self.block, self.group, self.residual)
 
     def follows(self, site: SiteSpec, device: torch.device) -> bool:
         sizes = (site.key_width, site.value_width, self.block, self.group)

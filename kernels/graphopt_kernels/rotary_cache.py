@@ -16,68 +16,9 @@ from graphopt.candidate import Reason
 from graphopt_kernels.rotary import rotary_supports
 from graphopt_kernels.rotary_launch import cached_rows, kernels_for
 from graphopt_kernels.rotary_reference import rotary_reference
+from graphopt_kernels.stated_operator import state_operator
 
 __all__ = ["rotary_to_cache", "rotary_to_cache_reference", "rotary_to_cache_supports"]
-
-
-@torch.library.custom_op("graphopt::rotary_to_cache", mutates_args=("key_cache", "value_cache"))
-def rotary_to_cache(
-    input: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    positions: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    query_weight: torch.Tensor | None,
-    key_weight: torch.Tensor | None,
-    heads: Sequence[int],
-    width: int,
-    interleaved: bool,
-    eps: float | None,
-    weight_offset: float,
-) -> torch.Tensor:
-    """Turned queries [B, S, heads, D] of the dtype of ``key_cache``, dense.
-
-    Keys and values of position ``s`` go to ``positions[s]`` of the caches [B, heads, L, D]; ``positions`` [S]
-    are different integers. One outside of the cache raises on the CPU; on CUDA nothing is written, and its
-    queries are NaN. Other arguments as for ``graphopt::rotary``. There is no gradient.
-    """
-    kernels = kernels_for(input, cos, key_cache.dtype)
-    if kernels is not None and key_cache.stride(3) == value_cache.stride(3) == 1:
-        return cached_rows(
-            kernels, input, key_cache, value_cache, positions, cos, sin, query_weight, key_weight, heads,
-            width, interleaved, eps, weight_offset,
-        )  # fmt: skip
-    return rotary_to_cache_reference(
-        input, key_cache, value_cache, positions, cos, sin, query_weight, key_weight, heads, width,
-        interleaved, eps, weight_offset,
-    )  # fmt: skip
-
-
-@rotary_to_cache.register_fake
-def _(
-    input: torch.Tensor,
-    key_cache: torch.Tensor,
-    value_cache: torch.Tensor,
-    positions: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    query_weight: torch.Tensor | None,
-    key_weight: torch.Tensor | None,
-    heads: Sequence[int],
-    width: int,
-    interleaved: bool,
-    eps: float | None,
-    weight_offset: float,
-) -> torch.Tensor:
-    reason = rotary_to_cache_supports(
-        input, key_cache, value_cache, positions, cos, sin, query_weight, key_weight, heads, width,
-        interleaved, eps,
-    )  # fmt: skip
-    if reason is not None:
-        raise ValueError(f"rotary_to_cache: {reason}")
-    batch, length, _, size = input.shape
-    return input.new_empty((batch, length, heads[0] * heads[1], size), dtype=key_cache.dtype)
 
 
 def rotary_to_cache_supports(
@@ -137,7 +78,12 @@ def rotary_to_cache_reference(
     eps: float | None,
     weight_offset: float,
 ) -> torch.Tensor:
-    """What ``rotary_to_cache`` does, with ATen operators."""
+    """Turned queries [B, S, heads, D] of the dtype of ``key_cache``, dense.
+
+    Keys and values of position ``s`` go to ``positions[s]`` of the caches [B, heads, L, D]; ``positions`` [S]
+    are different integers. One outside of the cache raises on the CPU; on CUDA nothing is written, and its
+    queries are NaN. Other arguments as for ``graphopt::rotary``. There is no gradient.
+    """
     query, key, value = rotary_reference(
         input, cos, sin, query_weight, key_weight, heads, width, interleaved, eps, weight_offset, True,
         key_cache.dtype,
@@ -145,3 +91,27 @@ def rotary_to_cache_reference(
     key_cache.index_copy_(2, positions.long(), key.transpose(1, 2))
     value_cache.index_copy_(2, positions.long(), value.transpose(1, 2))
     return query
+
+
+def _launch(*given: Any) -> torch.Tensor | None:
+    input, key_cache, value_cache, _, cos = given[:5]
+    kernels = kernels_for(input, cos, key_cache.dtype)
+    if kernels is None or not key_cache.stride(3) == value_cache.stride(3) == 1:
+        return None
+    return cached_rows(kernels, *given)
+
+
+def _output(input: torch.Tensor, key_cache: torch.Tensor, *rest: Any) -> torch.Tensor:
+    heads = rest[6]
+    batch, length, _, size = input.shape
+    return input.new_empty((batch, length, heads[0] * heads[1], size), dtype=key_cache.dtype)
+
+
+rotary_to_cache = state_operator(
+    "rotary_to_cache",
+    rotary_to_cache_reference,
+    mutates=("key_cache", "value_cache"),
+    refuses=rotary_to_cache_supports,
+    output=_output,
+    launch=_launch,
+)

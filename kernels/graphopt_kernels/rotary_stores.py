@@ -19,6 +19,7 @@ from graphopt_kernels.attend_launch import block_of, on_device
 from graphopt_kernels.rotary import supports_turn
 from graphopt_kernels.rotary_launch import WIDEST, dense, table_strides
 from graphopt_kernels.rotary_reference import rotary_reference
+from graphopt_kernels.stated_operator import state_operator
 
 __all__ = [
     "StoresLaunch", "rotary_to_stores", "rotary_to_stores_reference", "rotary_to_stores_supports",
@@ -37,72 +38,6 @@ class StoresLaunch(NamedTuple):
     warps: int
     half: int
     rest: int
-
-
-@torch.library.custom_op("graphopt::rotary_to_stores", mutates_args=("key_store", "value_store"))
-def rotary_to_stores(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_store: torch.Tensor,
-    value_store: torch.Tensor,
-    positions: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    query_weight: torch.Tensor | None,
-    key_weight: torch.Tensor | None,
-    width: int,
-    interleaved: bool,
-    eps: float | None,
-    weight_offset: float,
-    ring: bool,
-) -> torch.Tensor:
-    """Turned queries [B, H, n, D] of the dtype of ``query`` [B, H, n, D], dense.
-
-    ``key`` [B, Hkv, n, D], turned, and ``value`` [B, Hkv, n, Dv] go to ``positions`` int64 [n], which differ,
-    of the stores [at least B, Hkv, slots, D or Dv], rounded to their dtypes; with ``ring`` position p goes to
-    slot ``p % slots``, for one row alone. The first ``width`` elements of a head are turned by ``cos`` and
-    ``sin`` [n, R] or [B or 1, n, R], R = ``width`` or ``width / 2``, after a norm with ``eps`` and weights
-    [D] plus ``weight_offset`` where ``eps`` is given, as ``graphopt::rotary`` does. A position outside of a
-    store raises on the CPU; on CUDA nothing is written for it, and its queries are NaN. There is no gradient.
-    """
-    kernels = _kernels_for(query, key, value, key_store, value_store, cos)
-    if kernels is not None:
-        return stores_rows(
-            kernels, query, key, value, key_store, value_store, positions, cos, sin, query_weight, key_weight,
-            width, interleaved, eps, weight_offset, ring,
-        )  # fmt: skip
-    return rotary_to_stores_reference(
-        query, key, value, key_store, value_store, positions, cos, sin, query_weight, key_weight, width,
-        interleaved, eps, weight_offset, ring,
-    )  # fmt: skip
-
-
-@rotary_to_stores.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_store: torch.Tensor,
-    value_store: torch.Tensor,
-    positions: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    query_weight: torch.Tensor | None,
-    key_weight: torch.Tensor | None,
-    width: int,
-    interleaved: bool,
-    eps: float | None,
-    weight_offset: float,
-    ring: bool,
-) -> torch.Tensor:
-    reason = rotary_to_stores_supports(
-        query, key, value, key_store, value_store, positions, cos, sin, query_weight, key_weight, width,
-        interleaved, eps, weight_offset, ring,
-    )  # fmt: skip
-    if reason is not None:
-        raise ValueError(f"rotary_to_stores: {reason}")
-    return query.new_empty(query.shape)
 
 
 def rotary_to_stores_supports(
@@ -176,7 +111,15 @@ def rotary_to_stores_reference(
     weight_offset: float,
     ring: bool,
 ) -> torch.Tensor:
-    """What ``rotary_to_stores`` does, with ATen operators."""
+    """Turned queries [B, H, n, D] of the dtype of ``query`` [B, H, n, D], dense.
+
+    ``key`` [B, Hkv, n, D], turned, and ``value`` [B, Hkv, n, Dv] go to ``positions`` int64 [n], which differ,
+    of the stores [at least B, Hkv, slots, D or Dv], rounded to their dtypes; with ``ring`` position p goes to
+    slot ``p % slots``, for one row alone. The first ``width`` elements of a head are turned by ``cos`` and
+    ``sin`` [n, R] or [B or 1, n, R], R = ``width`` or ``width / 2``, after a norm with ``eps`` and weights
+    [D] plus ``weight_offset`` where ``eps`` is given, as ``graphopt::rotary`` does. A position outside of a
+    store raises on the CPU; on CUDA nothing is written for it, and its queries are NaN. There is no gradient.
+    """
     batch, dtype = query.shape[0], query.dtype
     turned = []
     for part, weight in ((query, query_weight), (key, key_weight)):
@@ -277,3 +220,19 @@ def stores_rows(
             REST=launch.rest, BLOCK_V=block_of(value_size), HEADS=launch.heads, num_warps=launch.warps,
         )  # fmt: skip
     return turned
+
+
+def _launch(*given: Any) -> torch.Tensor | None:
+    query, key, value, key_store, value_store, _, cos = given[:7]
+    kernels = _kernels_for(query, key, value, key_store, value_store, cos)
+    return None if kernels is None else stores_rows(kernels, *given)
+
+
+rotary_to_stores = state_operator(
+    "rotary_to_stores",
+    rotary_to_stores_reference,
+    mutates=("key_store", "value_store"),
+    refuses=rotary_to_stores_supports,
+    output=lambda query, *_: query.new_empty(query.shape),
+    launch=_launch,
+)

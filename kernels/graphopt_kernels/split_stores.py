@@ -10,6 +10,7 @@ import torch
 
 from graphopt.candidate import Reason
 from graphopt.decoding.stores import CacheStore, SiteSpec
+from graphopt_kernels.attend_reference import asked_whole
 from graphopt_kernels.attend_split import attend_split, attention_split
 
 __all__ = ["SinkWindow", "SplitHeads"]
@@ -70,10 +71,8 @@ class SinkWindow(CacheStore):
     def whole(
         self, site: SiteSpec, query: Any, key: Any, value: Any, valid: Any, slopes: Any, sinks: Any
     ) -> torch.Tensor:
-        return attention_split(
-            query, key, value, valid, slopes, sinks, site.scale, site.softcap, site.mask.window, self.heads,
-            self.first, self.near,
-        )  # fmt: skip
+        asked = asked_whole(site, query, key, value, valid, slopes, sinks)
+        return attention_split(asked, self.heads, self.first, self.near)
 
     def crossed(self, site: SiteSpec) -> int:
         return self.first + 2 * self.near + 8

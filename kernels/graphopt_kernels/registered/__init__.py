@@ -1,0 +1,1 @@
+"""What the package registers, by what it is for: a file for each, of ``KERNELS``."""
