@@ -12,7 +12,7 @@ from graphopt import GraphoptError, PluginError, UnknownNameError
 from graphopt.decoding import cache_scores
 from graphopt.decoding.cache_scores import ScoreContext, cache_score, make_known, scored
 from graphopt.plugins import CacheScoreSpec, hookimpl
-from graphopt_kernels.attend_evict import attend_evict_reference
+from graphopt_kernels.attend_evict import attend_evict
 from graphopt_kernels.evict_scores import SCORES
 from tests.decoders import family, plain, tokens
 
@@ -95,7 +95,7 @@ def test_what_is_left_of_another_sequence_is_not_read() -> None:
 
     def taken(made: list[torch.Tensor], store: list[torch.Tensor]) -> torch.Tensor:
         count = made[0].shape[2]
-        return attend_evict_reference(
+        return attend_evict.reference(
             *made, *store, torch.arange(count), None, None, None, 0.3, 0.0, 0, count, "h2o", 2
         )
 
