@@ -29,6 +29,7 @@ from graphopt._torch.dynamo import (
     quiet_capture,
     source_name,
     splitting,
+    unmasked,
 )
 from graphopt._torch.fakes import (
     call_on_fakes,
@@ -281,6 +282,7 @@ __all__ = [
     "traced_constants",
     "traced_like",
     "transforms_functions",
+    "unmasked",
     "weak_storage",
     "weak_tensor",
     "within",

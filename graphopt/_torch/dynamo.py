@@ -21,6 +21,7 @@ __all__ = [
     "quiet_capture",
     "source_name",
     "splitting",
+    "unmasked",
 ]
 
 
@@ -31,6 +32,15 @@ def source_name(node: fx.Node) -> str:
         return ""
     name = source.name
     return str(name() if callable(name) else name)
+
+
+def unmasked(error: Exception) -> Exception:
+    """The error that dynamo was about to raise, where cutting its traceback short failed instead: it asserts
+    that a frame is there, which exceptions that were raised before may have lost."""
+    from torch._dynamo.exc import ShortenTraceback
+
+    meant = error.__context__
+    return meant if isinstance(error, AssertionError) and isinstance(meant, ShortenTraceback) else error
 
 
 def inner_error(error: BaseException) -> BaseException:

@@ -124,7 +124,8 @@ class Driver:
                 first.returned(output)
             self._ran.add(training)
             return output
-        except Exception as error:
+        except Exception as raised:
+            error = _torch.unmasked(raised)
             inner = _torch.inner_error(error)
             if inner is not error and isinstance(inner, GraphoptError):
                 raise inner from None

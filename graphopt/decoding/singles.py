@@ -9,7 +9,7 @@ one program serves all positions. Else how much of the stores is read is part of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
