@@ -11,7 +11,7 @@ from torch import nn
 
 import graphopt
 from graphopt import InputsError
-from tests.decoders import VOCABULARY, greedy, tokens
+from tests.decoders import VOCABULARY, family, greedy, tokens
 
 WIDTH, HEADS, GROUPS = 64, 4, 2
 
@@ -83,6 +83,21 @@ def test_products_of_one_value_become_one_and_nothing_is_held_twice(biased: bool
     assert sum(held.values()) == size
     dumped = str(fast.programs[0].gm.graph)
     assert dumped.count("aten.linear.default") == 2 * 4 + 1
+
+
+@pytest.mark.parametrize("name", ["xlstm", "recurrent_gemma"])
+def test_prompts_of_recurrences_read_weights_of_their_own(name: str) -> None:
+    model = family(name).eval()
+    fast = graphopt.optimize(
+        model, (tokens(1, 6),), generate=graphopt.Generate(64, 2), emit="eager", device="h200",
+        on_error="raise",
+    )  # fmt: skip
+    decoder = fast._generator.built.decoder
+    assert beside(fast) and decoder.prompts is not None
+    assert decoder.prompts.weights.keys() != decoder.step.weights.keys(), "one token alone reads them as one"
+    ids = tokens(2, 19)
+    expected = model.generate(ids, max_new_tokens=12, do_sample=False, use_cache=False)
+    assert torch.equal(fast.generate(ids, max_new_tokens=12, do_sample=False), expected)
 
 
 def test_original_checkpoints_load_and_what_takes_a_weights_place_is_read() -> None:

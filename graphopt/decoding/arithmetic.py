@@ -50,7 +50,7 @@ class Before:
 
 class Arithmetic:
     """Predicted bytes and seconds of steps of a decoder: ``step`` over ``sites``, rewritten as ``general``,
-    ``stretch``: for several rows, where ``general`` is for one;
+    ``prompts``, rewritten as ``stretch``: for several rows, where ``general`` is for one;
     ``before``: programs that run once for each source, before the first step, with shapes and dtypes of what
     they are given besides weights, by placeholder."""
 
@@ -60,6 +60,7 @@ class Arithmetic:
         sites: tuple[Site, ...],
         step: StepGraph,
         general: Program,
+        prompts: StepGraph | None,
         stretch: Program | None,
         session: Session,
         options: Generate,
@@ -68,7 +69,7 @@ class Arithmetic:
         before: Sequence[Before] = (),
     ) -> None:
         self.uncached, self.sites, self.step = uncached, sites, step
-        self.general, self.stretch = general, stretch
+        self.general, self.prompts, self.stretch = general, prompts, stretch
         self.cost, self.options = session.cost, options
         self.weight_bytes, self.cache_bytes = weight_bytes, cache_bytes
         self.before = before
@@ -161,10 +162,11 @@ class Arithmetic:
         for index, name in biased_by(self.sites).items():
             shapes[name] = ((self.sites[index].spec.heads, self.options.max_tokens), torch.float32)
         kinds = kept_tensors(self.uncached, self.sites, batch, self.options.max_tokens)
-        shapes |= {name: kinds[key] for name, key in self.step.stores.items()}
-        given = {name: shapes[name] for name in self.step.inputs}
-        stepped = self.general if self.stretch is None or count == 1 else self.stretch
-        program = _sized("step", stepped.gm, self.step.weights, given)
+        step, run = self.step, self.general
+        if self.prompts is not None and self.stretch is not None and count > 1:
+            step, run = self.prompts, self.stretch
+        shapes |= {name: kinds[key] for name, key in step.stores.items()}
+        program = _sized("step", run.gm, step.weights, {name: shapes[name] for name in step.inputs})
         # What the encoder gave is held until all is said.
         read = source_shapes(self.uncached, batch).values()
         held = sum(math.prod(shape) * dtype.itemsize for shape, dtype in read)

@@ -92,7 +92,7 @@ def build(
     once = source_programs(uncached, sites, options, session)
     weight_bytes = _torch.storage_bytes([*model.parameters(), *model.buffers()])
     arithmetic = Arithmetic(
-        uncached, sites, step, general, stretch, session, options, weight_bytes, cache_bytes,
+        uncached, sites, step, general, prompts, stretch, session, options, weight_bytes, cache_bytes,
         () if once is None else once.before,
     )  # fmt: skip
     baseline = arithmetic.baseline()
@@ -102,7 +102,7 @@ def build(
         uncached, sites, options, step, general.gm, lambda *_: None, chunk, device, beside, once
     )
     if stretch is not None and chunk > 1:
-        decoder.stretch = stretch.gm
+        decoder.stretch, decoder.prompts = stretch.gm, prompts
     checked = check_decoder(decoder)
     _name(session, uncached, decoder)
     if budget is not None:

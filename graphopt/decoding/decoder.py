@@ -34,11 +34,11 @@ class Decoder:
     """Stores for ``options.max_batch`` sequences of ``options.max_tokens`` positions, and what steps on them.
 
     ``general`` runs any number of new tokens for any batch, or one where ``step.rows`` says so: then
-    ``stretch`` runs ``chunk`` of them. ``single(decoder, length, arguments)`` gives what runs one token
-    where no position is at or beyond ``length``, or ``None`` where ``general`` is to do it. A prompt goes
-    in at most ``chunk`` tokens at a time, and never beyond a position that is a multiple of one of
-    ``step_bounds``. ``once``: what runs for each source, where there is one. Not for several threads at
-    once: it has one set of stores.
+    ``stretch`` runs ``chunk`` of them, on what ``prompts`` takes. ``single(decoder, length, arguments)``
+    gives what runs one token where no position is at or beyond ``length``, or ``None`` where ``general`` is
+    to do it. A prompt goes in at most ``chunk`` tokens at a time, and never beyond a position that is a
+    multiple of one of ``step_bounds``. ``once``: what runs for each source, where there is one. Not for
+    several threads at once: it has one set of stores.
     """
 
     uncached: Uncached
@@ -52,6 +52,7 @@ class Decoder:
     beside: SideBySide | None = None
     once: SourcePrograms | None = None
     stretch: Run | None = None
+    prompts: StepGraph | None = None
     stores: dict[str, torch.Tensor] = field(default_factory=dict)
     valid: torch.Tensor | None = None
     shown: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -222,17 +223,16 @@ class Decoder:
         count = next(iter(given.values())).shape[1]
         slots = torch.arange(self.seen, self.seen + count, device=self.device)
         values = {**given, "slots": slots, "source_end": self.end, **self.tables, **self.held}
-        arguments = [*self.step.weights.values(), *(values[name] for name in self.step.inputs)]
+        by_stretch = self.stretch is not None and count == self.chunk > 1
+        step = self.prompts if by_stretch and self.prompts is not None else self.step
+        arguments = [*step.weights.values(), *(values[name] for name in step.inputs)]
         run = self.single(self, self.seen + 1, arguments) if count == 1 else None
+        rows = self.stretch if by_stretch and self.stretch is not None else self.general
         with torch.no_grad():
-            (logits,) = (run or self._of_rows(count))(*arguments)
+            (logits,) = (run or rows)(*arguments)
         self.seen += count
         result: torch.Tensor = logits
         return result
-
-    def _of_rows(self, count: int) -> Run:
-        """What runs ``count`` new tokens operator by operator."""
-        return self.stretch if self.stretch is not None and count == self.chunk > 1 else self.general
 
     def reorder(self, index: torch.Tensor) -> None:
         """Sequence i goes on from what sequence ``index[i]`` was, in place, ``MOVED`` bytes at a time."""

@@ -113,7 +113,8 @@ def _parse(source: str) -> ast.Module:
             "generated code defines no 'call' function",
             hint=f"expected Inductor's Python wrapper; it defines {listing}",
         )
-    return ast.fix_missing_locations(_Unchecked().visit(tree))
+    checked: ast.Module = ast.fix_missing_locations(_Unchecked().visit(tree))
+    return checked
 
 
 class _Unchecked(ast.NodeTransformer):
