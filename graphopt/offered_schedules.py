@@ -18,6 +18,8 @@ from graphopt.alternatives import (
 )
 from graphopt.candidate import Declined, Frontier, FrontierPoint
 from graphopt.capture.joint import drop_unread_statistics, inference_program, joint_program, save_everything
+from graphopt.capture.own_gradients import own_gradients
+from graphopt.capture.true_layouts import settle_layouts
 from graphopt.captured import Captured
 from graphopt.collection import uncollected
 from graphopt.emit.fused_point import fused_point
@@ -37,6 +39,8 @@ __all__ = ["baseline_point", "depends", "frontier_of", "say_effort", "see_infere
 def see_inference(session: Session, captured: Captured, graph: fx.GraphModule) -> None:
     """Take note of a functional inference graph, and what it could run."""
     captured.mode = "infer"
+    if session.emitter.name == "eager":
+        settle_layouts(graph)
     captured.joint = inference_program(captured.name, graph, captured.specs)
     captured.traced = captured.joint.fingerprint
     captured.baseline = _unchanged(captured.joint)
@@ -50,7 +54,9 @@ def see_joint(session: Session, captured: Captured, joint: fx.GraphModule, num_o
     _torch.eliminate_common_subexpressions(joint)
     drop_unread_statistics(joint)
     if session.emitter.name == "eager":
+        settle_layouts(joint)
         make_random_states_explicit(joint)
+        own_gradients(joint, num_outputs, session.gradients_of(captured.specs))
     program = joint_program(captured.name, joint, captured.specs, num_outputs)
     traced = program.fingerprint
     if captured.joint is None or captured.traced != traced:

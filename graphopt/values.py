@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import zip_longest
 from operator import is_
 from types import MappingProxyType
 from typing import Any
@@ -75,6 +77,7 @@ def _value_table(graph: fx.Graph) -> dict[str, tuple[Leaf, ...]]:
             size = _storage_bytes(tensor)
             if _keeps_layout(node):
                 size = max(size, table[node.args[0].name][0].bytes)
+            size = max(size, _summed_bytes(node))
             leaves.append(Leaf(size, alias))
             seen.setdefault(key, (node.name, index))
         table[node.name] = tuple(leaves)
@@ -115,6 +118,29 @@ _KEEPING_LAYOUT = {
     torch.ops.aten.select_scatter,
     torch.ops.aten.diagonal_scatter,
     torch.ops.aten.as_strided_scatter,
+}
+
+
+def _summed_bytes(node: fx.Node) -> int:
+    """Bytes of a loss before it was summed up, where its kernel puts the sum in the first of them: the
+    storage stays as it was (``aten/src/ATen/native/Loss.cpp``). 0 for others."""
+    if getattr(node.target, "overloadpacket", None) not in _SUMMED_IN_PLACE:
+        return 0
+    names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if given.get("reduction", 1) == 0:
+        return 0
+    one, other = (given[name].meta["val"] for name in names[:2])
+    sizes = [[_torch.hint(size) for size in reversed(side.shape)] for side in (one, other)]
+    count = math.prod(map(max, zip_longest(*sizes, fillvalue=1)))
+    return count * max(int(side.dtype.itemsize) for side in (one, other))
+
+
+_SUMMED_IN_PLACE = {
+    torch.ops.aten.mse_loss,
+    torch.ops.aten.smooth_l1_loss,
+    torch.ops.aten.soft_margin_loss,
+    torch.ops.aten.binary_cross_entropy,
 }
 
 

@@ -338,6 +338,17 @@ def test_calls_with_symbolic_sizes_give_symbolic_sizes() -> None:
         assert torch.ops.aten.linear.default(x, weight).shape[1:] == (5, 4)
 
 
+def test_a_packed_fake_is_of_its_mode_and_in_the_memory_format_of_another() -> None:
+    with _torch.fake_mode() as mode:
+        value = torch.empty(2, 3, 4, 5).transpose(2, 3)
+        last = torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last)
+    packed = _torch.packed_like(value, last)
+    assert packed.fake_mode is mode and packed.shape == value.shape
+    assert packed.is_contiguous(memory_format=torch.channels_last)
+    assert _torch.packed_like(value, value).is_contiguous()
+    assert _torch.packed_like(last, None).is_contiguous()
+
+
 def test_operators_run_for_real_outside_of_a_fake_mode() -> None:
     with _torch.fake_mode():
         assert _torch.is_fake(torch.empty(2))

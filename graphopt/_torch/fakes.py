@@ -23,6 +23,7 @@ __all__ = [
     "fake_mode_of",
     "is_fake",
     "outside_of_fake_mode",
+    "packed_like",
     "propagate_fakes",
     "python_dispatcher",
     "static_context",
@@ -108,6 +109,16 @@ def call_on_fakes(
     """What a call gives under the mode of the fake tensor ``like``."""
     with fake_mode_of([like]), torch.no_grad(), python_dispatcher():
         return target(*args, **kwargs)
+
+
+def packed_like(value: torch.Tensor, like: torch.Tensor | None) -> torch.Tensor:
+    """A fake tensor of the shape and dtype of the fake ``value``, without gaps, in the memory format that
+    torch finds in ``like``: channels last, or contiguous. Contiguous where that is ``None``."""
+    from torch._prims_common import suggest_memory_format
+
+    kind = torch.contiguous_format if like is None else suggest_memory_format(like)
+    with fake_mode_of([value]), torch.no_grad():
+        return torch.empty_like(value, memory_format=kind)
 
 
 @contextmanager

@@ -31,6 +31,8 @@ from graphopt.cache_folder import lend_tuning
 from graphopt.candidate import Reason
 from graphopt.capture.chain import Call, Segmented
 from graphopt.capture.joint import drop_unread_statistics, inference_program, joint_program
+from graphopt.capture.own_gradients import own_gradients
+from graphopt.capture.true_layouts import settle_layouts
 from graphopt.captured import Captured
 from graphopt.chain_run import ChainRunner
 from graphopt.emit.emitter import Emitter, Gradients
@@ -214,6 +216,8 @@ class _Compiling:
         assert mode is not None
         make_size = self.contents.sizes.maker(mode) if self.contents.sizes.symbols else no_symbols
 
+        gradients = Gradients(frozenset(code.parameters), code.held)
+
         def checked_program(traced: Program) -> Program:
             if traced.fingerprint != code.traced:
                 raise ArtefactError(
@@ -231,10 +235,14 @@ class _Compiling:
             if code.whole:
                 drop_unread_statistics(joint)
                 if self.emitter.name == "eager":
+                    settle_layouts(joint)
                     make_random_states_explicit(joint)
+                    own_gradients(joint, count, gradients)
             return partition(checked_program(joint_program(code.name, joint, specs, count)), code.schedule)
 
         def as_is(graph: fx.GraphModule) -> fx.GraphModule:
+            if code.whole and self.emitter.name == "eager":
+                settle_layouts(graph)
             chosen = checked_program(inference_program(code.name, graph, specs)).gm
             if code.whole:
                 chosen.graph = ordered(chosen.graph, code.schedule.forward)
@@ -250,7 +258,6 @@ class _Compiling:
                     _trained(type_of(self.contents.types[number], make_size), trained)
                     for number, trained in zip(code.examples, code.trained, strict=True)
                 ]
-            gradients = Gradients(frozenset(code.parameters), code.held)
             # Compilation takes its module over.
             run = self.emitter.compile(_copy(semantic.gm), examples, realise, as_is, gradients)
         if self.contents.sizes.symbols:
