@@ -390,3 +390,32 @@ def gpu_optimizer(record: dict[str, Any]) -> str:
         "it. `percent`: of the copy bandwidth, on the bytes of a plain update. `host`: until queued.\n\n"
         + table(("case", "dtype", "who", "ms", "host, ms", "percent"), cells)
     )
+
+
+def gpu_fsdp(record: dict[str, Any]) -> str:
+    shape = record["shape"]
+    bounds = {row["mode"]: row for row in record["rows"] if row.get("budget_bytes")}
+    cells = []
+    for mode, row in record["summary"].items():
+        bound = bounds.get(mode, {})
+        asked = bound.get("asked_bytes", bound.get("budget_bytes"))
+        cells.append((
+            mode,
+            f"{row['tokens_per_s']:.0f}",
+            f"{row['peak_bytes'] / 2**30:.2f}",
+            "" if asked is None else f"{asked / 2**30:.2f}",
+            "" if "asked_bytes" not in bound else f"refused, least {bound['least_bytes'] / 2**30:.2f}",
+            f"{row['of_peer']:.3f}" if "of_peer" in row else "",
+        ))  # fmt: skip
+    ratios = [row["of_peer"] for row in record["summary"].values() if "of_peer" in row]
+    obeyed = all(row["obeyed"] for row in record["summary"].values())
+    return (
+        f"## A sharded training step on {record['ranks']} x {record['device']}\n\n"
+        f"Llama-3.2-1B shape ({shape['layers']} layers, hidden {shape['hidden']}, vocabulary "
+        f"{shape['vocab']}), {shape['batch']} x {shape['seq']} tokens on each rank, FSDP2, a step's "
+        "forward and backward; GiB, parameters and states of the optimizer with them. `graphopt@MODE`: under a "
+        "budget of what that mode took at its peak; where that is refused, under the least that fits.\n\n"
+        f"Budgets kept on every rank: {verdict(obeyed)}. At least 1.1 times the tokens a second of the mode "
+        f"whose peak was the budget: {verdict(min(ratios) >= 1.1)}.\n\n"
+        + table(("mode", "tokens/s", "peak", "asked", "", "of the mode's tokens/s"), cells)
+    )
