@@ -413,8 +413,8 @@ def gpu_fsdp(record: dict[str, Any]) -> str:
         f"## A sharded training step on {record['ranks']} x {record['device']}\n\n"
         f"Llama-3.2-1B shape ({shape['layers']} layers, hidden {shape['hidden']}, vocabulary "
         f"{shape['vocab']}), {shape['batch']} x {shape['seq']} tokens on each rank, FSDP2, a step's "
-        "forward and backward; GiB, parameters and states of the optimizer with them. `graphopt@MODE`: under a "
-        "budget of what that mode took at its peak; where that is refused, under the least that fits.\n\n"
+        "forward and backward; GiB, parameters and states of the optimizer with them. `graphopt@MODE`: under "
+        "a budget of what that mode took at its peak; where that is refused, under the least that fits.\n\n"
         f"Budgets kept on every rank: {verdict(obeyed)}. At least 1.1 times the tokens a second of the mode "
         f"whose peak was the budget: {verdict(min(ratios) >= 1.1)}.\n\n"
         + table(("mode", "tokens/s", "peak", "asked", "", "of the mode's tokens/s"), cells)
