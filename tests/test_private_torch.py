@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 import shutil
 from collections.abc import Callable, Sequence
@@ -798,6 +799,31 @@ def test_export_says_that_a_size_is_fixed() -> None:
             )
         found.append(_torch.fixes_a_size(raised.value))
     assert found == [True, False]
+
+
+def test_what_dynamo_meant_to_raise_is_found_where_it_fails_to() -> None:
+    from torch._dynamo.exc import ShortenTraceback
+
+    def elsewhere() -> Any:
+        return inspect.currentframe()
+
+    meant = ShortenTraceback("does not compile", first_useful_frame=elsewhere())
+    with pytest.raises(AssertionError) as raised:
+        try:
+            raise meant
+        except ShortenTraceback as error:
+            error.remove_dynamo_frames()
+    assert _torch.unmasked(raised.value) is meant
+    for other in (AssertionError("another"), ValueError("another")):
+        assert _torch.unmasked(other) is other
+
+
+def test_numbers_read_out_of_fake_tensors_are_symbols_where_that_is_asked_for() -> None:
+    with _torch.fake_mode(numbers=True):
+        read = torch.zeros((), dtype=torch.int64).item()
+    assert isinstance(read, torch.SymInt)
+    with _torch.fake_mode(), pytest.raises(Exception, match="_local_scalar_dense"):
+        torch.zeros((), dtype=torch.int64).item()
 
 
 def test_a_bound_that_is_the_largest_number_there_is_is_none() -> None:
