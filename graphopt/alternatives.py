@@ -23,6 +23,8 @@ from graphopt.proposals import read_proposals
 __all__ = [
     "FORM_EFFORT",
     "OFFERS",
+    "Form",
+    "Grade",
     "Offer",
     "alternatives",
     "applied",
@@ -109,38 +111,74 @@ def coordinate_wise(
     passes: Sequence[Pass],
     ctx: PassContext,
     failed: Callable[[str, GraphoptError], None],
-    look: Callable[[str, Program], int | None],
-    least: int,
-) -> None:
+    look: Callable[[Form], Grade | None],
+    grade: Grade,
+) -> list[Offer]:
     """Try what passes offer together: each pass's offers on top of the best of the passes before it.
 
-    ``least`` is the least peak that the program itself reaches; ``look`` is given the name of a form and its
-    program and tells that form's, ``None`` where it cannot be had. Of the offers of one pass ``OFFERS`` are
-    looked at, those that are not worse than another in both predicted bytes and seconds. So the forms are at
-    most ``OFFERS`` times the passes that offer anything, where all combinations would be their product.
+    ``grade`` is that of the program itself; ``look`` tells that of a form, ``None`` where it cannot be had.
+    Of the offers of one pass ``OFFERS`` are looked at, those that are not worse than another in both
+    predicted bytes and seconds. So the forms are at most ``OFFERS`` times the passes that offer anything,
+    where all combinations would be their product. Where a form fits already, one that is predicted to take
+    longer is not looked at: such offers are returned.
     """
-    name = ""
-    taken: list[Offer] = []
-
-    def copy() -> Program | None:
-        program = make()
-        return program if all(applied(offer, program, failed) for offer in taken) else None
-
+    best = Form("", make(), 0.0)
+    left: list[Offer] = []
     for step in passes:
-        program = copy()
-        if program is None:
-            return
-        best: Offer | None = None
-        for offer in _worth_a_look(offers(program, step, ctx, failed)):
-            changed = copy()
-            if changed is None or not applied(offer, changed, failed):
+        base = best
+        found = _worth_a_look(offers(base.program, step, ctx, failed))
+        # What takes least longer may make the others needless.
+        for offer in sorted(found, key=lambda offer: offer.seconds):
+            if not grade.may_gain_from(base.seconds + offer.seconds):
+                left.append(offer)
                 continue
-            peak = look(joined(name, offer.id), changed)
-            if peak is not None and peak < least:
-                least, best = peak, offer
-        if best is not None:
-            taken.append(best)
-            name = joined(name, best.id)
+            form = base.with_offer(offer, failed)
+            reached = None if form is None else look(form)
+            if form is not None and reached is not None and reached < grade:
+                grade, best = reached, form
+    return left
+
+
+@dataclass(frozen=True)
+class Form:
+    """What may run instead of a program: ``program``, that with offers applied, and the ``seconds`` that they
+    are predicted to add."""
+
+    name: str
+    program: Program
+    seconds: float
+
+    def with_offer(self, offer: Offer, failed: Callable[[str, GraphoptError], None]) -> Form | None:
+        """A copy with another offer applied, ``None``, reported to ``failed``, if that does not work."""
+        changed = copied(self.program)
+        if not applied(offer, changed, failed):
+            return None
+        return Form(joined(self.name, offer.id), changed, self.seconds + offer.seconds)
+
+
+@dataclass(frozen=True, order=True)
+class Grade:
+    """How good a program is, less being better: the ``seconds`` that the fastest of its schedules adds that
+    fit the budget, else the ``peak`` in bytes of its least."""
+
+    above: bool
+    """Whether none fits, or no budget is known for the program alone."""
+    seconds: float
+    peak: int
+
+    @classmethod
+    def of(cls, frontier: Frontier, shift: float, room: int | None) -> Grade:
+        """That of the schedules of ``frontier``, whose program takes ``shift`` seconds more than the one that
+        times count from. ``room``: bytes that they may take, ``None`` where that is not known."""
+        fitting = [point for point in frontier.points if room is not None and point.peak_bytes <= room]
+        if not fitting:
+            return cls(True, 0.0, min(point.peak_bytes for point in frontier.points))
+        fastest = min(fitting, key=lambda point: (point.seconds, point.peak_bytes))
+        return cls(False, fastest.seconds + shift, fastest.peak_bytes)
+
+    def may_gain_from(self, seconds: float) -> bool:
+        """Whether a program that takes ``seconds`` longer before any recomputation may be better."""
+        return self.above or seconds <= self.seconds
 
 
 def applied(offer: Offer, program: Program, failed: Callable[[str, GraphoptError], None]) -> bool:

@@ -174,7 +174,7 @@ def pareto(model: torch.nn.Module, inputs: Any, **options: Any) -> Pareto:
     for name in ("budget", "plan", "policy"):
         if name in options:
             raise InputsError(f"pareto() takes no {name}=: it shows what every budget gives")
-    optimized = dry_run(model, inputs, options, "pareto")
+    optimized = dry_run(model, inputs, options, "pareto", every=True)
     plan = optimized.plan
     return Pareto(optimized.frontier(), plan.device, plan.emit)
 
@@ -188,10 +188,15 @@ def explain_memory(model: torch.nn.Module, inputs: Any, **options: Any) -> Memor
 
 
 def dry_run(
-    model: torch.nn.Module, inputs: Any, options: dict[str, Any], caller: str = "dry_run"
+    model: torch.nn.Module,
+    inputs: Any,
+    options: dict[str, Any],
+    caller: str = "dry_run",
+    *,
+    every: bool = False,
 ) -> Optimized:
     """``optimize`` up to the point where code would be generated: programs, plan and report are there, it
-    cannot be called. ``caller`` names it in errors."""
+    cannot be called. ``caller`` names it in errors. ``every``: with the schedules of all budgets."""
     if options.get("generate") is not None:
         raise InputsError(f"{caller}() takes no generate=: plans are of steps, not of generation")
     if inputs is None and options.get("step") is None:
@@ -205,7 +210,7 @@ def dry_run(
     chosen.apply_defaults()
     arguments = dict(chosen.arguments)
     arguments["replay"] = arguments.pop("plan")
-    return _prepared(**arguments | {"dry_run": True, "verify": "off"})
+    return _prepared(**arguments | {"dry_run": True, "every": every, "verify": "off"})
 
 
 def _prepared(
@@ -273,6 +278,7 @@ def _uncaptured(
     dynamic_shapes: bool | None,
     replay: Plan | None,
     dry_run: bool,
+    every: bool = False,
     generate: Generate | None = None,
     assigned: Assigned | None = None,
     guard: str | None = None,
@@ -292,7 +298,7 @@ def _uncaptured(
         session = make_session(
             device if device is not None else where, runs_on=where, budget=within, **rest
         )
-        session.replay, session.dry_run = replay, dry_run
+        session.replay, session.dry_run, session.every = replay, dry_run, every
         _see_model(session, of)
         return session
 
@@ -340,6 +346,7 @@ def _uncaptured(
         dynamic_shapes=dynamic_shapes,
         replay=replay,
         dry_run=dry_run,
+        every=every,
         generate=generate,
         assigned=assigned,
         guard=guard,

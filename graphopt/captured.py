@@ -55,10 +55,14 @@ class Captured:
     forms: Mapping[str, Captured] = field(default_factory=dict)
     effort: float = 1.0
     """Share of their usual work that passes which search spend on it: less than 1 for a form of another."""
+    room: int | None = None
+    """Bytes that a form of another program may take, by what that one takes as it is."""
     passed: tuple[Hashable, Program, Rewriting] | None = None
     """What joint-level passes made of a trace, and what that depended on."""
     budget_decides: bool = False
     """Whether passes choose otherwise for it, or for one of its forms, with a budget than without."""
+    partly: bool = False
+    """Whether there may be more schedules and forms than were looked at: what is faster was enough."""
     seen: Hashable = None
     """What its frontier and forms depended on when they were found; ``None`` while they are not."""
     told: ProgramSummary | None = None
@@ -102,7 +106,7 @@ class Captured:
         self.forms = {}
         self.joint, self.traced, self.baseline = None, "", None
         self.frontier, self.reference, self.point = None, None, None
-        self.settled, self.budget_decides, self.seen = False, False, None
+        self.settled, self.budget_decides, self.partly, self.seen = False, False, False, None
 
     def become(self, alternative: str) -> None:
         """Take on the programs of a form. Raises ``StalePlanError`` for one that is not offered."""

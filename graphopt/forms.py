@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch.fx as fx
 
 from graphopt import _torch
-from graphopt.alternatives import FORM_EFFORT, applied, coordinate_wise, copied, joined, offers, united
+from graphopt.alternatives import FORM_EFFORT, Form, Grade, coordinate_wise, copied, joined, offers, united
+from graphopt.candidate import Declined
 from graphopt.captured import Captured
 from graphopt.emit.inductor import JointSeen
 from graphopt.errors import GraphoptError
-from graphopt.offered_schedules import say_effort, see_inference, see_joint
+from graphopt.offered_schedules import room_of, say_effort, see_inference, see_joint
 from graphopt.passes import PassContext
 from graphopt.program import Program
 
@@ -29,10 +30,11 @@ __all__ = ["see", "weigh_forms"]
 def weigh_forms(session: Session, captured: Captured, inputs: Sequence[Any], mode: str) -> None:
     """Let the frontier of ``captured`` be that of all its forms, and decide among them.
 
-    ``mode`` is "train" or "infer". Does nothing where no pass of the semantic level offers an alternative.
-    A replayed plan says which form it is of: that alone is looked at.
+    ``mode`` is "train" or "infer". Does nothing where no pass of the semantic level offers an alternative
+    that may be chosen: where nothing has to be freed none that takes longer is, and where a form fits the
+    budget none that takes longer than it. A replayed plan says which form it is of: that alone is looked at.
     """
-    ctx = session.context(mode)
+    ctx = session.context(mode, bounded=session.bounded)
     if not any(offers(captured.semantic, step, ctx, _nothing) for step in session.passes):
         return
     see(session, captured, inputs)
@@ -42,47 +44,53 @@ def weigh_forms(session: Session, captured: Captured, inputs: Sequence[Any], mod
     forms = {**(captured.forms or {"": replace(captured)})}
     frontiers = {"": (captured.frontier, captured.reference_seconds)}
 
-    def look(name: str, program: Program) -> int | None:
-        form = Captured(captured.name, program, captured.specs, effort=FORM_EFFORT)
+    room, start = room_of(session, captured), captured.reference_seconds
+
+    def look(form: Form) -> Grade | None:
+        made = Captured(captured.name, form.program, captured.specs, effort=FORM_EFFORT, room=room)
         try:
-            see(session, form, inputs)
+            see(session, made, inputs)
         except Exception as error:
-            session.fail(f"{captured.name}: alternative {name} was left out: {error}", error)
+            session.fail(f"{captured.name}: alternative {form.name} was left out: {error}", error)
             return None
-        assert form.frontier is not None
-        forms.update({joined(name, inner): f for inner, f in (form.forms or {"": form}).items()})
-        frontiers[name] = form.frontier, form.reference_seconds
-        captured.budget_decides |= form.budget_decides
-        say_effort(session, joined(captured.name, name), form.frontier)
-        return min(point.peak_bytes for point in form.frontier.points)
+        assert made.frontier is not None
+        forms.update({joined(form.name, inner): f for inner, f in (made.forms or {"": made}).items()})
+        frontiers[form.name] = made.frontier, made.reference_seconds
+        captured.budget_decides |= made.budget_decides
+        captured.partly |= made.partly
+        say_effort(session, joined(captured.name, form.name), made.frontier)
+        return Grade.of(made.frontier, made.reference_seconds - start, room)
 
     def make() -> Program:
         return copied(plain)
 
     if session.replay is not None:
         wanted = next((c.alternative for c in session.replay.choices if c.program == captured.name), "")
-        _look_at(wanted, session, make, ctx, look)
+        _look_at(wanted, session, Form("", make(), 0.0), ctx, look)
     else:
-        least = min(point.peak_bytes for point in captured.frontier.points)
-        coordinate_wise(make, session.passes, ctx, session.fail, look, least)
+        own = Grade.of(captured.frontier, 0.0, room)
+        left = coordinate_wise(make, session.passes, ctx, session.fail, look, own)
+        captured.partly |= bool(left)
+        for offer in left:
+            why = f"adds {1e3 * offer.seconds:.3g} ms (predicted): what adds less is within the budget"
+            session.declined.append(Declined(f"{captured.name}+{offer.id}", why))
     captured.forms = forms
     captured.frontier = united(frontiers)
     session.pick(captured)
 
 
-def _look_at(wanted: str, session: Session, make: Any, ctx: PassContext, look: Any) -> None:
+def _look_at(wanted: str, session: Session, form: Form, ctx: PassContext, look: Any) -> None:
     """Look at the form whose name is ``wanted`` or begins it: joint-level passes may have added to it."""
-    program, name = make(), ""
     for step in session.passes:
-        for offer in offers(program, step, ctx, session.fail):
-            longer = joined(name, offer.id)
-            if (wanted == longer or wanted.startswith(f"{longer}+")) and applied(
-                offer, program, session.fail
-            ):
-                name = longer
-                break
-    if name:
-        look(name, program)
+        for offer in offers(form.program, step, ctx, session.fail):
+            longer = joined(form.name, offer.id)
+            if wanted == longer or wanted.startswith(f"{longer}+"):
+                changed = form.with_offer(offer, session.fail)
+                if changed is not None:
+                    form = changed
+                    break
+    if form.name:
+        look(form)
 
 
 def see(session: Session, captured: Captured, inputs: Sequence[Any]) -> None:

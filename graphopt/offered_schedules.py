@@ -23,6 +23,7 @@ from graphopt.capture.true_layouts import settle_layouts
 from graphopt.captured import Captured
 from graphopt.collection import uncollected
 from graphopt.emit.fused_point import fused_point
+from graphopt.order import must_happen
 from graphopt.passes import PassContext
 from graphopt.program import Program
 from graphopt.replay import make_random_states_explicit
@@ -32,7 +33,7 @@ from graphopt.schedule import Schedule
 if TYPE_CHECKING:
     from graphopt.session import Session
 
-__all__ = ["baseline_point", "depends", "frontier_of", "say_effort", "see_inference", "see_joint"]
+__all__ = ["baseline_point", "depends", "frontier_of", "room_of", "say_effort", "see_inference", "see_joint"]
 
 
 @uncollected()
@@ -51,7 +52,7 @@ def see_inference(session: Session, captured: Captured, graph: fx.GraphModule) -
 def see_joint(session: Session, captured: Captured, joint: fx.GraphModule, num_outputs: int) -> None:
     """Take note of a joint graph, changed in place, and of the schedules that it could run."""
     captured.mode = "train"
-    _torch.eliminate_common_subexpressions(joint)
+    _torch.eliminate_common_subexpressions(joint, must_happen)
     drop_unread_statistics(joint)
     if session.emitter.name == "eager":
         settle_layouts(joint)
@@ -70,15 +71,25 @@ def see_joint(session: Session, captured: Captured, joint: fx.GraphModule, num_o
 def frontier_of(session: Session, captured: Captured) -> Frontier:
     """The curve of schedules that the joint-level passes offer; the baseline is always on it."""
     assert captured.joint is not None and captured.baseline is not None
-    ctx = replace(session.context(captured.mode, bounded=session.bounded), effort=captured.effort)
+    # Searching for schedules takes longer than all else, and a program that fits as it is needs no other.
+    enough = _fits(session, captured)
+    bounded = session.bounded and not enough
+    room = room_of(session, captured) if bounded else None
+    ctx = session.context(captured.mode, bounded=bounded)
+    ctx = replace(ctx, effort=captured.effort, room_bytes=room)
     done = _passed(session, captured, ctx)
+    start = time.perf_counter()
+    baseline = _rebased(session, captured, done)
+    if enough and not _fits(session, captured):
+        # Rewritten it takes more. Passes that free memory have their turn on what there is.
+        ctx = replace(ctx, bounded=True, room_bytes=room_of(session, captured))
+        freed = _passed(session, captured, ctx)
+        baseline = _rebased(session, captured, freed)
+        done += freed
+    nearby = not ctx.bounded or ctx.room_bytes is not None
+    captured.partly = nearby and not session.emitter.by_segments
     if not captured.provisional:
         session._note(done)
-    start = time.perf_counter()
-    if done.changed:
-        again = save_everything if captured.mode == "train" else _unchanged
-        captured.baseline = again(captured.joint)
-    baseline = captured.reference = baseline_point(session, captured.joint, captured.baseline)
     captured.reference_seconds, captured.flops = _prices(session, captured.joint, captured.baseline)
     best = done.frontiers[-1] if done.frontiers else Frontier("none", (baseline,))
     if captured.mode == "train" and not captured.provisional:
@@ -92,12 +103,52 @@ def frontier_of(session: Session, captured: Captured) -> Frontier:
     return best
 
 
+def room_of(session: Session, captured: Captured) -> int | None:
+    """Bytes that a program may take above what is held throughout, by what it takes as it is; ``None`` where
+    it is not the whole step, or is not planned op by op for one budget."""
+    if not _has_room(session, captured):
+        return None
+    if captured.room is not None:
+        return captured.room
+    assert captured.reference is not None
+    base = session.static_bytes or 0
+    budget = session.budget.resolve(base + captured.reference.peak_bytes)
+    return None if budget is None else budget - base
+
+
+def _has_room(session: Session, captured: Captured) -> bool:
+    one = session.whole and not captured.provisional and not session.emitter.fuses
+    others = session.every or session.policy is not None or session.replay is not None
+    return one and not others and session.budget.memory is not None
+
+
+def _fits(session: Session, captured: Captured) -> bool:
+    """Whether a program as it is, nothing freed, keeps the one budget that there is."""
+    assert captured.joint is not None and captured.baseline is not None
+    if not _has_room(session, captured):
+        return False
+    captured.reference = baseline_point(session, captured.joint, captured.baseline)
+    room = room_of(session, captured)
+    return room is not None and captured.reference.peak_bytes <= room
+
+
+def _rebased(session: Session, captured: Captured, done: Rewriting) -> FrontierPoint:
+    """What a program takes as it is, after passes."""
+    assert captured.joint is not None
+    if done.changed or captured.baseline is None:
+        again = save_everything if captured.mode == "train" else _unchanged
+        captured.baseline = again(captured.joint)
+    captured.reference = baseline_point(session, captured.joint, captured.baseline)
+    return captured.reference
+
+
 def _passed(session: Session, captured: Captured, ctx: PassContext) -> Rewriting:
     """What the joint-level passes make of ``captured`` as it was traced. Of a program of which others are
     part it is traced first to see a step, then to plan it: passes run once for both."""
     assert captured.joint is not None
     budgeted = session.budget.memory is not None
-    key = (captured.mode, captured.traced, budgeted, ctx.bounded, ctx.allow, ctx.only, ctx.effort)
+    asked = (ctx.bounded, ctx.room_bytes, ctx.allow, ctx.only, ctx.effort)
+    key = (captured.mode, captured.traced, budgeted, *asked)
     if captured.passed is None or captured.passed[0] != key:
         program = captured.joint
         done = run_joint_passes(

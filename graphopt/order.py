@@ -16,10 +16,16 @@ from graphopt.capture.aliasing import alias_map, written_inputs
 from graphopt.capture.ambient import is_state_call
 from graphopt.collectives import is_collective
 from graphopt.errors import VerificationError
+from graphopt.replay import is_random
 
-__all__ = ["felt", "has_effect", "restore_order"]
+__all__ = ["felt", "has_effect", "must_happen", "restore_order"]
 
 _PURE_MODULES = ("_operator", operator.__name__, math.__name__)
+
+
+def must_happen(node: fx.Node) -> bool:
+    """Whether torch knows of an effect of a node, a collective's and random draws among them."""
+    return node.is_impure(impure_random=False) or is_random(node) or is_collective(node.target)
 
 
 def has_effect(node: fx.Node) -> bool:
@@ -27,9 +33,7 @@ def has_effect(node: fx.Node) -> bool:
     mode, takes part in a collective, or calls what nothing is known of."""
     if node.op == "get_attr":
         return False
-    if node.op != "call_function" or node.is_impure() or is_state_call(node) or written_inputs(node):
-        return True
-    if is_collective(node.target):
+    if node.op != "call_function" or must_happen(node) or is_state_call(node) or written_inputs(node):
         return True
     target = node.target
     if isinstance(target, torch._ops.HigherOrderOperator):
@@ -107,8 +111,4 @@ def _feels(node: fx.Node, effect: fx.Node, roots: dict[fx.Node, frozenset[fx.Nod
     if not has_effect(node):
         return False
     # Two writes to different memory may swap; draws of random numbers may not.
-    return not (written and written_inputs(node)) or (_is_random(node) and _is_random(effect))
-
-
-def _is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return not (written and written_inputs(node)) or (is_random(node) and is_random(effect))

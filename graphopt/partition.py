@@ -14,6 +14,7 @@ import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.errors import PassError
+from graphopt.order import must_happen
 from graphopt.program import Program
 from graphopt.replay import run_plainly, statistics_of
 from graphopt.schedule import Schedule
@@ -91,7 +92,7 @@ def ordered(graph: fx.Graph, order: Iterable[str], elsewhere: Set[str] = frozens
     for node in graph.nodes:
         # Effects (assertions, in-place copies) that no schedule lists still have to happen.
         unlisted = node.op == "call_function" and node not in latest and node.name not in elsewhere
-        if unlisted and node.is_impure():
+        if unlisted and must_happen(node):
             emit(node)
     emit(output)
     return copy

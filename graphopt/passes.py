@@ -22,9 +22,11 @@ class PassContext:
     """What a pass may know besides the program.
 
     ``mode`` is ``"train"`` or ``"infer"``; ``emit`` is the code generator that the program is for;
-    ``budget_bytes`` the resolved budget, ``None`` without one. ``curve``: the schedules that passes
-    before this one offer for the program, for one that adds to them (``Frontier.extends``). ``bounded`` is
-    false where the fastest program alone is asked for: what only frees memory need not be looked at.
+    ``room_bytes`` what the program may take at its peak, where one budget is asked for and the program is all
+    that is planned for it, else ``None``: schedules far from it will not be chosen. ``curve``: the schedules
+    that passes before this one offer for the program, for one that adds to them (``Frontier.extends``).
+    ``bounded`` is false where the fastest program alone is asked for: what only frees memory need not be
+    looked at.
     ``only``: the rewrites that may be applied, where not all may; passes need not look at it.
     ``effort``: the share of its usual work that a pass which searches should spend on a large program. It is
     less than 1 for a program that may run instead of another, of which there are several.
@@ -33,7 +35,7 @@ class PassContext:
     cost: CostModel
     mode: str
     emit: str = "eager"
-    budget_bytes: int | None = None
+    room_bytes: int | None = None
     allow: frozenset[str] = frozenset()
     curve: Frontier | None = None
     bounded: bool = True

@@ -53,10 +53,13 @@ _STATE = torch.ops.graphopt.random_state.default
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether a call draws random numbers. Attention operators do so only when they drop something."""
+    """Whether a call draws random numbers. Attention operators do so only when they drop something, and
+    dropout only in training; torch's tags, and with them ``fx.Node.is_impure``, say that both always do."""
     if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
         return False
-    return not (_has(node, "dropout_p") and _argument(node, "dropout_p", 0.0) == 0.0)
+    if _has(node, "dropout_p") and _argument(node, "dropout_p", 0.0) == 0.0:
+        return False
+    return not (_has(node, "train") and _argument(node, "train", None) is False)
 
 
 def is_random_state(node: fx.Node) -> bool:

@@ -31,6 +31,7 @@ from graphopt.errors import CaptureError, HostMemoryError, LoweringError
 from graphopt.host_memory import HostMemory
 from graphopt.lowered_points import corrected, exact_point, with_bytes
 from graphopt.offered_schedules import frontier_of
+from graphopt.order import must_happen
 from graphopt.partition import partition
 from graphopt.program import InputSpec, Program, same_names, tensor_leaves
 from graphopt.schedule import Schedule
@@ -234,7 +235,7 @@ class SegmentedStep:
 
         def look(joint: fx.GraphModule, num_outputs: int) -> Any:
             kind.mode = "train"
-            _torch.eliminate_common_subexpressions(joint)
+            _torch.eliminate_common_subexpressions(joint, must_happen)
             kind.joint = joint_program(kind.name, joint, kind.specs, num_outputs)
             kind.traced = kind.joint.fingerprint
             kind.baseline = save_everything(kind.joint)
@@ -379,7 +380,7 @@ class SegmentedStep:
         emitter = self.session.emitter
 
         def realise(joint: fx.GraphModule, num_outputs: int) -> tuple[fx.GraphModule, fx.GraphModule]:
-            _torch.eliminate_common_subexpressions(joint)
+            _torch.eliminate_common_subexpressions(joint, must_happen)
             program = joint_program(kind.name, joint, kind.specs, num_outputs)
             halves = partition(_rewritten(captured, program), point.schedule)
             captured.lowered = tuple(_copy(half) for half in halves)

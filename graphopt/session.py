@@ -97,6 +97,7 @@ class Session:
     throughout, and a step's own are added to them and go, unless hooks wait for them
     (``watched_gradients``); ``all_gradients_held``: every trained parameter has one. ``dry_run``: plan,
     compile no code.
+    ``every``: the schedules of all budgets are asked for, not those of one.
     ``only``: the rewrites that may be applied (``graphopt.rewrites``), ``None`` for all.
     ``differentiated``: programs of which an output besides the loss was; ``attached``: such outputs have
     their gradient in the program, as where the scalar beside them turned out to be no loss.
@@ -149,6 +150,7 @@ class Session:
     watched_gradients: bool = False
     trains: bool = False
     dry_run: bool = False
+    every: bool = False
     planning_seconds: float = 0.0
     replay_bytes: int = 0
     lasting_bytes: int = 0
@@ -245,7 +247,8 @@ class Session:
 
         def look() -> None:
             captured.provisional = False
-            if captured.seen is not None and captured.seen == depends(self, captured):
+            known = captured.seen is not None and captured.seen == depends(self, captured)
+            if known and not captured.partly:
                 return
             captured.start_over()
             with _torch.within(context):
@@ -461,11 +464,9 @@ class Session:
 
     @property
     def bounded(self) -> bool:
-        """Whether memory counts: there is a budget, or every budget's plan is asked for. Op by op it always
-        does, for the frontier that is shown."""
-        asked = self.budget.memory is not None or self.dry_run or self.replay is not None
-        asked = asked or self.policy is not None
-        return asked or not self.emitter.by_segments
+        """Whether memory counts: there is a budget, or the plans of others are asked for."""
+        asked = self.budget.memory is not None or self.every or self.replay is not None
+        return asked or self.policy is not None
 
     def alternatives(self, make: Callable[[], Program], mode: str) -> Iterator[tuple[Offer, Program]]:
         """What the passes offer instead of the semantic program that ``make`` copies."""
@@ -509,6 +510,34 @@ class Session:
         for captured in self.current:
             captured.provisional = True
         self.finish()
+
+    @contextmanager
+    def every_schedule(self) -> Iterator[None]:
+        """In the block the present programs have the schedules and forms of all budgets. What they run, and
+        what is said of them, stays: to plan them for one budget the fastest may have been enough."""
+        looks = [captured.look for captured in self.current if captured.partly and captured.look is not None]
+        if not looks:
+            yield
+            return
+        observed = self.observed(self.current)
+        were = [(captured, dict(vars(captured))) for captured in self.current]
+        go_back, every, seconds = self.checkpoint(), self.every, self.planning_seconds
+        self.every = True
+        try:
+            for look in looks:
+                look()
+            if observed is not None:
+                observed.forget()
+            else:
+                settle(self.current, self.cost.device.allocation_granularity)
+            yield
+        finally:
+            for captured, values in were:
+                vars(captured).update(values)
+            if observed is not None:
+                observed.forget()
+            go_back()
+            self.every, self.planning_seconds = every, seconds
 
     def forget(self) -> None:
         """Nothing of what was captured so far is used: the model is captured in another way."""

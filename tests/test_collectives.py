@@ -54,7 +54,7 @@ def test_equal_collectives_stay_two_and_unread_ones_stay() -> None:
         return reduced(x + 1) * reduced(x + 1)
 
     gm = traced(twice)
-    _torch.eliminate_common_subexpressions(gm)
+    _torch.eliminate_common_subexpressions(gm, has_effect)
     assert len(names(gm)) == 6
     # What they read is computed once.
     assert len(gm.graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)) == 1
@@ -69,7 +69,7 @@ def test_a_collective_that_nobody_reads_or_waits_for_has_an_effect() -> None:
     gm = traced(launched)
     (launch,) = [node for node in gm.graph.nodes if is_collective(node.target)]
     assert has_effect(launch)
-    _torch.eliminate_common_subexpressions(gm)
+    _torch.eliminate_common_subexpressions(gm, has_effect)
     assert names(gm) == ["all_reduce"]
 
 

@@ -89,14 +89,15 @@ def is_opaque(node: fx.Node) -> bool:
     return not isinstance(node.meta.get("val"), (torch.Tensor, type(None), *numbers))
 
 
-def eliminate_common_subexpressions(gm: fx.GraphModule) -> None:
-    """Dead code and repeated pure computations out of a joint graph, as torch's partitioner does.
+def eliminate_common_subexpressions(gm: fx.GraphModule, must_happen: Callable[[fx.Node], bool]) -> None:
+    """Dead code and repeated pure computations out of a joint graph, as torch's partitioner does. What
+    ``must_happen`` names stays although nobody reads it.
 
     Collectives all stay: ranks count on each other to run the same ones.
     """
     from torch._functorch.compile_utils import fx_graph_cse
 
-    gm.graph.eliminate_dead_code(lambda node: node.is_impure() or is_collective(node.target))
+    gm.graph.eliminate_dead_code(must_happen)
     for number, node in enumerate(gm.graph.nodes):
         if is_collective(node.target):
             # Two calls with other arguments are not the same.

@@ -38,6 +38,7 @@ from graphopt.chain_run import ChainRunner
 from graphopt.emit.emitter import Emitter, Gradients
 from graphopt.errors import ArtefactError, HostMemoryError, brief
 from graphopt.optimized import Optimized
+from graphopt.order import must_happen
 from graphopt.partition import ordered, partition
 from graphopt.planned_step import said_of
 from graphopt.program import Program, same_names
@@ -231,7 +232,7 @@ class _Compiling:
             return self._rewritten(traced, programs[code.joint])
 
         def realise(joint: fx.GraphModule, count: int) -> tuple[fx.GraphModule, fx.GraphModule]:
-            _torch.eliminate_common_subexpressions(joint)
+            _torch.eliminate_common_subexpressions(joint, must_happen)
             if code.whole:
                 drop_unread_statistics(joint)
                 if self.emitter.name == "eager":

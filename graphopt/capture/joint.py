@@ -9,7 +9,7 @@ import torch
 import torch.fx as fx
 
 from graphopt import _torch
-from graphopt.collectives import is_collective
+from graphopt.order import must_happen
 from graphopt.program import InputSpec, Level, OutputSpec, Program, Signature
 from graphopt.replay import is_random_state, random_state_of
 from graphopt.schedule import Schedule
@@ -112,7 +112,7 @@ def save_everything(program: Program, *, random_states: bool = False) -> Schedul
         # An effect that no output carries happens where eager would have it: in the forward. That a
         # random generator moves on is an effect too.
         if (
-            (node.is_impure() or random_state_of(node) or is_collective(node.target))
+            (must_happen(node) or random_state_of(node))
             and node not in backward_only
             and node.op == "call_function"
         ):

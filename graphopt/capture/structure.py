@@ -25,7 +25,7 @@ import torch.fx as fx
 from graphopt import _torch
 from graphopt.capture.aliasing import Aliases, alias_map, written_inputs
 from graphopt.capture.ambient import AmbientMap, ambient_map
-from graphopt.collectives import is_collective
+from graphopt.order import must_happen
 
 __all__ = [
     "Line",
@@ -255,7 +255,7 @@ def _live_calls(graph: fx.Graph) -> set[fx.Node]:
 
 
 def _has_effect(node: fx.Node) -> bool:
-    effect = node.is_impure() or bool(written_inputs(node)) or is_collective(node.target)
+    effect = must_happen(node) or bool(written_inputs(node))
     return effect or not _torch.is_operator(node.target)
 
 

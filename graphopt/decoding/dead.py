@@ -71,6 +71,6 @@ def _written_in_vain(root: fx.Node) -> set[fx.Node]:
 
 
 def _must_stay(node: fx.Node) -> bool:
-    if name_of(node) == "dropout" and node.args[1:] and (node.args[1] == 0 or node.args[-1] is False):
+    if name_of(node) == "dropout" and node.args[1:] and node.args[1] == 0:
         return False  # draws nothing
     return node.op == "placeholder" or has_effect(node)

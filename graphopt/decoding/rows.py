@@ -28,6 +28,7 @@ from graphopt import _torch
 from graphopt.capture.aliasing import alias_map, written_inputs
 from graphopt.decoding.layouts import name_of
 from graphopt.order import has_effect
+from graphopt.replay import is_random
 from graphopt.rules import argument
 
 __all__ = ["as_rows", "shared"]
@@ -206,9 +207,7 @@ def shared(graph: fx.Graph) -> None:
             or not isinstance(node.meta.get("val"), torch.Tensor)
         ):
             continue
-        if aliases.roots[node] & aliases.written or torch.Tag.nondeterministic_seeded in getattr(
-            node.target, "tags", ()
-        ):
+        if aliases.roots[node] & aliases.written or is_random(node):
             continue
         form = f"{node.target} {node.args} {node.kwargs}"
         first = known.setdefault(form, node)

@@ -120,7 +120,7 @@ class Chunk(Pass):
                 id_,
                 self.name,
                 tuple(node.name for node in region.nodes),
-                delta(region, count, ctx.cost),
+                delta(region, count, ctx.cost, ctx.mode),
                 _writing(place, axis, count),
                 exactness="reassociated",
                 conflicts=tuple(other for other in ids.values() if other != id_),

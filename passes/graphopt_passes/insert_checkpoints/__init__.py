@@ -109,6 +109,11 @@ class InsertCheckpoints(Pass):
         prices = model.seconds if self.objective == "seconds" else _flops_first(model)
         plan = Incremental(model, prices)
         everything = saved_storages(model, model.baseline.saved)
+        if not ctx.bounded and ctx.emit == "eager":
+            # Op by op nothing that runs again saves time. Fused, it may.
+            whole = _point(model, Realiser(model), _tried(plan, everything))
+            yield Frontier(self.name, (whole,), peak_floor(model), seconds_bound(model))
+            return
         family = [everything, *seeds(model, prices, 24)]
         # What code generators make of values that are computed again more than once is not modelled.
         repeat = ctx.emit == "eager"
@@ -133,7 +138,8 @@ class InsertCheckpoints(Pass):
             starts += [(saved, frozenset()) for saved in blends(model, family, 8)]
         starts += rows
         own = [(start, limit or 8 * effort) for start, limit in own]
-        front = search(plan, starts, targets=targets, effort=effort, own=own, repeat=repeat)
+        room = ctx.room_bytes if repeat else None
+        front = search(plan, starts, targets=targets, effort=effort, own=own, repeat=repeat, room=room)
         realise = Realiser(model)
         if ctx.emit == "eager":
             items = _undominated((*front.items, *known))

@@ -10,6 +10,7 @@ is kept, so the result is at least as good as any starting point.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections.abc import Iterator, Sequence, Set
 
 import numpy as np
@@ -21,6 +22,16 @@ from graphopt_passes.insert_checkpoints.moves import NEGLIGIBLE, Key, Kind, Move
 __all__ = ["Front", "Start", "search"]
 
 Array = npt.NDArray[np.int64]
+
+_COARSE = 8
+"""Of so many targets one is aimed at where only plans near one peak are asked for."""
+
+_NARROW = 0.1
+"""Which share of all peaks is searched closely above that one, and half of it below: plans that were found
+above are where those below come from."""
+
+_REACH = 0.15
+"""Which share of all peaks, to both sides of that one, is looked at again at the end."""
 
 Start = tuple[Set[int], Set[tuple[int, int]]]
 """Storages handed over, and what is released after which slot."""
@@ -59,8 +70,12 @@ def search(
     effort: int,
     own: Sequence[tuple[Start, int]] = (),
     repeat: bool = False,
+    room: int | None = None,
 ) -> Front:
     """The frontier of ``plan``'s model.
+
+    ``room``: the peak that the caller is after, ``None`` for all of them. Where a plan fits it most of the
+    work is done right below it, and the rest of the frontier is coarse.
 
     ``targets``: how many peaks between the least and the largest are aimed at. ``effort``: how
     many changes may be spent on each step of that. ``own``: plans that are each the start of a
@@ -82,8 +97,11 @@ def search(
         descent.run(0, limit)
         low = min(low, plan.peak)
     low = min(low, front.items[0].peak)
-    for step in range(targets):
-        target = low + (top - low) * (targets - 1 - step) // targets
+    aims = [low + (top - low) * (targets - 1 - step) // targets for step in range(targets)]
+    near = room is not None and low <= room < top
+    if room is not None and near:
+        aims = _aims_at(room, aims, low)
+    for target in aims:
         _load(plan, _nearest_above(front, target))
         descent.run(target, effort)
         best = front.best_within(target)
@@ -91,11 +109,24 @@ def search(
             _load(plan, best)
             _take_back(descent, target, effort)
             _exchange(descent, target, effort)
-    for item in _kinks(front, targets // 4):
+    items = front.items
+    if room is not None and near:
+        reach = _REACH * (top - low)
+        items = [item for item in items if room - reach <= item.peak <= room + reach]
+    for item in _kinks(items, max(4, len(aims) // 4)):
         _load(plan, item)
         _shift(descent, 2 * effort)
         descent.run(plan.peak - plan.peak // 1000, effort)
     return front
+
+
+def _aims_at(room: int, aims: Sequence[int], low: int) -> list[int]:
+    """Falling targets, a part of as many as ``aims``: a few of those, and several around ``room``."""
+    coarse = aims[:: _COARSE]
+    narrow = max(4, len(aims) // _COARSE)
+    reach = (aims[0] - low) * _NARROW
+    close = [room + int(reach * (narrow - 1 - 1.5 * step) / narrow) for step in range(narrow)]
+    return sorted({*coarse, *(max(low, target) for target in close), room}, reverse=True)
 
 
 def _load(plan: Incremental, item: Snapshot) -> None:
@@ -224,9 +255,9 @@ def _exchange(descent: _Descent, target: int, effort: int) -> None:
             plan.undo(mark)
 
 
-def _kinks(front: Front, count: int) -> list[Snapshot]:
+def _kinks(items: Sequence[Snapshot], count: int) -> list[Snapshot]:
     """The points below which the price jumps most: where one kind of recomputation is used up."""
-    pairs = zip(front.items, front.items[1:], strict=False)
+    pairs = itertools.pairwise(items)
     jumps = [(dearer.price / max(item.price, NEGLIGIBLE), item) for dearer, item in pairs]
     jumps.sort(key=lambda jump: -jump[0])
     return [item for _, item in jumps[:count]]
