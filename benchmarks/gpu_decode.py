@@ -5,10 +5,13 @@
 Greedy, ``--context`` tokens before, bf16 but for packed weights. ``graphopt`` generates with
 ``optimize(generate=...)``; ``graphopt-SCHEME`` the same with weights packed by ``graphopt.quantize`` before
 (the head and the table of embeddings too where the scheme has rows), ``+PASS`` behind either with that pass
-besides the default ones. ``compile`` is torch.compile
-(``reduce-overhead``) of a step of transformers with a static cache, ``ao-int8`` that after torchao's int8
-weight-only quantization, where torchao is installed. ``ms`` is of one more token: the difference of two
-lengths of generation over the tokens between, median of ``--repeats``, host included. ``floor`` is the part
+besides the default ones: a pass by its name, ``quant-BITS`` (``keep-kv`` with stores of that many bits) or
+``swiftkv`` (``share-kv`` with that preset: later keys and values out of one early stream). ``compile`` is
+torch.compile (``reduce-overhead``) of a step of transformers with a static cache, ``ao-int8`` and ``ao-int4``
+that after torchao's weight-only quantization, where torchao is installed. ``ms`` is of one more token: the
+difference of two lengths of generation over the tokens between, median of ``--repeats``, host included;
+``prompt_ms`` is what remains of the shorter one, above all the prompt. ``compile`` runs prompts through
+transformers as they are. ``floor`` is the part
 of that in which the weights alone are read at the read bandwidth of the device table. ``same`` is how many of
 the first ``--checked`` tokens are those that the model gives before anything is compiled or packed; with
 random weights the best two logits are often alike in bf16, so it says little. ``regret`` says more: by how
@@ -59,7 +62,7 @@ def built(given: argparse.Namespace) -> Any:
     config = LlamaConfig(
         hidden_size=given.hidden, intermediate_size=given.inner, num_hidden_layers=given.layers,
         num_attention_heads=given.heads, num_key_value_heads=given.groups, vocab_size=given.vocab,
-        max_position_embeddings=8192, attn_implementation="sdpa",
+        max_position_embeddings=max(8192, given.capacity), attn_implementation="sdpa",
     )  # fmt: skip
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
@@ -76,14 +79,20 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def static_cache(
-    given: argparse.Namespace, model: Any, packed: bool
+    given: argparse.Namespace, model: Any, packed: str
 ) -> Callable[[torch.Tensor, int], torch.Tensor]:
     from transformers import StaticCache
 
     if packed:
         from torchao import quantization
 
-        quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        if packed == "int8":
+            quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+        else:
+            layout = "tile_packed_to_4d"
+            quantization.quantize_(
+                model, quantization.Int4WeightOnlyConfig(group_size=128, int4_packing_format=layout)
+            )
     cache = StaticCache(config=model.config, max_cache_len=given.capacity)
 
     def step(token: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
@@ -128,9 +137,18 @@ def decoding(given: argparse.Namespace, model: Any, mode: str) -> tuple[Callable
     wanted = graphopt.Generate(max_tokens=given.capacity, max_batch=given.batch)
     fast = graphopt.optimize(
         whole, (ids,), generate=wanted, on_error="raise", emit=given.emit, cache=False,
-        pipeline=["default", *passes] if passes else None,
+        pipeline=["default", *map(step_named, passes)] if passes else None,
     )  # fmt: skip
     return lambda prompt, new: fast.generate(prompt, max_new_tokens=new), fast
+
+
+def step_named(name: str) -> Any:
+    import graphopt
+
+    kind, _, bits = name.partition("-")
+    if kind == "quant":
+        return graphopt.use("keep-kv", store=f"quant{{bits={bits}}}")
+    return graphopt.use("share-kv", preset="swiftkv") if name == "swiftkv" else name
 
 
 def same_tokens(found: torch.Tensor, plain: torch.Tensor) -> int:
@@ -145,10 +163,11 @@ def one(given: argparse.Namespace) -> dict[str, Any]:
     plain = prompt
     with torch.no_grad():
         for _ in range(given.checked):
-            plain = torch.cat([plain, model(plain, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+            logits = model(plain, use_cache=False, logits_to_keep=1).logits
+            plain = torch.cat([plain, logits[:, -1:].argmax(-1)], 1)
     begun = time.perf_counter()
-    if mode in ("compile", "ao-int8"):
-        generate = static_cache(given, model, mode == "ao-int8")
+    if mode in ("compile", "ao-int8", "ao-int4"):
+        generate = static_cache(given, model, mode.removeprefix("compile").removeprefix("ao-"))
     else:
         generate, report = decoding(given, model, mode)
     ready = time.perf_counter() - begun
@@ -157,7 +176,7 @@ def one(given: argparse.Namespace) -> dict[str, Any]:
     found = generate(prompt, many)
     compiled = time.perf_counter() - begun
     await_turn()
-    taken = []
+    taken, prompts = [], []
     for _ in range(given.repeats):
         seconds = []
         for new in (few, many):
@@ -167,6 +186,7 @@ def one(given: argparse.Namespace) -> dict[str, Any]:
             _synchronize(given)
             seconds.append(time.perf_counter() - start)
         taken.append((seconds[1] - seconds[0]) / given.tokens)
+        prompts.append(seconds[0] - few * taken[-1])
     seconds_each = statistics.median(taken)
     held = weight_bytes(model)
     row = {
@@ -174,6 +194,9 @@ def one(given: argparse.Namespace) -> dict[str, Any]:
         "batch": given.batch,
         "ms": round(seconds_each * 1e3, 3),
         "tokens_per_s": round(given.batch / seconds_each, 1),
+        "prompt_ms": round(statistics.median(prompts) * 1e3, 2),
+        "context": given.context,
+        "capacity": given.capacity,
         "weight_gib": round(held / 2**30, 2),
         "floor": round(held / READ / seconds_each, 3),
         "same": same_tokens(found[:, given.context :], plain[:, given.context :]),
@@ -193,10 +216,10 @@ def one(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def regret(whole: torch.Tensor, context: int, given: argparse.Namespace) -> float:
-    """Of the tokens behind ``context``, by a float32 model; a sequence at a time."""
+    """Of the tokens behind ``context``, by a float32 model; a sequence at a time, one of long ones."""
     model = built(given).float()
     lost = []
-    for tokens in whole[:4]:
+    for tokens in whole[: 4 if context < 4096 else 1]:
         with torch.no_grad():
             kept = len(tokens) - context
             logits = model(input_ids=tokens[None, :-1], use_cache=False, logits_to_keep=kept).logits[0]
@@ -253,7 +276,11 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if given.device == "cuda" else "cpu",
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "date": datetime.now(UTC).date().isoformat(),
-        "command": "python benchmarks/gpu_decode.py",
+        "command": "python benchmarks/gpu_decode.py" + "".join(
+            f" --{name} {getattr(given, name)}"
+            for name in ("modes", "batch", "context", "capacity")
+            if getattr(given, name) != parser.get_default(name)
+        ),
         "rows": [],
         "missing": [],
     }

@@ -251,6 +251,8 @@ class Session:
             if known and not captured.partly:
                 return
             captured.start_over()
+            if self._seen is not None:
+                self._seen[1].forget()
             with _torch.within(context):
                 given = traced.inputs()
                 weigh_forms(self, captured, given, mode)
@@ -519,24 +521,21 @@ class Session:
         if not looks:
             yield
             return
-        observed = self.observed(self.current)
         were = [(captured, dict(vars(captured))) for captured in self.current]
         go_back, every, seconds = self.checkpoint(), self.every, self.planning_seconds
         self.every = True
         try:
             for look in looks:
                 look()
-            if observed is not None:
-                observed.forget()
-            else:
+            if self.observed(self.current) is None:
                 settle(self.current, self.cost.device.allocation_granularity)
             yield
         finally:
             for captured, values in were:
                 vars(captured).update(values)
-            if observed is not None:
-                observed.forget()
             go_back()
+            if self._seen is not None:
+                self._seen[1].forget()
             self.every, self.planning_seconds = every, seconds
 
     def forget(self) -> None:

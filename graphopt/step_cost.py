@@ -43,10 +43,16 @@ def step_memory(session: Session, points: Sequence[FrontierPoint | None]) -> Mem
 
 
 def step_curve(session: Session, base_bytes: int) -> list[tuple[int, float, int, str]]:
-    """(peak, added seconds, FLOPs again, label) of the present step's plans, least peak first.
+    """(peak, added seconds, FLOPs again, label) of the present step's plans under every budget, least peak
+    first.
 
     Several programs: the planner's choice at each peak that some combination reaches.
     """
+    with session.every_schedule():
+        return _curve(session, base_bytes)
+
+
+def _curve(session: Session, base_bytes: int) -> list[tuple[int, float, int, str]]:
     if observed := session.observed(session.current):
         return [
             (

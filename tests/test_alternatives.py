@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import register_flop_formula
 
 import graphopt
-from graphopt.alternatives import alternatives, coordinate_wise, united
+from graphopt.alternatives import Form, Grade, alternatives, coordinate_wise, united
 from graphopt.budget import Budget
 from graphopt.candidate import Candidate, CostDelta, Frontier, FrontierPoint
 from graphopt.edit import Edit
@@ -385,12 +385,59 @@ def looked_at(
     seen: list[tuple[str, list[str]]] = []
     said: list[str] = []
 
-    def look(name: str, program: Program) -> int | None:
-        seen.append((name, [str(node.target) for node in program.nodes()]))
-        return peaks.get(name, least)
+    def look(form: Form) -> Grade | None:
+        seen.append((form.name, [str(node.target) for node in form.program.nodes()]))
+        peak = peaks.get(form.name, least)
+        return None if peak is None else Grade(True, 0.0, peak)
 
-    coordinate_wise(_make, passes, context(), lambda text, error: said.append(text), look, least)
+    own = Grade(True, 0.0, least)
+    left = coordinate_wise(_make, passes, context(), lambda text, error: said.append(text), look, own)
+    assert left == []
     return seen, said
+
+
+def test_where_a_form_fits_what_takes_longer_is_not_looked_at() -> None:
+    first = proposing(
+        lambda p, c: [
+            _swapping("a", "cos", aten.tan.default, peak_bytes=-5, seconds=1.0),
+            _swapping("b", "cos", aten.exp.default, peak_bytes=-9, seconds=2.0),
+            _swapping("c", "cos", aten.neg.default, peak_bytes=-11, seconds=2.5),
+        ]
+    )
+    second = replace_pass_id(
+        proposing(
+            lambda p, c: [
+                _swapping("d", "sin", aten.neg.default, seconds=0.5),
+                _swapping("e", "sin", aten.abs.default, peak_bytes=-1, seconds=0.6),
+            ],
+            name="other-pass",
+        )
+    )
+    seen: list[str] = []
+
+    def look(form: Form) -> Grade:
+        seen.append(form.name)
+        return {"a": Grade(False, 2.0, 90), "b": Grade(False, 2.1, 80)}.get(form.name, Grade(False, 1.5, 90))
+
+    left = coordinate_wise(_make, [first, second], context(), _unexpected, look, Grade(True, 0.0, 100))
+    # "b" takes as long as the best so far before anything runs again: it may be leaner.
+    assert seen == ["a", "b", "a+d"]
+    assert [offer.id for offer in left] == ["c", "e"]
+
+
+def _unexpected(text: str, error: GraphoptError) -> None:
+    raise AssertionError(text)
+
+
+def test_what_fits_is_better_than_what_is_smaller() -> None:
+    frontier = Frontier("p", (point(4, 3.0), point(10, 1.0), point(9, 1.0)))
+    fits = Grade.of(frontier, 0.5, 10)
+    assert fits == Grade(False, 1.5, 9)
+    assert Grade.of(frontier, 0.5, 4) == Grade(False, 3.5, 4)
+    assert Grade.of(frontier, 0.5, 3) == Grade.of(frontier, 9.0, None) == Grade(True, 0.0, 4)
+    assert fits < Grade.of(frontier, 0.5, 4) < Grade.of(frontier, 0.5, 3)
+    assert fits.may_gain_from(1.5) and not fits.may_gain_from(1.6)
+    assert Grade(True, 0.0, 4).may_gain_from(100.0)
 
 
 def _swapping(name: str, place: str, target: object, **delta: float) -> Candidate:
@@ -413,8 +460,8 @@ def test_each_pass_is_tried_on_top_of_the_best_of_those_before() -> None:
     found, said = looked_at(first, second, peaks={"b": 60, "a": 50, "a+c": 40})
     assert not said
     assert found == [
-        ("b", ["aten.matmul.default", "aten.exp.default", "aten.sin.default"]),
         ("a", ["aten.matmul.default", "aten.tan.default", "aten.sin.default"]),
+        ("b", ["aten.matmul.default", "aten.exp.default", "aten.sin.default"]),
         ("a+c", ["aten.matmul.default", "aten.tan.default", "aten.neg.default"]),
     ]
 
@@ -445,7 +492,7 @@ def test_of_many_offers_a_few_are_looked_at() -> None:
     ]
     worse = _swapping("worse", "cos", aten.exp.default, peak_bytes=-20, seconds=5.0)
     step = proposing(lambda p, c: [worse, *offers])
-    assert [name for name, _ in looked_at(step, peaks={})[0]] == ["k1", "k5", "k9"]
+    assert [name for name, _ in looked_at(step, peaks={})[0]] == ["k9", "k5", "k1"]
 
 
 def test_a_family_is_weighed_as_one() -> None:

@@ -433,9 +433,7 @@ class Driver:
         session = self.session
         unfold(session)
         points: list[ParetoPoint] = []
-        with session.every_schedule():
-            curve = step_curve(session, session.static_bytes or 0)
-        for peak, seconds, flops, label in curve:
+        for peak, seconds, flops, label in step_curve(session, session.static_bytes or 0):
             point = ParetoPoint(peak, baseline + seconds, flops, label)
             # What is added may be too little to make the sum another number.
             if not points or point.seconds < points[-1].seconds:
