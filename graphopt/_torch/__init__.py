@@ -20,6 +20,7 @@ from graphopt._torch.autograd import (
 )
 from graphopt._torch.choices import HELD, holds_rows, joins_apart
 from graphopt._torch.containers import container_classes, container_of, container_parts
+from graphopt._torch.donated import sparing
 from graphopt._torch.dynamo import (
     ISOLATES_RECOMPILES,
     compile_errors,
@@ -269,6 +270,7 @@ __all__ = [
     "size_symbols",
     "sized",
     "source_name",
+    "sparing",
     "splitting",
     "static_context",
     "stays_as_captured",
