@@ -74,7 +74,8 @@ def capture_pieces(driver: Driver, args: tuple[Any, ...], kwargs: dict[str, Any]
     if not session.current:
         driver.give_up(CaptureError("dynamo captured no graph of the model"), args, kwargs)
         return
-    driver.call = call
+    if driver.has_faithful_gradients(call, args, kwargs):
+        driver.call = call
 
 
 def decide_step(driver: Driver, step: Callable[[], object]) -> None:
