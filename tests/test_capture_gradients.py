@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt.capture.faithful_gradients import gradients_compared, no_room, roots_of
+from graphopt.capture.faithful_gradients import PART, gradients_compared, no_room, roots_of
 from graphopt.cost import Cost
 from graphopt.errors import CaptureError
 
@@ -240,6 +240,22 @@ def test_a_model_whose_gradients_are_the_same_is_planned_and_left_as_it_was(
         assert not parameter._backward_hooks and not parameter._post_accumulate_grad_hooks
     if isinstance(model, Counting):
         assert model.calls == 0
+
+
+def test_all_of_a_large_gradient_is_compared() -> None:
+    class Large(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(PART + 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.w * x
+
+    model, x = Large(), torch.ones(PART + 3)
+    assert gradients_compared(model, model, (x,), {}).difference == ""
+    last = torch.ones(PART + 3).index_fill(0, torch.tensor([PART + 2]), 100.0)
+    result = gradients_compared(model, lambda x: model(x * last), (x,), {})
+    assert result.difference.startswith("the gradient of 'w' differs by ")
 
 
 Weighing = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]

@@ -303,9 +303,9 @@ def _kept(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
-def chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Tensors of as many elements side by side, in flat parts of at most ``CHUNK`` elements."""
-    return zip(*(torch.split(t.detach().reshape(-1), CHUNK) for t in tensors), strict=True)
+def chunks(*tensors: torch.Tensor, size: int = CHUNK) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Tensors of as many elements side by side, in flat parts of at most ``size`` elements."""
+    return zip(*(torch.split(t.detach().reshape(-1), size) for t in tensors), strict=True)
 
 
 def _share_unequal(ours: torch.Tensor, theirs: torch.Tensor) -> float:

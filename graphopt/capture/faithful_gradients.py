@@ -34,7 +34,10 @@ from graphopt.errors import brief
 from graphopt.guard import obstacle
 from graphopt.loss import loss_of
 
-__all__ = ["gradients_compared", "no_room", "roots_of"]
+__all__ = ["PART", "gradients_compared", "no_room", "roots_of"]
+
+PART = 1 << 20
+"""Elements of a gradient that are compared at a time, in float64: a few MiB beside what a step takes."""
 
 DIGITS = 32.0
 """Times the last digit of the least precise type: up to there a difference is rounding, and no third step is
@@ -155,7 +158,7 @@ def roots_of(
 def _weights(like: torch.Tensor) -> torch.Tensor:
     made = torch.empty(like.numel(), dtype=like.dtype, device=like.device)
     done = 0
-    for (part,) in chunks(made):
+    for (part,) in chunks(made, size=PART):
         numbers = torch.arange(done, done + part.numel(), device=like.device)
         part.copy_(numbers.mul(0.7).cos_())
         done += part.numel()
@@ -245,7 +248,7 @@ def _squares(gradient: torch.Tensor, less: torch.Tensor | None = None) -> float:
     """The sum of squares of what is finite in a gradient, or in its difference to another, which is infinite
     where numbers that are not finite differ."""
     total = 0.0
-    for parts in chunks(gradient) if less is None else chunks(gradient, less):
+    for parts in chunks(gradient, *(() if less is None else (less,)), size=PART):
         wide = torch.complex128 if parts[0].is_complex() else torch.float64
         mine = parts[0].to(wide)
         finite = mine.isfinite()
