@@ -274,7 +274,10 @@ class Session:
                 )
             return reattach(run, original, auxiliary, lambda: self._used(captured)) if auxiliary else run
 
-        captured.recompile, captured.look, captured.plain = compile_now, look, original.forward
+        def plain(*args: Any) -> Any:
+            return _torch.run_as_captured(original, args)
+
+        captured.recompile, captured.look, captured.plain = compile_now, look, plain
         captured.run = compile_now()
         ran = self._made = Ran(specs, tuple(auxiliary), captured)
         if self.whole:
@@ -285,7 +288,7 @@ class Session:
             if self.capturing and self.whole:
                 return self._as_captured(original, args)
             if self.differentiating:
-                return original.forward(*args)
+                return plain(*args)
             if captured.provisional and self.staged:
                 if captured.ran:
                     self.finish()
@@ -302,7 +305,7 @@ class Session:
         # Transforms of functions differentiate within the graph.
         differentiated = self.differentiating or _torch.stays_as_captured(gm)
         with torch.set_grad_enabled(torch.is_grad_enabled() and differentiated):
-            return gm.forward(*args)
+            return _torch.run_as_captured(gm, args)
 
     def guarded(self, run: Callable[..., Any], plain: Callable[..., Any], name: str) -> Callable[..., Any]:
         """``run``, with ``plain`` in its place should it fail when it is first called."""

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import graphopt
 from graphopt.capture.faithful_gradients import PART, gradients_compared, no_room, roots_of
@@ -205,6 +206,15 @@ class Sensitive(Rounded):
         return h + 1e-7 * torch.sin(1e7 * super().middle(h))
 
 
+class Again(Net):
+    """Part of it runs again in the backward, with the numbers that it drew."""
+
+    def middle(self, h: torch.Tensor) -> torch.Tensor:
+        return checkpoint(  # type: ignore[no-any-return]
+            lambda h: nn.functional.dropout(h.sin(), 0.5), h, use_reentrant=False
+        )
+
+
 class Centred(Net):
     """The gradient of a bias is zero but for rounding, which is another under the compiler."""
 
@@ -217,7 +227,10 @@ class Centred(Net):
         return super().forward(self.batches(h))
 
 
-@pytest.mark.parametrize("make", [Net, Dropping, Counting, Looking, Frozen, Rounded, Sensitive, Centred])
+SAME = [Net, Dropping, Counting, Looking, Frozen, Rounded, Sensitive, Again, Centred]
+
+
+@pytest.mark.parametrize("make", SAME)
 def test_a_model_whose_gradients_are_the_same_is_planned_and_left_as_it_was(
     make: Callable[[], nn.Module],
 ) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 from torch._functorch import config as functorch_config
 from torch._functorch import partitioners
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from graphopt import _torch
 from graphopt._torch import choices, dynamo, inductor
@@ -141,6 +141,38 @@ def test_retrace_puts_checkpoint_regions_in_line_and_tags_them() -> None:
     _, traced = _retraced(function, torch.randn(3, requires_grad=True))
     tagged = [node.name for node in traced.graph.nodes if "recompute" in node.meta]
     assert tagged == ["sin", "exp"]
+
+
+@pytest.mark.parametrize("policy", [False, True])
+def test_a_captured_graph_draws_the_same_again_where_regions_run_again(policy: bool) -> None:
+    def save_products() -> Any:
+        return create_selective_checkpoint_contexts([torch.ops.aten.mm.default])
+
+    options: dict[str, Any] = {"context_fn": save_products} if policy else {}
+    weight = torch.eye(64)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        def region(x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(x.mm(weight).sin(), 0.5).exp()
+
+        return checkpoint(region, x, use_reentrant=False, **options)  # type: ignore[no-any-return]
+
+    x = torch.randn(64, 64, requires_grad=True)
+    found = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        def run(*args: Any) -> Any:
+            return _torch.run_as_captured(gm, args)
+
+        return run
+
+    torch._dynamo.reset()
+    for call in (function, torch.compile(function, backend=backend, fullgraph=True)):
+        torch.manual_seed(0)
+        y = call(x)
+        torch.rand(1)
+        found.append((y, *torch.autograd.grad(y.sum(), x)))
+    assert all(map(torch.equal, *found))
 
 
 def test_retrace_leaves_the_inputs_of_later_tracing_alone() -> None:
