@@ -106,7 +106,8 @@ class Session:
     recorded; ``recorders`` do that. ``keeps``: keep plan and code for later processes, and take over what
     earlier ones kept. ``watching(run, args, ran)`` runs a whole program in the place of ``run(*args)``.
     ``policy``: who picks within the budget in the planner's place, ``chosen_by``: its name where it did.
-    ``comparing``: a captured call computes what dynamo captured, without gradients, and nothing is captured.
+    ``comparing``: a captured call computes what dynamo captured, without gradients, and nothing is captured;
+    ``differentiating``: with gradients. ``writes_apart``: plain code between programs writes parameters.
     ``confirm``: asks other ranks about programs that are planned after the first agreement.
     ``steps``: whole steps that were planned, the present one last; ``settled``: no other is captured.
     ``modes`` says which modules of the model are in training mode.
@@ -134,6 +135,8 @@ class Session:
     staged: bool = False
     capturing: bool = False
     comparing: bool = False
+    differentiating: bool = False
+    writes_apart: bool = False
     captured: list[Captured] = field(default_factory=list)
     current: list[Captured] = field(default_factory=list)
     plan: Plan | None = None
@@ -273,7 +276,10 @@ class Session:
                 )
             return reattach(run, original, auxiliary, lambda: self._used(captured)) if auxiliary else run
 
-        captured.recompile, captured.look, captured.plain = compile_now, look, original.forward
+        def plain(*args: Any) -> Any:
+            return _torch.run_as_captured(original, args)
+
+        captured.recompile, captured.look, captured.plain = compile_now, look, plain
         captured.run = compile_now()
         ran = self._made = Ran(specs, tuple(auxiliary), captured)
         if self.whole:
@@ -283,6 +289,8 @@ class Session:
         def call(*args: Any) -> Any:
             if self.capturing and self.whole:
                 return self._as_captured(original, args)
+            if self.differentiating:
+                return plain(*args)
             if captured.provisional and self.staged:
                 if captured.ran:
                     self.finish()
@@ -297,8 +305,9 @@ class Session:
         if not self.comparing:
             raise NotPlanned
         # Transforms of functions differentiate within the graph.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and _torch.stays_as_captured(gm)):
-            return gm.forward(*args)
+        differentiated = self.differentiating or _torch.stays_as_captured(gm)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and differentiated):
+            return _torch.run_as_captured(gm, args)
 
     def guarded(self, run: Callable[..., Any], plain: Callable[..., Any], name: str) -> Callable[..., Any]:
         """``run``, with ``plain`` in its place should it fail when it is first called."""
@@ -325,6 +334,7 @@ class Session:
                     if _torch.storage_bytes(tensor):
                         tensor.copy_(value)
             others = [name for name, p, was in before if p._version != was and id(p) not in written]
+            self.writes_apart = bool(others)
             if others:
                 more = f" and {len(others) - 1} more" if len(others) > 1 else ""
                 self.diagnostics.append(

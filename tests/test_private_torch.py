@@ -16,7 +16,7 @@ from torch import nn
 from torch._functorch import config as functorch_config
 from torch._functorch import partitioners
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from graphopt import _torch
 from graphopt._torch import choices, dynamo, inductor
@@ -141,6 +141,38 @@ def test_retrace_puts_checkpoint_regions_in_line_and_tags_them() -> None:
     _, traced = _retraced(function, torch.randn(3, requires_grad=True))
     tagged = [node.name for node in traced.graph.nodes if "recompute" in node.meta]
     assert tagged == ["sin", "exp"]
+
+
+@pytest.mark.parametrize("policy", [False, True])
+def test_a_captured_graph_draws_the_same_again_where_regions_run_again(policy: bool) -> None:
+    def save_products() -> Any:
+        return create_selective_checkpoint_contexts([torch.ops.aten.mm.default])
+
+    options: dict[str, Any] = {"context_fn": save_products} if policy else {}
+    weight = torch.eye(64)
+
+    def function(x: torch.Tensor) -> torch.Tensor:
+        def region(x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(x.mm(weight).sin(), 0.5).exp()
+
+        return checkpoint(region, x, use_reentrant=False, **options)  # type: ignore[no-any-return]
+
+    x = torch.randn(64, 64, requires_grad=True)
+    found = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        def run(*args: Any) -> Any:
+            return _torch.run_as_captured(gm, args)
+
+        return run
+
+    torch._dynamo.reset()
+    for call in (function, torch.compile(function, backend=backend, fullgraph=True)):
+        torch.manual_seed(0)
+        y = call(x)
+        torch.rand(1)
+        found.append((y, *torch.autograd.grad(y.sum(), x)))
+    assert all(map(torch.equal, *found))
 
 
 def test_retrace_leaves_the_inputs_of_later_tracing_alone() -> None:
@@ -533,6 +565,108 @@ def test_code_is_kept_under_a_name_and_found_again(tmp_path: Path, monkeypatch: 
     torch.testing.assert_close(x.grad, x.detach().cos() * x.detach().sin().exp())
     _torch.forget_code("ow")
     assert not _torch.is_kept("own") and _torch.kept_code("own") is None
+
+
+def donating(keep: str) -> tuple[Any, list[list[bool]], torch.Tensor]:
+    """A compiled ``f(x)`` whose backward may write over what was saved, and what it was given in each of its
+    runs: of which arguments the memory is that of earlier ones."""
+    order = lambda launches, buffers: list(range(len(launches)))  # noqa: E731
+    given: list[list[bool]] = []
+    seen: set[int] = set()
+
+    def partition(joint: fx.GraphModule, outputs: int) -> Any:
+        return partitioners.default_partition(joint, None, num_fwd_outputs=outputs)
+
+    def compiler(graph: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        code = _torch.inductor_inner_compile(graph, inputs, **kwargs)
+        if not kwargs.get("is_backward"):
+            return code
+
+        def noting(arguments: list[Any]) -> Any:
+            places = [x.data_ptr() for x in arguments if isinstance(x, torch.Tensor)]
+            given.append([place in seen for place in places])
+            seen.update(places)
+            held.extend(arguments)
+            return code(arguments)
+
+        return _torch.known_to_caches(_torch.boxed(noting), code)
+
+    held: list[Any] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        return _torch.compile_with_inductor(gm, inputs, partition, compiler, 64, order, "key", keep)
+
+    torch._dynamo.reset()
+    x = torch.randn(8, requires_grad=True)
+    return torch.compile(lambda x: (x.sin().exp().tanh() * 2).sum(), backend=backend), given, x
+
+
+def test_a_backward_that_may_write_over_what_was_saved_gets_copies_where_its_graph_is_kept() -> None:
+    run, given, x = donating("")
+    (expected,) = torch.autograd.grad((x.sin().exp().tanh() * 2).sum(), x)
+    loss = run(x)
+    for keep in (True, True, False):
+        (found,) = torch.autograd.grad(loss, x, retain_graph=keep)
+        torch.testing.assert_close(found, expected)
+    # Input and tangent are themselves each time; what was donated is a copy while the graph is kept.
+    assert [sum(again) for again in given] == [0, 1, 1] and len(given[0]) > 2
+    # A graph that is not kept hands over the memory itself.
+    assert given[1] == given[2]
+
+
+@pytest.mark.parametrize("switch", [True, False])
+def test_a_graph_may_be_kept_whatever_was_said_of_donation_when_it_was_compiled(switch: bool) -> None:
+    with functorch_config.patch(donated_buffer=switch):
+        run, _, x = donating("")
+        loss = run(x)
+    (first,) = torch.autograd.grad(loss, x, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, x)
+    assert torch.equal(first, second)
+
+
+def test_code_that_was_kept_spares_what_was_saved_too(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    run, _, x = donating("donating")
+    (expected,) = torch.autograd.grad(run(x), x)
+    assert _torch.is_kept("donating")
+    known = _torch.kept_code("donating")
+    assert known is not None
+    (loss,) = known(x)
+    for keep in (True, True, False):
+        (found,) = torch.autograd.grad(loss, x, retain_graph=keep)
+        assert torch.equal(found, expected)
+
+
+def test_copies_lie_as_what_they_are_copies_of() -> None:
+    given: list[torch.Tensor] = []
+
+    def code(arguments: list[Any]) -> None:
+        given.extend(arguments)
+
+    spares = _torch.sparing(code, [0, 2])
+    values = [torch.arange(12.0).reshape(3, 4).t()[1:], torch.ones(2), torch.ones(3, 1).expand(3, 5)]
+    y = Spared.apply(torch.ones(1, requires_grad=True), spares, values)
+    y.backward(retain_graph=True)
+    y.backward()
+    kept, gone = given[:3], given[3:]
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(kept, values, strict=True))
+    assert [a.data_ptr() == b.data_ptr() for a, b in zip(kept, values, strict=True)] == [False, True, False]
+    assert all(a is b for a, b in zip(gone, values, strict=True))
+    assert _torch.sparing(code, ()) is code
+
+
+class Spared(torch.autograd.Function):
+    """Its backward calls a boxed callable."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, code: Any, values: list[torch.Tensor]) -> torch.Tensor:
+        ctx.code, ctx.values = code, values
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        ctx.code(list(ctx.values))
+        return gradients[0], None, None
 
 
 def test_without_the_code_of_a_half_nothing_is_found(tmp_path: Path, monkeypatch: Any) -> None:

@@ -20,6 +20,7 @@ from graphopt._torch.autograd import (
 )
 from graphopt._torch.choices import HELD, holds_rows, joins_apart
 from graphopt._torch.containers import container_classes, container_of, container_parts
+from graphopt._torch.donated import sparing
 from graphopt._torch.dynamo import (
     ISOLATES_RECOMPILES,
     compile_errors,
@@ -145,6 +146,7 @@ from graphopt._torch.tracing import (
     has_own_gradients,
     retrace,
     retraced_at,
+    run_as_captured,
     stays_as_captured,
     taken_apart,
     traced_body,
@@ -254,6 +256,7 @@ __all__ = [
     "retrace",
     "retraced_at",
     "return_none",
+    "run_as_captured",
     "run_with_random_state",
     "running_node",
     "runs_alone",
@@ -269,6 +272,7 @@ __all__ = [
     "size_symbols",
     "sized",
     "source_name",
+    "sparing",
     "splitting",
     "static_context",
     "stays_as_captured",

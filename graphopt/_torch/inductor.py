@@ -11,7 +11,8 @@ import torch.fx as fx
 from torch._functorch import config as functorch_config
 
 from graphopt._torch.choices import our_choices
-from graphopt._torch.kept_code import keeping_code
+from graphopt._torch.donated import donated_by, notes_of_compiled, permit_kept_graphs, sparing
+from graphopt._torch.kept_code import keeping_code, known_to_caches
 from graphopt._torch.scheduler import KernelOrder, in_order
 
 __all__ = [
@@ -174,13 +175,27 @@ def compile_with_inductor(
     halves, is where ``cache_key`` says what ``order`` and the choices made here are; without, it is not.
     ``keep``: a name under which the result is put into AOTAutograd's cache, for ``kept_code``; where it
     cannot be, it is not, and nothing is said.
+    Backwards of the result may keep the graph for another (``graphopt._torch.donated``).
     """
     from torch._inductor.compile_fx import compile_fx
+
+    noted: list[Any] = []
+
+    def sparing_inner(graph: fx.GraphModule, graph_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        made = inner(graph, graph_inputs, **kwargs)
+        if not kwargs.get("is_backward"):
+            return made
+        noted.append(notes_of_compiled())
+        spares = sparing(made, donated_by(noted[-1]))
+        return made if spares is made else known_to_caches(spares, made)
 
     keeping = keeping_code(keep) if keep else nullcontext()
     with _our_settings(partition, operations_limit, order, cache_key), keeping, our_choices():
         table = inductor_decompositions()
-        compiled: Any = compile_fx(gm, list(inputs), inner_compile=inner, decompositions=table)
+        compiled: Any = compile_fx(gm, list(inputs), inner_compile=sparing_inner, decompositions=table)
+    # Not before: what AOTAutograd keeps on disk says what was donated.
+    for about in noted:
+        permit_kept_graphs(about)
     function: Callable[..., Any] = compiled
     return function
 

@@ -13,6 +13,7 @@ import torch.fx as fx
 from torch._functorch import config as functorch_config
 from torch._functorch import partitioners
 
+from graphopt._torch.donated import notes_of_compiled, permit_kept_graphs
 from graphopt.collectives import is_collective
 
 __all__ = [
@@ -134,12 +135,19 @@ def joint_compiler(
     partition: Callable[..., tuple[fx.GraphModule, fx.GraphModule]],
     decompositions: dict[Any, Any] | None,
 ) -> Callable[..., Any]:
-    """A dynamo backend that goes through AOTAutograd with the given compilers and partition."""
+    """A dynamo backend that goes through AOTAutograd with the given compilers and partition.
+
+    What ``backward`` returns must not write over what was saved for it: the graph may be kept for another.
+    """
     from torch._dynamo.backends.common import aot_autograd
+
+    def writing_nothing(half: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        permit_kept_graphs(notes_of_compiled())
+        return backward(half, inputs)
 
     return aot_autograd(
         fw_compiler=forward,
-        bw_compiler=backward,
+        bw_compiler=writing_nothing,
         inference_compiler=inference,
         partition_fn=partition,
         decompositions=decompositions,

@@ -14,6 +14,8 @@ from torch._functorch import config as functorch_config
 from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 
+from graphopt._torch.donated import donated_by, permit_kept_graphs, sparing
+
 __all__ = [
     "forget_code",
     "is_kept",
@@ -86,12 +88,16 @@ def kept_code(
     if found is None:
         return None
     entry: Any = found[0]
-    if around_backward is not None:
-        wrap, usual = around_backward, entry.compiled_bw.post_compile
+    donated = donated_by(entry.runtime_metadata)
+    permit_kept_graphs(entry.runtime_metadata)
+    if entry.compiled_bw is not None and (donated or around_backward is not None):
+        usual = entry.compiled_bw.post_compile
 
         def post_compile(result: Any, config: Any) -> Any:
             why = "generated code is not traced"
-            return torch._dynamo.disable(wrap(usual(result, config)), reason=why)  # type: ignore[no-untyped-call]
+            code = usual(result, config)
+            code = sparing(code if around_backward is None else around_backward(code), donated)
+            return torch._dynamo.disable(code, reason=why)  # type: ignore[no-untyped-call]
 
         entry.compiled_bw.post_compile = post_compile
     sizes = torch.fx.experimental.symbolic_shapes.ShapeEnv()

@@ -13,7 +13,7 @@ from torch._guards import tracing
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.checkpoint import CheckpointPolicy
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint
 
 from graphopt._torch.fakes import context_fake_mode, fake_inputs, fake_mode_of, is_fake, static_context
 from graphopt._torch.inductor import inductor_decompositions
@@ -24,6 +24,7 @@ __all__ = [
     "has_own_gradients",
     "retrace",
     "retraced_at",
+    "run_as_captured",
     "stays_as_captured",
     "taken_apart",
     "traced_body",
@@ -72,6 +73,33 @@ class _Inlining(fx.Interpreter):
 
 
 _regions = itertools.count()
+
+
+class _Replaying(fx.Interpreter):
+    """Runs dynamo's graph op by op; ``torch.utils.checkpoint`` regions draw the same random numbers again.
+
+    Their operator does not see to it: it is made to be traced, and leaves that to the compiler.
+    """
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is not torch.ops.higher_order.tag_activation_checkpoint:
+            return super().call_function(target, args, kwargs)
+        region, own = args[0], {}
+        if (policy := region.meta.get("_checkpoint_context_fn")) is not None:
+            own["context_fn"] = policy
+
+        def run(*values: Any) -> Any:
+            return _Replaying(region).run(*values)
+
+        return checkpoint(run, *args[1:], use_reentrant=False, **own)
+
+
+def run_as_captured(gm: fx.GraphModule, args: Sequence[Any]) -> Any:
+    """What dynamo's graph computes op by op, and can be differentiated to as the model can."""
+    regions = gm.graph.find_nodes(
+        op="call_function", target=torch.ops.higher_order.tag_activation_checkpoint
+    )
+    return _Replaying(gm).run(*args) if regions else gm.forward(*args)
 
 
 def retrace(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from graphopt import _torch
+
 __all__ = ["reattach"]
 
 
@@ -57,7 +59,7 @@ class _Auxiliary(torch.autograd.Function):
             torch.set_rng_state(state[0])
             for device, cuda_state in zip(devices, state[1], strict=True):
                 torch.cuda.set_rng_state(cuda_state, device)
-            output = list(gm(*inputs))[index]
+            output = list(_torch.run_as_captured(gm, inputs))[index]
         wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
         return (None, None, *torch.autograd.grad(output, wanted, gradient, allow_unused=True))
 

@@ -14,7 +14,7 @@ import graphopt
 from graphopt import _torch
 from graphopt.agreement import Agreement, for_programs
 from graphopt.apart import CompiledApart
-from graphopt.capture.faithful import compared
+from graphopt.capture.beside import difference, gradient_difference
 from graphopt.capture.inputs import bind_inputs
 from graphopt.capture.judged import judge
 from graphopt.capture.plugged import PluggedCapture
@@ -52,6 +52,7 @@ __all__ = ["Driver"]
 
 
 _OTHER_PATH = "look for code that asks torch.compiler.is_compiling() and takes another path then"
+_OTHER_GRADIENT = f"{_OTHER_PATH}, or states a gradient of its own"
 
 
 class Driver:
@@ -252,7 +253,7 @@ class Driver:
             self.session,
             dynamic=self.dynamic,
             compare=self.compare,
-            differs=self._difference,
+            differs=self._differs,
             refused=self._run_plain,
         )
         if not self.plugged.capture(args, kwargs):
@@ -267,7 +268,7 @@ class Driver:
         try:
             call(*args, **kwargs)
         except NotPlanned:
-            if self.is_faithful(call, args, kwargs):
+            if self.is_faithful(call, args, kwargs) and self.has_faithful_gradients(call, args, kwargs):
                 self.call = call
         except Exception as error:
             inner = _torch.inner_error(error)
@@ -285,36 +286,26 @@ class Driver:
     def is_faithful(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether what was captured computes what the model does; a model of which it does not is left as it
         is."""
-        if not (difference := self._difference(call, args, kwargs)):
+        return self._holds(difference(self, call, args, kwargs), _OTHER_PATH, args, kwargs)
+
+    def has_faithful_gradients(
+        self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool:
+        """Whether what was captured and planned has the model's gradients, where it trains; a model of which
+        it has not is left as it is."""
+        return self._holds(gradient_difference(self, call, args, kwargs), _OTHER_GRADIENT, args, kwargs)
+
+    def _holds(self, differs: str, hint: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether nothing ``differs``; where something does the model is left as it is."""
+        if not differs:
             return True
         self.session.forget()
-        self.give_up(CaptureError(difference, hint=_OTHER_PATH), args, kwargs)
+        self.give_up(CaptureError(differs, hint=hint), args, kwargs)
         return False
 
-    def _difference(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    def _differs(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """How what was captured differs from the model, or ``""``."""
-        if not self.compare:
-            return ""
-        session = self.session
-        known = dict(self.model.named_parameters())
-        written = [known[name] for name in self.written_parameters() if name in known]
-
-        def captured(*args: Any, **kwargs: Any) -> Any:
-            try:
-                return call(*args, **kwargs)
-            except NotPlanned:
-                raise CaptureError("copies of the inputs are captured as another program") from None
-
-        session.comparing = True
-        try:
-            found = compared(self.model, captured, args, kwargs, written)
-        finally:
-            session.comparing = False
-        if found.refused:
-            session.diagnostics.append(f"what was captured was not compared with the model: {found.refused}")
-        if not found.difference:
-            return ""
-        return f"compiled, the model computes something else than it does op by op: {found.difference}"
+        return difference(self, call, args, kwargs) or gradient_difference(self, call, args, kwargs)
 
     def prepare_step(self, step: Callable[[], object]) -> None:
         """Capture and plan all that ``step()`` runs of the model, everything put back afterwards; together

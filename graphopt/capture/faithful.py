@@ -28,7 +28,17 @@ from graphopt.guard import attributes_restored, obstacle
 from graphopt.restored import restored
 from graphopt.verify_numbers import TOLERANCES
 
-__all__ = ["Comparison", "compared", "differences", "stands_for"]
+__all__ = [
+    "Comparison",
+    "chunks",
+    "coarsest_of",
+    "compared",
+    "differences",
+    "stands_for",
+    "tensors_of",
+    "tried",
+    "unrunnable",
+]
 
 CHUNK = 1 << 24
 """Elements that are compared at a time: a difference of whole logits would double what they take."""
@@ -62,8 +72,8 @@ def compared(
     ``written`` are parameters that either may write. A model that does not give the same twice is not held
     to it.
     """
-    tensors = _tensors(model, args, kwargs)
-    if reason := _obstacle(model, tensors):
+    tensors = tensors_of(model, args, kwargs)
+    if reason := unrunnable(model, tensors):
         return Comparison(refused=reason)
 
     def plain(*args: Any, **kwargs: Any) -> Any:
@@ -71,43 +81,54 @@ def compared(
             return model(*args, **kwargs)
 
     def run(call: Callable[..., Any]) -> list[Any]:
-        with _tried(model, tensors, written):
+        with tried(model, tensors, written):
             given, named = copy.deepcopy((args, kwargs))
             # What a model returns may be one of its buffers, which are put back.
             return [_kept(leaf) for leaf in pytree.tree_leaves(call(*given, **named))]
 
     try:
         expected = run(plain)
-        difference = differences(run(capture), expected, _coarsest(tensors))
-        if difference and differences(run(plain), expected, _coarsest(tensors)):
+        difference = differences(run(capture), expected, coarsest_of(tensors))
+        if difference and differences(run(plain), expected, coarsest_of(tensors)):
             return Comparison(refused="the model does not compute the same twice")
     except Exception as error:
         return Comparison(refused=brief(error))
     return Comparison(difference)
 
 
-def _tensors(model: torch.nn.Module, args: Any, kwargs: Any) -> list[torch.Tensor]:
+def tensors_of(model: torch.nn.Module, args: Any, kwargs: Any) -> list[torch.Tensor]:
+    """What a call computes on: parameters, buffers, arguments."""
     held = (*model.parameters(), *model.buffers(), *pytree.tree_leaves((args, kwargs)))
     return [t for t in held if isinstance(t, torch.Tensor)]
 
 
-def _obstacle(model: torch.nn.Module, tensors: Sequence[torch.Tensor]) -> str:
+def unrunnable(model: torch.nn.Module, tensors: Sequence[torch.Tensor]) -> str:
+    """Why a call cannot run on the side, or ``""``."""
     if any(_torch.is_fake(t) or t.is_meta for t in tensors):
         return "tensors have no values"
     return obstacle(model, training=False)
 
 
-def _coarsest(tensors: Sequence[torch.Tensor]) -> torch.dtype | None:
-    return max((t.dtype for t in tensors), key=lambda kind: TOLERANCES.get(kind, 0.0), default=None)
+def coarsest_of(
+    tensors: Sequence[torch.Tensor], others: Sequence[torch.dtype] = ()
+) -> torch.dtype | None:
+    """The least precise type of ``tensors`` and of ``others``."""
+    kinds = (*(t.dtype for t in tensors), *others)
+    return max(kinds, key=lambda kind: TOLERANCES.get(kind, 0.0), default=None)
 
 
 @contextmanager
-def _tried(
-    model: torch.nn.Module, tensors: Sequence[torch.Tensor], written: Sequence[torch.Tensor]
+def tried(
+    model: torch.nn.Module,
+    tensors: Sequence[torch.Tensor],
+    written: Sequence[torch.Tensor],
+    leaves: Sequence[torch.Tensor] = (),
 ) -> Iterator[None]:
+    """A run on ``tensors`` in the block leaves nothing behind: random state, buffers, attributes, what is
+    ``written`` and the gradients of ``leaves`` are afterwards what they were."""
     devices = sorted({t.device.index for t in tensors if t.device.type == "cuda"})
     with (
-        restored(model, (), written),
+        restored(model, leaves, written),
         attributes_restored(model),
         torch.random.fork_rng(devices=devices),
     ):
@@ -136,14 +157,14 @@ def stands_for(
     """Whether ``module``, which holds the model's own parameters, is the model in this call: reads the same
     state, gives the same structure of the same numbers, leaves the same buffers and, ``training``, gives the
     same gradients. Takes what two steps take."""
-    tensors = _tensors(model, args, kwargs)
-    if reason := _obstacle(model, tensors):
+    tensors = tensors_of(model, args, kwargs)
+    if reason := unrunnable(model, tensors):
         return Comparison(refused=reason)
     training = training and not obstacle(model, training=True)
     structures: list[Any] = []
 
     def run(called: torch.nn.Module) -> _Seen:
-        with _tried(model, tensors, ()), torch.set_grad_enabled(training):
+        with tried(model, tensors, ()), torch.set_grad_enabled(training):
             given, named = copy.deepcopy((args, kwargs))
             return _watched(called, model, given, named, structures)
 
@@ -157,10 +178,10 @@ def stands_for(
         return Comparison(refused=brief(error))
     except Exception as error:
         return Comparison(f"its graph raises {brief(error)}")
-    difference = _unlike(found, expected, _coarsest(tensors))
+    difference = _unlike(found, expected, coarsest_of(tensors))
     if structures[0] != structures[1]:
         return Comparison("its graph returns another structure than the model")
-    if difference and _unlike(run(model), expected, _coarsest(tensors)):
+    if difference and _unlike(run(model), expected, coarsest_of(tensors)):
         return Comparison(refused="the model does not compute the same twice")
     return Comparison(difference)
 
@@ -282,12 +303,13 @@ def _kept(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, torch.Tensor) else value
 
 
-def _chunks(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    return zip(*(torch.split(t.detach().reshape(-1), CHUNK) for t in tensors), strict=True)
+def chunks(*tensors: torch.Tensor, size: int = CHUNK) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Tensors of as many elements side by side, in flat parts of at most ``size`` elements."""
+    return zip(*(torch.split(t.detach().reshape(-1), size) for t in tensors), strict=True)
 
 
 def _share_unequal(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    count = sum(int((a != b).sum()) for a, b in _chunks(ours, theirs))
+    count = sum(int((a != b).sum()) for a, b in chunks(ours, theirs))
     return count / max(theirs.numel(), 1)
 
 
@@ -300,7 +322,7 @@ def _share_off(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 def _worst(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[float, float]:
     """The largest difference, infinite where numbers that are not finite differ, and the largest number."""
     worst = largest = 0.0
-    for ours_part, theirs_part in _chunks(ours, theirs):
+    for ours_part, theirs_part in chunks(ours, theirs):
         if not ours_part.numel():
             continue
         wide = torch.complex128 if theirs_part.is_complex() else torch.float64

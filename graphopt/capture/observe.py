@@ -31,10 +31,12 @@ class _Kept:
 class Observer:
     """Wraps the halves of programs; while ``observe`` runs a step it notes each of their runs.
 
-    ``timeline`` tells the memory that lies between them.
+    ``timeline`` tells the memory that lies between them. ``keeps_graph``: a backward ran, watched or
+    not, that kept its graph for another; what it released, and whose backward a later one is, is not told.
     """
 
     timeline: Timeline
+    keeps_graph: bool = False
     _runs: list[ObservedRun | None] | None = None
     _saving: bool = True
     _known: tuple[ObservedRun | None, ...] = ()
@@ -55,6 +57,7 @@ class Observer:
         arriving = [name if "tangents" in name else "" for name in names]
 
         def watched(args: list[Any]) -> list[Any]:
+            self.keeps_graph |= backward and _torch.keeps_graph()
             if self._runs is None:
                 return run(args)
             self._advance()
@@ -215,6 +218,8 @@ class Observer:
             known = self._known[len(runs)]
             return known.forward if known is not None else 0
         waiting = [position for position, owner in self._pending.items() if owner == program]
+        if not waiting and self.keeps_graph:
+            return next(k for k, run in enumerate(runs) if run is not None and run.program == program)
         keys = [x.untyped_storage()._cdata for x in args if _has_storage(x)]
         saved = {self._held[key][1] for key in keys if key in self._held}
 

@@ -29,6 +29,9 @@ __all__ = ["capture_pieces", "decide_step"]
 _PACK_FIRST = "weights are not packed for a step of several calls: call graphopt.quantize(model, ...) before"
 
 
+_KEPT = "a backward keeps its graph for another one, and with it what was saved"
+
+
 def capture_pieces(driver: Driver, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Several graphs: run the forward once, everything put back, to see them all."""
     session = driver.session
@@ -71,7 +74,8 @@ def capture_pieces(driver: Driver, args: tuple[Any, ...], kwargs: dict[str, Any]
     if not session.current:
         driver.give_up(CaptureError("dynamo captured no graph of the model"), args, kwargs)
         return
-    driver.call = call
+    if driver.has_faithful_gradients(call, args, kwargs):
+        driver.call = call
 
 
 def decide_step(driver: Driver, step: Callable[[], object]) -> None:
@@ -152,12 +156,21 @@ def _observe(
     """
 
     def backward(output: Any) -> None:
-        if training and not (updates and not is_differentiable(output)):
-            torch.autograd.backward(loss_of(output, driver.loss_fn))
+        if not training or (updates and not is_differentiable(output)):
+            return
+        if observer.keeps_graph and driver.loss_fn is None:
+            # The model differentiates in itself: any of what it returns may be a gradient to differentiate.
+            leaves = torch.utils._pytree.tree_leaves(output)
+            sums = [leaf.sum() for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+            if sums:
+                torch.autograd.backward(sums)
+                return
+        torch.autograd.backward(loss_of(output, driver.loss_fn))
 
     # A step that updates parameters may have differentiated its loss itself.
     updates = driver.written_parameters()
-    training = any(captured.mode == "train" for captured in driver.session.current)
+    # Graphs that a model differentiates in itself are trained in inference too, which has no backward.
+    training = torch.is_grad_enabled() and any(c.mode == "train" for c in driver.session.current)
     tensors = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
     leaves = [t for t in (*driver.model.parameters(), *tensors) if t.is_leaf and t.requires_grad]
     held = driver.gradients_held()
@@ -184,9 +197,12 @@ def _observe(
         if plain:
             raise
     else:
-        if driver.session.see(seen):
+        if observer.keeps_graph:
+            reason = _KEPT
+        elif driver.session.see(seen):
             return
-        reason = "programs ran that were not captured"
+        else:
+            reason = "programs ran that were not captured"
     _unobserved(driver, reason)
 
 

@@ -1,0 +1,84 @@
+"""What was captured beside the model that it was captured of, on the inputs of the capture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from graphopt.capture.faithful import Comparison, compared
+from graphopt.capture.faithful_gradients import gradients_compared, no_room
+from graphopt.errors import CaptureError
+from graphopt.session import NotPlanned
+
+if TYPE_CHECKING:
+    from graphopt.capture.driver import Driver
+
+__all__ = ["difference", "gradient_difference"]
+
+_OTHERWISE = "compiled, the model computes something else than it does op by op: "
+
+Both = Callable[[Callable[..., Any], Sequence[torch.Tensor]], Comparison]
+
+
+def difference(
+    driver: Driver, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str:
+    """How the outputs of what was captured differ from the model's, or ``""``."""
+    if not driver.compare:
+        return ""
+
+    def both(captured: Callable[..., Any], written: Sequence[torch.Tensor]) -> Comparison:
+        return compared(driver.model, captured, args, kwargs, written)
+
+    found = _beside(driver, call, both)
+    if found.refused:
+        driver.remark(f"what was captured was not compared with the model: {found.refused}")
+    return _OTHERWISE + found.difference if found.difference else ""
+
+
+def gradient_difference(
+    driver: Driver, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> str:
+    """How the gradients of what was captured and planned differ from the model's, or ``""``."""
+    session = driver.session
+    # A program that is none for training may be one that has lost all gradients.
+    if not driver.compare or not torch.is_grad_enabled() or not session.trains:
+        return ""
+
+    def both(captured: Callable[..., Any], written: Sequence[torch.Tensor]) -> Comparison:
+        session.differentiating = True
+        try:
+            return gradients_compared(driver.model, captured, args, kwargs, written, driver.loss_fn)
+        finally:
+            session.differentiating = False
+
+    plan = driver.plan()
+    refused = no_room(driver.model, plan.baseline, session.static_bytes or 0, plan.budget)
+    if session.writes_apart:
+        refused = "plain code of the model writes parameters"
+    found = Comparison(refused=refused) if refused else _beside(driver, call, both)
+    if found.refused:
+        driver.remark(f"gradients of what was captured were not compared with the model's: {found.refused}")
+    return _OTHERWISE + found.difference if found.difference else ""
+
+
+def _beside(driver: Driver, call: Callable[..., Any], both: Both) -> Comparison:
+    """``both(captured, written)``: ``captured`` runs what dynamo captured and may write the parameters that
+    are ``written``."""
+    session = driver.session
+    known = dict(driver.model.named_parameters())
+    written = [known[name] for name in driver.written_parameters() if name in known]
+
+    def captured(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return call(*args, **kwargs)
+        except NotPlanned:
+            raise CaptureError("copies of the inputs are captured as another program") from None
+
+    session.comparing = True
+    try:
+        return both(captured, written)
+    finally:
+        session.comparing = False
