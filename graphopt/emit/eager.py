@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt import _torch
 from graphopt.candidate import NearMiss
+from graphopt.collection import uncollected
 from graphopt.emit.emitter import NONE, Gradients, Inference, Partition
 from graphopt.group_record import GroupRecord
 
@@ -221,6 +222,7 @@ class EagerEmitter:
             split,
             None,
         )
-        with _torch.random_calls_kept():
+        # A trace makes many small objects, all of which live as long as it does.
+        with _torch.random_calls_kept(), uncollected():
             compiled: Callable[..., Any] = make(gm, inputs)
         return compiled
