@@ -98,7 +98,8 @@ def eliminate_common_subexpressions(gm: fx.GraphModule, must_happen: Callable[[f
     """
     from torch._functorch.compile_utils import fx_graph_cse
 
-    gm.graph.eliminate_dead_code(must_happen)
+    # What is read stays anyway, and whether a call has an effect takes long to tell.
+    gm.graph.eliminate_dead_code(lambda node: bool(node.users) or must_happen(node))
     for number, node in enumerate(gm.graph.nodes):
         if is_collective(node.target):
             # Two calls with other arguments are not the same.

@@ -109,13 +109,11 @@ def save_everything(program: Program, *, random_states: bool = False) -> Schedul
         if node.meta.get("partitioner_tag") == FORWARD_TAG and node not in backward_only:
             _add_with_sources(node, forward)
     for node in nodes:
+        if node in forward or node in backward_only or node.op != "call_function":
+            continue
         # An effect that no output carries happens where eager would have it: in the forward. That a
         # random generator moves on is an effect too.
-        if (
-            (must_happen(node) or random_state_of(node))
-            and node not in backward_only
-            and node.op == "call_function"
-        ):
+        if must_happen(node) or random_state_of(node):
             _add_with_sources(node, forward)
     for node in nodes:
         # The elements of a multi-output value belong to the half that computes it: only tensors
