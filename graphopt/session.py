@@ -17,6 +17,7 @@ from graphopt.alternatives import (
     alternatives,
     copied,
 )
+from graphopt.ambient_state import AmbientState
 from graphopt.budget import Budget
 from graphopt.candidate import Declined, FrontierPoint, NearMiss
 from graphopt.capture.aliasing import alias_map
@@ -242,7 +243,7 @@ class Session:
         program, auxiliary = self._semantic(name, gm, inputs, specs, auxiliary)
         captured = Captured(name, program, specs, provisional=not self.whole)
         self._begin(captured)
-        context = _torch.capture_context()
+        context, ambient = _torch.capture_context(), AmbientState.now()
         traced = TracedInputs(gm, inputs, specs)
         mode = "train" if _trained(inputs) else "infer"
         if self.whole:
@@ -256,7 +257,8 @@ class Session:
             captured.start_over()
             if self._seen is not None:
                 self._seen[1].forget()
-            with _torch.within(context):
+            # Somebody may look when the call that was captured is long over.
+            with ambient.again(), _torch.within(context):
                 given = traced.inputs()
                 weigh_forms(self, captured, given, mode)
                 if captured.joint is None:

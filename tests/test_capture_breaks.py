@@ -12,16 +12,12 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt.budget import Budget, format_bytes
+from graphopt.budget import Budget
 from graphopt.chain_plan import chain_peak
 from graphopt.observed import ObservedStep
 from graphopt.session import Session
 from graphopt.step_cost import step_curve
 from tests.steps import assert_close, assert_same, deterministic, run_step
-
-NOT_COMPARED = (
-    "gradients of what was captured were not compared with the model's: a step of the model as it is takes"
-)
 
 
 class Broken(nn.Module):
@@ -108,10 +104,7 @@ def test_several_graphs_share_one_budget_and_one_report() -> None:
     assert [choice.program for choice in fast.plan.choices] == ["g0", "g1", "g2", "g3"]
     assert fast.plan.predicted.peak_bytes <= budget
     assert any(choice.schedule.recomputed for choice in fast.plan.choices)
-    assert fast.report.diagnostics == (
-        "not one graph: Unsupported: Data-dependent branching",
-        f"{NOT_COMPARED} {format_bytes(most)}, which does not fit the budget",
-    )
+    assert fast.report.diagnostics == ("not one graph: Unsupported: Data-dependent branching",)
     assert fast.measure((x,), repeats=1).peak_bytes <= budget
     with deterministic():
         for seed in range(3):
@@ -399,8 +392,6 @@ def test_calls_of_other_shapes(dynamic: bool | None, programs: int) -> None:
         x = torch.randn(rows, 16)
         assert_close(run_step(fast, (x,)), run_step(plain, (x,)))
     assert len(fast._driver.session.captured) == programs
-    # A step of the model as it is does not fit: that is said once, and nothing else.
-    (note,) = fast.report.diagnostics
-    assert note.startswith(NOT_COMPARED) and note.endswith("which does not fit the budget")
+    assert not fast.report.diagnostics
     sizes = [s for n in fast.programs[0].nodes() for s in getattr(n.meta.get("val"), "shape", ())]
     assert any(isinstance(size, torch.SymInt) for size in sizes) is (dynamic is not False)

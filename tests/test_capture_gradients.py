@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import graphopt
+from graphopt.capture import faithful_gradients
 from graphopt.capture.faithful_gradients import PART, gradients_compared, no_room, roots_of
 from graphopt.cost import Cost
 from graphopt.errors import CaptureError
@@ -123,7 +124,9 @@ def test_it_is_an_error_where_errors_are_raised() -> None:
 @pytest.mark.parametrize(
     "options", [{"verify": "off"}, {"budget": 4096 * 2}], ids=["verification off", "no room"]
 )
-def test_nothing_is_compared_where_that_is_not_wanted_or_does_not_fit(options: dict[str, Any]) -> None:
+def test_nothing_is_compared_where_that_is_not_wanted_or_does_not_fit(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Wide(Lost):
         """Squares of what the budget has no room for, which can be computed again."""
 
@@ -132,13 +135,14 @@ def test_nothing_is_compared_where_that_is_not_wanted_or_does_not_fit(options: d
                 h = h.sin().cos()
             return super().middle(h)
 
+    monkeypatch.setattr(faithful_gradients, "free_on_host", lambda: 1000)
     fast = optimized(Wide(), **options)
     assert fast.report.plan is not None
     notes = [text for text in fast.report.diagnostics if "gradients" in text]
     if "budget" in options:
         (note,) = notes
         assert note.startswith(f"{REFUSED}: a step of the model as it is takes ")
-        assert note.endswith(", which does not fit the budget")
+        assert note.endswith(", which does not fit the budget, and 1000 B are free")
     else:
         assert not notes
 
@@ -390,9 +394,24 @@ def test_without_a_loss_each_number_has_a_weight_of_its_own() -> None:
     assert roots_of(torch.ones(2)) == ([], [])
 
 
-def test_what_a_step_of_the_model_takes_is_held_against_the_budget() -> None:
+def test_what_a_step_of_the_model_takes_is_held_against_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain = Net(), Cost(3 << 20, 0, None)
+    monkeypatch.setattr(faithful_gradients, "free_on_host", lambda: 8 << 20)
     assert no_room(model, plain, 0, None) == "" and no_room(model, plain, 0, 3 << 20) == ""
-    told = "a step of the model as it is takes 3.00 MiB, which does not fit the budget"
+    told = "a step of the model as it is takes 3.00 MiB, which does not fit the budget, and 8.00 MiB are free"
     assert no_room(model, plain, 0, 2 << 20) == told
+    # A quarter of what is free may be taken, and what is there already is not taken.
+    assert no_room(model, plain, 1 << 20, 2 << 20) == ""
     assert no_room(model, Cost(None, 0, None), 0, 1) == ""
+
+
+def test_gradients_are_compared_under_a_budget_that_the_model_itself_exceeds() -> None:
+    class Wide(Lost):
+        def middle(self, h: torch.Tensor) -> torch.Tensor:
+            for _ in range(12):
+                h = h.sin().cos()
+            return super().middle(h)
+
+    assert faithful_gradients.free_on_host() > 64 << 20
+    with pytest.raises(CaptureError, match=r"op by op: the gradient of '.*' differs by"):
+        optimized(Wide(), budget=4096 * 2, on_error="raise")

@@ -12,6 +12,7 @@ from functools import cached_property
 
 import torch
 
+from graphopt.product_scratch import product_scratch
 from graphopt_cost_model.call import Call, TensorSpec
 from graphopt_cost_model.phase import Phase
 
@@ -233,7 +234,8 @@ def block_workspace(call: Call) -> int:
     counts = {
         count for _, count in (*blocks.parts(0, blocks.front), *blocks.parts(blocks.front, blocks.classes))
     }
-    folding = max((_folded(blocks, count) for count in counts), default=0)
+    taken = (max(_folded(blocks, count), _logits_scratch(blocks, count)) for count in counts)
+    folding = max(taken, default=0)
     first = rows * wide + folding
     held = rows * blocks.step * size
     if not blocks.computes_gradients:
@@ -271,4 +273,20 @@ def _worked(blocks: _Blocks, count: int) -> int:
     numbers = 0 if is_part else 8 + wide
     gradient = together * (kept + converted * count * wide) + numbers
     product = (blocks.width + together) * count * wide if blocks.sums else 0
-    return max(gradient, product)
+    return max(gradient, product, _logits_scratch(blocks, count), _gradient_scratch(blocks, count))
+
+
+def _logits_scratch(blocks: _Blocks, count: int) -> int:
+    """What the product that gives a block's logits takes beside them."""
+    rows, width = blocks.rows, blocks.width
+    return product_scratch((rows, width), (width, count), blocks.dtype, turned="right")
+
+
+def _gradient_scratch(blocks: _Blocks, count: int) -> int:
+    """What the products that give gradients of a block take beside them. Wider sums are counted apart."""
+    rows, width, taken = blocks.rows, blocks.width, 0
+    if blocks.mask[0] and not blocks.sums:
+        taken = product_scratch((rows, count), (count, width), blocks.dtype)
+    if blocks.mask[1] or (blocks.into is not None and blocks.into.dtype is blocks.dtype):
+        taken = max(taken, product_scratch((count, rows), (rows, width), blocks.dtype, turned="left"))
+    return taken

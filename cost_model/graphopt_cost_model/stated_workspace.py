@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from graphopt.collectives import is_collective, staged_bytes
+from graphopt.product_scratch import product_scratch
 from graphopt_cost_model.attend_cost import attend_workspace, joint_workspace
 from graphopt_cost_model.attention_cost import attention_workspace
 from graphopt_cost_model.call import Call, TensorSpec
@@ -74,4 +75,17 @@ def stated_workspace(call: Call) -> int | None:
         held = columns * (wide - size)
         sums = columns * size + (columns * wide if size < wide else 0)
     of_block += converted * block * columns * wide
-    return step * columns * size + of_rows + held + max(of_block, sums)
+    products = _products(step, data.shape[1], columns, data.dtype, mask)
+    return step * columns * size + of_rows + held + max(of_block, sums, products)
+
+
+def _products(
+    rows: int, width: int, columns: int, dtype: torch.dtype, mask: tuple[bool, bool, bool]
+) -> int:
+    """What the largest product of a chunk takes beside its result."""
+    taken = [product_scratch((rows, width), (width, columns), dtype, turned="right")]
+    if mask[0]:
+        taken.append(product_scratch((rows, columns), (columns, width), dtype))
+    if mask[1]:
+        taken.append(product_scratch((columns, rows), (rows, width), dtype, turned="left"))
+    return max(taken)

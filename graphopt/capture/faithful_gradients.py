@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from graphopt.errors import brief
 from graphopt.guard import obstacle
 from graphopt.loss import loss_of
 
-__all__ = ["PART", "gradients_compared", "no_room", "roots_of"]
+__all__ = ["PART", "free_on_host", "gradients_compared", "no_room", "roots_of"]
 
 PART = 1 << 20
 """Elements of a gradient that are compared at a time, in float64: a few MiB beside what a step takes."""
@@ -50,6 +51,9 @@ ALLOWED = 10.0
 """Times what parameters that are off by a digit change: how much rounding may, in another order. Each
 parameter is off once, and every operator rounds."""
 
+SHARE = 0.25
+"""Of the memory that is free on the host, what a step of the model beyond the budget may take."""
+
 LEAST = 1e-2
 """A gradient below this share of the largest (by root mean square) is held to that share: it is zero but for
 rounding, as that of a bias before a norm."""
@@ -57,19 +61,45 @@ rounding, as that of a bias before a norm."""
 
 def no_room(model: torch.nn.Module, plain: Cost, static_bytes: int, budget: int | None) -> str:
     """Why a step of the model as it is, predicted to take ``plain``, would not fit where the model is, or
-    ``""``. ``static_bytes`` of it are there already."""
+    ``""``. ``static_bytes`` of it are there already.
+
+    A budget is of the steps that are planned, this is one that is not; on a CPU, where whoever takes too much
+    is killed, one beyond the budget may take a small share of what is free.
+    """
     peak = plain.peak_bytes
     if peak is None:
         return ""
     what = f"a step of the model as it is takes {format_bytes(peak)}"
-    if budget is not None and peak > budget:
-        return f"{what}, which does not fit the budget"
+    if budget is not None and peak > budget and any(p.device.type == "cpu" for p in model.parameters()):
+        free = free_on_host()
+        if peak - static_bytes > free * SHARE:
+            return f"{what}, which does not fit the budget, and {format_bytes(free)} are free"
     for device in sorted({p.device.index for p in model.parameters() if p.device.type == "cuda"}):
         free, _ = torch.cuda.mem_get_info(device)
         free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         if peak - static_bytes > free:
             return f"{what}, and {format_bytes(free)} are free besides what it holds"
     return ""
+
+
+def free_on_host() -> int:
+    """Bytes that the system says can be had, and the process's control group leaves; 0 where neither says."""
+    found = []
+    for line in _lines("/proc/meminfo"):
+        name, _, rest = line.partition(":")
+        if name == "MemAvailable":
+            found.append(int(rest.split()[0]) << 10)
+    limit, used = (_lines(f"/sys/fs/cgroup/memory.{name}")[:1] for name in ("max", "current"))
+    if limit and used and limit[0].isdigit():
+        found.append(max(0, int(limit[0]) - int(used[0])))
+    return min(found, default=0)
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text().splitlines()
+    except OSError:
+        return []
 
 
 def gradients_compared(

@@ -17,6 +17,7 @@ import torch
 from graphopt import _torch
 from graphopt.collectives import is_collective, staged_bytes
 from graphopt.operator_scratch import stated_scratch
+from graphopt.product_scratch import product_scratch
 
 __all__ = ["scratch_bytes", "watched_bytes"]
 
@@ -221,16 +222,16 @@ def _chunked_loss(name: str, args: dict[str, Any]) -> int:
     elif args["reduction"] != "none" or args["dtype"] is not exact:
         total += rows * exact.itemsize
     if args["input"].device.type == "cpu":
-        total += _converted(args, width, exact, name, by_class and bool(mask[0]))
+        total += _converted(args, step, width, exact, name, by_class and bool(mask[0]))
     if mask[2] and not by_class:
         # Each chunk's sum, and where they are added up in place of the output that comes in the end.
         total += columns * exact.itemsize
     return total
 
 
-def _converted(args: dict[str, Any], width: int, exact: torch.dtype, name: str, adds: bool) -> int:
+def _converted(args: dict[str, Any], step: int, width: int, exact: torch.dtype, name: str, adds: bool) -> int:
     """On a CPU some rows at a time are converted, and a block of the weight for a product that ``adds`` to
-    a wider sum; slopes of a softcap and logits that are held come on top."""
+    a wider sum; slopes of a softcap and logits that are held come on top. In between products take theirs."""
     dtype, (rows, size) = args["input"].dtype, map(int, args["input"].shape)
     together = min(rows, max(1, _CPU_ELEMENTS // max(width, 1)))
     copies = (dtype is not exact) + bool(args["softcap"] and "output_mask" in args)
@@ -238,4 +239,11 @@ def _converted(args: dict[str, Any], width: int, exact: torch.dtype, name: str, 
         copies = max(copies, 1)
     product = (size + together) * width if adds and dtype is not exact else 0
     # What is kept of each row beside its logits: at most eight numbers, of all rows where a block is small.
-    return (max(copies * together * width, product) + 8 * rows) * exact.itemsize
+    mask = args.get("output_mask", (False,) * 3)
+    taken = [product_scratch((step, size), (size, width), dtype, turned="right")]
+    if mask[0] and not adds:
+        taken.append(product_scratch((step, width), (width, size), dtype))
+    if mask[1] or ("into" in args and args["into"].dtype is dtype):
+        taken.append(product_scratch((width, step), (step, size), dtype, turned="left"))
+    converted = max(copies * together * width, product) * exact.itemsize
+    return max(converted, *taken) + 8 * rows * exact.itemsize
