@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from table_cells import good, mib, number, percent, table, verdict
-from table_decode import gpu_decode, gpu_decode_attention, kv_stores, page, share_kv
+from table_decode import gpu_decode, gpu_decode_attention, gpu_decode_large, kv_stores, page, share_kv
 from table_framework import matcher, overhead, start_up
 from table_gpu import (
     gpu_attention,
@@ -441,6 +441,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu_products": gpu_products,
     "gpu_quantized": gpu_quantized,
     "gpu_decode": gpu_decode,
+    "gpu_decode_large": gpu_decode_large,
     "gpu_decode_attention": gpu_decode_attention,
     "kv_stores": kv_stores,
     "share_kv": share_kv,
