@@ -21,7 +21,7 @@ import torch
 from harness import figure, geomean, parser
 from torch_budget import SETTINGS, capture, torch_points
 
-import graphopt
+from graphopt.api import dry_run
 from graphopt.candidate import FrontierPoint
 from graphopt.captured import Captured
 from graphopt.session import Session
@@ -65,7 +65,8 @@ def ours(name: str) -> tuple[Session, Captured]:
     model, inputs = build(name)
     pipeline = ["normalize", LinearCrossEntropy(), Chunk(), InsertCheckpoints(objective="flops")]
     torch._dynamo.reset()
-    found = graphopt.optimize(model, inputs, emit="eager", on_error="raise", pipeline=pipeline)
+    options = {"emit": "eager", "on_error": "raise", "pipeline": pipeline}
+    found = dry_run(model, inputs, options, every=True)
     session = found._driver.session
     (captured,) = session.current
     return session, captured
