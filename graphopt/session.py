@@ -255,8 +255,7 @@ class Session:
             if known and not captured.partly:
                 return
             captured.start_over()
-            if self._seen is not None:
-                self._seen[1].forget()
+            self.looked_anew()
             # Somebody may look when the call that was captured is long over.
             with ambient.again(), _torch.within(context):
                 given = traced.inputs()
@@ -525,31 +524,6 @@ class Session:
             captured.provisional = True
         self.finish()
 
-    @contextmanager
-    def every_schedule(self) -> Iterator[None]:
-        """In the block the present programs have the schedules and forms of all budgets. What they run, and
-        what is said of them, stays: to plan them for one budget the fastest may have been enough."""
-        looks = [captured.look for captured in self.current if captured.partly and captured.look is not None]
-        if not looks:
-            yield
-            return
-        were = [(captured, dict(vars(captured))) for captured in self.current]
-        go_back, every, seconds = self.checkpoint(), self.every, self.planning_seconds
-        self.every = True
-        try:
-            for look in looks:
-                look()
-            if self.observed(self.current) is None:
-                settle(self.current, self.cost.device.allocation_granularity)
-            yield
-        finally:
-            for captured, values in were:
-                vars(captured).update(values)
-            go_back()
-            if self._seen is not None:
-                self._seen[1].forget()
-            self.every, self.planning_seconds = every, seconds
-
     def forget(self) -> None:
         """Nothing of what was captured so far is used: the model is captured in another way."""
         self.captured, self.current, self.plan, self._fold = [], [], None, None
@@ -624,6 +598,11 @@ class Session:
                 if number is not None and number not in made and step.storages[number].released is None:
                     found.add(number)
         return sum(step.storages[number].bytes for number in found)
+
+    def looked_anew(self) -> None:
+        """Frontiers of programs that make up a step that was seen are others than before."""
+        if self._seen is not None:
+            self._seen[1].forget()
 
     def observed(self, group: Sequence[Captured]) -> ObservedPlan | None:
         """What was seen of these programs."""

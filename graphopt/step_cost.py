@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "baseline_of",
     "cost_of",
+    "every_schedule",
     "last_baseline",
     "node_bytes",
     "predicted_peak",
@@ -42,13 +44,38 @@ def step_memory(session: Session, points: Sequence[FrontierPoint | None]) -> Mem
     return session.cost.memory(step, base_bytes=session.static_bytes or 0)
 
 
+@contextmanager
+def every_schedule(session: Session) -> Iterator[None]:
+    """In the block the present programs of ``session`` have the schedules and forms of all budgets. What they
+    run, and what is said of them, stays: to plan them for one budget the fastest may have been enough."""
+    looks = [captured.look for captured in session.current if captured.partly and captured.look is not None]
+    if not looks:
+        yield
+        return
+    were = [(captured, dict(vars(captured))) for captured in session.current]
+    go_back, every, seconds = session.checkpoint(), session.every, session.planning_seconds
+    session.every = True
+    try:
+        for look in looks:
+            look()
+        if session.observed(session.current) is None:
+            settle(session.current, session.cost.device.allocation_granularity)
+        yield
+    finally:
+        for captured, values in were:
+            vars(captured).update(values)
+        go_back()
+        session.looked_anew()
+        session.every, session.planning_seconds = every, seconds
+
+
 def step_curve(session: Session, base_bytes: int) -> list[tuple[int, float, int, str]]:
     """(peak, added seconds, FLOPs again, label) of the present step's plans under every budget, least peak
     first.
 
     Several programs: the planner's choice at each peak that some combination reaches.
     """
-    with session.every_schedule():
+    with every_schedule(session):
         return _curve(session, base_bytes)
 
 

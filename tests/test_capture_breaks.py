@@ -16,7 +16,7 @@ from graphopt.budget import Budget
 from graphopt.chain_plan import chain_peak
 from graphopt.observed import ObservedStep
 from graphopt.session import Session
-from graphopt.step_cost import step_curve
+from graphopt.step_cost import every_schedule, step_curve
 from tests.steps import assert_close, assert_same, deterministic, run_step
 
 
@@ -299,7 +299,7 @@ def test_what_is_kept_for_a_backward_that_never_runs_is_counted(held: bool) -> N
         run is not None and run.abandoned for run in session._seen[1].step.runs
     )
     assert not any("not counted" in note for note in fast.report.diagnostics)
-    with session.every_schedule():
+    with every_schedule(session):
         fronts = session._seen[1].front
     assert len(fronts) > 1
     for found in fronts:

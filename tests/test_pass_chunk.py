@@ -19,7 +19,7 @@ from graphopt.capture.semantic import semantic_program
 from graphopt.capture.structure import line_of
 from graphopt.program import InputSpec, Program
 from graphopt.session import Session
-from graphopt.step_cost import step_curve
+from graphopt.step_cost import every_schedule, step_curve
 from graphopt_passes.chunk import Chunk
 from graphopt_passes.chunk.region import Region, regions
 from graphopt_passes.insert_checkpoints import InsertCheckpoints
@@ -321,7 +321,7 @@ def pipeline(*chunks: int) -> tuple[Chunk, InsertCheckpoints]:
 def least_peaks(session: Session) -> tuple[int, int]:
     """The least peak of the program itself, and that of a form of it."""
     (captured,) = session.current
-    with session.every_schedule():
+    with every_schedule(session):
         own, forms = captured.forms[""].frontier, captured.frontier
         assert own is not None and forms is not None
         return (
