@@ -13,7 +13,7 @@ from typing import Any
 
 from table_cells import good, mib, number, percent, table, verdict
 from table_decode import gpu_decode, gpu_decode_attention, gpu_decode_large, kv_stores, page, share_kv
-from table_framework import matcher, overhead, start_up
+from table_framework import matcher, optimize_time, overhead, start_up
 from table_gpu import (
     gpu_attention,
     gpu_compile_time,
@@ -461,6 +461,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "quantized_cpu": quantized_cpu,
     "quality_packed": quality_packed,
     "matcher": matcher,
+    "optimize_time": optimize_time,
     "overhead": overhead,
     "start_up": start_up,
     "page": page,
