@@ -134,8 +134,8 @@ def _fits(session: Session, captured: Captured) -> bool:
 
 def _rebased(session: Session, captured: Captured, done: Rewriting) -> FrontierPoint:
     """What a program takes as it is, after passes."""
-    assert captured.joint is not None
-    if done.changed or captured.baseline is None:
+    assert captured.joint is not None and captured.baseline is not None
+    if done.changed:
         again = save_everything if captured.mode == "train" else _unchanged
         captured.baseline = again(captured.joint)
     captured.reference = baseline_point(session, captured.joint, captured.baseline)

@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from graphopt.dump.text import program_text
 from graphopt.edit import Edit
@@ -325,3 +326,16 @@ def test_sizes_may_be_symbolic() -> None:
     sizes = [n for n in program.graph.nodes if n.op == "placeholder"]
     arguments = [x if isinstance(n.meta["val"], torch.Tensor) else x.shape[i] for i, n in enumerate(sizes)]
     assert torch.equal(program.gm(*arguments)[0], x.view(-1, 2).sin())
+
+
+def test_attention_goes_as_dead_code_unless_it_drops_something() -> None:
+    """Torch's tags say that attention draws random numbers, whatever its dropout."""
+    q = torch.randn(1, 2, 8, 4)
+    for dropout, stays in ((0.0, False), (0.5, True)):
+        program = semantic(lambda x, p=dropout: F.scaled_dot_product_attention(x, x, x, dropout_p=p), q)
+        with program.edit("some-pass") as edit:
+            (old,) = edit.graph.find_nodes(
+                op="call_function", target=torch.ops.aten.scaled_dot_product_attention.default
+            )
+            edit.replace(old, edit.call_before(old, torch.ops.aten.sin.default, (old.args[0],)))
+        assert (old in program.graph.nodes) is stays

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -15,7 +15,7 @@ import graphopt_passes.insert_checkpoints as insert_checkpoints
 from graphopt import offered_schedules
 from graphopt.api import dry_run
 from graphopt.budget import Budget
-from graphopt.candidate import Candidate, CostDelta
+from graphopt.candidate import Candidate, CostDelta, Frontier, FrontierPoint
 from graphopt.edit import Edit
 from graphopt.passes import Pass, PassContext, Proposal
 from graphopt.program import Level, Program
@@ -204,3 +204,26 @@ def test_several_graphs_have_whole_frontiers_on_demand() -> None:
     assert len(shown) > 1
     x = torch.randn(128, 16)
     torch.testing.assert_close(free(x), bounded(x))
+
+
+def test_around_one_peak_less_is_searched_and_what_fits_is_as_fast() -> None:
+    program, cost = captured(Skipping(8, 30), torch.randn(8, 8))
+    asked_for = PassContext(cost, "train", "eager")
+    step = InsertCheckpoints(solver="none")
+
+    def frontier(ctx: PassContext) -> tuple[FrontierPoint, ...]:
+        (found,) = (item for item in step.propose(program, ctx) if isinstance(item, Frontier))
+        return found.points
+
+    whole = frontier(asked_for)
+    low, high = whole[0].peak_bytes, max(point.peak_bytes for point in whole)
+    assert low < high
+    for share in (0.25, 0.5, 0.75):
+        room = int(low + share * (high - low))
+        near = frontier(replace(asked_for, room_bytes=room))
+        best, found = (min(p.seconds for p in points if p.peak_bytes <= room) for points in (whole, near))
+        assert found <= 1.05 * best
+    # Where nothing fits the least is told, and as it is the program is not searched.
+    least = frontier(replace(asked_for, room_bytes=low - 1))
+    assert [(p.peak_bytes, p.seconds) for p in least] == [(p.peak_bytes, p.seconds) for p in whole]
+    assert len(frontier(replace(asked_for, bounded=False))) == 1

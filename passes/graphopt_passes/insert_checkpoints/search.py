@@ -75,7 +75,7 @@ def search(
     """The frontier of ``plan``'s model.
 
     ``room``: the peak that the caller is after, ``None`` for all of them. Where a plan fits it most of the
-    work is done right below it, and the rest of the frontier is coarse.
+    work is done around it, and the rest of the frontier is coarse.
 
     ``targets``: how many peaks between the least and the largest are aimed at. ``effort``: how
     many changes may be spent on each step of that. ``own``: plans that are each the start of a
@@ -109,11 +109,11 @@ def search(
             _load(plan, best)
             _take_back(descent, target, effort)
             _exchange(descent, target, effort)
-    items = front.items
+    items, count = front.items, targets // 4
     if room is not None and near:
-        reach = _REACH * (top - low)
+        count, reach = max(4, len(aims) // 4), _REACH * (top - low)
         items = [item for item in items if room - reach <= item.peak <= room + reach]
-    for item in _kinks(items, max(4, len(aims) // 4)):
+    for item in _kinks(items, count):
         _load(plan, item)
         _shift(descent, 2 * effort)
         descent.run(plan.peak - plan.peak // 1000, effort)
