@@ -268,15 +268,17 @@ def tuned(case: Case, kind: str, bandwidth: float) -> Iterator[dict[str, Any]]:
     problem = attend_launch.problem_of(given[0].query, given[0].keys, given[0].values, case.capacity)
     usual = attend_launch.launch_for(problem, processors)
     if rounded:
-        sizes = (case.batch, GROUPS, HEADS, case.capacity, WIDTH, BF16, processors)
+        bits = QUANT[kind].widths[0]
+        sizes = (case.batch, GROUPS, HEADS, case.capacity, WIDTH, BF16, bits, processors)
         usual = attend_quant_launch.launch_for(*sizes)
     most, programs = max(1, case.capacity // 64), case.batch * GROUPS
     parts = {min(most, max(1, n * processors // programs)) for n in (1, 2, 3, 4, 6, 8)} | {usual.parts}
-    columns = (32, 64) if rounded else (32, 64, 128)
     found = []
-    for size, count, warps, stages in product(columns, sorted(parts), (2, 4, 8), (2, 3, 4, 5)):
-        launch = attend_launch.AttendLaunch(16, size, count, warps, stages)
-        if size * WIDTH * 4 * (stages - 1) > 200 * 1024:
+    for width, count, warps, stages in product((32, 64, 128), sorted(parts), (2, 4, 8), (2, 3, 4, 5)):
+        # Over rounded rows each warp has a tile of its own.
+        size = width * warps if rounded else width
+        launch = attend_launch.AttendLaunch(usual.rows, size, count, warps, stages)
+        if not rounded and size * WIDTH * 4 * (stages - 1) > 200 * 1024:
             continue
         calls: list[Callable[[], torch.Tensor]] = [partial(launched, x, launch) for x in rounded or given]
         try:

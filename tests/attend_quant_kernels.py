@@ -17,16 +17,16 @@ from torch import Tensor
 
 from graphopt.decoding.masks import MaskSpec
 from graphopt.decoding.stores import SiteSpec
-from graphopt_kernels import attend_quant_triton, attend_triton
+from graphopt_kernels import attend_quant_triton, attend_triton, cache_rounding_triton
 from graphopt_kernels.attend_launch import AttendLaunch
 from graphopt_kernels.attend_quant import ALONE, FIRST, LAST, attend_quant
 from graphopt_kernels.attend_quant_launch import row_on_gpu
 from graphopt_kernels.quant_store import Quant
 
 FP16, FP32 = torch.float16, torch.float32
-TILE = AttendLaunch(16, 64, 3, 1, 1)
+TILE = AttendLaunch(8, 32, 3, 1, 1)
 KERNELS = SimpleNamespace(
-    attend_kernel=attend_quant_triton.attend_kernel, close_kernel=attend_quant_triton.close_kernel,
+    attend_kernel=attend_quant_triton.attend_kernel, close_kernel=cache_rounding_triton.close_kernel,
     merge_kernel=attend_triton.merge_kernel,
 )  # fmt: skip
 
@@ -47,6 +47,8 @@ CASES: dict[str, dict[str, Any]] = {
         "at": (95, 160),
     },
     "two sites": {"turns": (FIRST, LAST), "at": (31, 63, 96)},
+    "warps with keys of their own": {"launch": TILE._replace(columns=128, parts=2, warps=2)},
+    "many heads": {"group": 20, "at": (96, 140)},
 }  # fmt: skip
 
 

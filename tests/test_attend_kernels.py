@@ -86,7 +86,7 @@ def compiled(recorder: Recorder) -> dict[str, MachineCode]:
         told = call.signature
         found[call.function.fn.__name__] = compile_function_for_sm90(
             call.function, told.types, told.constants, warps=call.options["num_warps"],
-            stages=call.options.get("num_stages", 3),
+            stages=call.options.get("num_stages", 3), most_registers=call.options.get("maxnreg"),
             aligned=[n for n, by_16 in told.aligned.items() if by_16],
         )  # fmt: skip
     return found
@@ -150,6 +150,8 @@ QUANT_SHAPES: dict[str, dict[str, Any]] = {
     "two bits, everything": {"store": Quant(bits=2), "every": True},
     "heads of 64": {"store": Quant(), "width": 64},
     "heads of 256": {"store": Quant(), "width": 256},
+    "sixteen heads share keys": {"store": Quant(), "group": 16},
+    "float16": {"store": Quant(bits=3), "dtype": torch.float16},
 }
 
 
@@ -157,15 +159,17 @@ QUANT_SHAPES: dict[str, dict[str, Any]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", QUANT_SHAPES)
 def test_codes_become_numbers_in_registers(shape: str) -> None:
-    """No spills, keys and values go to tensor cores, nothing is moved two bytes at a time, and packed words
-    are on their way while others are computed with."""
+    """No spills, numbers go to tensor cores from where they were made, and packed words are on their way
+    while others are computed with."""
     for name, code in compiled(quant_recorded(**QUANT_SHAPES[shape])).items():
         assert not code.spills, (name, code)
         assert code.asked <= 113 * 1024
         if name == "attend_kernel":
             assert any(opcode.startswith("HMMA") for opcode in code.instructions)
             assert code.widths("LDGSTS").total() > 0
-            assert code.instructions.get("STS.U16", 0) <= 8
+            # Exact rows and sums of warps go through shared memory; of numbers there would be many hundreds.
+            assert code.instructions.get("STS.U16", 0) <= 1
+            assert code.widths("STS").total() <= 210
 
 
 @needs_triton
@@ -174,6 +178,8 @@ def test_a_token_over_rounded_rows_is_three_launches() -> None:
     assert [call.function.fn.__name__ for call in calls] == ["attend_kernel", "merge_kernel", "close_kernel"]
     # Exact rows have a part of their own.
     assert calls[0].arguments["splits"] == 34 and calls[0].grid == (8 * 34,)
+    many = quant_recorded(Quant(), group=40).calls
+    assert many[0].arguments["ROWS"] == 16 and many[0].grid == (8 * 3 * many[0].arguments["splits"],)
     read = quant_recorded(Quant(), takes=False).calls
     assert [call.function.fn.__name__ for call in read] == ["attend_kernel", "merge_kernel"]
 
@@ -182,7 +188,6 @@ def test_a_token_over_rounded_rows_is_three_launches() -> None:
     ("change", "text"),
     [
         ({"query": meta(1, 8, 3, 32)}, "3 rows: the kernels take one, prompts go by ATen operators"),
-        ({"query": meta(1, 160, 1, 32)}, "80 heads share a key: at most 64 may"),
         ({"group": 24}, "24 channels are rounded together: expected a power of two up to 128"),
         (
             {"store": Quant(block=96, residual=96)},
@@ -194,7 +199,7 @@ def test_a_token_over_rounded_rows_is_three_launches() -> None:
             "do not take queries in torch.float64",
         ),
     ],
-    ids=["rows", "heads", "channels", "positions", "gaps", "float64"],
+    ids=["rows", "channels", "positions", "gaps", "float64"],
 )
 def test_what_kernels_of_rounded_rows_do_not_take_is_said(change: dict[str, Any], text: str) -> None:
     dtype, store = change.get("dtype", BF16), change.get("store", Quant())

@@ -21,6 +21,7 @@ from graphopt.decoding.distance_bias import biased_by
 from graphopt.decoding.insert import step_graph
 from graphopt.decoding.last_row import last_row
 from graphopt.decoding.options import Generate
+from graphopt.decoding.prompts import Prompts
 from graphopt.decoding.reading import shown_tensors
 from graphopt.decoding.record import DecodingRecord, LossyRecord, site_records, state_records
 from graphopt.decoding.recurrence import recurrences_in
@@ -109,6 +110,11 @@ def build(
         # A share was one of the step without a cache: compiled steps are held to what it came to.
         session.budget = replace(session.budget, memory=budget, reserve=0)
     decoder.single = Singles(session)
+    if device.type == "cuda" and session.cuda_graphs and session.emitter.name != "eager":
+        peak = predicted.peak_bytes
+        decoder.several = Prompts(
+            session, device, chunk, peak - arithmetic.base, None if budget is None else budget - peak
+        )  # fmt: skip
     sharing = assigned.sharing
     if sharing is not None:
         freed = assigned.cache_bytes_before + kept - decoder.cache_bytes

@@ -53,6 +53,7 @@ class Decoder:
     once: SourcePrograms | None = None
     stretch: Run | None = None
     prompts: StepGraph | None = None
+    several: Callable[[Run, frozenset[int], list[Any]], Run] | None = None
     stores: dict[str, torch.Tensor] = field(default_factory=dict)
     valid: torch.Tensor | None = None
     shown: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -227,9 +228,16 @@ class Decoder:
         step = self.prompts if by_stretch and self.prompts is not None else self.step
         arguments = [*step.weights.values(), *(values[name] for name in step.inputs)]
         run = self.single(self, self.seen + 1, arguments) if count == 1 else None
-        rows = self.stretch if by_stretch and self.stretch is not None else self.general
+        if run is None:
+            run = self.stretch if by_stretch and self.stretch is not None else self.general
+            if count > 1 and self.several is not None:
+                named = (*step.weights, *step.inputs)
+                lasting = {*step.weights, *self.tables, *self.held}
+                run = self.several(
+                    run, frozenset(k for k, name in enumerate(named) if name in lasting), arguments
+                )  # fmt: skip
         with torch.no_grad():
-            (logits,) = (run or rows)(*arguments)
+            (logits,) = run(*arguments)
         self.seen += count
         result: torch.Tensor = logits
         return result

@@ -78,14 +78,17 @@ class Generator:
         own = callable(getattr(self.model, "generate", None))
         if self._built is None:
             return self.model.generate(*args, **options)  # type: ignore[operator]
-        training = self.model.training
-        self.model.eval()
+        # Of a large model there are many, and most calls find none.
+        training = [module for module in self.model.modules() if module.training]
+        if training:
+            self.model.eval()
         try:
             if own:
                 return generate_with(self.model, self._built.decoder, args, options)
             return plain_generate(self._built.decoder, *args, **options)
         finally:
-            self.model.train(training)
+            for module in training:
+                module.training = True
 
     def programs(self) -> tuple[Program, ...]:
         return self.built.programs

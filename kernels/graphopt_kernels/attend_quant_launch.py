@@ -23,6 +23,7 @@ from graphopt_kernels.attend_launch import (
 from graphopt_kernels.attend_operator import Asked
 from graphopt_kernels.attention_launch import rows_together
 from graphopt_kernels.cache_codes import PLANES
+from graphopt_kernels.instructions import has_half_pairs
 
 __all__ = [
     "QuantBits", "QuantStores", "follows", "jitted", "kernels_for", "kernels_take", "launch_for",
@@ -32,8 +33,15 @@ __all__ = [
 UNIT = 32
 """Positions whose codes of a key are whole words."""
 
-_MOST_ROWS = 64
-"""Heads that share keys, which a program has together: nobody may read the place where the row is written."""
+_MOST_ROWS = 16
+"""Heads of a program, whose results fit into registers: more that share keys are of several programs."""
+
+_WARPS = 4
+"""Of a program, each with keys of its own."""
+
+_REGISTERS = 208
+"""Of a thread where codes have eight bits: shared memory has room for two programs then, and registers so
+many for each. Left to itself the assembler makes room for three, and spills."""
 
 _CHANNELS = 64
 
@@ -67,14 +75,19 @@ class QuantBits(NamedTuple):
 
 
 def launch_for(
-    batch: int, groups: int, heads: int, length: int, block: int, dtype: torch.dtype, processors: int
-) -> AttendLaunch:
-    """For a row of ``heads`` heads over at most ``length`` keys in tiles of ``block`` elements. One part more
-    than others have is for the exact rows."""
-    rows = max(16, 1 << (heads // groups - 1).bit_length())
-    small = block <= 128 and dtype is not torch.float32
-    parts = parts_for(batch * groups, length, processors)
-    return AttendLaunch(rows, 2 * UNIT if small else UNIT, parts + (parts > 1), 4 if small else 8, 3)
+    batch: int, groups: int, heads: int, length: int, block: int, dtype: torch.dtype, bits: int,
+    processors: int,
+) -> AttendLaunch:  # fmt: skip
+    """For a row of ``heads`` heads over at most ``length`` keys of ``bits`` bits, in tiles of ``block``
+    elements. One part more than others have is for the exact rows."""
+    rows = min(_MOST_ROWS, max(8, 1 << (heads // groups - 1).bit_length()))
+    programs = batch * groups * -(-(heads // groups) // rows)
+    # A warp's threads count words of keys by eight, or half-words, which take fewer registers.
+    small = rows == 8 and block <= 128 and dtype is not torch.float32
+    units = 2 if bits < 4 or (bits == 4 and small) else 1
+    parts = parts_for(programs, length, processors)
+    stages = 3 if block <= 128 and dtype is not torch.float32 else 2
+    return AttendLaunch(rows, _WARPS * units * UNIT, parts + (parts > 1), _WARPS, stages)
 
 
 def kernels_for(query: torch.Tensor, stores: QuantStores, group: int) -> Any:
@@ -91,8 +104,6 @@ def kernels_take(query: torch.Tensor, stores: QuantStores, group: int) -> Reason
         return Reason(f"{query.shape[2]} rows: the kernels take one, prompts go by ATen operators")
     if not query.shape[0]:
         return Reason("there are no rows")
-    if query.shape[1] // key_ring.shape[1] > _MOST_ROWS:
-        return Reason(f"{query.shape[1] // key_ring.shape[1]} heads share a key: at most {_MOST_ROWS} may")
     block = stores.block
     for name, size, most in (("positions", block, 128), ("channels", group, 128)):
         if size & (size - 1) or size > most:
@@ -119,14 +130,14 @@ def follows(
 def jitted() -> Any:
     """The jitted kernels by name, or ``None`` without triton."""
     try:
-        from graphopt_kernels import attend_quant_triton, attend_triton
+        from graphopt_kernels import attend_quant_triton, attend_triton, cache_rounding_triton
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("triton"):
             raise
         return None
     return SimpleNamespace(
         attend_kernel=attend_quant_triton.attend_kernel,
-        close_kernel=attend_quant_triton.close_kernel,
+        close_kernel=cache_rounding_triton.close_kernel,
         merge_kernel=attend_triton.merge_kernel,
     )
 
@@ -157,7 +168,7 @@ def row_on_gpu(
     words = (key_codes.shape[3], value_codes.shape[3], -(-value_width * PLANES[bits.value_bits][0] // 32))
     launch = launch or launch_for(
         batch, groups, heads, min(asked.length, slots * block), max(blocks.values()), query.dtype,
-        processors or processors_for(query.device),
+        bits.key_bits, processors or processors_for(query.device),
     )  # fmt: skip
     output = query.new_empty((batch, heads, 1, value_width))
     parts, shape = launch.parts, (batch, heads, 1, launch.parts)
@@ -170,17 +181,20 @@ def row_on_gpu(
         counts = valid[:batch].cumsum(-1, dtype=torch.int32)
     shown = query if valid is None else rows_together(valid)
     positions, window, softcap = asked.positions, asked.window, asked.softcap
+    room = {"maxnreg": _REGISTERS} if max(blocks.values()) == 128 and 8 in bits[:2] else {}
     with on_device(query):
-        kernels.attend_kernel[(parts * batch * groups,)](
+        blocks_of_heads = -(-(heads // groups) // launch.rows)
+        kernels.attend_kernel[(parts * batch * groups * blocks_of_heads,)](
             query, key, value, *stores, positions, shown, counts, query if slopes is None else slopes,
             query if sinks is None else sinks, output, partial, sums, *query.stride()[:3],
             *key.stride()[:3], *value.stride()[:3], shown.stride(0), counts.stride(0), *output.stride()[:3],
-            heads, heads // groups, slots, kept, parts, window, asked.scale, softcap, *words, **packed,
+            heads, heads // groups, slots, kept, parts, window, asked.scale, softcap, **packed,
             TAKES=takes, FINAL=parts == 1, WINDOW=bool(window), VALID=valid is not None,
             SLOPES=slopes is not None, SINKS=sinks is not None, CAPPED=bool(softcap),
             APPROXIMATE=query.dtype is torch.bfloat16, **widths, **blocks, ROWS=launch.rows,
-            COUNT=launch.columns // UNIT, PRECISION=precision(), num_warps=launch.warps,
-            num_stages=launch.stages,
+            TEAM=launch.warps, COUNT=launch.columns // UNIT // launch.warps,
+            FAST=has_half_pairs(key_codes), PRECISION=precision(), num_warps=launch.warps,
+            num_stages=launch.stages, **room,
         )  # fmt: skip
         if parts > 1:
             merge(kernels, output, partial, sums, sinks)
@@ -203,7 +217,8 @@ def quant_scratch(asked: Asked, stores: QuantStores, bits: QuantBits) -> int:
     widest = max(block_of(query.shape[3]), block_of(value_width), UNIT, group)
     held = min(asked.length, stores.value_codes.shape[2])
     processors = processors_for(query.device)
-    parts = launch_for(batch, stores.key_ring.shape[1], heads, held, widest, query.dtype, processors).parts
+    groups, dtype = stores.key_ring.shape[1], query.dtype
+    parts = launch_for(batch, groups, heads, held, widest, dtype, bits.key_bits, processors).parts
     taken = batch * heads * parts * (value_width + 1) * 4 if parts > 1 else 0
     if valid is not None and asked.slopes is not None:
         taken += batch * valid.shape[1] * 4

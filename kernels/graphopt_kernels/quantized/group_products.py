@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from graphopt_kernels.instructions import has_half_pairs
 from graphopt_kernels.quantized.group_launch import (
     LIBRARY,
     GroupLaunch,
@@ -253,7 +254,7 @@ def _codes(weight: GroupWeight) -> torch.Tensor:
 
 def _constants(weight: GroupWeight) -> dict[str, Any]:
     return {
-        "FAST": _is_fast(weight.codes),
+        "FAST": has_half_pairs(weight.codes),
         "BITS": weight.bits,
         "OUTLIERS": weight.slots > 0,
         "LEVELS": weight.levels,
@@ -312,12 +313,6 @@ def _kernels_for(weight: GroupWeight) -> Any:
     if torch.cuda.get_device_capability(weight.codes.device) < (8, 0):
         return None
     return kernels()
-
-
-def _is_fast(codes: torch.Tensor) -> bool:
-    """Whether the instructions are there that numbers are made with: tensors without memory are taken to be
-    on a device that has them."""
-    return codes.is_meta or (codes.is_cuda and torch.cuda.get_device_capability(codes.device) >= (9, 0))
 
 
 def _on(codes: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
