@@ -124,18 +124,18 @@ def test_machine_code_has_tensor_cores_wide_loads_and_no_spills(shape: str) -> N
 
 def quant_recorded(
     store: Quant, width: int = 128, dtype: torch.dtype = BF16, group: int = 4, every: bool = False,
-    takes: bool = True,
+    takes: bool = True, batch: int = 1,
 ) -> Recorder:  # fmt: skip
     """The same over rounded rows."""
     recorder = Recorder(quant_launching.jitted())
     heads, places = 8 * group, 32768
     site = SiteSpec(heads, 8, width, width, dtype, MaskSpec(window=1024 * every), 0.1)
-    kinds = store.tensors(site, 1, places).values()
+    kinds = store.tensors(site, batch, places).values()
     stores = QuantStores(*(meta(*shape, dtype=kind) for shape, kind in kinds))
-    row = meta(1, 8, 1, width, dtype=dtype)
+    row = meta(batch, 8, 1, width, dtype=dtype)
     asked = Asked(
-        meta(1, heads, 1, width, dtype=dtype), row, row, meta(1, dtype=torch.int64),
-        meta(1, places, dtype=torch.bool) if every else None, meta(heads, dtype=FP32) if every else None,
+        meta(batch, heads, 1, width, dtype=dtype), row, row, meta(1, dtype=torch.int64),
+        meta(batch, places, dtype=torch.bool) if every else None, meta(heads, dtype=FP32) if every else None,
         meta(heads) if every else None, 0.1, 30.0 if every else 0.0, 1024 * every, places,
     )  # fmt: skip
     bits = QuantBits(*store.widths, store.group, ALONE)
@@ -150,6 +150,8 @@ QUANT_SHAPES: dict[str, dict[str, Any]] = {
     "two bits, everything": {"store": Quant(bits=2), "every": True},
     "heads of 64": {"store": Quant(), "width": 64},
     "heads of 256": {"store": Quant(), "width": 256},
+    "eight bits, many sequences": {"store": Quant(bits=8), "batch": 16},
+    "four bits, many sequences": {"store": Quant(), "batch": 16},
     "sixteen heads share keys": {"store": Quant(), "group": 16},
     "float16": {"store": Quant(bits=3), "dtype": torch.float16},
 }
@@ -178,6 +180,8 @@ def test_a_token_over_rounded_rows_is_three_launches() -> None:
     assert [call.function.fn.__name__ for call in calls] == ["attend_kernel", "merge_kernel", "close_kernel"]
     # Exact rows have a part of their own.
     assert calls[0].arguments["splits"] == 34 and calls[0].grid == (8 * 34,)
+    alone = quant_recorded(Quant(), batch=16).calls[0]
+    assert (alone.options["num_warps"], alone.grid) == (1, (16 * 8 * 25,)), "a warp alone has enough to do"
     many = quant_recorded(Quant(), group=40).calls
     assert many[0].arguments["ROWS"] == 16 and many[0].grid == (8 * 3 * many[0].arguments["splits"],)
     read = quant_recorded(Quant(), takes=False).calls

@@ -39,7 +39,11 @@ _MOST_ROWS = 16
 _WARPS = 4
 """Of a program, each with keys of its own."""
 
-_REGISTERS = 208
+_ALONE, _RESIDENT, _TURNS = 512, 8, 3
+"""Keys of a part from which on a warp is a program, how many of these a processor has at a time, and how
+often it has as many: the more, the more even is the end."""
+
+_REGISTERS = 255
 """Of a thread where codes have eight bits: shared memory has room for two programs then, and registers so
 many for each. Left to itself the assembler makes room for three, and spills."""
 
@@ -85,8 +89,12 @@ def launch_for(
     # A warp's threads count words of keys by eight, or half-words, which take fewer registers.
     small = rows == 8 and block <= 128 and dtype is not torch.float32
     units = 2 if bits < 4 or (bits == 4 and small) else 1
-    parts = parts_for(programs, length, processors)
     stages = 3 if block <= 128 and dtype is not torch.float32 else 2
+    # A warp by itself waits for no other, and more of them have room, but each has its own part to merge.
+    most = _TURNS * _RESIDENT * processors // programs
+    if small and most > 1 and length >= _ALONE * most:
+        return AttendLaunch(rows, units * UNIT, most + 1, 1, stages)
+    parts = parts_for(programs, length, processors)
     return AttendLaunch(rows, _WARPS * units * UNIT, parts + (parts > 1), _WARPS, stages)
 
 
@@ -181,7 +189,8 @@ def row_on_gpu(
         counts = valid[:batch].cumsum(-1, dtype=torch.int32)
     shown = query if valid is None else rows_together(valid)
     positions, window, softcap = asked.positions, asked.window, asked.softcap
-    room = {"maxnreg": _REGISTERS} if max(blocks.values()) == 128 and 8 in bits[:2] else {}
+    eight = launch.warps > 1 and max(blocks.values()) == 128 and 8 in bits[:2]
+    room = {"maxnreg": _REGISTERS} if eight else {}
     with on_device(query):
         blocks_of_heads = -(-(heads // groups) // launch.rows)
         kernels.attend_kernel[(parts * batch * groups * blocks_of_heads,)](

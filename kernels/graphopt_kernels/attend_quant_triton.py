@@ -261,8 +261,10 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     value += batch * new_value_batch + shared.to(tl.int64) * new_value_head
     beyond = tl.where(split == splits - 1, last + 1, near)
     wide_value = tl.arange(0, BLOCK_V)[None, :]
-    for start in tl.range(near, beyond, UNIT, num_stages=1):
-        position = start + tl.arange(0, UNIT)
+    # As many exact rows at a time as the registers of few warps have room for.
+    some: tl.constexpr = UNIT if TEAM > 1 else 16
+    for start in tl.range(near, beyond, some, num_stages=1):
+        position = start + tl.arange(0, some)
         present = position < beyond
         held = present
         if TAKES:
