@@ -18,7 +18,7 @@ def gpu_decode(record: dict[str, Any]) -> str:
         cells.append(
             (
                 row["mode"], f"{row['ms']:.2f}", f"{row['tokens_per_s']:.0f}", met, percent(row["floor"]),
-                f"{row['regret']:.3f}", row["at"],
+                f"{row['prompt_ms']:.1f}" if "prompt_ms" in row else "", f"{row['regret']:.3f}", row["at"],
             )
         )  # fmt: skip
     return (
@@ -30,7 +30,7 @@ def gpu_decode(record: dict[str, Any]) -> str:
         "logit of each token is below the largest, in float32, in standard deviations of logits; random "
         "weights suffer more from rounding than trained ones. `+PASS`: with that pass besides the default "
         f"ones. Rows of one `at` are of one run. {record.get('note', '')}\n\n"
-        + table(("mode", "ms a token", "tokens/s", "target", "of the floor", "regret", "at"), cells)
+        + table(("mode", "ms a token", "tokens/s", "target", "of the floor", "prompt, ms", "regret", "at"), cells)
     )
 
 
@@ -61,8 +61,9 @@ def gpu_decode_large(record: dict[str, Any]) -> str:
         "`swiftkv`: keys and values of the later half out of one early stream, random weights, no recovery. "
         f"Targets: 16 sequences with 4-bit stores 3 times `compile`: {verdict(kept >= 3)} ({kept:.1f}, a "
         "quarter of the places filled); prompts with the early stream 1.7 times those without: "
-        f"{verdict(gain >= 1.7)} ({gain:.2f}). Stores of 4 bits take fewer bytes than bf16 and more time: "
-        "prompts go into them by ATen operators. Missing: "
+        f"{verdict(gain >= 1.7)} ({gain:.2f}). Stores of 4 bits take fewer bytes than bf16, and here more time: "
+        "their row is of the kernel before the one of the next section, and prompts go into them by ATen "
+        "operators. Missing: "
         + "; ".join(record["missing"])
         + ".\n\n"
         + table(

@@ -124,11 +124,11 @@ def test_machine_code_has_tensor_cores_wide_loads_and_no_spills(shape: str) -> N
 
 def quant_recorded(
     store: Quant, width: int = 128, dtype: torch.dtype = BF16, group: int = 4, every: bool = False,
-    takes: bool = True, batch: int = 1,
+    takes: bool = True, batch: int = 1, places: int = 32768,
 ) -> Recorder:  # fmt: skip
     """The same over rounded rows."""
     recorder = Recorder(quant_launching.jitted())
-    heads, places = 8 * group, 32768
+    heads = 8 * group
     site = SiteSpec(heads, 8, width, width, dtype, MaskSpec(window=1024 * every), 0.1)
     kinds = store.tensors(site, batch, places).values()
     stores = QuantStores(*(meta(*shape, dtype=kind) for shape, kind in kinds))
@@ -180,6 +180,8 @@ def test_a_token_over_rounded_rows_is_three_launches() -> None:
     assert [call.function.fn.__name__ for call in calls] == ["attend_kernel", "merge_kernel", "close_kernel"]
     # Exact rows have a part of their own.
     assert calls[0].arguments["splits"] == 34 and calls[0].grid == (8 * 34,)
+    few = quant_recorded(Quant(), places=4096).calls[0]
+    assert few.arguments["splits"] == 17, "every warp has keys"
     alone = quant_recorded(Quant(), batch=16).calls[0]
     assert (alone.options["num_warps"], alone.grid) == (1, (16 * 8 * 25,)), "a warp alone has enough to do"
     many = quant_recorded(Quant(), group=40).calls

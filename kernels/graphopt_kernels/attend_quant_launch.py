@@ -94,8 +94,10 @@ def launch_for(
     most = _TURNS * _RESIDENT * processors // programs
     if small and most > 1 and length >= _ALONE * most:
         return AttendLaunch(rows, units * UNIT, most + 1, 1, stages)
-    parts = parts_for(programs, length, processors)
-    return AttendLaunch(rows, _WARPS * units * UNIT, parts + (parts > 1), _WARPS, stages)
+    columns = _WARPS * units * UNIT
+    # Of a part with fewer keys some warps would have none.
+    parts = min(parts_for(programs, length, processors), max(1, length // columns))
+    return AttendLaunch(rows, columns, parts + (parts > 1), _WARPS, stages)
 
 
 def kernels_for(query: torch.Tensor, stores: QuantStores, group: int) -> Any:
