@@ -17,7 +17,7 @@ from graphopt.candidate import Declined
 from graphopt.captured import Captured
 from graphopt.emit.inductor import JointSeen
 from graphopt.errors import GraphoptError
-from graphopt.offered_schedules import room_of, say_effort, see_inference, see_joint
+from graphopt.offered_schedules import named_form, room_of, say_effort, see_inference, see_joint
 from graphopt.passes import PassContext
 from graphopt.program import Program
 
@@ -47,7 +47,9 @@ def weigh_forms(session: Session, captured: Captured, inputs: Sequence[Any], mod
     room, start = room_of(session, captured), captured.reference_seconds
 
     def look(form: Form) -> Grade | None:
-        made = Captured(captured.name, form.program, captured.specs, effort=FORM_EFFORT, room=room)
+        made = Captured(
+            captured.name, form.program, captured.specs, form=form.name, effort=FORM_EFFORT, room=room
+        )
         try:
             see(session, made, inputs)
         except Exception as error:
@@ -65,8 +67,7 @@ def weigh_forms(session: Session, captured: Captured, inputs: Sequence[Any], mod
         return copied(plain)
 
     if session.replay is not None:
-        wanted = next((c.alternative for c in session.replay.choices if c.program == captured.name), "")
-        _look_at(wanted, session, Form("", make(), 0.0), ctx, look)
+        _look_at(named_form(session, captured), session, Form("", make(), 0.0), ctx, look)
     else:
         own = Grade.of(captured.frontier, 0.0, room)
         left = coordinate_wise(make, session.passes, ctx, session.fail, look, own)
