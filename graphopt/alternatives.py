@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch.fx as fx
 
 from graphopt.candidate import Candidate, Frontier, FrontierPoint
 from graphopt.errors import GraphoptError, PassError, brief
 from graphopt.passes import Pass, PassContext
-from graphopt.program import Program
+from graphopt.program import Program, copied_module
 from graphopt.proposals import read_proposals
 
 __all__ = [
@@ -257,11 +256,7 @@ def compatible(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def copied(program: Program) -> Program:
     """A program over a copy of the graph, its nodes named alike, and the same weights."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in program.graph.nodes:
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
-    return replace(program, gm=fx.GraphModule(program.gm, graph))
+    return replace(program, gm=copied_module(program.gm))
 
 
 def _apply_all(candidates: Sequence[Candidate], program: Program, pass_id: str) -> None:

@@ -74,10 +74,13 @@ from graphopt._torch.joint import (
     torch_partition,
 )
 from graphopt._torch.kept_code import (
+    KeptText,
     forget_code,
     is_kept,
     is_known_to_caches,
+    keeping_code,
     keeps_code,
+    kept_as_text,
     kept_code,
     known_to_caches,
 )
@@ -163,6 +166,7 @@ __all__ = [
     "KEPT",
     "MADE",
     "CallWatcher",
+    "KeptText",
     "KernelBuffer",
     "KernelLaunch",
     "SizeSymbol",
@@ -229,8 +233,10 @@ __all__ = [
     "is_symbolic_function",
     "joins_apart",
     "joint_compiler",
+    "keeping_code",
     "keeps_code",
     "keeps_graph",
+    "kept_as_text",
     "kept_code",
     "known_to_caches",
     "mark",

@@ -40,10 +40,10 @@ from graphopt.plans import Plan
 from graphopt.program import Program, layer_of
 from graphopt.report import Environment, Report
 from graphopt.restored import cuda_devices, restored
-from graphopt.segmented_capture import unfold
 from graphopt.session import NotPlanned, Session
 from graphopt.several import compile_together
 from graphopt.step_cost import step_curve, step_memory
+from graphopt.unfolding import unfold
 
 if TYPE_CHECKING:
     from graphopt.packing.fit import Fitted, WeightFit
