@@ -106,14 +106,15 @@ def alternatives(
 
 
 def coordinate_wise(
-    make: Callable[[], Program],
+    program: Program,
     passes: Sequence[Pass],
     ctx: PassContext,
     failed: Callable[[str, GraphoptError], None],
     look: Callable[[Form], Grade | None],
     grade: Grade,
 ) -> list[Offer]:
-    """Try what passes offer together: each pass's offers on top of the best of the passes before it.
+    """Try what passes offer together on copies of ``program``: each pass's offers on top of the best of the
+    passes before it.
 
     ``grade`` is that of the program itself; ``look`` tells that of a form, ``None`` where it cannot be had.
     Of the offers of one pass ``OFFERS`` are looked at, those that are not worse than another in both
@@ -121,7 +122,7 @@ def coordinate_wise(
     where all combinations would be their product. Where a form fits already, one that is predicted to take
     longer is not looked at: such offers are returned.
     """
-    best = Form("", make(), 0.0)
+    best = Form("", program, 0.0)
     left: list[Offer] = []
     for step in passes:
         base = best

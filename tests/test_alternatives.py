@@ -406,7 +406,7 @@ def looked_at(
         return None if peak is None else Grade(True, 0.0, peak)
 
     own = Grade(True, 0.0, least)
-    left = coordinate_wise(_make, passes, context(), lambda text, error: said.append(text), look, own)
+    left = coordinate_wise(_make(), passes, context(), lambda text, error: said.append(text), look, own)
     assert left == []
     return seen, said
 
@@ -434,7 +434,7 @@ def test_where_a_form_fits_what_takes_longer_is_not_looked_at() -> None:
         seen.append(form.name)
         return {"a": Grade(False, 2.0, 90), "b": Grade(False, 2.1, 80)}.get(form.name, Grade(False, 1.5, 90))
 
-    left = coordinate_wise(_make, [first, second], context(), _unexpected, look, Grade(True, 0.0, 100))
+    left = coordinate_wise(_make(), [first, second], context(), _unexpected, look, Grade(True, 0.0, 100))
     # "b" takes as long as the best so far before anything runs again: it may be leaner.
     assert seen == ["a", "b", "a+d"]
     assert [offer.id for offer in left] == ["c", "e"]
