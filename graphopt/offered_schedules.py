@@ -51,7 +51,7 @@ def see_inference(session: Session, captured: Captured, graph: fx.GraphModule) -
     """Take note of a functional inference graph, and what it could run."""
     captured.mode = "infer"
     if session.emitter.name == "eager":
-        settle_layouts(graph)
+        _settle(session, captured, graph)
     captured.joint = inference_program(captured.name, graph, captured.specs)
     captured.traced = captured.joint.fingerprint
     captured.baseline = _unchanged(captured.joint)
@@ -65,7 +65,7 @@ def see_joint(session: Session, captured: Captured, joint: fx.GraphModule, num_o
     _torch.eliminate_common_subexpressions(joint, must_happen)
     drop_unread_statistics(joint)
     if session.emitter.name == "eager":
-        settle_layouts(joint)
+        _settle(session, captured, joint)
         make_random_states_explicit(joint)
         own_gradients(joint, num_outputs, session.gradients_of(captured.specs))
     program = joint_program(captured.name, joint, captured.specs, num_outputs)
@@ -76,6 +76,14 @@ def see_joint(session: Session, captured: Captured, joint: fx.GraphModule, num_o
         captured.frontier = frontier_of(session, captured)
     elif captured.joint.fingerprint == traced:
         captured.joint = program
+
+
+def _settle(session: Session, captured: Captured, graph: fx.GraphModule) -> None:
+    """Let values have the layouts of the kernels that run, and the report say where they could not."""
+    for why in settle_layouts(graph):
+        note = f"{captured.name}: {why}"
+        if note not in session.diagnostics:
+            session.diagnostics.append(note)
 
 
 def frontier_of(session: Session, captured: Captured) -> Frontier:

@@ -236,6 +236,7 @@ class _Compiling:
             if code.whole:
                 drop_unread_statistics(joint)
                 if self.emitter.name == "eager":
+                    # What could not be settled is said in the report that was saved.
                     settle_layouts(joint)
                     make_random_states_explicit(joint)
                     own_gradients(joint, count, gradients)
