@@ -41,7 +41,6 @@ def one_program(
     # Other ranks compare the programs that they have with those made here.
     if session.whole and not session.emitter.fuses and _torch.runs_alone():
         warm = WarmStart(session, name, gm, inputs, specs, auxiliary)
-    session._fold = None
 
     def plain(*args: Any) -> Any:
         return _torch.run_as_captured(gm, args)

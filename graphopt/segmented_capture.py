@@ -34,7 +34,6 @@ def segmented(
     from graphopt.warm_start import WarmStart
 
     warm = WarmStart(session, name, gm, inputs, specs, auxiliary)
-    session._fold = None
     restored = warm.restored()
     ran = session._made = Ran(specs, tuple(auxiliary))
     if restored is not None:

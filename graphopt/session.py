@@ -63,7 +63,7 @@ from graphopt.several import compile_together
 from graphopt.step_cost import settle
 
 if TYPE_CHECKING:
-    pass
+    from graphopt.warm_start import KeptStep
 
 __all__ = ["Captured", "CapturedAnew", "NotPlanned", "Session"]
 
@@ -102,7 +102,8 @@ class Session:
     ``chain``: the present programs as calls that hand values to each other, where they are;
     ``reruns``: rows of them that the plan runs again. ``cuda_graphs``: replay steps where they can be
     recorded; ``recorders`` do that. ``keeps``: keep plan and code for later processes, and take over what
-    earlier ones kept. ``watching(run, args, ran)`` runs a whole program in the place of ``run(*args)``.
+    earlier ones kept; ``kept``: the present step as it is kept; ``uncompared``: what was captured could not
+    be compared with the model. ``watching(run, args, ran)`` runs a whole program in place of ``run(*args)``.
     ``policy``: who picks within the budget in the planner's place, ``chosen_by``: its name where it did.
     ``comparing``: a captured call computes what dynamo captured, without gradients, and nothing is captured;
     ``differentiating``: with gradients. ``writes_apart``: plain code between programs writes parameters.
@@ -162,6 +163,8 @@ class Session:
     recorders: list[Recorder] = field(default_factory=list)
     _written: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
     keeps: bool = True
+    kept: KeptStep | None = None
+    uncompared: bool = False
     generates: bool = False
     _fold: Callable[[], None] | None = None
     quantization: QuantizationPlan | None = None
@@ -232,6 +235,7 @@ class Session:
             granularity = self.cost.device.allocation_granularity
             self.static_bytes = (self.static_bytes or 0) + 2 * max(granularity, torch.float32.itemsize)
         name = f"g{len(self.captured)}"
+        self._fold, self.kept = None, None
         # What runs between levels of functorch, or with a gradient of its own, could not be followed from
         # call to call.
         if self.whole and self.emitter.by_segments and not _torch.stays_as_captured(gm):
@@ -463,7 +467,7 @@ class Session:
 
     def forget(self) -> None:
         """Nothing of what was captured so far is used: the model is captured in another way."""
-        self.captured, self.current, self.plan, self._fold = [], [], None, None
+        self.captured, self.current, self.plan, self._fold, self.kept = [], [], None, None, None
         self.steps.clear()
         for notes in (self.records, self.declined, self.near_misses, self.rewrites, self.diagnostics):
             notes.clear()

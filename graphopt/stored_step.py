@@ -101,7 +101,9 @@ class StoredStep:
     it returns, as ``results_text`` writes it. ``operators``: operators besides torch's that the code calls.
     ``roles``: why the step cannot be replayed from a CUDA graph, or else, ``""``, which inputs are
     ``lasting`` and ``rewritten`` and whether it is ``random``. ``programs`` and what follows is for the
-    report: ``left`` is what the code generator left as it was."""
+    report: ``left`` is what the code generator left as it was. ``compared``: the hash of the model's code
+    (``graphopt.model_code``) with which outputs and gradients of what was captured were compared and held,
+    ``""`` where they were not."""
 
     key: str
     whole: bool
@@ -123,6 +125,7 @@ class StoredStep:
     diagnostics: tuple[str, ...]
     groups: tuple[GroupRecord, ...]
     left: tuple[NearMiss, ...]
+    compared: str = ""
 
     def chain(self) -> Segmented:
         """The calls for a ``ChainRunner``, without the programs of its segments."""

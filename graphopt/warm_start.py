@@ -13,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from types import CodeType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -56,7 +58,17 @@ if TYPE_CHECKING:
     from graphopt.segmented import SegmentedStep
     from graphopt.session import Session
 
-__all__ = ["WarmStart", "reserved", "stored_call"]
+__all__ = ["KeptStep", "WarmStart", "reserved", "stored_call"]
+
+
+@dataclass(frozen=True)
+class KeptStep:
+    """The present step as it is kept under ``key``. ``followed``: the code that dynamo captured it of;
+    ``compared``: see ``StoredStep``."""
+
+    key: str
+    followed: frozenset[CodeType]
+    compared: str = ""
 
 
 class WarmStart:
@@ -159,6 +171,7 @@ class WarmStart:
 
     def _take_over(self, step: StoredStep, plan: Plan) -> None:
         session = self.session
+        session.kept = KeptStep(self.key, _torch.followed_code(), step.compared)
         session.plan, session.reruns = plan, step.reruns
         session.planning_seconds += plan.seconds_to_plan
         session.records.extend(step.steps)
@@ -188,6 +201,7 @@ class WarmStart:
             try:
                 stored = self._stored_program(step) if isinstance(step, Captured) else self._stored(step)
                 why = store_step(stored, self.session.plan)
+                self.session.kept = None if why else KeptStep(self.key, _torch.followed_code())
             except TypeError as error:
                 why = str(error)
         self.note += f"; nothing is kept, as {why}" if why else "; kept for later ones"

@@ -295,3 +295,102 @@ def test_what_torch_keeps_of_a_half_is_its_text() -> None:
     assert copy.deepcopy(half) == pickle.loads(pickle.dumps(half)) == half
     code = _torch.kept_as_text(eager_callable(torch.fx.GraphModule({}, torch.fx.Graph())), "[]")
     assert _torch.is_known_to_caches(code)
+
+
+@pytest.fixture
+def compared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was compared with the model, in order."""
+    from graphopt.capture import beside
+
+    seen: list[str] = []
+
+    def noting(name: str) -> None:
+        usual = getattr(beside, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            seen.append(name)
+            return usual(*args, **kwargs)
+
+        monkeypatch.setattr(beside, name, call)
+
+    noting("compared")
+    noting("gradients_compared")
+    return seen
+
+
+@pytest.mark.parametrize("emit", ["eager", "inductor"])
+def test_what_an_earlier_process_compared_is_not_compared_again(emit: str, compared: list[str]) -> None:
+    first = optimized(emit=emit, budget=None)
+    assert compared == ["compared", "gradients_compared"]
+    again = optimized(emit=emit, budget=None)
+    assert note(again) == HIT and len(compared) == 2
+    told = "an earlier process compared what was captured with the model, whose code is the same"
+    assert told in again.report.diagnostics and told not in first.report.diagnostics
+
+
+def test_code_that_changed_is_compared_again(
+    compared: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph is the same, what the model does op by op is not: another branch, in a module beside."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+    package = tmp_path / "changing"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    (package / "model.py").write_text(
+        "import torch\n"
+        "from changing import beside\n"
+        "class Model(torch.nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        if torch.compiler.is_compiling():\n"
+        "            return super().forward(x).square().mean()\n"
+        "        return beside.eager(super().forward(x))\n"
+    )
+
+    def made(scale: str) -> Optimized:
+        import importlib
+        import sys
+
+        (package / "beside.py").write_text(f"def eager(x):\n    return x.square().mean() * {scale}\n")
+        for name in [name for name in sys.modules if name.startswith("changing")]:
+            del sys.modules[name]
+        importlib.invalidate_caches()
+        model = importlib.import_module("changing.model").Model
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        return graphopt.optimize(model(8, 8), (torch.randn(4, 8),), emit="eager")
+
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    for _ in range(2):
+        assert note(made("1.0")).startswith("warm start")
+    assert len(compared) == 2
+    other = made("2.00")
+    assert len(compared) > 2
+    assert any("computes something else" in text for text in other.report.diagnostics)
+
+
+def test_without_a_comparison_nothing_is_noted(compared: list[str]) -> None:
+    optimized(verify="off")
+    assert not compared
+    optimized()
+    assert len(compared) == 2
+    optimized()
+    assert len(compared) == 2
+
+
+def test_code_without_a_file_has_no_hash() -> None:
+    from graphopt.model_code import code_digest
+
+    space: dict[str, Any] = {"__name__": "nowhere", "nn": nn}
+    exec("class Made(nn.Linear):\n    pass", space)
+    made = space["Made"](2, 2)
+    assert code_digest(made, ()) == ""
+    plain = nn.Linear(2, 2)
+    one, other = map(text_code, ("x + 1", "x + 2"))
+    hashes = {code_digest(plain, followed) for followed in ((), (one,), (other,))}
+    assert len(hashes) == 3 and "" not in hashes
+    assert code_digest(plain, (text_code("x + 1"),)) in hashes
+
+
+def text_code(text: str) -> Any:
+    """Code of a function in no file, as dataclasses make."""
+    return compile(text, "<string>", "eval")
