@@ -394,3 +394,30 @@ def test_code_without_a_file_has_no_hash() -> None:
 def text_code(text: str) -> Any:
     """Code of a function in no file, as dataclasses make."""
     return compile(text, "<string>", "eval")
+
+
+def test_a_step_that_was_taken_over_is_saved_and_recorded(tmp_path: Path) -> None:
+    from graphopt.recorded import record_call
+
+    optimized()
+    again = optimized()
+    x = torch.randn(64, 32)
+    recorded = record_call(again, (x,))
+    assert len(recorded.calls) == 1 and torch.equal(recorded.output, again(x))
+    again.save(tmp_path / "net.graphopt")
+    assert note(again) == HIT
+    loaded = graphopt.load(tmp_path / "net.graphopt")
+    assert torch.equal(loaded(x), again(x))
+
+
+def test_other_shapes_are_steps_of_their_own() -> None:
+    def shapes() -> Optimized:
+        fast = optimized(dynamic_shapes=False)
+        for rows in (64, 32):
+            fast(torch.randn(rows, 32)).backward()
+        return fast
+
+    assert [text for text in shapes().report.diagnostics if text.startswith("warm start")] == [KEPT, KEPT]
+    again = shapes()
+    assert [text for text in again.report.diagnostics if text.startswith("warm start")] == [HIT, HIT]
+    assert [len(step.programs) for step in again.steps] == [4, 4], "semantic, joint, both halves"
