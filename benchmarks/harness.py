@@ -200,7 +200,7 @@ class Prepared:
 def prepare(name: str, **options: Any) -> Prepared:
     """Build and capture one of the models for running op by op; raises what capture raises."""
     model, inputs = models.build(name)
-    optimized = graphopt.optimize(model, inputs, emit="eager", on_error="raise", **options)
+    optimized = graphopt.optimize(model, inputs, emit="eager", on_error="raise", cache=False, **options)
     return Prepared(name, model, inputs, optimized)
 
 

@@ -30,10 +30,11 @@ import torch
 from gpu_kernels import TENSOR, copy_bandwidth, known, milliseconds
 
 from graphopt.atomic import write_atomically
-from graphopt_kernels import cross_entropy, cross_entropy_rows, row_norm, row_quantize
+from graphopt_kernels import cross_entropy, cross_entropy_rows, row_norm_launch, row_quantize
 from graphopt_kernels.cross_entropy_launch import PartLaunch, gradient_of_rows, losses_of_rows, part_launch
 from graphopt_kernels.cross_entropy_rows import RowLaunch, RowSettings
-from graphopt_kernels.row_norm import BackwardProblem, ForwardProblem, Launch
+from graphopt_kernels.row_norm_launch import BackwardProblem, ForwardProblem, Launch
+from graphopt_kernels.row_norm_reference import row_norm_reference
 
 Results = tuple[torch.Tensor, ...]
 Key = Any
@@ -177,18 +178,18 @@ def processors(device: str) -> int | None:
 def norm_backward_cell(size: int, width: int, device: str, centered: bool) -> Cell:
     (grad, x), (weight, bias) = rows_and_vectors(size, width, device, 2)
     shift = bias if centered else None
-    _, mean, rstd = row_norm.row_norm_reference(x, weight, shift, 1e-6, centered, 0.0, False, x.dtype)
+    _, mean, rstd = row_norm_reference(x, weight, shift, 1e-6, centered, 0.0, False, x.dtype)
     problem = BackwardProblem(x.shape[0], width, x.dtype, weight.dtype, False, centered, True, True, centered)
-    usual = row_norm.backward_launch(problem)
+    usual = row_norm_launch.backward_launch(problem)
 
     def run(launch: Key) -> Results:
-        return row_norm.backward_rows(
-            row_norm._kernels(), grad, x, weight, shift, mean, rstd, None, centered, 0.0,
+        return row_norm_launch.backward_rows(
+            row_norm_launch.norm_kernels(), grad, x, weight, shift, mean, rstd, None, centered, 0.0,
             [True, True, centered], launch=launch, processors=processors(device),
         )  # fmt: skip
 
     def fits(launch: Launch) -> bool:
-        return row_norm.check_launch(problem, launch) is None
+        return row_norm_launch.check_launch(problem, launch) is None
 
     def grid() -> Iterator[Key]:
         for warps, programs in itertools.product((4, 8, 16, 32), (1, 2, 3, 4)):
@@ -218,17 +219,17 @@ def launch_elements(launch: Launch, warps: int) -> int:
 def add_norm_cell(size: int, width: int, device: str) -> Cell:
     (x, residual), (weight, _) = rows_and_vectors(size, width, device, 2)
     problem = ForwardProblem(x.shape[0], width, x.dtype, x.dtype, weight.dtype, None, True, False, True)
-    usual = row_norm.forward_launch(problem)
+    usual = row_norm_launch.forward_launch(problem)
 
     def run(launch: Key) -> Results:
-        results = row_norm.forward_rows(
-            row_norm._kernels(), x, residual, weight, None, 1e-6, False, 0.0, True, x.dtype,
+        results = row_norm_launch.forward_rows(
+            row_norm_launch.norm_kernels(), x, residual, weight, None, 1e-6, False, 0.0, True, x.dtype,
             launch=launch, processors=processors(device),
         )  # fmt: skip
         return results[0], results[1]
 
     def fits(launch: Launch) -> bool:
-        return row_norm.check_launch(problem, launch) is None
+        return row_norm_launch.check_launch(problem, launch) is None
 
     def grid() -> Iterator[Key]:
         for warps, programs in itertools.product((4, 8, 16, 32), (0, 1, 2, 4)):
@@ -248,7 +249,7 @@ def quantize_cell(size: int, width: int, device: str, codes: torch.dtype) -> Cel
     centered = codes is torch.int8
     norm = (weight, bias if centered else None, 1e-6, centered, 0.0, not centered, x.dtype)
     limit, least = (127.0, 1e-8) if centered else (448.0, 1e-12)
-    block, rows = row_norm.tile(width)
+    block, rows = row_norm_launch.tile(width)
     chosen = row_quantize.warps_and_registers(block, not centered)
     usual = {"rows": rows, **chosen}
 

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch.fx as fx
 
 from graphopt.candidate import Candidate, Frontier, FrontierPoint
 from graphopt.errors import GraphoptError, PassError, brief
 from graphopt.passes import Pass, PassContext
-from graphopt.program import Program
+from graphopt.program import Program, copied_module
 from graphopt.proposals import read_proposals
 
 __all__ = [
@@ -107,14 +106,15 @@ def alternatives(
 
 
 def coordinate_wise(
-    make: Callable[[], Program],
+    program: Program,
     passes: Sequence[Pass],
     ctx: PassContext,
     failed: Callable[[str, GraphoptError], None],
     look: Callable[[Form], Grade | None],
     grade: Grade,
 ) -> list[Offer]:
-    """Try what passes offer together: each pass's offers on top of the best of the passes before it.
+    """Try what passes offer together on copies of ``program``: each pass's offers on top of the best of the
+    passes before it.
 
     ``grade`` is that of the program itself; ``look`` tells that of a form, ``None`` where it cannot be had.
     Of the offers of one pass ``OFFERS`` are looked at, those that are not worse than another in both
@@ -122,7 +122,7 @@ def coordinate_wise(
     where all combinations would be their product. Where a form fits already, one that is predicted to take
     longer is not looked at: such offers are returned.
     """
-    best = Form("", make(), 0.0)
+    best = Form("", program, 0.0)
     left: list[Offer] = []
     for step in passes:
         base = best
@@ -257,11 +257,7 @@ def compatible(candidates: Sequence[Candidate]) -> list[Candidate]:
 
 def copied(program: Program) -> Program:
     """A program over a copy of the graph, its nodes named alike, and the same weights."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in program.graph.nodes:
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
-    return replace(program, gm=fx.GraphModule(program.gm, graph))
+    return replace(program, gm=copied_module(program.gm))
 
 
 def _apply_all(candidates: Sequence[Candidate], program: Program, pass_id: str) -> None:

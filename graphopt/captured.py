@@ -53,6 +53,8 @@ class Captured:
     look: Callable[[], None] | None = None
     """See the program as it will be compiled, with its forms."""
     forms: Mapping[str, Captured] = field(default_factory=dict)
+    form: str = ""
+    """Which form of another program it is: the names of the alternatives that were applied."""
     effort: float = 1.0
     """Share of their usual work that passes which search spend on it: less than 1 for a form of another."""
     room: int | None = None

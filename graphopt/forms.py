@@ -17,9 +17,8 @@ from graphopt.candidate import Declined
 from graphopt.captured import Captured
 from graphopt.emit.inductor import JointSeen
 from graphopt.errors import GraphoptError
-from graphopt.offered_schedules import room_of, say_effort, see_inference, see_joint
+from graphopt.offered_schedules import named_form, room_of, say_effort, see_inference, see_joint
 from graphopt.passes import PassContext
-from graphopt.program import Program
 
 if TYPE_CHECKING:
     from graphopt.session import Session
@@ -47,7 +46,9 @@ def weigh_forms(session: Session, captured: Captured, inputs: Sequence[Any], mod
     room, start = room_of(session, captured), captured.reference_seconds
 
     def look(form: Form) -> Grade | None:
-        made = Captured(captured.name, form.program, captured.specs, effort=FORM_EFFORT, room=room)
+        made = Captured(
+            captured.name, form.program, captured.specs, form=form.name, effort=FORM_EFFORT, room=room
+        )
         try:
             see(session, made, inputs)
         except Exception as error:
@@ -61,15 +62,11 @@ def weigh_forms(session: Session, captured: Captured, inputs: Sequence[Any], mod
         say_effort(session, joined(captured.name, form.name), made.frontier)
         return Grade.of(made.frontier, made.reference_seconds - start, room)
 
-    def make() -> Program:
-        return copied(plain)
-
     if session.replay is not None:
-        wanted = next((c.alternative for c in session.replay.choices if c.program == captured.name), "")
-        _look_at(wanted, session, Form("", make(), 0.0), ctx, look)
+        _look_at(named_form(session, captured), session, Form("", plain, 0.0), ctx, look)
     else:
         own = Grade.of(captured.frontier, 0.0, room)
-        left = coordinate_wise(make, session.passes, ctx, session.fail, look, own)
+        left = coordinate_wise(plain, session.passes, ctx, session.fail, look, own)
         captured.partly |= bool(left)
         for offer in left:
             why = f"adds {1e3 * offer.seconds:.3g} ms (predicted): what adds less is within the budget"

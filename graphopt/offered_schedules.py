@@ -33,7 +33,17 @@ from graphopt.schedule import Schedule
 if TYPE_CHECKING:
     from graphopt.session import Session
 
-__all__ = ["baseline_point", "depends", "frontier_of", "room_of", "say_effort", "see_inference", "see_joint"]
+__all__ = [
+    "baseline_point",
+    "depends",
+    "follows_plan",
+    "frontier_of",
+    "named_form",
+    "room_of",
+    "say_effort",
+    "see_inference",
+    "see_joint",
+]
 
 
 @uncollected()
@@ -41,7 +51,7 @@ def see_inference(session: Session, captured: Captured, graph: fx.GraphModule) -
     """Take note of a functional inference graph, and what it could run."""
     captured.mode = "infer"
     if session.emitter.name == "eager":
-        settle_layouts(graph)
+        _settle(session, captured, graph)
     captured.joint = inference_program(captured.name, graph, captured.specs)
     captured.traced = captured.joint.fingerprint
     captured.baseline = _unchanged(captured.joint)
@@ -55,7 +65,7 @@ def see_joint(session: Session, captured: Captured, joint: fx.GraphModule, num_o
     _torch.eliminate_common_subexpressions(joint, must_happen)
     drop_unread_statistics(joint)
     if session.emitter.name == "eager":
-        settle_layouts(joint)
+        _settle(session, captured, joint)
         make_random_states_explicit(joint)
         own_gradients(joint, num_outputs, session.gradients_of(captured.specs))
     program = joint_program(captured.name, joint, captured.specs, num_outputs)
@@ -68,6 +78,14 @@ def see_joint(session: Session, captured: Captured, joint: fx.GraphModule, num_o
         captured.joint = program
 
 
+def _settle(session: Session, captured: Captured, graph: fx.GraphModule) -> None:
+    """Let values have the layouts of the kernels that run, and the report say where they could not."""
+    for why in settle_layouts(graph):
+        note = f"{captured.name}: {why}"
+        if note not in session.diagnostics:
+            session.diagnostics.append(note)
+
+
 def frontier_of(session: Session, captured: Captured) -> Frontier:
     """The curve of schedules that the joint-level passes offer; the baseline is always on it."""
     assert captured.joint is not None and captured.baseline is not None
@@ -76,7 +94,7 @@ def frontier_of(session: Session, captured: Captured) -> Frontier:
     bounded = session.bounded and not enough
     room = room_of(session, captured) if bounded else None
     ctx = session.context(captured.mode, bounded=bounded)
-    ctx = replace(ctx, effort=captured.effort, room_bytes=room)
+    ctx = replace(ctx, effort=captured.effort, room_bytes=room, searching=not follows_plan(session))
     done = _passed(session, captured, ctx)
     start = time.perf_counter()
     baseline = _rebased(session, captured, done)
@@ -86,7 +104,7 @@ def frontier_of(session: Session, captured: Captured) -> Frontier:
         freed = _passed(session, captured, ctx)
         baseline = _rebased(session, captured, freed)
         done += freed
-    nearby = not ctx.bounded or ctx.room_bytes is not None
+    nearby = not ctx.bounded or not ctx.searching or ctx.room_bytes is not None
     captured.partly = nearby and not session.emitter.by_segments
     if not captured.provisional:
         session._note(done)
@@ -101,6 +119,18 @@ def frontier_of(session: Session, captured: Captured) -> Frontier:
         best = replace(best, points=tuple(replace(point, gradients=0) for point in best.points))
     session.planning_seconds += time.perf_counter() - start
     return best
+
+
+def follows_plan(session: Session) -> bool:
+    """Whether a plan that is replayed says which schedules and forms run, and nothing else is asked for."""
+    one = session.whole and not session.emitter.fuses
+    return one and session.replay is not None and not session.every
+
+
+def named_form(session: Session, captured: Captured) -> str:
+    """The form of ``captured`` that the plan which is replayed names, ``""`` for the program itself."""
+    assert session.replay is not None
+    return next((c.alternative for c in session.replay.choices if c.program == captured.name), "")
 
 
 def room_of(session: Session, captured: Captured) -> int | None:
@@ -147,7 +177,7 @@ def _passed(session: Session, captured: Captured, ctx: PassContext) -> Rewriting
     part it is traced first to see a step, then to plan it: passes run once for both."""
     assert captured.joint is not None
     budgeted = session.budget.memory is not None
-    asked = (ctx.bounded, ctx.room_bytes, ctx.allow, ctx.only, ctx.effort)
+    asked = (ctx.bounded, ctx.searching, ctx.room_bytes, ctx.allow, ctx.only, ctx.effort)
     key = (captured.mode, captured.traced, budgeted, *asked)
     if captured.passed is None or captured.passed[0] != key:
         program = captured.joint
@@ -185,7 +215,10 @@ def _with_forms(
     forms, frontiers = {"": replace(captured)}, {"": (own, captured.reference_seconds)}
     others = [step for step in session.passes if step not in source and step.name not in idle]
     seeing = replace(ctx, effort=ctx.effort * FORM_EFFORT)
+    wanted = None if ctx.searching else named_form(session, captured)
     for name, program in joint_alternatives(captured.joint, others, ctx, session.fail):
+        if wanted is not None and wanted != joined(captured.form, name):
+            continue
         done = run_joint_passes(program, source, seeing, session.host, on_error=session.on_error)
         if not done.frontiers:
             session.diagnostics.extend(

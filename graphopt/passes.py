@@ -27,6 +27,7 @@ class PassContext:
     that passes before this one offer for the program, for one that adds to them (``Frontier.extends``).
     ``bounded`` is false where the fastest program alone is asked for: what only frees memory need not be
     looked at.
+    ``searching`` is false where a plan that is replayed says which schedule runs: no others are looked for.
     ``only``: the rewrites that may be applied, where not all may; passes need not look at it.
     ``effort``: the share of its usual work that a pass which searches should spend on a large program. It is
     less than 1 for a program that may run instead of another, of which there are several.
@@ -39,6 +40,7 @@ class PassContext:
     allow: frozenset[str] = frozenset()
     curve: Frontier | None = None
     bounded: bool = True
+    searching: bool = True
     only: frozenset[str] | None = None
     effort: float = 1.0
 

@@ -20,6 +20,7 @@ __all__ = [
     "OutputSpec",
     "Program",
     "Signature",
+    "copied_module",
     "layer_of",
     "same_names",
     "tensor_leaves",
@@ -87,6 +88,16 @@ def same_names(one: Program, other: Program) -> bool:
     """Whether the values of two programs have the same names, in order."""
     names = [[node.name for node in program.graph.nodes] for program in (one, other)]
     return names[0] == names[1]
+
+
+def copied_module(gm: fx.GraphModule) -> fx.GraphModule:
+    """A module over a graph of its own, its nodes named alike, and the same attributes: compilation takes its
+    module over."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in gm.graph.nodes:
+        copies[node] = graph.node_copy(node, lambda n: copies[n])
+    return fx.GraphModule(gm, graph)
 
 
 def layer_of(node: fx.Node) -> str:

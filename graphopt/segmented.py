@@ -33,7 +33,7 @@ from graphopt.lowered_points import corrected, exact_point, with_bytes
 from graphopt.offered_schedules import frontier_of
 from graphopt.order import must_happen
 from graphopt.partition import partition
-from graphopt.program import InputSpec, Program, same_names, tensor_leaves
+from graphopt.program import InputSpec, Program, copied_module, same_names, tensor_leaves
 from graphopt.schedule import Schedule
 from graphopt.stored_step import StoredCode, stored_code
 
@@ -82,7 +82,7 @@ class SegmentedStep:
             first = next(call for call in self.chain.calls if call.segment == number)
             made = [InputSpec(arg, self._role(number, k)) for k, arg in enumerate(first.args)]
             inputs = [roles.get(spec.node, spec) for spec in made]
-            program = semantic_program(f"{name}.{segment.name}", _copy(segment.gm), inputs)
+            program = semantic_program(f"{name}.{segment.name}", copied_module(segment.gm), inputs)
             kind = Captured(program.name, program, inputs)
             self._see(kind, segment)
             self._add_alternatives(kind, segment)
@@ -243,13 +243,13 @@ class SegmentedStep:
 
         def look_inference(graph: fx.GraphModule) -> Any:
             kind.mode = "infer"
-            kind.joint = inference_program(kind.name, _copy(graph), kind.specs)
+            kind.joint = inference_program(kind.name, copied_module(graph), kind.specs)
             kind.traced = kind.joint.fingerprint
             kind.baseline = Schedule(tuple(n.name for n in graph.graph.nodes if n.op == "call_function"))
             raise JointSeen
 
         try:
-            gm = _copy(kind.semantic.gm)
+            gm = copied_module(kind.semantic.gm)
             self.session.emitter.compile(gm, segment.example_inputs(), look, look_inference)
         except Exception as error:
             if not isinstance(_torch.inner_error(error), JointSeen):
@@ -262,7 +262,7 @@ class SegmentedStep:
             return
 
         def make() -> Program:
-            gm = _copy(segment.gm)
+            gm = copied_module(segment.gm)
             placeholders = [node for node in gm.graph.nodes if node.op == "placeholder"]
             for node, example in zip(placeholders, segment.example_inputs(), strict=True):
                 # Passes look here for what gradients flow to; values above autograd do not say.
@@ -383,17 +383,17 @@ class SegmentedStep:
             _torch.eliminate_common_subexpressions(joint, must_happen)
             program = joint_program(kind.name, joint, kind.specs, num_outputs)
             halves = partition(_rewritten(captured, program), point.schedule)
-            captured.lowered = tuple(_copy(half) for half in halves)
+            captured.lowered = tuple(copied_module(half) for half in halves)
             return halves
 
         def as_is(graph: fx.GraphModule) -> fx.GraphModule:
             chosen = _rewritten(captured, inference_program(kind.name, graph, kind.specs)).gm
-            captured.lowered = (_copy(chosen),)
-            return graph if chosen is graph else _copy(chosen)
+            captured.lowered = (copied_module(chosen),)
+            return graph if chosen is graph else copied_module(chosen)
 
         name = self._code_name(number, point.alternative, point.schedule)
         run = emitter.compile(
-            _copy(captured.semantic.gm),
+            copied_module(captured.semantic.gm),
             segment.example_inputs(),
             realise,
             as_is,
@@ -465,15 +465,6 @@ def _saved_values(captured: Captured, records: Sequence[LoweredMemory]) -> list[
             )
             found.append((node.name, layout))
     return found
-
-
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    """A module of its own over the same attributes: compilation takes its module over."""
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
-    return fx.GraphModule(gm, graph)
 
 
 def _thinned(points: Sequence[FrontierPoint], count: int) -> tuple[FrontierPoint, ...]:

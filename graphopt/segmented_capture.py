@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch.fx as fx
 
 from graphopt import _torch
-from graphopt.ambient_state import AmbientState
 from graphopt.capture.auxiliary import reattach
 from graphopt.captured import Ran
 from graphopt.program import InputSpec
+from graphopt.unfolding import Made, fold
 
 if TYPE_CHECKING:
     from graphopt.session import Session
 
-__all__ = ["segmented", "unfold"]
+__all__ = ["segmented"]
 
 
 def segmented(
@@ -33,13 +33,19 @@ def segmented(
     from graphopt.segmented import SegmentedStep
     from graphopt.warm_start import WarmStart
 
-    warm = WarmStart(session, name, gm, inputs, specs)
-    session._fold = None
+    warm = WarmStart(session, name, gm, inputs, specs, auxiliary)
     restored = warm.restored()
     ran = session._made = Ran(specs, tuple(auxiliary))
     if restored is not None:
         run = restored
-        session._fold = _folded(session, name, gm, inputs, specs, auxiliary, ran)
+
+        def make() -> Made:
+            program, _ = session._semantic(name, gm, inputs, specs, auxiliary)
+            step = SegmentedStep(session, name, program.gm, specs)
+            step.compile()
+            return step.captured, step
+
+        fold(session, gm, ran, make)
     else:
         program, attached = session._semantic(name, gm, inputs, specs, auxiliary)
         step = SegmentedStep(session, name, program.gm, specs, warm.code_name)
@@ -64,56 +70,3 @@ def segmented(
         return session._ran(run, args, ran)
 
     return call
-
-
-def unfold(session: Session) -> None:
-    """Make the programs and curves of a step that was taken over from another process, which left them
-    out: whatever shows them asks for them first."""
-    unfold, session._fold = session._fold, None
-    if unfold is not None:
-        unfold()
-
-
-def _folded(
-    session: Session,
-    name: str,
-    gm: fx.GraphModule,
-    inputs: Sequence[Any],
-    specs: list[InputSpec],
-    auxiliary: Sequence[int],
-    ran: Ran,
-) -> Callable[[], None]:
-    """Does what was left out when the present step was taken over."""
-    from graphopt.segmented import SegmentedStep
-
-    context, around, told = _torch.capture_context(), AmbientState.now(), session.current
-    # Dynamo clears what it noted on the nodes of its graph.
-    graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
-    noted_on = [(node, dict(node.meta)) for graph in graphs for node in graph.nodes]
-
-    def unfold() -> None:
-        noted = (
-            session.records,
-            session.declined,
-            session.near_misses,
-            session.rewrites,
-            session.diagnostics,
-        )
-        before = [list(notes) for notes in noted]
-        groups, misses = list(session.emitter.groups), list(session.emitter.near_misses)
-        decided = session.plan, session.reruns, session.planning_seconds
-        for node, meta in noted_on:
-            node.meta = meta
-        with _torch.within(context), around.again():
-            program, _ = session._semantic(name, gm, inputs, specs, auxiliary)
-            step = SegmentedStep(session, name, program.gm, specs)
-            step.compile()
-        for notes, known in zip(noted, before, strict=True):
-            notes[:] = known  # type: ignore[index]
-        session.emitter.note(groups, misses)
-        session.plan, session.reruns, session.planning_seconds = decided
-        first = next(k for k, captured in enumerate(session.captured) if captured is told[0])
-        session.captured[first : first + len(told)] = step.captured
-        session.current, ran.step = step.captured, step
-
-    return unfold

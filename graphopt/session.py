@@ -15,19 +15,17 @@ from graphopt import _torch
 from graphopt.alternatives import (
     Offer,
     alternatives,
-    copied,
 )
-from graphopt.ambient_state import AmbientState
 from graphopt.budget import Budget
 from graphopt.candidate import Declined, FrontierPoint, NearMiss
 from graphopt.capture.aliasing import alias_map
-from graphopt.capture.auxiliary import reattach
 from graphopt.capture.joint import inference_program
 from graphopt.capture.observe import Observer
 from graphopt.capture.semantic import (
     auxiliary_outputs,
     detach_outputs,
     input_specs,
+    is_trained,
     returns_loss,
     semantic_graph,
     semantic_program,
@@ -43,11 +41,10 @@ from graphopt.emit.eager import EagerEmitter
 from graphopt.emit.emitter import NONE, Emitter, Gradients
 from graphopt.errors import CaptureError, GraphoptError, LoweringError, brief
 from graphopt.first_run import FirstRun
-from graphopt.forms import see, weigh_forms
-from graphopt.kept_inputs import TracedInputs
 from graphopt.observed import ObservedStep, Ports
 from graphopt.observed_plan import ObservedPlan
-from graphopt.offered_schedules import depends, see_inference, see_joint
+from graphopt.offered_schedules import see_inference, see_joint
+from graphopt.one_program import one_program
 from graphopt.packing.plan import QuantizationPlan
 from graphopt.partition import ordered, partition
 from graphopt.passes import Pass, PassContext
@@ -66,7 +63,7 @@ from graphopt.several import compile_together
 from graphopt.step_cost import settle
 
 if TYPE_CHECKING:
-    pass
+    from graphopt.warm_start import KeptStep
 
 __all__ = ["Captured", "CapturedAnew", "NotPlanned", "Session"]
 
@@ -105,7 +102,8 @@ class Session:
     ``chain``: the present programs as calls that hand values to each other, where they are;
     ``reruns``: rows of them that the plan runs again. ``cuda_graphs``: replay steps where they can be
     recorded; ``recorders`` do that. ``keeps``: keep plan and code for later processes, and take over what
-    earlier ones kept. ``watching(run, args, ran)`` runs a whole program in the place of ``run(*args)``.
+    earlier ones kept; ``kept``: the present step as it is kept; ``uncompared``: what was captured could not
+    be compared with the model. ``watching(run, args, ran)`` runs a whole program in place of ``run(*args)``.
     ``policy``: who picks within the budget in the planner's place, ``chosen_by``: its name where it did.
     ``comparing``: a captured call computes what dynamo captured, without gradients, and nothing is captured;
     ``differentiating``: with gradients. ``writes_apart``: plain code between programs writes parameters.
@@ -165,6 +163,8 @@ class Session:
     recorders: list[Recorder] = field(default_factory=list)
     _written: dict[int, tuple[torch.Tensor, torch.Tensor]] | None = None
     keeps: bool = True
+    kept: KeptStep | None = None
+    uncompared: bool = False
     generates: bool = False
     _fold: Callable[[], None] | None = None
     quantization: QuantizationPlan | None = None
@@ -228,78 +228,19 @@ class Session:
         if auxiliary:
             held = _torch.random_state_bytes(torch.device("cpu")) if self.cost.device.kind == "cpu" else 0
             self.replay_bytes = held if self.whole else self.replay_bytes + held
-        self.trains |= _trained(inputs)
+        self.trains |= is_trained(inputs)
         self._count_static(inputs, specs)
-        if self.whole and self.arguments is not None and _trained(inputs) and not returns_loss(gm):
+        if self.whole and self.arguments is not None and is_trained(inputs) and not returns_loss(gm):
             # The caller makes the loss: it and the gradient that it starts from are held in the backward.
             granularity = self.cost.device.allocation_granularity
             self.static_bytes = (self.static_bytes or 0) + 2 * max(granularity, torch.float32.itemsize)
         name = f"g{len(self.captured)}"
-        original = gm
+        self._fold, self.kept = None, None
         # What runs between levels of functorch, or with a gradient of its own, could not be followed from
         # call to call.
         if self.whole and self.emitter.by_segments and not _torch.stays_as_captured(gm):
             return segmented(self, name, gm, inputs, specs, auxiliary)
-        program, auxiliary = self._semantic(name, gm, inputs, specs, auxiliary)
-        captured = Captured(name, program, specs, provisional=not self.whole)
-        self._begin(captured)
-        context, ambient = _torch.capture_context(), AmbientState.now()
-        traced = TracedInputs(gm, inputs, specs)
-        mode = "train" if _trained(inputs) else "infer"
-        if self.whole:
-            weigh_forms(self, captured, inputs, mode)
-
-        def look() -> None:
-            captured.provisional = False
-            known = captured.seen is not None and captured.seen == depends(self, captured)
-            if known and not captured.partly:
-                return
-            captured.start_over()
-            self.looked_anew()
-            # Somebody may look when the call that was captured is long over.
-            with ambient.again(), _torch.within(context):
-                given = traced.inputs()
-                weigh_forms(self, captured, given, mode)
-                if captured.joint is None:
-                    see(self, captured, given)
-            captured.seen = depends(self, captured)
-
-        def compile_now() -> Callable[..., Any]:
-            emitter = self._provisional_emitter(captured) if captured.provisional else self.emitter
-            with _torch.within(context):
-                run = emitter.compile(
-                    # Compilation takes its module over.
-                    copied(captured.semantic).gm,
-                    traced.inputs(),
-                    lambda joint, outputs: self._partition(captured, joint, outputs),
-                    lambda graph: self._inference(captured, graph),
-                    self.gradients_of(specs),
-                )
-            return reattach(run, original, auxiliary, lambda: self._used(captured)) if auxiliary else run
-
-        def plain(*args: Any) -> Any:
-            return _torch.run_as_captured(original, args)
-
-        captured.recompile, captured.look, captured.plain = compile_now, look, plain
-        captured.run = compile_now()
-        ran = self._made = Ran(specs, tuple(auxiliary), captured)
-        if self.whole:
-            captured.seen = depends(self, captured)
-            captured.run = self.guarded(captured.run, captured.plain, name)
-
-        def call(*args: Any) -> Any:
-            if self.capturing and self.whole:
-                return self._as_captured(original, args)
-            if self.differentiating:
-                return plain(*args)
-            if captured.provisional and self.staged:
-                if captured.ran:
-                    self.finish()
-                captured.ran = True
-            assert captured.run is not None
-            return self._ran(captured.run, args, ran)
-
-        return call
+        return one_program(self, name, gm, inputs, specs, auxiliary)
 
     def _as_captured(self, gm: fx.GraphModule, args: Sequence[Any]) -> Any:
         """What dynamo's own graph computes, where that is asked for in place of its capture alone."""
@@ -418,7 +359,7 @@ class Session:
     @uncollected()
     def _rewrite(self, program: Program, inputs: Sequence[Any]) -> None:
         """Run the semantic-level passes over a captured program."""
-        mode = "train" if _trained(inputs) else "infer"
+        mode = "train" if is_trained(inputs) else "infer"
         ctx = self.context(mode)
         budgeted = self.budget.memory is not None
         if not self.captured:
@@ -526,7 +467,7 @@ class Session:
 
     def forget(self) -> None:
         """Nothing of what was captured so far is used: the model is captured in another way."""
-        self.captured, self.current, self.plan, self._fold = [], [], None, None
+        self.captured, self.current, self.plan, self._fold, self.kept = [], [], None, None, None
         self.steps.clear()
         for notes in (self.records, self.declined, self.near_misses, self.rewrites, self.diagnostics):
             notes.clear()
@@ -704,13 +645,7 @@ class Session:
         self.diagnostics.append(text)
 
 
-
 def _storage_bytes(inputs: Sequence[Any], specs: Sequence[InputSpec], roles: tuple[str, ...]) -> int:
     return _torch.storage_bytes(
         [value for value, spec in zip(inputs, specs, strict=True) if spec.role in roles]
     )
-
-
-def _trained(inputs: Sequence[Any]) -> bool:
-    """Whether a graph on these inputs is differentiated."""
-    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)

@@ -57,11 +57,18 @@ class NoKey(Exception):
 
 
 def step_key(
-    session: Session, name: str, gm: fx.GraphModule, inputs: Sequence[Any], specs: Sequence[InputSpec]
+    session: Session,
+    name: str,
+    gm: fx.GraphModule,
+    inputs: Sequence[Any],
+    specs: Sequence[InputSpec],
+    auxiliary: Sequence[int] = (),
 ) -> str:
-    """The key of the step that ``session`` makes of dynamo's graph ``gm``. Raises ``NoKey``."""
+    """The key of the step that ``session`` makes of dynamo's graph ``gm``, of which the outputs ``auxiliary``
+    are cut off from autograd. Raises ``NoKey``."""
     digest = hashlib.sha256()
-    for line in (*session_lines(session, name), *_input_lines(inputs, specs), *graph_lines(gm)):
+    lines = (*session_lines(session, name), *_input_lines(inputs, specs), *graph_lines(gm))
+    for line in (*lines, f"cut off {tuple(auxiliary)}"):
         digest.update(line.encode())
         digest.update(b"\n")
     return digest.hexdigest()
@@ -200,6 +207,10 @@ def session_lines(session: Session, name: str) -> Iterator[str]:
     )
     yield f"tuned {_folder_digest(cache_folder() / 'tuning')}"
     yield from _ambient_lines()
+    if session.emitter.fuses:
+        from graphopt.emit.inductor import environment
+
+        yield environment()
 
 
 def _plugin_lines(session: Session) -> Iterator[str]:
@@ -246,9 +257,6 @@ def _ambient_lines() -> Iterator[str]:
         cuda.cudnn_sdp_enabled(),
     )
     yield f"attention {kinds} cudnn {backends.cudnn.enabled} mkldnn {backends.mkldnn.enabled}"
-    from graphopt.emit.inductor import environment
-
-    yield environment()
 
 
 @functools.cache

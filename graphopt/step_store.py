@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from graphopt import _torch
@@ -19,7 +20,7 @@ from graphopt.errors import brief
 from graphopt.plans import Plan
 from graphopt.stored_step import StepFormatError, StoredStep, read_step, step_text
 
-__all__ = ["code_prefix", "find_step", "step_folder", "store_step"]
+__all__ = ["code_prefix", "find_step", "note_compared", "step_folder", "store_step"]
 
 MOST = 256
 """Steps that are kept."""
@@ -71,6 +72,15 @@ def store_step(step: StoredStep, plan: Plan) -> str:
     with contextlib.suppress(OSError):
         _make_room(path)
     return ""
+
+
+def note_compared(key: str, code: str) -> None:
+    """Note of a step that was kept that what was captured computes what the model does whose code has the
+    hash ``code``."""
+    found = find_step(key)
+    if not isinstance(found, str):
+        step, plan = found
+        store_step(replace(step, compared=code), plan)
 
 
 def _path(key: str) -> Path:

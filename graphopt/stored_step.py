@@ -38,7 +38,7 @@ __all__ = [
     "stored_code",
 ]
 
-SCHEMA = "graphopt/step@2"
+SCHEMA = "graphopt/step@3"
 
 
 class StepFormatError(ValueError):
@@ -96,13 +96,17 @@ class StoredCall:
 
 @dataclass(frozen=True)
 class StoredStep:
-    """Everything that ``optimize`` decided about one graph. ``results``: what it returns, as
-    ``results_text`` writes it. ``operators``: operators besides torch's that the code calls. ``roles``: why
-    the step cannot be replayed from a CUDA graph, or else, ``""``, which inputs are ``lasting`` and
-    ``rewritten`` and whether it is ``random``. ``programs`` and what follows is for the report: ``left`` is
-    what the code generator left as it was."""
+    """Everything that ``optimize`` decided about one graph. ``whole``: it is one program that runs op by op,
+    the only code, which takes the graph's inputs and gives its results; there are no calls. ``results``: what
+    it returns, as ``results_text`` writes it. ``operators``: operators besides torch's that the code calls.
+    ``roles``: why the step cannot be replayed from a CUDA graph, or else, ``""``, which inputs are
+    ``lasting`` and ``rewritten`` and whether it is ``random``. ``programs`` and what follows is for the
+    report: ``left`` is what the code generator left as it was. ``compared``: the hash of the model's code
+    (``graphopt.model_code``) with which outputs and gradients of what was captured were compared and held,
+    ``""`` where they were not."""
 
     key: str
+    whole: bool
     inputs: tuple[str, ...]
     calls: tuple[StoredCall, ...]
     codes: tuple[StoredCode, ...]
@@ -121,6 +125,7 @@ class StoredStep:
     diagnostics: tuple[str, ...]
     groups: tuple[GroupRecord, ...]
     left: tuple[NearMiss, ...]
+    compared: str = ""
 
     def chain(self) -> Segmented:
         """The calls for a ``ChainRunner``, without the programs of its segments."""
@@ -193,7 +198,8 @@ def check_calls(
 
 def _check(step: StoredStep, key: str) -> None:
     check_calls(step.inputs, step.calls, len(step.codes), results_of_text(step.results), step.reruns)
-    if len(step.programs) != len(step.calls) or step.key != key:
+    parts = len(step.codes) == len(step.programs) == 1 and not step.calls
+    if not (parts if step.whole else len(step.programs) == len(step.calls)) or step.key != key:
         raise StepFormatError("its parts do not belong together")
 
 

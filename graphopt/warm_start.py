@@ -13,18 +13,23 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from types import CodeType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.fx as fx
 
 from graphopt import _torch
+from graphopt.artefact.operators import Operators
 from graphopt.candidate import Declined, NearMiss, Reason
 from graphopt.capture.chain import Call
 from graphopt.capture.structure import attribute
 from graphopt.captured import Captured
 from graphopt.chain_run import ChainRunner, Layout
+from graphopt.emit.eager import eager_callable
+from graphopt.emit.half_text import half_of_text
 from graphopt.emit.held_products import Slot, holding
 from graphopt.emit.weight_gradients import KERNELS
 from graphopt.errors import HostMemoryError, brief
@@ -41,6 +46,7 @@ from graphopt.step_store import code_prefix, find_step, store_step
 from graphopt.stored_step import (
     StepFormatError,
     StoredCall,
+    StoredCode,
     StoredLayout,
     StoredMove,
     StoredSlot,
@@ -52,14 +58,25 @@ if TYPE_CHECKING:
     from graphopt.segmented import SegmentedStep
     from graphopt.session import Session
 
-__all__ = ["WarmStart", "reserved", "stored_call"]
+__all__ = ["KeptStep", "WarmStart", "reserved", "stored_call"]
+
+
+@dataclass(frozen=True)
+class KeptStep:
+    """The present step as it is kept under ``key``. ``followed``: the code that dynamo captured it of;
+    ``compared``: see ``StoredStep``."""
+
+    key: str
+    followed: frozenset[CodeType]
+    compared: str = ""
 
 
 class WarmStart:
     """The start of one graph of ``session``: ``restored`` takes over what was kept, else ``keep`` keeps what
     was made. ``note`` says in the end which, and why.
 
-    ``name`` is the graph's, ``gm`` as dynamo made it, ``inputs`` its arguments.
+    ``name`` is the graph's, ``gm`` as dynamo made it, ``inputs`` its arguments; the outputs ``auxiliary``
+    are cut off from autograd.
     """
 
     def __init__(
@@ -69,11 +86,14 @@ class WarmStart:
         gm: fx.GraphModule,
         inputs: Sequence[Any],
         specs: Sequence[InputSpec],
+        auxiliary: Sequence[int],
     ) -> None:
         self.session, self.name, self.specs = session, name, specs
         self.devices = frozenset(x.device for x in inputs if isinstance(x, torch.Tensor))
         self.key = ""
         self.note = ""
+        self.plan: Plan | None = None
+        """That which was taken over."""
         self._before = self._counts()
         if not session.keeps or session.dry_run or session.replay is not None:
             return
@@ -82,7 +102,7 @@ class WarmStart:
         try:
             if not _torch.keeps_code():
                 raise NoKey("torch's caches of code are switched off")
-            self.key = step_key(session, name, gm, inputs, specs)
+            self.key = step_key(session, name, gm, inputs, specs, auxiliary)
         except NoKey as reason:
             self.note = f"warm start: nothing can be kept, as {reason}"
         except Exception as error:  # a graph, or a setting, of a kind that is not known here
@@ -112,8 +132,9 @@ class WarmStart:
             self.note = f"warm start: planned and compiled anew, as {run}"
             return None
         self._take_over(step, plan)
+        self.plan = plan
         self.note = "warm start: plan and code are those of an earlier process"
-        return replayed(self.session, run, self.devices, lambda: _roles(step))
+        return run if step.whole else replayed(self.session, run, self.devices, lambda: _roles(step))
 
     def _code(self, step: StoredStep) -> Callable[..., Any] | str:
         if step.operators:
@@ -124,12 +145,15 @@ class WarmStart:
             if not _provided(operator):
                 return f"the code calls {operator}, which nothing provides"
         codes = []
+        of_text = partial(_of_text, operators=Operators(self.session.host)) if step.whole else None
         for code in step.codes:
             slots = tuple(map(_slot, code.slots))
-            made = _torch.kept_code(code.name, partial(holding, slots=slots) if slots else None)
+            made = _torch.kept_code(code.name, partial(holding, slots=slots) if slots else None, of_text)
             if made is None:
                 return "the code is in torch's caches no more"
             codes.append(made)
+        if step.whole:
+            return codes[0]
         try:
             moves, host = reserved(step.calls)
         except HostMemoryError as error:
@@ -147,6 +171,7 @@ class WarmStart:
 
     def _take_over(self, step: StoredStep, plan: Plan) -> None:
         session = self.session
+        session.kept = KeptStep(self.key, _torch.followed_code(), step.compared)
         session.plan, session.reruns = plan, step.reruns
         session.planning_seconds += plan.seconds_to_plan
         session.records.extend(step.steps)
@@ -164,35 +189,67 @@ class WarmStart:
 
     # --- keeping ---------------------------------------------------------------------------
 
-    def keep(self, step: SegmentedStep) -> None:
-        """Keep what was made of the graph for later processes."""
+    def keep(self, step: SegmentedStep | Captured) -> None:
+        """Keep what was made of the graph for later processes: a chain of segments, or one program that
+        runs op by op and was compiled to be kept as ``whole_name``."""
         if not self.key:
             return
-        why = self._not_to_keep(step)
+        codes = (StoredCode(self.whole_name),) if isinstance(step, Captured) else tuple(step.kept_codes())
+        why = self._not_to_keep(step, codes)
         if not why:
             assert self.session.plan is not None
             try:
-                why = store_step(self._stored(step), self.session.plan)
+                stored = self._stored_program(step) if isinstance(step, Captured) else self._stored(step)
+                why = store_step(stored, self.session.plan)
+                self.session.kept = None if why else KeptStep(self.key, _torch.followed_code())
             except TypeError as error:
                 why = str(error)
         self.note += f"; nothing is kept, as {why}" if why else "; kept for later ones"
 
-    def _not_to_keep(self, step: SegmentedStep) -> str:
+    @property
+    def whole_name(self) -> str:
+        """The name in torch's cache of the code of a step that is one program, ``""`` where none is kept."""
+        return code_prefix(self.key) + _short("whole") if self.key else ""
+
+    def _not_to_keep(self, step: SegmentedStep | Captured, codes: Sequence[StoredCode]) -> str:
         bad = [record.id for record in self._new().records if record.status in ("failed", "rolled-back")]
         if bad:
             return f"pass {bad[0]} failed"
         if any(group.kept for group in self._new().groups):
             return "emitted kernels are part of the code"
-        if step.chain.constants or any(_has_constants(segment.gm) for segment in step.chain.segments):
+        if isinstance(step, Captured):
+            constants = any(map(_has_constants, step.lowered))
+        else:
+            segments = [segment.gm for segment in step.chain.segments]
+            constants = bool(step.chain.constants) or any(map(_has_constants, segments))
+        if constants:
             return "the program holds constants"
         if self.session.written_parameters():
             return "the program updates parameters"
-        if not all(_torch.is_kept(code.name) for code in step.kept_codes()):
+        if not all(_torch.is_kept(code.name) for code in codes):
             return "torch cannot keep the code"
         return ""
 
+    def _stored_program(self, captured: Captured) -> StoredStep:
+        return StoredStep(
+            key=self.key,
+            whole=True,
+            inputs=(),
+            calls=(),
+            codes=(StoredCode(self.whole_name),),
+            results=results_text(None),
+            reruns=(),
+            operators=_operators([captured]),
+            roles="it runs operator by operator",
+            lasting=(),
+            rewritten=(),
+            random=False,
+            programs=(captured.summary,),
+            **self._news(),
+        )
+
     def _stored(self, step: SegmentedStep) -> StoredStep:
-        session, new = self.session, self._new()
+        session = self.session
         numbers = {code: number for number, code in enumerate(dict.fromkeys(step.kept_codes()))}
         runner = step.runner
         assert runner is not None
@@ -203,26 +260,34 @@ class WarmStart:
         roles = roles_of(step, self.specs)
         known = roles if isinstance(roles, Roles) else Roles(frozenset())
         return StoredStep(
-            self.key,
-            step.chain.inputs,
-            tuple(calls),
-            tuple(numbers),
-            results_text(step.chain.results),
-            session.reruns,
-            _operators(step),
-            "" if isinstance(roles, Roles) else str(roles),
-            tuple(sorted(known.lasting)),
-            tuple(sorted(known.written)),
-            known.random,
-            tuple(captured.summary for captured in step.captured),
-            tuple(new.records),
-            tuple(new.declined),
-            tuple(new.near_misses),
-            tuple(new.rewrites),
-            tuple(new.diagnostics),
-            tuple(new.groups),
-            tuple(new.left),
+            key=self.key,
+            whole=False,
+            inputs=step.chain.inputs,
+            calls=tuple(calls),
+            codes=tuple(numbers),
+            results=results_text(step.chain.results),
+            reruns=session.reruns,
+            operators=_operators(step.captured, [slot for code in numbers for slot in code.slots]),
+            roles="" if isinstance(roles, Roles) else str(roles),
+            lasting=tuple(sorted(known.lasting)),
+            rewritten=tuple(sorted(known.written)),
+            random=known.random,
+            programs=tuple(captured.summary for captured in step.captured),
+            **self._news(),
         )
+
+    def _news(self) -> dict[str, Any]:
+        """What the session noted since this start began, as a stored step has it."""
+        new = self._new()
+        return {
+            "steps": tuple(new.records),
+            "declined": tuple(new.declined),
+            "near_misses": tuple(new.near_misses),
+            "rewrites": tuple(new.rewrites),
+            "diagnostics": tuple(new.diagnostics),
+            "groups": tuple(new.groups),
+            "left": tuple(new.left),
+        }
 
     def _counts(self) -> tuple[int, ...]:
         session = self.session
@@ -281,11 +346,15 @@ def _roles(step: StoredStep) -> Roles | Reason:
     return Roles(frozenset(step.lasting), frozenset(step.rewritten), step.random)
 
 
-def _operators(step: SegmentedStep) -> tuple[str, ...]:
-    """Operators that code of the step calls and torch does not have."""
-    targets = {n.target for c in step.captured for half in c.lowered for n in half.graph.nodes}
+def _of_text(text: str, operators: Operators) -> Callable[..., Any]:
+    return eager_callable(half_of_text(text, operators))
+
+
+def _operators(programs: Sequence[Captured], slots: Sequence[StoredSlot] = ()) -> tuple[str, ...]:
+    """Operators that code of a step calls and torch does not have. ``slots``: gradients that are added to."""
+    targets = {n.target for c in programs for half in c.lowered for n in half.graph.nodes}
     names = {target._name for target in targets if isinstance(target, torch._ops.OpOverload)}
-    if any(code.slots for code in step.kept_codes()):
+    if slots:
         names.update(f"graphopt::{kernel.replace('-', '_')}" for kernel in KERNELS.values())
     return tuple(sorted(name for name in names if name.partition("::")[0] not in _NATIVE))
 

@@ -325,6 +325,21 @@ def test_op_by_op_a_plan_with_an_alternative_is_replayed() -> None:
         op_by_op(plan=plan, plugins=(), pipeline="insert-checkpoints")
 
 
+def test_op_by_op_a_plan_that_is_replayed_searches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = op_by_op(budget="50%")
+
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the plan says which schedule runs")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("graphopt_passes.insert_checkpoints.search", never)
+        again = op_by_op(plan=fast.plan)
+    assert again.plan.choices == fast.plan.choices and again.plan.predicted == fast.plan.predicted
+    # Whoever asks for all schedules has them looked for.
+    shown = [(point.peak_bytes, point.label) for point in again.frontier()]
+    assert len(shown) > 1 and again.plan.choices == fast.plan.choices
+
+
 def test_op_by_op_what_was_not_taken_is_open_again_under_another_budget() -> None:
     roomy = op_by_op(budget="16GiB").plan
     fast = op_by_op(budget="50%")
@@ -391,7 +406,7 @@ def looked_at(
         return None if peak is None else Grade(True, 0.0, peak)
 
     own = Grade(True, 0.0, least)
-    left = coordinate_wise(_make, passes, context(), lambda text, error: said.append(text), look, own)
+    left = coordinate_wise(_make(), passes, context(), lambda text, error: said.append(text), look, own)
     assert left == []
     return seen, said
 
@@ -419,7 +434,7 @@ def test_where_a_form_fits_what_takes_longer_is_not_looked_at() -> None:
         seen.append(form.name)
         return {"a": Grade(False, 2.0, 90), "b": Grade(False, 2.1, 80)}.get(form.name, Grade(False, 1.5, 90))
 
-    left = coordinate_wise(_make, [first, second], context(), _unexpected, look, Grade(True, 0.0, 100))
+    left = coordinate_wise(_make(), [first, second], context(), _unexpected, look, Grade(True, 0.0, 100))
     # "b" takes as long as the best so far before anything runs again: it may be leaner.
     assert seen == ["a", "b", "a+d"]
     assert [offer.id for offer in left] == ["c", "e"]

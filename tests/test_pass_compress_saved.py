@@ -198,6 +198,9 @@ def test_a_plan_that_packs_is_replayed_and_refused_without_the_pass() -> None:
     assert tight.plan.choices[0].alternative == "compress-saved"
     again = optimized(model, x, *SMALL, plan=tight.plan)
     assert again.plan.choices[0].schedule == tight.plan.choices[0].schedule
+    # Forms that the plan does not name are not looked at.
+    assert {*again._driver.session.current[0].forms} == {"", "compress-saved"}
+    assert not optimized(model, x, *SMALL, plan=fast.plan)._driver.session.current[0].forms
     with pytest.raises(
         graphopt.StalePlanError, match="runs program 'g0' with 'compress-saved', which no pass"
     ):

@@ -567,6 +567,66 @@ def test_code_is_kept_under_a_name_and_found_again(tmp_path: Path, monkeypatch: 
     assert not _torch.is_kept("own") and _torch.kept_code("own") is None
 
 
+def test_halves_can_be_kept_as_text(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    texts: list[str] = []
+
+    def half(text: str) -> Any:
+        def make(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+            run = _torch.boxed(lambda arguments: list(gm(*arguments)))
+            texts.append(gm.code)
+            return _torch.kept_as_text(run, f"{text} {len(texts) - 1}")
+
+        return make
+
+    def of_text(text: str) -> Any:
+        kind, number = text.split()
+        space: dict[str, Any] = {"torch": torch, "device": torch.device, "inf": float("inf")}
+        exec(texts[int(number)], space)
+        read.append(kind)
+        return _torch.boxed(lambda arguments: list(space["forward"](None, *arguments)))
+
+    def partition(joint: fx.GraphModule, inputs: Any, *, num_fwd_outputs: int, **unused: Any) -> Any:
+        return partitioners.default_partition(joint, inputs, num_fwd_outputs=num_fwd_outputs)
+
+    read: list[str] = []
+    x = torch.randn(8, requires_grad=True)
+    compiler = _torch.joint_compiler(half("forward"), half("backward"), half("infer"), partition, None, "own")
+    torch._dynamo.reset()
+    found = torch.compile(lambda x: x.sin().exp(), backend=compiler)(x)
+    (expected,) = torch.autograd.grad(found.sum(), x)
+    assert _torch.is_kept("own")
+    run = _torch.kept_code("own", None, of_text)
+    assert run is not None and read == ["forward", "backward"]
+    (again,) = run(x)
+    torch.testing.assert_close(again, found)
+    torch.testing.assert_close(torch.autograd.grad(again.sum(), x)[0], expected)
+    # Without a name nothing is kept.
+    torch._dynamo.reset()
+    compiler = _torch.joint_compiler(half("forward"), half("backward"), half("infer"), partition, None)
+    torch.compile(lambda x: x.sin().exp(), backend=compiler)(x)
+    assert [path.name for path in (tmp_path / "aotautograd").iterdir()] == ["own"]
+
+
+def test_code_that_dynamo_followed_is_told() -> None:
+    def inner(x: torch.Tensor) -> torch.Tensor:
+        return x.sin()
+
+    def outer(x: torch.Tensor) -> torch.Tensor:
+        return inner(x) + 1
+
+    found: list[str] = []
+
+    def backend(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        found.extend(code.co_name for code in _torch.followed_code())
+        return gm
+
+    assert not _torch.followed_code()
+    torch._dynamo.reset()
+    torch.compile(outer, backend=backend)(torch.randn(2))
+    assert {"inner", "outer"} <= set(found)
+
+
 def donating(keep: str) -> tuple[Any, list[list[bool]], torch.Tensor]:
     """A compiled ``f(x)`` whose backward may write over what was saved, and what it was given in each of its
     runs: of which arguments the memory is that of earlier ones."""

@@ -224,7 +224,7 @@ def test_rounding_rows_beside_outliers_becomes_machine_code_without_spills() -> 
     pytest.importorskip("triton")
     from graphopt_kernels.emit.machine_code import compile_function_for_sm90
     from graphopt_kernels.quantized.outliers_triton import split_kernel
-    from graphopt_kernels.row_norm import tile
+    from graphopt_kernels.row_norm_launch import tile
     from graphopt_kernels.row_quantize import warps_and_registers
 
     types = {

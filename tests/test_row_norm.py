@@ -15,7 +15,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import graphopt_kernels.row_norm as module
+from graphopt_kernels import row_norm as operators
+from graphopt_kernels import row_norm_launch as launching
 from graphopt_kernels.emit.machine_code import compile_function_for_sm90
 
 ops = torch.ops.graphopt
@@ -219,7 +220,7 @@ def test_what_it_does_not_take_it_says(change: dict[str, torch.Tensor], reason: 
     given = {"input": torch.ones(3, 6), "residual": None, "weight": torch.ones(6), "bias": None} | change
     if given["residual"] is None:
         given["residual"] = given["input"]
-    assert re.fullmatch(reason, str(module.add_row_norm_supports(*given.values())))
+    assert re.fullmatch(reason, str(operators.add_row_norm_supports(*given.values())))
     if given["input"].dim():
         with torch._subclasses.FakeTensorMode() as mode:
             fakes = [t if t is None else mode.from_tensor(t) for t in given.values()]
@@ -233,11 +234,11 @@ def test_the_kernels_compute_what_the_references_do() -> None:
     script = """
         import itertools
         import torch
-        import graphopt_kernels.row_norm as module
-        from graphopt_kernels.row_norm import Launch
+        from graphopt_kernels import row_norm_launch as launching, row_norm_reference as references
+        from graphopt_kernels.row_norm_launch import Launch
 
         torch.manual_seed(0)
-        kernels = module._kernels()
+        kernels = launching.norm_kernels()
         for dtype, (rows, width), centered, (ahead, held) in itertools.product(
             (torch.float32, torch.float16), ((7, 37), (5, 16), (1, 9)), (False, True),
             ((False, True), (True, False)),
@@ -254,19 +255,19 @@ def test_the_kernels_compute_what_the_references_do() -> None:
                 near = dict(atol=2e-3, rtol=2e-3) if dtype is torch.float16 else {}
                 settings = (weight, bias, 1e-5, centered, offset, rounds, dtype)
                 for residual in (None, added):
-                    found = module.forward_rows(kernels, x, residual, *settings, **chosen)
+                    found = launching.forward_rows(kernels, x, residual, *settings, **chosen)
                     summand = torch.zeros_like(x) if residual is None else residual
-                    right = module.add_row_norm_reference(x, summand, *settings)
+                    right = references.add_row_norm_reference(x, summand, *settings)
                     for number, (a, b) in enumerate(zip(found, right)):
                         if number != 1 or residual is not None:
                             torch.testing.assert_close(a, b, **near)
-                _, mean, rstd = module.row_norm_reference(x, *settings)
+                _, mean, rstd = references.row_norm_reference(x, *settings)
                 for beside, mask in itertools.product(
                     (None, passed), ([True, True, True], [True, False, False], [False, True, False])
                 ):
                     arguments = (grad, x, weight, bias, mean, rstd, beside, centered, offset, mask)
-                    found = module.backward_rows(kernels, *arguments, **chosen)
-                    for a, b in zip(found, module.row_norm_backward_reference(*arguments)):
+                    found = launching.backward_rows(kernels, *arguments, **chosen)
+                    for a, b in zip(found, references.row_norm_backward_reference(*arguments)):
                         torch.testing.assert_close(a, b, **near)
         # Means far from zero, and first elements far from the mean.
         x = torch.randn(6, 1000)
@@ -277,10 +278,10 @@ def test_the_kernels_compute_what_the_references_do() -> None:
         x[4] = 7
         x = x.half()
         launch = Launch(1024, 2, 1, 0, False, False)
-        found, _, mean, rstd = module.forward_rows(
+        found, _, mean, rstd = launching.forward_rows(
             kernels, x, None, None, None, 1e-5, True, 0.0, False, torch.float32, launch=launch, processors=2
         )
-        right, right_mean, right_rstd = module.row_norm_reference(
+        right, right_mean, right_rstd = references.row_norm_reference(
             x.double(), None, None, 1e-5, True, 0.0, False, torch.float64
         )
         # In deviations of the row.
@@ -291,7 +292,7 @@ def test_the_kernels_compute_what_the_references_do() -> None:
         x = torch.randn(6, 37).half()
         x[0, 0], x[1, 5], x[2, 0], x[3, 5] = [float("inf")] * 2 + [float("nan")] * 2
         launch = Launch(64, 2, 1, 0, False, False)
-        found = module.forward_rows(
+        found = launching.forward_rows(
             kernels, x, None, None, None, 1e-5, True, 0.0, False, torch.float32, launch=launch, processors=2
         )
         assert found[0].isnan().all(1).tolist() == 4 * [True] + 2 * [False]
@@ -321,7 +322,7 @@ def test_the_kernels_compile_for_sm_90_without_spills(width: int, centered: bool
     numbers = {"rows": "i32", "eps": "fp32", "offset": "fp32"}
     half, shift = torch.bfloat16, torch.bfloat16 if centered else None
 
-    def compiled(kernel: Any, launch: module.Launch, **constants: Any) -> Any:
+    def compiled(kernel: Any, launch: launching.Launch, **constants: Any) -> Any:
         fields = launch._asdict()
         given = {name.upper(): fields[name] for name in ("block", "rows", "ahead", "stages", "held")}
         return compile_function_for_sm90(
@@ -333,19 +334,19 @@ def test_the_kernels_compile_for_sm_90_without_spills(width: int, centered: bool
         )
 
     for added in (False, True):
-        asked = module.ForwardProblem(16384, width, half, half, half, shift, added, centered, not centered)
-        launch = module.forward_launch(asked)
+        asked = launching.ForwardProblem(16384, width, half, half, half, shift, added, centered, not centered)
+        launch = launching.forward_launch(asked)
         flags = {"ADDED": added, "BIASED": centered, "ROUNDED": not centered}
         code = compiled(row_norm_triton.forward_kernel, launch, **flags)
         assert not code.spills, code
         assert code.shared + code.asked <= 16384
         assert code.widths("LDG")[128] >= 2 and code.widths("STG")[128] >= 1
         # While one program waits for its rows, another computes; the longest rows fill the registers.
-        assert code.registers * 32 * launch.warps * 2 <= 65536 or launch.block == module.WIDEST
+        assert code.registers * 32 * launch.warps * 2 <= 65536 or launch.block == launching.WIDEST
     for passed in (False, True):
-        given = module.BackwardProblem(16384, width, half, half, passed, centered, True, True, centered)
-        launch = module.backward_launch(given)
-        biased = centered and launch.block < module.WIDEST
+        given = launching.BackwardProblem(16384, width, half, half, passed, centered, True, True, centered)
+        launch = launching.backward_launch(given)
+        biased = centered and launch.block < launching.WIDEST
         flags = {"PASSED": passed, "D_DATA": True, "D_WEIGHT": True, "D_BIAS": biased}
         code = compiled(row_norm_triton.backward_kernel, launch, **flags)
         assert code.stack + code.local <= SPILLED.get((width, centered), 0), code
@@ -385,13 +386,13 @@ def test_sums_of_programs_are_read_16_bytes_at_a_time(rows: int, both: bool) -> 
 )
 def test_launches_that_cannot_be_are_refused(change: dict[str, Any], reason: str) -> None:
     half = torch.bfloat16
-    problem = module.BackwardProblem(16384, 8192, half, half, False, True, True, True, True)
-    launch = module.backward_launch(problem)
-    assert module.check_launch(problem, launch) is None
-    assert str(module.check_launch(problem, launch._replace(**change))) == reason
-    forward = module.ForwardProblem(16384, 8192, half, half, half, None, False, False, True)
-    staged = module.forward_launch(forward)._replace(stages=2)
-    assert str(module.check_launch(forward, staged)) == "the forward has one stage"
+    problem = launching.BackwardProblem(16384, 8192, half, half, False, True, True, True, True)
+    launch = launching.backward_launch(problem)
+    assert launching.check_launch(problem, launch) is None
+    assert str(launching.check_launch(problem, launch._replace(**change))) == reason
+    forward = launching.ForwardProblem(16384, 8192, half, half, half, None, False, False, True)
+    staged = launching.forward_launch(forward)._replace(stages=2)
+    assert str(launching.check_launch(forward, staged)) == "the forward has one stage"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -399,5 +400,6 @@ def test_launches_by_rule_fit_shared_memory(dtype: torch.dtype) -> None:
     for width, passed, centered in itertools.product(
         (64, 2048, 4096, 8192, 16384), (False, True), (False, True)
     ):
-        problem = module.BackwardProblem(16384, width, dtype, dtype, passed, centered, True, True, centered)
-        assert module.check_launch(problem, module.backward_launch(problem)) is None
+        asked = dtype, dtype, passed, centered, True, True, centered
+        problem = launching.BackwardProblem(16384, width, *asked)
+        assert launching.check_launch(problem, launching.backward_launch(problem)) is None

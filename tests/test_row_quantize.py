@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import graphopt_kernels.row_quantize as module
 from graphopt_kernels.emit.machine_code import compile_function_for_sm90
-from graphopt_kernels.row_norm import tile
+from graphopt_kernels.row_norm_launch import tile
 from tests.loss_kernels import interpret
 
 ops = torch.ops.graphopt

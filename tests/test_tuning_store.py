@@ -19,7 +19,7 @@ import torch
 from graphopt import cache_folder
 from graphopt.candidate import Reason
 from graphopt.plugins import default_host
-from graphopt_kernels.row_norm import FORWARD, ForwardProblem, forward_launch
+from graphopt_kernels.row_norm_launch import FORWARD, ForwardProblem, forward_launch
 from graphopt_kernels.tuning import lookup, store, table
 from graphopt_kernels.tuning.lookup import Choice, asked_for, fields_text, forget_choices, rows_class
 from graphopt_kernels.tuning.store import Entry, cached_file, code_of, read_entries, write_entries
@@ -187,7 +187,7 @@ def test_a_problem_is_written_the_same_in_every_process() -> None:
     assert fields_text(PROBLEM) == text
     script = (
         "from graphopt_kernels.tuning.store import code_of\n"
-        "from graphopt_kernels.row_norm import FORWARD\n"
+        "from graphopt_kernels.row_norm_launch import FORWARD\n"
         "print(code_of(FORWARD.sources))"
     )
     environment = {**os.environ, "PYTHONPATH": ":".join(sys.path), "PYTHONHASHSEED": "7"}

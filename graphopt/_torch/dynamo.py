@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ __all__ = [
     "ISOLATES_RECOMPILES",
     "compile_errors",
     "fixes_a_size",
+    "followed_code",
     "graph_break_errors",
     "inner_error",
     "quiet_capture",
@@ -23,6 +25,14 @@ __all__ = [
     "splitting",
     "unmasked",
 ]
+
+
+def followed_code() -> frozenset[CodeType]:
+    """The code that dynamo has followed for the graph that is being compiled."""
+    from torch._guards import TracingContext
+
+    context = TracingContext.try_get()
+    return frozenset(context.traced_code if context is not None else ())
 
 
 def source_name(node: fx.Node) -> str:

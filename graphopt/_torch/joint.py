@@ -14,6 +14,7 @@ from torch._functorch import config as functorch_config
 from torch._functorch import partitioners
 
 from graphopt._torch.donated import notes_of_compiled, permit_kept_graphs
+from graphopt._torch.kept_code import keeping_code
 from graphopt.collectives import is_collective
 
 __all__ = [
@@ -135,24 +136,38 @@ def joint_compiler(
     inference: Callable[..., Any],
     partition: Callable[..., tuple[fx.GraphModule, fx.GraphModule]],
     decompositions: dict[Any, Any] | None,
+    keep: str = "",
 ) -> Callable[..., Any]:
     """A dynamo backend that goes through AOTAutograd with the given compilers and partition.
 
     What ``backward`` returns must not write over what was saved for it: the graph may be kept for another.
+    ``keep``: a name under which what is compiled is put into AOTAutograd's cache, where the compilers say as
+    what (``kept_as_text``).
     """
     from torch._dynamo.backends.common import aot_autograd
+    from torch._functorch._aot_autograd.schemas import SerializableAOTDispatchCompiler
+    from torch._inductor.output_code import OutputCode
 
     def writing_nothing(half: fx.GraphModule, inputs: Sequence[Any]) -> Any:
         permit_kept_graphs(notes_of_compiled())
         return backward(half, inputs)
 
-    return aot_autograd(
-        fw_compiler=forward,
+    compiler = aot_autograd(
+        # What is compiled otherwise has no entry in the cache.
+        fw_compiler=SerializableAOTDispatchCompiler(OutputCode, forward) if keep else forward,
         bw_compiler=writing_nothing,
         inference_compiler=inference,
         partition_fn=partition,
         decompositions=decompositions,
     )
+    if not keep:
+        return compiler
+
+    def compiled(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        with functorch_config.patch(force_non_lazy_backward_lowering=True), keeping_code(keep):
+            return compiler(gm, inputs)
+
+    return compiled
 
 
 @contextmanager

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +23,60 @@ __all__ = [
     "is_known_to_caches",
     "keeping_code",
     "keeps_code",
+    "kept_as_text",
     "kept_code",
     "known_to_caches",
 ]
+
+
+@dataclass
+class KeptText:
+    """One half in an entry of AOTAutograd's cache that is kept as text, in the place of a name in Inductor's
+    cache: what ``load`` and ``post_compile`` give is ``code``, which ``kept_code`` makes of the text."""
+
+    text: str
+    backward: bool = False
+    backward_state_indices: Sequence[int] = ()
+    num_symints_saved_for_bw_: int = 0
+    code: Callable[..., Any] | None = None
+
+    def pre_save(self) -> None:
+        """AOTAutograd asks for this before it writes: there is nothing to prepare."""
+
+    def load(self, inputs: Sequence[Any]) -> Any:
+        return self.code
+
+    def post_compile(self, code: Any, settings: Any) -> Any:
+        if not self.backward:
+            return code
+        return torch._dynamo.disable(code, reason="a backward is not traced")  # type: ignore[no-untyped-call]
+
+
+def kept_as_text(code: Callable[..., Any], text: str) -> Callable[..., Any]:
+    """``code``, a boxed callable, kept as ``text`` where ``keeping_code`` keeps it."""
+    code._fx_graph_cache_key = f"{_TEXT}{text}"  # type: ignore[attr-defined]
+    return code
+
+
+_TEXT = "graphopt text "
+"""What the keys of halves begin with that are kept as text; keys of Inductor's cache are hashes."""
+
+
+def _with_texts(entry: Any) -> Any:
+    """An entry of the cache with halves that are kept as text in place of their keys."""
+    forward, backward = entry.compiled_fw, entry.compiled_bw
+    key = forward.fx_graph_cache_info[0]
+    if not key.startswith(_TEXT):
+        return entry
+    entry.compiled_fw = KeptText(key.removeprefix(_TEXT))
+    if backward is not None:
+        entry.compiled_bw = KeptText(
+            backward.fx_graph_cache_info[0].removeprefix(_TEXT),
+            True,
+            backward.backward_state_indices,
+            backward.num_symints_saved_for_bw_,
+        )
+    return entry
 
 
 @contextmanager
@@ -35,7 +87,7 @@ def keeping_code(name: str) -> Iterator[None]:
     usual_save, usual_lookup = AOTAutogradCache.save, AOTAutogradCache._lookup
 
     def save(key: str, entry: Any, remote: bool) -> None:
-        usual_save(name, entry, False)
+        usual_save(name, _with_texts(entry), False)
 
     def lookup(*args: Any) -> None:
         return None
@@ -74,11 +126,14 @@ def forget_code(prefix: str) -> None:
 
 
 def kept_code(
-    name: str, around_backward: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    name: str,
+    around_backward: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
+    of_text: Callable[[str], Callable[..., Any]] | None = None,
 ) -> Callable[..., Any] | None:
-    """What ``compile_with_inductor`` kept under ``name``, as it returned it; ``None`` where parts are gone.
+    """What ``keeping_code`` kept under ``name``, as it was compiled; ``None`` where parts are gone.
 
-    ``around_backward`` makes what autograd calls of the code of the backward.
+    ``around_backward`` makes what autograd calls of the code of the backward; ``of_text`` makes the code of a
+    half that was kept as text (``kept_as_text``).
     """
     from torch._functorch._aot_autograd.autograd_cache import AOTAutogradCache, FXGraphCacheMiss
     from torch._inductor.cudagraph_utils import BoxedDeviceIndex
@@ -88,6 +143,10 @@ def kept_code(
     if found is None:
         return None
     entry: Any = found[0]
+    for half in (entry.compiled_fw, entry.compiled_bw):
+        if isinstance(half, KeptText):
+            assert of_text is not None, "who keeps text reads it"
+            half.code = of_text(half.text)
     donated = donated_by(entry.runtime_metadata)
     permit_kept_graphs(entry.runtime_metadata)
     if entry.compiled_bw is not None and (donated or around_backward is not None):

@@ -41,7 +41,7 @@ from graphopt.optimized import Optimized
 from graphopt.order import must_happen
 from graphopt.partition import ordered, partition
 from graphopt.planned_step import said_of
-from graphopt.program import Program, same_names
+from graphopt.program import Program, copied_module, same_names
 from graphopt.record_json import RecordFormatError, decode
 from graphopt.recording import Roles
 from graphopt.replay import make_random_states_explicit
@@ -236,6 +236,7 @@ class _Compiling:
             if code.whole:
                 drop_unread_statistics(joint)
                 if self.emitter.name == "eager":
+                    # What could not be settled is said in the report that was saved.
                     settle_layouts(joint)
                     make_random_states_explicit(joint)
                     own_gradients(joint, count, gradients)
@@ -260,14 +261,14 @@ class _Compiling:
                     for number, trained in zip(code.examples, code.trained, strict=True)
                 ]
             # Compilation takes its module over.
-            run = self.emitter.compile(_copy(semantic.gm), examples, realise, as_is, gradients)
+            run = self.emitter.compile(copied_module(semantic.gm), examples, realise, as_is, gradients)
         if self.contents.sizes.symbols:
             self.sizes = self.sizes.with_guards(_torch.context_guards(context))
         return run
 
     def _rewritten(self, traced: Program, saved: Program) -> Program:
         """The program that passes made of the ``traced`` one, with the values that it computes here."""
-        gm = _copy(saved.gm)
+        gm = copied_module(saved.gm)
         sources = [node for node in traced.graph.nodes if node.op in ("placeholder", "output")]
         targets = [node for node in gm.graph.nodes if node.op in ("placeholder", "output")]
         if [node.name for node in sources[:-1]] != [node.name for node in targets[:-1]]:
@@ -330,11 +331,3 @@ def _cast(casts: Sequence[Autocast]) -> Iterator[None]:
                 dtype = dtype_named(cast.dtype)
                 stack.enter_context(torch.autocast(cast.kind, dtype=dtype, enabled=cast.enabled))
         yield
-
-
-def _copy(gm: fx.GraphModule) -> fx.GraphModule:
-    graph = fx.Graph()
-    copies: dict[fx.Node, fx.Node] = {}
-    for node in gm.graph.nodes:
-        copies[node] = graph.node_copy(node, lambda n: copies[n])
-    return fx.GraphModule(gm, graph)

@@ -18,8 +18,8 @@ from graphopt.artefact.calling import structure_json
 from graphopt.captured import Ran
 from graphopt.errors import ArtefactError, GraphoptError, brief
 from graphopt.restored import cuda_devices, restored
-from graphopt.segmented_capture import unfold
 from graphopt.session import CapturedAnew
+from graphopt.unfolding import unfold
 
 if TYPE_CHECKING:
     from graphopt.capture.driver import Driver

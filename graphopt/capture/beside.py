@@ -10,12 +10,14 @@ import torch
 from graphopt.capture.faithful import Comparison, compared
 from graphopt.capture.faithful_gradients import gradients_compared, no_room
 from graphopt.errors import CaptureError
+from graphopt.model_code import code_digest
 from graphopt.session import NotPlanned
+from graphopt.step_store import note_compared
 
 if TYPE_CHECKING:
     from graphopt.capture.driver import Driver
 
-__all__ = ["difference", "gradient_difference"]
+__all__ = ["difference", "gradient_difference", "held_before", "note_held"]
 
 _OTHERWISE = "compiled, the model computes something else than it does op by op: "
 
@@ -34,6 +36,7 @@ def difference(
 
     found = _beside(driver, call, both)
     if found.refused:
+        driver.session.uncompared = True
         driver.remark(f"what was captured was not compared with the model: {found.refused}")
     return _OTHERWISE + found.difference if found.difference else ""
 
@@ -60,8 +63,30 @@ def gradient_difference(
         refused = "plain code of the model writes parameters"
     found = Comparison(refused=refused) if refused else _beside(driver, call, both)
     if found.refused:
+        session.uncompared = True
         driver.remark(f"gradients of what was captured were not compared with the model's: {found.refused}")
     return _OTHERWISE + found.difference if found.difference else ""
+
+
+def held_before(driver: Driver) -> bool:
+    """Whether an earlier process found that what was captured computes what the model does, whose code was
+    the same: the report says so."""
+    kept = driver.session.kept
+    if not driver.compare or kept is None or not kept.compared:
+        return False
+    held = kept.compared == code_digest(driver.model, kept.followed)
+    if held:
+        driver.remark("an earlier process compared what was captured with the model, whose code is the same")
+    return held
+
+
+def note_held(driver: Driver) -> None:
+    """Let later processes know that what was captured was compared with the model, and held."""
+    kept = driver.session.kept
+    if driver.compare and kept is not None and not driver.session.uncompared:
+        code = code_digest(driver.model, kept.followed)
+        if code and code != kept.compared:
+            note_compared(kept.key, code)
 
 
 def _beside(driver: Driver, call: Callable[..., Any], both: Both) -> Comparison:

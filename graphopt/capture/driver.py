@@ -14,7 +14,7 @@ import graphopt
 from graphopt import _torch
 from graphopt.agreement import Agreement, for_programs
 from graphopt.apart import CompiledApart
-from graphopt.capture.beside import difference, gradient_difference
+from graphopt.capture.beside import difference, gradient_difference, held_before, note_held
 from graphopt.capture.inputs import bind_inputs
 from graphopt.capture.judged import judge
 from graphopt.capture.plugged import PluggedCapture
@@ -40,10 +40,10 @@ from graphopt.plans import Plan
 from graphopt.program import Program, layer_of
 from graphopt.report import Environment, Report
 from graphopt.restored import cuda_devices, restored
-from graphopt.segmented_capture import unfold
 from graphopt.session import NotPlanned, Session
 from graphopt.several import compile_together
 from graphopt.step_cost import step_curve, step_memory
+from graphopt.unfolding import unfold
 
 if TYPE_CHECKING:
     from graphopt.packing.fit import Fitted, WeightFit
@@ -268,7 +268,7 @@ class Driver:
         try:
             call(*args, **kwargs)
         except NotPlanned:
-            if self.is_faithful(call, args, kwargs) and self.has_faithful_gradients(call, args, kwargs):
+            if held_before(self) or self._holds_now(call, args, kwargs):
                 self.call = call
         except Exception as error:
             inner = _torch.inner_error(error)
@@ -282,6 +282,14 @@ class Driver:
             )
         finally:
             session.capturing = False
+
+    def _holds_now(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether what was captured computes what the model does, its gradients included."""
+        self.session.uncompared = False
+        if not (self.is_faithful(call, args, kwargs) and self.has_faithful_gradients(call, args, kwargs)):
+            return False
+        note_held(self)
+        return True
 
     def is_faithful(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether what was captured computes what the model does; a model of which it does not is left as it

@@ -16,6 +16,7 @@ __all__ = [
     "auxiliary_outputs",
     "detach_outputs",
     "input_specs",
+    "is_trained",
     "returns_loss",
     "semantic_graph",
     "semantic_program",
@@ -147,3 +148,8 @@ def _dotted(expression: str) -> str:
     for noise in ("L['self']", "L['fn']", "._modules", "._parameters", "._buffers", "'", "]"):
         expression = expression.replace(noise, "")
     return expression.replace("[", ".").strip(".")
+
+
+def is_trained(inputs: Sequence[Any]) -> bool:
+    """Whether a graph on these inputs is differentiated."""
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)

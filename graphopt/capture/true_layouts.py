@@ -18,6 +18,7 @@ import torch
 import torch.fx as fx
 
 from graphopt import _torch
+from graphopt.errors import brief
 from graphopt.program import tensor_leaves
 
 __all__ = ["settle_layouts"]
@@ -37,21 +38,32 @@ _CONTIGUOUS = frozenset({
 _VIEWS = frozenset({_aten.view.default, _aten._unsafe_view.default})
 
 
-def settle_layouts(gm: fx.GraphModule) -> None:
-    """Give values of a functional graph the layouts that they will have on the CPU, in place."""
+def settle_layouts(gm: fx.GraphModule) -> tuple[str, ...]:
+    """Give values of a functional graph the layouts that they will have on the CPU, in place.
+
+    Returns a sentence for each value that keeps the layout that it was traced with although what it is made
+    of lies otherwise: what it takes may be predicted otherwise than it is.
+    """
     stale: set[fx.Node] = set()
     changed = False
+    unsettled: list[str] = []
     for node in list(gm.graph.nodes):
         if node.op != "call_function":
             continue
         before = node.meta.get("val")
         if stale.intersection(node.all_input_nodes):
-            changed |= _compute(gm.graph, node)
+            copied, why = _compute(gm.graph, node)
+            changed |= copied
+            if why:
+                unsettled.append(
+                    f"{node.name} reads what lies otherwise than it was traced, and keeps its layout: {why}"
+                )
         _correct(node)
         if node.meta.get("val") is not before:
             stale.add(node)
     if changed:
         gm.recompile()
+    return tuple(unsettled)
 
 
 def _correct(node: fx.Node) -> None:
@@ -77,8 +89,11 @@ def _correct(node: fx.Node) -> None:
     node.meta.pop("tensor_meta", None)
 
 
-def _compute(graph: fx.Graph, node: fx.Node) -> bool:
-    """Compute the value of ``node`` from what it reads now; whether a copy was put before it for that."""
+def _compute(graph: fx.Graph, node: fx.Node) -> tuple[bool, str]:
+    """Compute the value of ``node`` from what it reads now: whether a copy was put before it for that, and
+    why its value stays as it was traced, ``""`` where it does not."""
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return False, f"{node.target} runs graphs of its own"
     args: Any
     kwargs: Any
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta.get("val"))
@@ -96,12 +111,17 @@ def _compute(graph: fx.Graph, node: fx.Node) -> bool:
         args, copied = (copy.meta["val"], *args[1:]), True
     try:
         value = _torch.call_on_fakes(like, target, args, kwargs)
-    except Exception:  # a higher-order operator may read more than values: it stays as it was traced
-        return copied
+    except _REFUSALS as error:
+        return copied, brief(error)
     if copied or _differs(value, node.meta.get("val")) or _shares(value, (args, kwargs)):
         node.meta["val"] = value
         node.meta.pop("tensor_meta", None)
-    return copied
+    return copied, ""
+
+
+_REFUSALS = (RuntimeError, TypeError, ValueError)
+"""What operators raise on values that they do not take: shapes and strides that were right when traced, and
+what an operator without an implementation for fakes says."""
 
 
 def _viewable(value: torch.Tensor, sizes: Any) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +19,10 @@ from graphopt import _torch
 from graphopt.candidate import NearMiss
 from graphopt.collection import uncollected
 from graphopt.emit.emitter import NONE, Gradients, Inference, Partition
+from graphopt.emit.half_text import half_text
+from graphopt.errors import ArtefactError
 from graphopt.group_record import GroupRecord
+from graphopt.program import copied_module
 
 __all__ = ["EagerEmitter", "eager_callable"]
 
@@ -202,18 +206,25 @@ class EagerEmitter:
         gradients: Gradients = NONE,
         keep: str = "",
     ) -> Callable[..., Any]:
-        # Nothing is generated, so nothing is kept.
         # Gradients stay as autograd has them, so that they are eager's to the bit.
         returned = 0
 
         def split(joint: fx.GraphModule, joint_inputs: Any, *, num_fwd_outputs: int, **unused: Any) -> Any:
             nonlocal returned
             returned = num_fwd_outputs
-            return partition(joint, num_fwd_outputs)
+            halves = partition(joint, num_fwd_outputs)
+            # AOTAutograd takes off what is noted on the nodes of what it keeps.
+            return tuple(map(copied_module, halves)) if keep else halves
 
         def run(half: fx.GraphModule, *, backward: bool, returned: int) -> Boxed:
             code = eager_callable(half)
-            return self._around(half, code, backward=backward, returned=returned) if self._around else code
+            if self._around:
+                return self._around(half, code, backward=backward, returned=returned)
+            if keep:
+                # What has no text is not kept.
+                with suppress(ArtefactError):
+                    return _torch.kept_as_text(code, half_text(half))
+            return code
 
         make = _torch.joint_compiler(
             lambda half, half_inputs: run(half, backward=False, returned=returned),
@@ -221,6 +232,7 @@ class EagerEmitter:
             lambda graph, graph_inputs: run(inference(graph), backward=False, returned=sys.maxsize),
             split,
             None,
+            keep,
         )
         # A trace makes many small objects, all of which live as long as it does.
         with _torch.random_calls_kept(), uncollected():

@@ -23,7 +23,9 @@ from typing import Any
 import torch
 
 from graphopt.candidate import Reason
-from graphopt_kernels.row_norm import WIDEST, row_norm_reference, row_norm_supports, tile
+from graphopt_kernels.row_norm import row_norm_supports
+from graphopt_kernels.row_norm_launch import WIDEST, tile
+from graphopt_kernels.row_norm_reference import row_norm_reference
 
 __all__ = [
     "CODES",

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from graphopt.candidate import Reason
-from graphopt_kernels.row_norm import WIDEST, tile
+from graphopt_kernels.row_norm_launch import WIDEST, tile
 
 __all__ = [
     "SoftmaxLaunch",

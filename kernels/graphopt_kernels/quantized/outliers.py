@@ -37,7 +37,7 @@ from graphopt_kernels.quantized.dynamic import linear_dynamic
 from graphopt_kernels.quantized.int8 import rounded_to_int8
 from graphopt_kernels.quantized.operators import define_operators
 from graphopt_kernels.quantized.scratch import beside_outliers
-from graphopt_kernels.row_norm import WIDEST, tile
+from graphopt_kernels.row_norm_launch import WIDEST, tile
 from graphopt_kernels.row_quantize import quantize_rows, warps_and_registers
 
 __all__ = ["LlmInt8", "launch_split", "linear_llm_int8", "split_rows"]

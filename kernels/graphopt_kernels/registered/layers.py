@@ -10,6 +10,7 @@ from graphopt_kernels import (
     rotary,
     rotary_reference,
     row_norm,
+    row_norm_reference,
     row_product,
     row_quantize,
     softmax,
@@ -22,19 +23,19 @@ __all__ = ["KERNELS"]
 KERNELS = (
     kernel(
         "row-norm",
-        row_norm.row_norm_reference,
+        row_norm_reference.row_norm_reference,
         row_norm.row_norm_supports,
         "RMSNorm and LayerNorm of rows",
     ),
     kernel(
         "add-row-norm",
-        row_norm.add_row_norm_reference,
+        row_norm_reference.add_row_norm_reference,
         row_norm.add_row_norm_supports,
         "RMSNorm and LayerNorm of the rows of a sum, and the sum",
     ),
     kernel(
         "row-norm-backward",
-        row_norm.row_norm_backward_reference,
+        row_norm_reference.row_norm_backward_reference,
         row_norm.row_norm_backward_supports,
         "gradients of input, weight and bias of a norm of rows, in one reading",
     ),

@@ -1,4 +1,4 @@
-"""Launches of ``graphopt_kernels.row_norm``, for tuning: the forward, of a sum too, and the backward.
+"""Launches of ``graphopt_kernels.row_norm_launch``, for tuning: the forward, of a sum too, and the backward.
 
 The block is given by the width. What is left: rows of a group, warps, programs that stay on a multiprocessor
 (or one for each group), whether the next rows are read ahead, into registers or through shared memory, and
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 from graphopt.plugins import TunableSpec
-from graphopt_kernels import row_norm as norm
-from graphopt_kernels.row_norm import BACKWARD, FORWARD, BackwardProblem, ForwardProblem, Launch
+from graphopt_kernels import row_norm_launch as launching
+from graphopt_kernels import row_norm_reference as reference
+from graphopt_kernels.row_norm_launch import BACKWARD, FORWARD, BackwardProblem, ForwardProblem, Launch
 from graphopt_kernels.tuning.model import Gpu, Usage, memory_bound
 
 __all__ = ["row_norm_tunables"]
@@ -39,9 +40,9 @@ def row_norm_tunables() -> tuple[TunableSpec, ...]:
             name=FORWARD.kernel,
             sources=FORWARD.sources,
             kernels=_kernels,
-            default=norm.forward_launch,
+            default=launching.forward_launch,
             configurations=_forward_configurations,
-            check=norm.check_launch,
+            check=launching.check_launch,
             operands=_forward_operands,
             run=_run_forward,
             reference=_forward_reference,
@@ -54,9 +55,9 @@ def row_norm_tunables() -> tuple[TunableSpec, ...]:
             name=BACKWARD.kernel,
             sources=BACKWARD.sources,
             kernels=_kernels,
-            default=norm.backward_launch,
+            default=launching.backward_launch,
             configurations=_backward_configurations,
-            check=norm.check_launch,
+            check=launching.check_launch,
             operands=_backward_operands,
             run=_run_backward,
             reference=_backward_reference,
@@ -77,7 +78,7 @@ def _kernels() -> Any:
 def _launches(
     width: int, programs: Sequence[int], ahead: Sequence[bool], held: Sequence[bool]
 ) -> Iterator[Launch]:
-    block, rows = norm.tile(width)
+    block, rows = launching.tile(width)
     for count in dict.fromkeys((rows, max(1, rows // 2), max(1, rows // 4))):
         for warps in _WARPS:
             if _ELEMENTS[0] <= block * count / (32 * warps) <= _ELEMENTS[1]:
@@ -125,7 +126,7 @@ def _forward_operands(problem: ForwardProblem, device: torch.device) -> tuple[An
 def _run_forward(
     kernels: Any, processors: int, problem: ForwardProblem, operands: tuple[Any, ...], launch: Launch
 ) -> Sequence[torch.Tensor]:
-    return norm.forward_rows(
+    return launching.forward_rows(
         kernels,
         *operands,
         *_forward_settings(problem),
@@ -142,8 +143,8 @@ def _forward_reference(problem: ForwardProblem, operands: tuple[Any, ...]) -> Se
     data, added, weight, bias = operands
     settings = (weight, bias, *_forward_settings(problem))
     if added is not None:
-        return norm.add_row_norm_reference(data, added, *settings)
-    result, mean, rstd = norm.row_norm_reference(data, *settings)
+        return reference.add_row_norm_reference(data, added, *settings)
+    result, mean, rstd = reference.row_norm_reference(data, *settings)
     return result, data.new_empty(0), mean, rstd
 
 
@@ -175,7 +176,7 @@ def _backward_configurations(problem: BackwardProblem) -> Iterator[Launch]:
     for launch in _launches(problem.width, (1, 2, 3, 4), (False, True), held):
         for stages in (1,) if launch.ahead else (1, 2, 3, 4):
             staged = launch._replace(stages=stages)
-            if norm.check_launch(problem, staged) is None:
+            if launching.check_launch(problem, staged) is None:
                 yield staged
 
 
@@ -188,14 +189,15 @@ def _backward_operands(problem: BackwardProblem, device: torch.device) -> tuple[
     if problem.weight is not None:
         weight = torch.randn(problem.width, device=device, dtype=problem.weight)
     bias = torch.empty(problem.width, device=device, dtype=problem.dtype) if problem.d_bias else None
-    _, mean, rstd = norm.row_norm_reference(data, None, None, _EPS, problem.centered, 0.0, False, data.dtype)
+    settings = _EPS, problem.centered, 0.0, False, data.dtype
+    _, mean, rstd = reference.row_norm_reference(data, None, None, *settings)
     return rows(), data, weight, bias, mean, rstd, rows() if problem.passed else None
 
 
 def _run_backward(
     kernels: Any, processors: int, problem: BackwardProblem, operands: tuple[Any, ...], launch: Launch
 ) -> Sequence[torch.Tensor]:
-    return norm.backward_rows(
+    return launching.backward_rows(
         kernels, *operands, *_backward_settings(problem), launch=launch, processors=processors
     )
 
@@ -205,14 +207,14 @@ def _backward_settings(problem: BackwardProblem) -> tuple[Any, ...]:
 
 
 def _backward_reference(problem: BackwardProblem, operands: tuple[Any, ...]) -> Sequence[torch.Tensor]:
-    return norm.row_norm_backward_reference(*operands, *_backward_settings(problem))
+    return reference.row_norm_backward_reference(*operands, *_backward_settings(problem))
 
 
 def _estimated_backward(problem: BackwardProblem, launch: Launch) -> Usage:
     read = _words(problem.dtype) * (3 if problem.passed else 2)
-    sums = problem.d_weight + (problem.d_bias and launch.block < norm.WIDEST)
+    sums = problem.d_weight + (problem.d_bias and launch.block < launching.WIDEST)
     words = 2 + sums + read * (1 if launch.ahead else 0.5) + (_words(problem.weight) if launch.held else 0)
-    return replace(_estimate(words, launch), shared=norm.staged_bytes(problem, launch))
+    return replace(_estimate(words, launch), shared=launching.staged_bytes(problem, launch))
 
 
 def _predicted_backward(problem: BackwardProblem, launch: Launch, usage: Usage, gpu: Gpu) -> float:

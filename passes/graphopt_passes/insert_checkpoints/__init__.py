@@ -109,8 +109,8 @@ class InsertCheckpoints(Pass):
         prices = model.seconds if self.objective == "seconds" else _flops_first(model)
         plan = Incremental(model, prices)
         everything = saved_storages(model, model.baseline.saved)
-        if not ctx.bounded and ctx.emit == "eager":
-            # Op by op nothing that runs again saves time. Fused, it may.
+        if ctx.emit == "eager" and not (ctx.bounded and ctx.searching):
+            # Op by op nothing that runs again saves time. Fused, it may. A plan that is replayed has its own.
             whole = _point(model, Realiser(model), _tried(plan, everything))
             yield Frontier(self.name, (whole,), peak_floor(model), seconds_bound(model))
             return
