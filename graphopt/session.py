@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -107,8 +107,9 @@ class Session:
     recorded; ``recorders`` do that. ``keeps``: keep plan and code for later processes, and take over what
     earlier ones kept. ``watching(run, args, ran)`` runs a whole program in the place of ``run(*args)``.
     ``policy``: who picks within the budget in the planner's place, ``chosen_by``: its name where it did.
-    ``comparing``: a captured call computes what dynamo captured, without gradients, and nothing is captured;
-    ``differentiating``: with gradients. ``writes_apart``: plain code between programs writes parameters.
+    ``comparing``: a captured call computes what dynamo captured, without gradients and in ``around()``, and
+    nothing is captured; ``differentiating``: with gradients.
+    ``writes_apart``: plain code between programs writes parameters.
     ``confirm``: asks other ranks about programs that are planned after the first agreement.
     ``steps``: whole steps that were planned, the present one last; ``settled``: no other is captured.
     ``modes`` says which modules of the model are in training mode.
@@ -136,6 +137,7 @@ class Session:
     staged: bool = False
     capturing: bool = False
     comparing: bool = False
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
     differentiating: bool = False
     writes_apart: bool = False
     captured: list[Captured] = field(default_factory=list)
@@ -297,6 +299,9 @@ class Session:
                     self.finish()
                 captured.ran = True
             assert captured.run is not None
+            if self.comparing:
+                with self.around():
+                    return self._ran(captured.run, args, ran)
             return self._ran(captured.run, args, ran)
 
         return call
@@ -307,7 +312,7 @@ class Session:
             raise NotPlanned
         # Transforms of functions differentiate within the graph.
         differentiated = self.differentiating or _torch.stays_as_captured(gm)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and differentiated):
+        with self.around(), torch.set_grad_enabled(torch.is_grad_enabled() and differentiated):
             return _torch.run_as_captured(gm, args)
 
     def guarded(self, run: Callable[..., Any], plain: Callable[..., Any], name: str) -> Callable[..., Any]:

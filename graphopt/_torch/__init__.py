@@ -83,6 +83,7 @@ from graphopt._torch.kept_code import (
 )
 from graphopt._torch.memory import (
     CallWatcher,
+    FilledMemory,
     holders,
     mark,
     plain_tensors,
@@ -163,6 +164,7 @@ __all__ = [
     "KEPT",
     "MADE",
     "CallWatcher",
+    "FilledMemory",
     "KernelBuffer",
     "KernelLaunch",
     "SizeSymbol",
