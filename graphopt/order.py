@@ -63,7 +63,8 @@ def restore_order(graph: fx.Graph) -> None:
     behind: dict[fx.Node, set[fx.Node]] = {node: set(node.users) for node in before}
     after = _sorted(before, behind)
     if len(after) < len(before):
-        stuck = ", ".join(repr(node.name) for node in before if node not in set(after))
+        sorted_ones = set(after)
+        stuck = ", ".join(repr(node.name) for node in before if node not in sorted_ones)
         raise VerificationError(f"nodes read each other in a circle: {stuck}: rule 'order'")
     _arrange(graph, after)
     pair = felt(graph, place, {node: i for i, node in enumerate(after)})
