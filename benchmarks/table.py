@@ -35,6 +35,7 @@ from table_gpu import (
 )
 from table_op_db import op_db
 from table_quality import quality_packed
+from table_random_graphs import random_graphs
 from table_zoo import zoo
 
 from graphopt.atomic import write_atomically
@@ -476,6 +477,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "zoo": zoo,
     "zoo_torch211": zoo,
     "op_db": op_db,
+    "random_graphs": random_graphs,
 }
 
 

@@ -20,13 +20,18 @@ def op_db(record: dict[str, Any]) -> str:
         for number, said in row.get("failed", {}).items()
         if said.partition(": ")[0] not in FINE
     ]
+    ran, left = sum(found.values()), summary["left"]
+    share = f"all {ran} samples" if not left else f"{ran} of {ran + left} samples ({left} not run yet)"
+    over = ", ".join(summary["stopped"])
+    stopped = f" Not done within their limit of time: {over}." if over else ""
+    torchs = found.get("as torch", 0)
+    alike = f"{torchs} are as AOTAutograd makes them without graphopt, " if torchs else ""
     return (
         "## Any operator\n\n"
         "PyTorch's own samples of its own operators (`op_db`) through `optimize`, forward and backward, op "
-        "by op on the CPU, in float32 or the first type that an operator has, the first "
-        f"{record['samples_each']} samples of each. Target: all are as in eager: {verdict(summary['met'])}. "
-        f"Of {sum(found.values())} samples of {summary['operators']} operators {found.get('ok', 0)} agree, "
-        f"{found.get('untraced ok', 0)} that AOTAutograd cannot trace in one graph agree too, and eager "
-        f"itself refuses {found.get('refused', 0)}. Rows were made in several starts.\n"
-        + "".join(f"\n{x}" for x in lines)
+        "by op on the CPU, in float32 or the first type that an operator has. Target: every sample is as in "
+        f"eager: {verdict(summary['met'])}. Of {share} of {summary['operators']} operators "
+        f"{found.get('ok', 0)} agree, {found.get('untraced ok', 0)} that AOTAutograd cannot trace in one "
+        f"graph agree too, {alike}and eager itself refuses {found.get('refused', 0)}.{stopped} Rows were "
+        "made in several starts.\n" + "".join(f"\n{x}" for x in lines)
     )

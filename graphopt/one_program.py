@@ -91,6 +91,9 @@ def one_program(
             made.ran = True
         chosen = run if made is None else made.run
         assert chosen is not None
+        if session.comparing:
+            with session.around():
+                return session._ran(chosen, args, ran)
         return session._ran(chosen, args, ran)
 
     return call

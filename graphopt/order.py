@@ -6,7 +6,7 @@ import heapq
 import itertools
 import math
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 import torch
 import torch.fx as fx
@@ -44,10 +44,11 @@ def has_effect(node: fx.Node) -> bool:
 
 def restore_order(graph: fx.Graph) -> None:
     """Move nodes that are used too early as little as it takes: each goes right behind the last of its
-    inputs, all others keep their order.
+    inputs, all others keep their order. Where such a node has an effect (a switch of mode, a write to
+    memory, a random draw), what feels it goes behind it as well.
 
     Raises ``VerificationError`` for a cycle, and where a node would have to pass one whose effect it
-    feels: a switch of mode, a write to memory that it reads, another random draw.
+    feels.
     """
     before = list(graph.nodes)
     place = {node: i for i, node in enumerate(before)}
@@ -59,30 +60,62 @@ def restore_order(graph: fx.Graph) -> None:
             )
     if all(place[source] < place[node] for node in before for source in node.all_input_nodes):
         return
-    missing = {node: len(node.all_input_nodes) for node in before}
+    behind: dict[fx.Node, set[fx.Node]] = {node: set(node.users) for node in before}
+    after = _sorted(before, behind)
+    if len(after) < len(before):
+        sorted_ones = set(after)
+        stuck = ", ".join(repr(node.name) for node in before if node not in sorted_ones)
+        raise VerificationError(f"nodes read each other in a circle: {stuck}: rule 'order'")
+    _arrange(graph, after)
+    pair = felt(graph, place, {node: i for i, node in enumerate(after)})
+    if pair is None:
+        return
+    roots = alias_map(graph).roots
+    for effect in _effects(before):
+        for node in before:
+            if node is not effect and _feels(node, effect, roots):
+                first, second = (node, effect) if place[node] < place[effect] else (effect, node)
+                behind[first].add(second)
+    after = _sorted(before, behind)
+    if len(after) < len(before):
+        raise VerificationError(
+            f"node {pair[0].name!r} would have to move past {pair[1].name!r}, whose effect it feels: "
+            "rule 'order'"
+        )
+    _arrange(graph, after)
+
+
+def _sorted(before: Sequence[fx.Node], behind: Mapping[fx.Node, Set[fx.Node]]) -> list[fx.Node]:
+    """The nodes in their order, but for those that have to come ``behind`` others; without those that wait
+    for each other."""
+    place = {node: i for i, node in enumerate(before)}
+    missing = dict.fromkeys(before, 0)
+    for node in itertools.chain.from_iterable(behind.values()):
+        missing[node] += 1
     ready = [place[node] for node in before if not missing[node]]
     heapq.heapify(ready)
     after: list[fx.Node] = []
     while ready:
         node = before[heapq.heappop(ready)]
         after.append(node)
-        for user in node.users:
-            missing[user] -= 1
-            if not missing[user]:
-                heapq.heappush(ready, place[user])
-    if len(after) < len(before):
-        stuck = ", ".join(repr(node.name) for node in before if missing[node])
-        raise VerificationError(f"nodes read each other in a circle: {stuck}: rule 'order'")
-    if after[0] is not before[0]:
-        before[0].prepend(after[0])
-    for left, right in itertools.pairwise(after):
+        for later in behind[node]:
+            missing[later] -= 1
+            if not missing[later]:
+                heapq.heappush(ready, place[later])
+    return after
+
+
+def _arrange(graph: fx.Graph, order: Sequence[fx.Node]) -> None:
+    first = next(iter(graph.nodes))
+    if order[0] is not first:
+        first.prepend(order[0])
+    for left, right in itertools.pairwise(order):
         left.append(right)
-    pair = felt(graph, place, {node: i for i, node in enumerate(graph.nodes)})
-    if pair is not None:
-        raise VerificationError(
-            f"node {pair[0].name!r} would have to move past {pair[1].name!r}, whose effect it feels: "
-            "rule 'order'"
-        )
+
+
+def _effects(nodes: Iterable[fx.Node]) -> Iterator[fx.Node]:
+    calls = ("call_function", "call_method", "call_module")
+    return (node for node in nodes if node.op in calls and has_effect(node))
 
 
 def felt(
@@ -90,9 +123,7 @@ def felt(
 ) -> tuple[fx.Node, fx.Node] | None:
     """A node, and one whose effect it feels, that change places from ``before`` to ``after``, if any do."""
     roots = alias_map(graph).roots
-    for effect in after:
-        if effect.op not in ("call_function", "call_method", "call_module") or not has_effect(effect):
-            continue
+    for effect in _effects(after):
         for node in after:
             swapped = (before[node] < before[effect]) != (after[node] < after[effect])
             if swapped and node is not effect and _feels(node, effect, roots):

@@ -44,13 +44,21 @@ def partition(program: Program, schedule: Schedule) -> tuple[fx.GraphModule, fx.
         for statistics in statistics_of(node):
             _torch.ignore_version(statistics)
     num_outputs = sum(spec.role in ("output", "mutation") for spec in program.signature.outputs)
-    forward, backward = _torch.extract_halves(
-        program.gm, [*primals, *(node for node in saved if _is_tensor(node))], symbols, num_outputs
-    )
+    handed = [*primals, *(node for node in saved if _is_tensor(node))]
+    elsewhere = first_run.difference(schedule.backward)
+    while True:
+        forward, backward = _torch.extract_halves(program.gm, [*handed], [*symbols], num_outputs)
+        backward.graph = ordered(backward.graph, schedule.backward, elsewhere)
+        given = backward.graph.find_nodes(op="placeholder")
+        unread = {node.name for node in given if not node.users}.intersection(node.name for node in handed)
+        if not unread:
+            break
+        # Effects of the forward alone were taken to be the backward's too, and with them what they read:
+        # held for nothing, and refused by autograd where the forward writes it, as running statistics.
+        handed = [node for node in handed if node.name not in unread]
     for node in forward.graph.nodes:
         run_plainly(node)
     forward.graph = ordered(forward.graph, schedule.forward)
-    backward.graph = ordered(backward.graph, schedule.backward, first_run.difference(schedule.backward))
     for half in (forward, backward):
         half.graph.lint()
         half.recompile()

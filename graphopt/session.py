@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -105,8 +105,9 @@ class Session:
     earlier ones kept; ``kept``: the present step as it is kept; ``uncompared``: what was captured could not
     be compared with the model. ``watching(run, args, ran)`` runs a whole program in place of ``run(*args)``.
     ``policy``: who picks within the budget in the planner's place, ``chosen_by``: its name where it did.
-    ``comparing``: a captured call computes what dynamo captured, without gradients, and nothing is captured;
-    ``differentiating``: with gradients. ``writes_apart``: plain code between programs writes parameters.
+    ``comparing``: a captured call computes what dynamo captured, without gradients and in ``around()``, and
+    nothing is captured; ``differentiating``: with gradients.
+    ``writes_apart``: plain code between programs writes parameters.
     ``confirm``: asks other ranks about programs that are planned after the first agreement.
     ``steps``: whole steps that were planned, the present one last; ``settled``: no other is captured.
     ``modes`` says which modules of the model are in training mode.
@@ -134,6 +135,7 @@ class Session:
     staged: bool = False
     capturing: bool = False
     comparing: bool = False
+    around: Callable[[], AbstractContextManager[object]] = nullcontext
     differentiating: bool = False
     writes_apart: bool = False
     captured: list[Captured] = field(default_factory=list)
@@ -248,7 +250,7 @@ class Session:
             raise NotPlanned
         # Transforms of functions differentiate within the graph.
         differentiated = self.differentiating or _torch.stays_as_captured(gm)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and differentiated):
+        with self.around(), torch.set_grad_enabled(torch.is_grad_enabled() and differentiated):
             return _torch.run_as_captured(gm, args)
 
     def guarded(self, run: Callable[..., Any], plain: Callable[..., Any], name: str) -> Callable[..., Any]:

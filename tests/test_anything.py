@@ -164,10 +164,19 @@ class Drawing(Net):
         return nn.functional.dropout(self.b(h + noise), 0.5)
 
 
+class DroppingAll(Net):
+    """A dropout that keeps nothing draws nothing, and the next one draws first."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dropped = nn.functional.dropout(self.a(x), 1.0)
+        return nn.functional.dropout(self.b(x + dropped), 0.5)
+
+
+@pytest.mark.parametrize("make", [Drawing, DroppingAll])
 @pytest.mark.parametrize("training", [True, False])
-def test_random_numbers_are_those_of_eager(training: bool) -> None:
+def test_random_numbers_are_those_of_eager(training: bool, make: type[Net]) -> None:
     torch._dynamo.reset()
-    model = Drawing().train(training)
+    model = make().train(training)
 
     def run(module: nn.Module) -> tuple[torch.Tensor, ...]:
         torch.manual_seed(3), random.seed(3), np.random.seed(3)  # type: ignore[func-returns-value]

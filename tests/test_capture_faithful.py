@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphopt
-from graphopt.capture.faithful import CHUNK, differences
+from graphopt import _torch
+from graphopt.capture.faithful import CHUNK, Comparison, compared, differences, stands_for
 from graphopt.errors import CaptureError
 
 X = torch.linspace(-1.0, 1.0, 12).reshape(3, 4)
@@ -95,6 +98,72 @@ def test_a_model_that_never_gives_the_same_is_not_held_to_it() -> None:
         "what was captured was not compared with the model: the model does not compute the same twice"
         in fast.report.diagnostics
     )
+
+
+class Unwritten(TwoPaths):
+    """Returns memory that it never writes to beside what it computes."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.empty_like(x), super().forward(x)
+
+
+class BreakingUnwritten(Unwritten):
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        unwritten, y = super().forward(x)
+        torch._dynamo.graph_break()
+        return unwritten, y + 1
+
+
+class OtherEachTime(TorchDispatchMode):
+    """Memory that is made without values holds other numbers each time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = itertools.count(3)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result.fill_(next(self.numbers)) if func is torch.ops.aten.empty_like.default else result
+
+
+def filled(call: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        with _torch.FilledMemory():
+            return call(*args)
+
+    return run
+
+
+def test_what_memory_held_before_is_no_result() -> None:
+    model = Unwritten(0.0)
+
+    def other(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        unwritten, y = model(x)
+        return unwritten, 1.25 * y
+
+    with OtherEachTime():
+        assert compared(model, model.__call__, (X,), {}, (), filled(model)) == Comparison()
+        found = compared(model, other, (X,), {}, (), filled(other))
+        assert found == Comparison("output 1 differs by 25.00% of its largest number")
+        assert stands_for(model, model, (X,), {}, training=False) == Comparison()
+
+
+@pytest.mark.parametrize("kind", [Unwritten, BreakingUnwritten])
+def test_memory_is_filled_in_what_dynamo_captured_as_well(
+    kind: type[TwoPaths], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    class Watched(_torch.FilledMemory):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            made.append(str(func))
+            return super().__torch_dispatch__(func, types, args, kwargs)
+
+    monkeypatch.setattr(_torch, "FilledMemory", Watched)
+    fast = optimized(kind(0.25).eval())
+    assert "output 1 differs by " in fast.report.diagnostics[0]
+    # The model, what was captured of it, and the model again: it does compute the same twice.
+    assert made.count("aten.empty_like.default") == 3
 
 
 class Remembering(nn.Module):

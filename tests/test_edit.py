@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils import _pytree as pytree
 
 from graphopt.dump.text import program_text
 from graphopt.edit import Edit
@@ -147,6 +148,23 @@ def test_what_has_an_effect_is_never_dead() -> None:
         edit.replace(cos, edit.call_after(cos, aten.sin.default, cos.args))
     assert [node.name for node in program.nodes() if node.name != "sin_default"] == effects
     assert any("batch_norm" in name for name in effects)
+
+
+def test_what_feels_an_effect_that_moves_goes_with_it() -> None:
+    def written(x: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        y.view(2, 2).mul_(x.cos().view(2, 2))
+        y.neg_()
+        return x.sin() * y
+
+    program, x = semantic(written, torch.randn(4)), torch.randn(4)
+    with program.edit("late") as edit:
+        cosine, sine = edit.node("cos"), edit.node("sin")
+        edit.replace(cosine, edit.call_after(sine, aten.square.default, (sine,)))
+    names = [node.name for node in program.nodes()]
+    assert names == ["add", "view", "sin", "square_default", "view_1", "mul_", "neg_", "mul"]
+    (found,) = pytree.tree_leaves(program.gm(x))
+    assert torch.equal(found, x.sin() * -((x + 1) * x.sin().square()))
 
 
 def test_a_node_may_not_move_past_an_effect_that_it_feels() -> None:

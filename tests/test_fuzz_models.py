@@ -5,6 +5,13 @@ A failure has the model as text.
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -50,3 +57,25 @@ def test_a_wrong_result_is_told() -> None:
     with pytest.raises(AssertionError, match=r"output 0 is off by .*, eager by 0"):
         compare(run_once(net, net, (x,), train=True), right, right, WIDE)
     compare(right, right, right, 0.0)
+
+
+@pytest.mark.slow
+def test_the_figure_goes_on_from_the_last_graph_and_fewer_than_asked_for_do_not_meet_it(
+    tmp_path: Path,
+) -> None:
+    root = Path(__file__).parent.parent
+    out = tmp_path / "random_graphs.json"
+
+    def run(*options: str) -> dict[str, Any]:
+        script = [sys.executable, str(root / "benchmarks" / "random_graphs.py"), "--out", str(out), *options]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+        subprocess.run(script, env=environment, check=True, capture_output=True, text=True)
+        found: dict[str, Any] = json.loads(out.read_text())
+        return found
+
+    first = run("--first", "3", "--graphs", "2", "--block", "2")
+    assert [(r["first"], r["last"], r["graphs"], r["failed"]) for r in first["rows"]] == [(3, 4, 2, {})]
+    assert not first["summary"]["met"]
+    more = run("--first", "3", "--graphs", "3", "--block", "3")
+    assert more["rows"][0] == first["rows"][0]
+    assert [(r["first"], r["last"], r["graphs"]) for r in more["rows"][1:]] == [(5, 5, 1)]

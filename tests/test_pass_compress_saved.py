@@ -92,6 +92,20 @@ def optimized(model: nn.Module, inputs: Any, *pipeline: str, **options: Any) -> 
     )
 
 
+class SplitMasks(nn.Module):
+    """A mask of which the backward reads the parts of a split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.layer(x)
+        kept = (x > 0).split([16, 16], 1)
+        parts = [part.masked_fill(mask, 0.0) for part, mask in zip(y.split(16, 1), kept, strict=True)]
+        return torch.cat(parts, 1).square().mean()
+
+
 class Always(CompressSaved):
     """Every candidate as one to be applied, whether it pays or not."""
 
@@ -118,6 +132,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], torch.Tensor], int]
     "pools": (Pools, lambda: torch.randn(4, 3, 16, 16), 3),
     "pools channels-last": (lambda: Pools(torch.channels_last), lambda: torch.randn(4, 3, 16, 16), 3),
     "clamps": (Clamps, lambda: torch.randn(64, 32), 2),
+    "split masks": (SplitMasks, lambda: torch.randn(64, 32), 1),
 }
 
 

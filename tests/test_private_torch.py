@@ -49,6 +49,23 @@ def test_retrace_keeps_composite_operators_and_provenance() -> None:
     assert "Linear" in str(linear.meta["nn_module_stack"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64, torch.int64, torch.bool])
+def test_memory_without_values_is_filled(dtype: torch.dtype) -> None:
+    x = torch.zeros(2, 3, dtype=dtype)
+    with _torch.FilledMemory():
+        made = [
+            torch.empty(3, dtype=dtype),
+            torch.empty_like(x),
+            torch.empty_permuted((2, 3), (1, 0), dtype=dtype),
+            torch.empty_strided((2, 3), (1, 2), dtype=dtype),
+            x.new_empty(3),
+            x.new_empty_strided((2, 3), (1, 2)),
+        ]
+        kept = x.clone()
+    assert all(torch.equal(t, torch.ones_like(t)) for t in made)
+    assert torch.equal(kept, x)
+
+
 def test_after_backward_runs_at_the_end_of_the_whole_pass() -> None:
     order: list[str] = []
     x = torch.ones(2, requires_grad=True)

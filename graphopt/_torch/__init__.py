@@ -87,6 +87,7 @@ from graphopt._torch.kept_code import (
 )
 from graphopt._torch.memory import (
     CallWatcher,
+    FilledMemory,
     holders,
     mark,
     plain_tensors,
@@ -167,6 +168,7 @@ __all__ = [
     "KEPT",
     "MADE",
     "CallWatcher",
+    "FilledMemory",
     "KeptText",
     "KernelBuffer",
     "KernelLaunch",

@@ -15,6 +15,7 @@ from graphopt._torch.sizes import hint
 
 __all__ = [
     "CallWatcher",
+    "FilledMemory",
     "holders",
     "mark",
     "plain_tensors",
@@ -114,6 +115,28 @@ class CallWatcher(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = kwargs["out"] if kwargs.get("out") is not None else func(*args, **kwargs)
         self._seen(func, args, result)
         return result
+
+
+_WITHOUT_VALUES = frozenset(
+    f"aten::{name}"
+    for name in ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided")
+)
+
+
+class FilledMemory(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Memory that is made without values in the block (``torch.empty`` and its like) is filled with ones.
+
+    Dynamo compiles and finds nothing in the block: what it compiled has to enter it itself.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        return result.fill_(1) if func._schema.name in _WITHOUT_VALUES else result
 
 
 def storage_watch(tensor: torch.Tensor) -> Callable[[], bool]:

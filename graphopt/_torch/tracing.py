@@ -122,7 +122,8 @@ def retrace(gm: fx.GraphModule, inputs: Sequence[Any]) -> fx.GraphModule:
     cached = torch.is_autocast_cache_enabled()
     # What autocast keeps of a fake weight must not be found by the program that runs.
     torch.set_autocast_cache_enabled(False)
-    apart = {op: op.decompose for op in _READ_BY_COMPOSITES}
+    apart: dict[Any, Any] = {op: op.decompose for op in _READ_BY_COMPOSITES}
+    apart[torch.ops.aten.dropout.default] = _drop_all
     try:
         traced = make_fx(
             run,
@@ -145,6 +146,16 @@ _READ_BY_COMPOSITES = (
 )
 """Composite operators that read numbers out of a tensor: whole, they would hide where these come from, and
 nothing could be said of sizes that are made of them."""
+
+
+def _drop_all(x: torch.Tensor, rate: float, train: bool) -> Any:
+    """A dropout of rate 1, as eager computes it; others stay whole.
+
+    AOTAutograd takes dropout apart in Python, and draws numbers at rate 1 as well, where eager draws none.
+    """
+    if not train or rate != 1:
+        return NotImplemented
+    return x * torch.zeros((), dtype=x.dtype, device=x.device)
 
 
 def retraced_at(

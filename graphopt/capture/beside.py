@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from graphopt import _torch
 from graphopt.capture.faithful import Comparison, compared
 from graphopt.capture.faithful_gradients import gradients_compared, no_room
 from graphopt.errors import CaptureError
@@ -32,7 +34,14 @@ def difference(
         return ""
 
     def both(captured: Callable[..., Any], written: Sequence[torch.Tensor]) -> Comparison:
-        return compared(driver.model, captured, args, kwargs, written)
+        def filled(*args: Any, **kwargs: Any) -> Any:
+            driver.session.around = _torch.FilledMemory
+            try:
+                return captured(*args, **kwargs)
+            finally:
+                driver.session.around = nullcontext
+
+        return compared(driver.model, captured, args, kwargs, written, filled)
 
     found = _beside(driver, call, both)
     if found.refused:

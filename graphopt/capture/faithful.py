@@ -65,12 +65,14 @@ def compared(
     capture: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    written: Sequence[torch.Tensor] = (),
+    written: Sequence[torch.Tensor],
+    filled: Callable[..., Any],
 ) -> Comparison:
     """Run ``capture(*args, **kwargs)``, which computes what was captured, and the model's own forward.
 
     ``written`` are parameters that either may write. A model that does not give the same twice is not held
-    to it.
+    to it, nor to what memory held before the first write to it: ``filled`` is ``capture`` with such memory
+    filled.
     """
     tensors = tensors_of(model, args, kwargs)
     if reason := unrunnable(model, tensors):
@@ -80,16 +82,24 @@ def compared(
         with torch.no_grad():
             return model(*args, **kwargs)
 
+    def plain_filled(*args: Any, **kwargs: Any) -> Any:
+        with _torch.FilledMemory():
+            return plain(*args, **kwargs)
+
     def run(call: Callable[..., Any]) -> list[Any]:
         with tried(model, tensors, written):
             given, named = copy.deepcopy((args, kwargs))
             # What a model returns may be one of its buffers, which are put back.
             return [_kept(leaf) for leaf in pytree.tree_leaves(call(*given, **named))]
 
+    coarsest = coarsest_of(tensors)
     try:
         expected = run(plain)
-        difference = differences(run(capture), expected, coarsest_of(tensors))
-        if difference and differences(run(plain), expected, coarsest_of(tensors)):
+        if not differences(run(capture), expected, coarsest):
+            return Comparison()
+        expected = run(plain_filled)
+        difference = differences(run(filled), expected, coarsest)
+        if difference and differences(run(plain_filled), expected, coarsest):
             return Comparison(refused="the model does not compute the same twice")
     except Exception as error:
         return Comparison(refused=brief(error))
@@ -164,7 +174,7 @@ def stands_for(
     structures: list[Any] = []
 
     def run(called: torch.nn.Module) -> _Seen:
-        with tried(model, tensors, ()), torch.set_grad_enabled(training):
+        with tried(model, tensors, ()), torch.set_grad_enabled(training), _torch.FilledMemory():
             given, named = copy.deepcopy((args, kwargs))
             return _watched(called, model, given, named, structures)
 

@@ -100,12 +100,12 @@ class SavedValues:
         return int(value.untyped_storage().nbytes())
 
     def path(self, view: fx.Node, start: fx.Node) -> list[fx.Node]:
-        """The views that lead from ``start`` to ``view``, first to last."""
+        """The views that lead from ``start`` to ``view``, first to last; of a split its list as well."""
         steps: list[fx.Node] = []
         root = self.root(start)
         while view is not start:
             steps.append(view)
-            view = next(source for source in view.all_input_nodes if self.root(source) == root)
+            view = next(source for source in view.all_input_nodes if root in self._roots[source.name])
         return steps[::-1]
 
     def obstacle(self, value: SavedValue) -> Reason | None:
