@@ -19,7 +19,7 @@ from graphopt.plugins import default_host
 from tests.drawn_models import drawn_model
 from tests.fuzzing import ANOTHER_RESULT, WIDE, check_seed, compare, forced_passes, run_once
 
-QUICK = (*range(100), 162)
+QUICK = (*range(100), 162, 1142, 1997)
 
 
 @pytest.mark.parametrize("seed", QUICK)

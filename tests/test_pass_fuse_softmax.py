@@ -48,6 +48,15 @@ class Model(nn.Module):
         return self.last(y.to(x.dtype)).square().mean()
 
 
+def test_a_softmax_may_read_another_that_was_fused_before() -> None:
+    def twice(x: Tensor) -> Tensor:
+        return F.log_softmax(torch.softmax(x, -1), -1)
+
+    host().kernels()
+    (program,) = semantic_programs(Model(twice), (torch.randn(2, 5, 24),), [EVERYWHERE])
+    assert [node.args[1] for node in program.nodes(torch.ops.graphopt.softmax.default)] == [False, True]
+
+
 @pytest.mark.parametrize("function", [plain, logarithm, wider], ids=lambda f: f.__name__)
 def test_softmax_of_rows_is_one_call(function: Function) -> None:
     host().kernels()

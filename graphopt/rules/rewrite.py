@@ -217,6 +217,9 @@ def _rewriting(step: RewritePass, rule: Rule, name: str) -> Callable[[Edit], Non
         made = _replaced(rule, found, edit, last)
         for old, new in zip(found.roots, made, strict=True):
             edit.replace(old, new)
+            if "val" in old.meta:
+                # Another replacement may be built on it before the edit computes what it is.
+                new.meta.setdefault("val", old.meta["val"])
         # Also what would stay for an effect that the replacement has in its stead.
         for old in sorted(found.nodes, key=order.__getitem__, reverse=True):
             if not old.users:

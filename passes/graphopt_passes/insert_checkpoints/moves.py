@@ -59,7 +59,8 @@ class Moves:
         self._plan, self._repeat = plan, repeat
         model = plan.model
         self._size = np.array(model.size, dtype=np.int64)
-        self._after = np.array(model.last_read, dtype=np.int64) + 1
+        # New values of mutated inputs are read behind the last operator.
+        self._after = np.minimum(np.array(model.last_read, dtype=np.int64) + 1, len(model.operators))
         self._again = np.array([model.again[i] for i in model.maker], dtype=bool)
         # What it takes to give a storage up, or to let go of it: the operator's own price until that of all
         # that has to run with it is known, then the price for each byte removed when last worked out.
