@@ -22,7 +22,8 @@ def random_graphs(record: dict[str, Any]) -> str:
         "it can: two steps, in training one more under a random budget, against eager and float64; outputs, "
         f"gradients, buffers and inputs. Target: 2,000 graphs and no mismatch: {verdict(summary['met'])}. "
         f"{summary['graphs']} graphs (seeds {seeds}), of which passes rewrote {summary['rewritten']}; "
-        f"{len(summary['failed'])} differ or fail.{stopped}\n" + "".join(f"\n{x}" for x in lines)
+        f"{len(summary['failed'])} differ or fail. {len(summary['untraced'])} that AOTAutograd itself fails "
+        f"on run as they did.{stopped}\n" + "".join(f"\n{x}" for x in lines)
     )
 
 

@@ -52,7 +52,7 @@ def one_program(
         last = session.current[-1]
         if auxiliary:
             run = reattach(run, gm, auxiliary, lambda: session._used(last))
-        run = session.guarded(run, plain, name)
+        run = session.guarded(run, plain, name, specs)
         plan, traced = warm.plan, TracedInputs(gm, inputs, specs)
 
         def make() -> Made:
@@ -75,7 +75,7 @@ def one_program(
         if session.whole:
             captured.seen = depends(session, captured)
             assert captured.run is not None
-            captured.run = session.guarded(captured.run, plain, name)
+            captured.run = session.guarded(captured.run, plain, name, specs)
     if warm is not None and warm.note:
         session.diagnostics.append(warm.note)
 

@@ -62,7 +62,7 @@ def segmented(
     last = session.current[-1]
     if auxiliary:
         run = reattach(run, gm, auxiliary, lambda: session._used(last))
-    run = session.guarded(run, lambda *args: _torch.run_as_captured(gm, args), name)
+    run = session.guarded(run, lambda *args: _torch.run_as_captured(gm, args), name, specs)
 
     def call(*args: Any) -> Any:
         if session.capturing:

@@ -253,11 +253,19 @@ class Session:
         with self.around(), torch.set_grad_enabled(torch.is_grad_enabled() and differentiated):
             return _torch.run_as_captured(gm, args)
 
-    def guarded(self, run: Callable[..., Any], plain: Callable[..., Any], name: str) -> Callable[..., Any]:
-        """``run``, with ``plain`` in its place should it fail when it is first called."""
+    def guarded(
+        self,
+        run: Callable[..., Any],
+        plain: Callable[..., Any],
+        name: str,
+        specs: Sequence[InputSpec] = (),
+    ) -> Callable[..., Any]:
+        """``run``, with ``plain`` in its place should it fail when it is first called. ``specs``: of the
+        arguments, of which buffers may be written before."""
         if self.on_error == "raise":
             return run
-        return FirstRun(run, plain, lambda why: self.diagnostics.append(f"{name}: {why}"))
+        buffers = [k for k, spec in enumerate(specs) if spec.role == "buffer"]
+        return FirstRun(run, plain, lambda why: self.diagnostics.append(f"{name}: {why}"), buffers)
 
     def _ran(self, run: Callable[..., Any], args: Sequence[Any], ran: Ran) -> Any:
         return run(*args) if self.watching is None else self.watching(run, args, ran)

@@ -92,6 +92,47 @@ def test_what_is_raised_after_all() -> None:
         _tried(ValueError("that"), plain=refuses)
 
 
+class Counted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.BatchNorm1d(8, affine=False)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.add_(1)
+        return self.norm(x).square()
+
+
+@pytest.mark.parametrize("inputs", [False, True], ids=["buffers", "inputs"])
+def test_buffers_that_a_program_wrote_before_it_failed_are_put_back(
+    inputs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(half: Any, run: Callable[..., Any], **about: Any) -> Callable[..., Any]:
+        def fails(args: list[Any]) -> list[Any]:
+            for x in args:
+                if x.shape != X.shape or inputs:
+                    x.detach().add_(3)
+            raise RuntimeError("no kernel for that")
+
+        return _torch.boxed(fails)
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(api, "resolve_emitter", lambda *args: EagerEmitter(failing))
+    plain, model = Counted(), Counted()
+    fast = graphopt.optimize(model, (X,), emit="eager", cache=False)
+    if inputs:
+        # Nobody knows what they were.
+        with pytest.raises(RuntimeError, match="no kernel for that"):
+            fast(X.clone())
+        return
+    for _ in range(2):
+        assert torch.equal(fast(X.clone()), plain(X.clone()))
+    assert REASON in str(fast.report.diagnostics)
+    for name, value in plain.named_buffers():
+        assert torch.equal(model.get_buffer(name), value), name
+
+
 def test_a_program_that_ran_once_is_not_left() -> None:
     calls = []
 

@@ -17,7 +17,15 @@ import torch
 
 from graphopt.plugins import default_host
 from tests.drawn_models import drawn_model
-from tests.fuzzing import ANOTHER_RESULT, WIDE, check_seed, compare, forced_passes, run_once
+from tests.fuzzing import (
+    ANOTHER_RESULT,
+    WIDE,
+    check_seed,
+    check_untraced,
+    compare,
+    forced_passes,
+    run_once,
+)
 
 QUICK = (*range(100), 162, 1142, 1997)
 
@@ -25,6 +33,12 @@ QUICK = (*range(100), 162, 1142, 1997)
 @pytest.mark.parametrize("seed", QUICK)
 def test_random_models_compute_what_eager_does(seed: int) -> None:
     check_seed(seed)
+
+
+@pytest.mark.parametrize("seed", [1203, 1498])
+def test_models_that_aotautograd_fails_on_run_as_they_did(seed: int) -> None:
+    """They write statistics and counters before the error comes."""
+    assert check_untraced(seed)
 
 
 @pytest.mark.slow
