@@ -222,7 +222,7 @@ def test_dropout_that_stays_says_why() -> None:
         return lambda x, r: torch.dropout(x, p, training) + r
 
     assert refusal(drops(0.0), X, R) == "nothing is dropped"
-    assert refusal(drops(1.0), X, R) == "everything is dropped"
+    assert not seen(drops(1.0), X, R), "a dropout of everything is a product with zero by then"
     assert refusal(drops(0.5, False), X, R) == "dropout is off"
     assert refusal(drops(0.5), X, R, mode="infer") == "in inference no gradient needs the mask"
     assert refusal(drops(0.5), X.double(), R.double()) == "no kernel takes float64"
