@@ -76,8 +76,8 @@ class Untouched:
         self._tensors = [value for value in tensors if isinstance(value, torch.Tensor)]
         self._kept: dict[int, torch.Tensor] = {}
         room = KEPT
-        for tensor in sorted((x for x in kept if isinstance(x, torch.Tensor)), key=lambda x: x.nbytes):
-            room -= tensor.nbytes
+        for tensor in sorted(filter(_is_plain, kept), key=_bytes):
+            room -= _bytes(tensor)
             if room >= 0:
                 self._kept[id(tensor)] = tensor.detach().to("cpu", copy=True)
         self._devices = list(dict.fromkeys(tensor.device for tensor in self._tensors if tensor.is_cuda))
@@ -102,3 +102,13 @@ class Untouched:
 
     def _counted(self) -> list[int | None]:
         return [_torch.writes(value) for value in self._tensors]
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor of torch's own with memory that can be copied and written as a whole."""
+    kinds = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
+    return type(value) in kinds and value.layout is torch.strided and not value.is_meta
+
+
+def _bytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -48,6 +48,10 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "two sites": {"turns": (FIRST, LAST), "at": (31, 63, 96)},
     "warps with keys of their own": {"launch": TILE._replace(columns=128, parts=2, warps=2)},
+    "wide values": {"value_width": 128, "at": (96, 140)},
+    "wide values, three bits, not full": {"store": Quant(bits=3), "value_width": 100, "at": (96, 140)},
+    "wide values of one group": {"store": Quant(group=128), "value_width": 128, "at": (96,)},
+    "wider values": {"dtype": FP16, "value_width": 256, "at": (96,)},
     "many heads": {"group": 20, "at": (96, 140)},
 }  # fmt: skip
 

@@ -133,6 +133,16 @@ def test_buffers_that_a_program_wrote_before_it_failed_are_put_back(
         assert torch.equal(model.get_buffer(name), value), name
 
 
+def test_buffers_without_plain_memory_are_not_copied() -> None:
+    kinds = [torch.eye(3).to_sparse(), torch.ones(3, device="meta"), "no tensor", torch.ones(3)]
+    before = Untouched(kinds, kinds)
+    kinds[3].add_(1)
+    assert before.put_back() and torch.equal(kinds[3], torch.ones(3))
+    with torch.no_grad():
+        kinds[0].mul_(2)
+    assert not before.put_back(), "nobody knows what it was"
+
+
 def test_a_program_that_ran_once_is_not_left() -> None:
     calls = []
 

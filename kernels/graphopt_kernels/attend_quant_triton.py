@@ -78,8 +78,8 @@ def _rounded_part(  # type: ignore[no-untyped-def]
     columns = tl.broadcast_to(tl.trans(q)[None, :, :], [TEAM, BLOCK_D, ROWS])
     total = tl.zeros([TEAM, ROWS], tl.float32)
     most = tl.full([TEAM, ROWS], -float("inf"), tl.float32)
-    # As many channels of values at a time as registers have room for.
-    part: tl.constexpr = min(BLOCK_V, 2048 // q.dtype.primitive_bitwidth)
+    # As many channels of values at a time as registers have room for, in whole groups.
+    part: tl.constexpr = min(BLOCK_V, max(GROUP, 2048 // q.dtype.primitive_bitwidth))
     result = tl.zeros([TEAM, part, ROWS], tl.float32)
     more = result
     order = positions_of(TEAM, COUNT, KEY_BITS)

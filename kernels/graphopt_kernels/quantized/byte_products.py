@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from graphopt import _torch
+from graphopt_kernels.instructions import has_half_pairs
 from graphopt_kernels.quantized.byte_digits import (
     can_multiply,
     product_of_digits,
@@ -120,7 +121,7 @@ def unpacked(codes: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> t
     weight = torch.empty((n, k), dtype=dtype, device=codes.device)
     with _on(codes):
         found.unpack_kernel[(-(-n // 8), -(-k // 1024))](
-            codes, scales, weight, n, k, FAST=_is_fast(codes), BLOCK_N=8, BLOCK_K=1024, num_warps=8
+            codes, scales, weight, n, k, FAST=has_half_pairs(codes), BLOCK_N=8, BLOCK_K=1024, num_warps=8
         )
     return weight
 
@@ -186,7 +187,7 @@ def _launched(
         "BIASED": bias is not None,
         "PARTS": launch.parts,
         "EVEN": k == steps * launch.parts * launch.inner * launch.slices,
-        "FAST": _is_fast(codes),
+        "FAST": has_half_pairs(codes),
         "BLOCK_N": launch.columns,
         "BLOCK_K": launch.inner,
         "num_warps": launch.warps,
@@ -281,12 +282,6 @@ def _kernels_for(codes: torch.Tensor) -> Any:
     if torch.cuda.get_device_capability(codes.device) < ((8, 0) if codes.dtype is torch.int8 else (8, 9)):
         return None
     return kernels()
-
-
-def _is_fast(codes: torch.Tensor) -> bool:
-    """Whether the instructions are there that numbers are made with: tensors without memory are taken to be
-    on a device that has them."""
-    return codes.is_meta or (codes.is_cuda and torch.cuda.get_device_capability(codes.device) >= (9, 0))
 
 
 def _on(codes: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
