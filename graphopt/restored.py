@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -33,17 +34,32 @@ def random_state_restored() -> Iterator[None]:
         random.setstate(states[2])
 
 
+def _held_tables(model: torch.nn.Module) -> Iterator[dict[str, Any]]:
+    """Attributes of modules and of the objects that these hold by name, as configurations, and so on."""
+    waiting: list[Any] = list(model.modules())
+    known = {id(module) for module in waiting}
+    while waiting:
+        attributes = vars(waiting.pop())
+        yield attributes
+        for value in attributes.values():
+            held = isinstance(getattr(value, "__dict__", None), dict) and not callable(value)
+            if held and id(value) not in known and not isinstance(value, (torch.Tensor, ModuleType)):
+                known.add(id(value))
+                waiting.append(value)
+
+
 @contextmanager
 def rebinding_restored(model: torch.nn.Module) -> Iterator[None]:
     """Afterwards the names of buffers, and attributes of plain values (counters, scales), stand for what they
-    stood for: a step may bind them anew rather than write into what they name.
+    stood for: a step may bind them anew rather than write into what they name. So for objects that modules
+    hold, as configurations: a first call may settle there what kind of loss it is.
 
     Names that a step adds are left: models make tables at their first call that later ones rely on.
     """
     tables: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for module in model.modules():
-        attributes = vars(module)
-        tables.append((attributes["_buffers"], dict(attributes["_buffers"])))
+        tables.append((vars(module)["_buffers"], dict(vars(module)["_buffers"])))
+    for attributes in _held_tables(model):
         plain = {name: value for name, value in attributes.items() if isinstance(value, _PLAIN)}
         tables.append((attributes, plain))
     try:

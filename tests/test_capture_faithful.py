@@ -201,6 +201,45 @@ def test_what_the_two_runs_change_is_put_back() -> None:
     assert len(kept) == 2
 
 
+class Settings:
+    """As configurations are: an object that a module holds, with another in it."""
+
+    def __init__(self, outer: Settings | None = None) -> None:
+        self.kind: str | None = None
+        self.calls = 0
+        self.inner = outer or Settings(self)
+
+
+class Settling(TwoPaths):
+    """Its first call settles in its configuration what later ones find there."""
+
+    def __init__(self, off: float) -> None:
+        super().__init__(off)
+        self.settings = Settings()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.settings.kind is None:
+            self.settings.kind = "regression"
+            self.settings.inner.calls = 1
+        return super().forward(x)
+
+
+def test_what_a_first_call_settles_in_a_configuration_is_put_back() -> None:
+    model = Settling(0.0)
+    fast = optimized(model)
+    assert (model.settings.kind, model.settings.inner.calls) == (None, 0)
+    assert not fast.report.diagnostics
+    expected = model.linear(X).relu()
+    for _ in range(2):
+        torch.testing.assert_close(fast(X), expected)
+    assert (model.settings.kind, model.settings.inner.calls) == ("regression", 1)
+
+
+def test_a_model_that_settles_its_configuration_is_compared() -> None:
+    fast = optimized(Settling(0.1))
+    assert "computes something else than it does op by op" in fast.report.diagnostics[-1]
+
+
 def test_checks_that_give_nothing_do_not_stop_rewrites() -> None:
     class Checked(nn.Module):
         def __init__(self) -> None:

@@ -47,7 +47,14 @@ def of_itself(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Ten
     return y, y.sum()
 
 
-@pytest.mark.parametrize("function", [residual, read_between, of_itself])
+def viewed_afterwards(x: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of what the last write returns, and of the name that the memory had before it."""
+    y = x @ w
+    z = y.add_(x)
+    return z.t().contiguous(), y[:, 1:] * 2.0
+
+
+@pytest.mark.parametrize("function", [residual, read_between, of_itself, viewed_afterwards])
 def test_what_is_written_becomes_a_value_and_no_bit_changes(function: Function) -> None:
     x, w = torch.randn(4, 8), torch.randn(8, 8)[:, :8]
     program = semantic(function, x, w)
@@ -71,6 +78,13 @@ def viewed(x: torch.Tensor) -> torch.Tensor:
     return y * 2.0
 
 
+def viewed_before(x: torch.Tensor) -> torch.Tensor:
+    y = x.exp()
+    turned = y.t()
+    y.add_(1.0)
+    return turned * 2.0
+
+
 def without_gradient(x: torch.Tensor) -> torch.Tensor:
     y = x.exp()
     with torch.no_grad():
@@ -92,6 +106,7 @@ def promoted(x: torch.Tensor) -> torch.Tensor:
     ("function", "reason"),
     [
         (viewed, "views of it are taken"),
+        (viewed_before, "views of it are taken"),
         (without_gradient, "autocast or gradients are switched before it is written"),
         (drawn, "it is written by what is no pointwise call"),
         (promoted, "a new value would be of another type"),

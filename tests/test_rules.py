@@ -200,6 +200,17 @@ def test_writes_to_what_is_read() -> None:
     assert refused(written, X, Y) == "what it reads is written within it"
 
 
+def test_writes_to_the_result_are_refused_in_training_alone() -> None:
+    def written(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        result = torch.tanh(x * y)
+        result.add_(1)
+        return result.t() + 1
+
+    assert refused(written, X, Y) == "its result is written in place, which autograd may forbid"
+    found = list(rewriting(sigmoid_of_product()).propose(semantic(written, X, Y), context("infer")))
+    assert [type(item) for item in found] == [Candidate]
+
+
 def test_changes_of_the_gradient_mode() -> None:
     def switched(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():

@@ -94,7 +94,8 @@ class RewritePass(Pass):
     """A pass made of rules. Larger patterns go first where several match at a node.
 
     Beside the rules' own guards it refuses a match of which another call reads a value in between, that
-    reaches over a write to what it reads, or over a change of autocast or of the gradient mode.
+    reaches over a write to what it reads, or over a change of autocast or of the gradient mode, and in
+    training one whose result is written in place.
     """
 
     rules: ClassVar[Sequence[Rule]] = ()
@@ -117,7 +118,7 @@ class RewritePass(Pass):
                     continue
                 line = line or line_of(program.graph)
                 match = _match(rule, found, line)
-                reason = _refusal(match, line) or _guarded(match, self, program, ctx)
+                reason = _refusal(match, line, ctx.mode) or _guarded(match, self, program, ctx)
                 if reason is None:
                     yield self._candidate(match, node, ctx)
                     nearest = None
@@ -165,8 +166,8 @@ def _match(rule: Rule, found: Found, line: Line) -> Match:
     return Match(rule, found.captures, found.roots, tuple(ordered), line)
 
 
-def _refusal(match: Match, line: Line) -> Reason | None:
-    """What stands in the way of any rewrite of these nodes into one place."""
+def _refusal(match: Match, line: Line, mode: str) -> Reason | None:
+    """What stands in the way of any rewrite of these nodes into one place, in ``mode``."""
     inside = set(match.nodes)
     for node in match.inner:
         for user in node.users:
@@ -187,6 +188,13 @@ def _refusal(match: Match, line: Line) -> Reason | None:
         written = {root for ref in written_inputs(node) for root in line.aliases.roots[ref]}
         if written & roots:
             return Reason("what it reads is written within it", (node.name,))
+    if mode == "train":
+        # What a call saves for autograd may be its result, where what it replaces saved other values.
+        made = {root for node in match.roots for root in line.aliases.roots.get(node, ())}
+        for node in line.writing(last + 1, len(line.nodes)):
+            written = {root for ref in written_inputs(node) for root in line.aliases.roots[ref]}
+            if written & made:
+                return Reason("its result is written in place, which autograd may forbid", (node.name,))
     return None
 
 

@@ -14,7 +14,7 @@ After::
 
 AOTAutograd does the same below, so nothing is computed or held that would not be. Done here, passes that
 move or copy calls need not ask who sees a write. Only values are changed that the program makes itself
-and takes no views of.
+and takes no views of before the last write.
 """
 
 from __future__ import annotations
@@ -74,8 +74,10 @@ def _written(node: fx.Node, aliases: Aliases) -> set[fx.Node]:
 def _reason(root: fx.Node, writes: list[fx.Node], line: Line) -> Reason | None:
     """Why what is written to the memory of ``root`` stays, or ``None``."""
     same = {root, *writes}
+    last = line.position[writes[-1]]
     for node, roots in line.aliases.roots.items():
-        if root in roots and node not in same:
+        # A view that is taken after the last write sees no other than that.
+        if root in roots and node not in same and line.position.get(node, -1) < last:
             return Reason("views of it are taken", (node.name,))
     begun = line.ambient.states[line.position[root]].key
     for node in writes:
