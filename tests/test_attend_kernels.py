@@ -12,6 +12,7 @@ from torch import Tensor
 
 import graphopt_kernels.attend_launch as launching
 import graphopt_kernels.attend_quant_launch as quant_launching
+import graphopt_kernels.attend_quant_prompts as quant_prompts
 from graphopt.decoding.masks import MaskSpec
 from graphopt.decoding.stores import SiteSpec
 from graphopt_kernels.attend_full import attend_full
@@ -42,7 +43,7 @@ def test_kernels_err_no_more_than_rounding_in_the_interpreter(cases: tuple[str, 
     assert [name for name, (_, stored) in found.items() if not stored] == []
 
 
-QUICK_QUANT = ("all",)
+QUICK_QUANT = ("all", "prompts, all", "prompts, last rows alone")
 
 
 @needs_triton
@@ -124,22 +125,26 @@ def test_machine_code_has_tensor_cores_wide_loads_and_no_spills(shape: str) -> N
 
 def quant_recorded(
     store: Quant, width: int = 128, dtype: torch.dtype = BF16, group: int = 4, every: bool = False,
-    takes: bool = True, batch: int = 1, places: int = 32768,
+    takes: bool = True, batch: int = 1, places: int = 32768, rows: int = 1, asking: int = 0,
 ) -> Recorder:  # fmt: skip
-    """The same over rounded rows."""
+    """The same over rounded rows, of one row or several. ``asking``: how many of these."""
     recorder = Recorder(quant_launching.jitted())
     heads = 8 * group
-    site = SiteSpec(heads, 8, width, width, dtype, MaskSpec(window=1024 * every), 0.1)
+    window = 1024 * every * (rows == 1)
+    site = SiteSpec(heads, 8, width, width, dtype, MaskSpec(window=window), 0.1)
     kinds = store.tensors(site, batch, places).values()
     stores = QuantStores(*(meta(*shape, dtype=kind) for shape, kind in kinds))
-    row = meta(batch, 8, 1, width, dtype=dtype)
+    row = meta(batch, 8, rows, width, dtype=dtype)
     asked = Asked(
-        meta(batch, heads, 1, width, dtype=dtype), row, row, meta(1, dtype=torch.int64),
+        meta(batch, heads, asking or rows, width, dtype=dtype), row, row, meta(rows, dtype=torch.int64),
         meta(batch, places, dtype=torch.bool) if every else None, meta(heads, dtype=FP32) if every else None,
-        meta(heads) if every else None, 0.1, 30.0 if every else 0.0, 1024 * every, places,
+        meta(heads) if every else None, 0.1, 30.0 if every else 0.0, window, places,
     )  # fmt: skip
     bits = QuantBits(*store.widths, store.group, ALONE)
-    quant_launching.row_on_gpu(recorder, asked, stores, bits, takes=takes, processors=132)
+    if rows > 1:
+        quant_prompts.rows_on_gpu(recorder, asked, stores, bits, writes=takes, processors=132)
+    else:
+        quant_launching.row_on_gpu(recorder, asked, stores, bits, takes=takes, processors=132)
     return recorder
 
 
@@ -174,6 +179,68 @@ def test_codes_become_numbers_in_registers(shape: str) -> None:
             assert code.widths("STS").total() <= 210
 
 
+PROMPT_SHAPES: dict[str, dict[str, Any]] = {
+    "four bits": {"store": Quant(), "rows": 1024},
+    "eight bits, few rows": {"store": Quant(bits=8), "rows": 5},
+    "three bits, everything": {"store": Quant(bits=3), "rows": 1024, "every": True},
+    "heads of 64, float16": {"store": Quant(), "rows": 1024, "width": 64, "dtype": torch.float16},
+    "heads of 256": {"store": Quant(), "rows": 1024, "width": 256},
+}
+
+
+@needs_triton
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", PROMPT_SHAPES)
+def test_prompts_over_rounded_rows_run_on_tensor_cores_without_spills(shape: str) -> None:
+    for name, code in compiled(quant_recorded(**PROMPT_SHAPES[shape])).items():
+        assert not code.spills, (name, code)
+        assert code.asked <= 226 * 1024
+        if name == "prompt_kernel":
+            many = PROMPT_SHAPES[shape]["rows"] > 5
+            assert any(opcode.startswith("HGMMA" if many else "HMMA") for opcode in code.instructions)
+            assert code.widths("LDGSTS")[128] > 0
+
+
+@needs_triton
+def test_a_prompt_over_rounded_rows_goes_by_sequences_whose_numbers_have_room() -> None:
+    def names(**options: Any) -> list[str]:
+        return [call.function.fn.__name__ for call in quant_recorded(Quant(), **options).calls]
+
+    one = ["read_kernel", "close_rows_kernel", "prompt_kernel"]
+    assert names(rows=1024) == [*one, "write_kernel"]
+    # Numbers of 32,768 positions take 128 MiB a sequence, of which there may be two.
+    assert names(rows=1024, batch=4) == [*one, *one, "write_kernel"]
+    assert names(rows=1024, batch=4, places=4096) == [*one, "write_kernel"]
+    # Of 131,072 positions those of four heads of eight.
+    halves = [*one, "merge_kernel"] * 4
+    assert names(rows=1024, batch=2, places=131072) == [*halves, "write_kernel"]
+    assert names(rows=1024, takes=False) == one, "another site writes"
+    few = quant_recorded(Quant(), rows=1024, asking=1).calls
+    assert [call.function.fn.__name__ for call in few] == [*one, "merge_kernel", "write_kernel"]
+    assert few[2].arguments["rows"] == 1 and few[2].arguments["splits"] > 8, "the last row alone"
+    # Every sequence is taken in once.
+    calls = quant_recorded(Quant(), rows=64, batch=3).calls
+    for name, blocks in (("read_kernel", 1024), ("close_rows_kernel", 2)):
+        grids = [call.grid[0] for call in calls if call.function.fn.__name__ == name]
+        assert len(grids) == 2 and sum(grids) == 3 * 8 * blocks * 3
+
+
+def test_what_a_prompt_takes_beside_its_output_is_what_it_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(batch: int, length: int, window: int = 0) -> tuple[Asked, QuantStores]:
+        site = SiteSpec(32, 8, 128, 128, BF16, MaskSpec(window=window), 1.0)
+        stores = QuantStores(*(meta(*s, dtype=d) for s, d in Quant().tensors(site, batch, length).values()))
+        row = meta(batch, 8, 64, 128)
+        more = (meta(64, dtype=torch.int64), None, None, None, 1.0, 0.0, window, length)
+        return Asked(meta(batch, 32, 64, 128), row, row, *more), stores
+
+    row = 2 * 8 * 128 * 2
+    assert quant_prompts.prompt_scratch(*asked(1, 32768)) >= 32768 * row
+    assert quant_prompts.prompt_scratch(*asked(16, 32768)) < 3 * 32768 * row
+    refused = quant_prompts.prompts_take(*asked(1, 32768, window=512))
+    assert "rows read a window of 512: several of these at a time go by ATen operators" in str(refused)
+    assert quant_prompts.prompts_take(*asked(1, 32768)) is None
+
+
 @needs_triton
 def test_a_token_over_rounded_rows_is_three_launches() -> None:
     calls = quant_recorded(Quant()).calls
@@ -193,7 +260,7 @@ def test_a_token_over_rounded_rows_is_three_launches() -> None:
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"query": meta(1, 8, 3, 32)}, "3 rows: the kernels take one, prompts go by ATen operators"),
+        ({"query": meta(0, 8, 1, 32)}, "there are no rows"),
         ({"group": 24}, "24 channels are rounded together: expected a power of two up to 128"),
         (
             {"store": Quant(block=96, residual=96)},
@@ -396,6 +463,30 @@ def test_on_a_gpu_rounded_rows_are_read_as_the_reference_does(bits: int, dtype: 
     sizes = {"groups": 2, "group": 4, "places": 700, "width": 128, "value_width": 64, "padded": 40}
     made = drawn(**sizes, dtype=dtype, store=Quant(bits=bits), seen=608)
     made["positions"] = torch.tensor([608])
+    reference = wide(made)
+    expected = attend_quant.reference(*reference.values()).cuda()
+    arguments = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in made.items()}
+    found = attend_quant(*arguments.values())
+    error = float((found.double() - expected).norm() / expected.norm())
+    assert error <= {BF16: 1e-2, FP16: 2e-3, FP32: 1e-5}[dtype], error
+    for name in STORES:
+        assert torch.equal(arguments[name].cpu(), reference[name]), name
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32], ids=str)
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+def test_on_a_gpu_prompts_are_rounded_as_the_reference_does(bits: int, dtype: torch.dtype) -> None:
+    from tests.attend_quant_kernels import STORES, drawn, rows, wide
+
+    torch.manual_seed(0)
+    made = drawn(
+        groups=2, group=4, places=700, width=128, value_width=64, padded=40, dtype=dtype,
+        store=Quant(bits=bits), seen=70,
+    )  # fmt: skip
+    made |= rows(2, 2, 4, 500, 128, 64, dtype)
+    made["positions"] = torch.arange(70, 570)
     reference = wide(made)
     expected = attend_quant.reference(*reference.values()).cuda()
     arguments = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in made.items()}

@@ -22,15 +22,18 @@ from typing import NamedTuple
 
 import torch
 
+from graphopt import _torch
 from graphopt.candidate import Reason
 from graphopt_kernels.attend_operator import Asked, AttendOperator
 from graphopt_kernels.attend_quant_launch import (
     QuantBits,
     QuantStores,
     kernels_for,
-    quant_scratch,
+    kernels_take,
     row_on_gpu,
+    row_scratch,
 )
+from graphopt_kernels.attend_quant_prompts import prompt_scratch, prompts_take, rows_on_gpu
 from graphopt_kernels.attend_reference import asked_at, attend_refuses, attention_at
 from graphopt_kernels.cache_codes import (
     PLANES,
@@ -111,12 +114,25 @@ def _refuses(asked: Asked, stores: QuantStores, bits: QuantBits) -> Reason | Non
 
 
 def _launch(asked: Asked, stores: QuantStores, bits: QuantBits) -> torch.Tensor | None:
-    if asked.query.shape[2] != asked.positions.shape[0] or asked.key is None or asked.value is None:
+    if asked.key is None or asked.value is None:
         return None
     kernels = kernels_for(asked.query, stores, bits.group)
     if kernels is None:
         return None
-    return row_on_gpu(kernels, asked, stores, bits, takes=bits.turn in (ALONE, FIRST))
+    if asked.positions.shape[0] == 1:
+        return row_on_gpu(kernels, asked, stores, bits, takes=bits.turn in (ALONE, FIRST))
+    if prompts_take(asked, stores) is not None:
+        return None
+    return rows_on_gpu(kernels, asked, stores, bits, writes=bits.turn in (ALONE, LAST))
+
+
+def _scratch(asked: Asked, stores: QuantStores, bits: QuantBits) -> int:
+    query = asked.query
+    if query.device.type != "cuda" or kernels_take(query, stores, bits.group) is not None:
+        return 0
+    if _torch.hint(asked.positions.shape[0]) == 1:
+        return row_scratch(asked, stores, bits)
+    return prompt_scratch(asked, stores) if prompts_take(asked, stores) is None else 0
 
 
 attend_quant = AttendOperator(
@@ -128,7 +144,7 @@ attend_quant = AttendOperator(
     refuses=_refuses,
     value_width=lambda stores, _: stores.value_ring.shape[3],
     launch=_launch,
-    scratch=quant_scratch,
+    scratch=_scratch,
 )
 
 

@@ -1,4 +1,5 @@
-"""How one row's attention over rounded keys and values is started on a GPU (``attend_launch``)."""
+"""How one row's attention over rounded keys and values is started on a GPU (``attend_launch``); several rows
+are in ``attend_quant_prompts``."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ from graphopt_kernels.cache_codes import PLANES
 from graphopt_kernels.instructions import has_half_pairs
 
 __all__ = [
-    "QuantBits", "QuantStores", "follows", "jitted", "kernels_for", "kernels_take", "launch_for",
-    "quant_scratch", "row_on_gpu",
+    "CHANNELS", "QuantBits", "QuantStores", "follows", "jitted", "kernels_for", "kernels_take", "launch_for",
+    "limits_of", "packing", "pieces_of", "row_on_gpu", "row_scratch",
 ]  # fmt: skip
 
 UNIT = 32
@@ -47,7 +48,8 @@ _REGISTERS = 255
 """Of a thread where codes have eight bits: shared memory has room for two programs then, and registers so
 many for each. Left to itself the assembler makes room for three, and spills."""
 
-_CHANNELS = 64
+CHANNELS = 64
+"""Of keys, that a program rounds or reads."""
 
 
 class QuantStores(NamedTuple):
@@ -100,6 +102,17 @@ def launch_for(
     return AttendLaunch(rows, columns, parts + (parts > 1), _WARPS, stages)
 
 
+def pieces_of(stores: QuantStores, width: int) -> int:
+    """Programs that round or read one block."""
+    return -(-width // CHANNELS) + stores.block // UNIT
+
+
+def limits_of(stores: QuantStores) -> tuple[float, float]:
+    """The largest scale of keys and of values that there can be."""
+    keys, values = (torch.finfo(scales.dtype).max for scales in (stores.key_scales, stores.value_scales))
+    return keys, values
+
+
 def kernels_for(query: torch.Tensor, stores: QuantStores, group: int) -> Any:
     """The kernels where they take these tensors, else ``None``."""
     if not query.is_cuda or kernels_take(query, stores, group) is not None:
@@ -110,9 +123,7 @@ def kernels_for(query: torch.Tensor, stores: QuantStores, group: int) -> Any:
 def kernels_take(query: torch.Tensor, stores: QuantStores, group: int) -> Reason | None:
     """``None``, or why the kernels do not take what the operator takes."""
     key_ring, value_ring = stores.key_ring, stores.value_ring
-    if query.shape[2] != 1:
-        return Reason(f"{query.shape[2]} rows: the kernels take one, prompts go by ATen operators")
-    if not query.shape[0]:
+    if 0 in query.shape:
         return Reason("there are no rows")
     block = stores.block
     for name, size, most in (("positions", block, 128), ("channels", group, 128)):
@@ -140,7 +151,12 @@ def follows(
 def jitted() -> Any:
     """The jitted kernels by name, or ``None`` without triton."""
     try:
-        from graphopt_kernels import attend_quant_triton, attend_triton, cache_rounding_triton
+        from graphopt_kernels import (
+            attend_quant_prompt_triton,
+            attend_quant_triton,
+            attend_triton,
+            cache_rounding_triton,
+        )
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith("triton"):
             raise
@@ -148,8 +164,26 @@ def jitted() -> Any:
     return SimpleNamespace(
         attend_kernel=attend_quant_triton.attend_kernel,
         close_kernel=cache_rounding_triton.close_kernel,
+        close_rows_kernel=cache_rounding_triton.close_rows_kernel,
         merge_kernel=attend_triton.merge_kernel,
+        prompt_kernel=attend_quant_prompt_triton.prompt_kernel,
+        read_kernel=cache_rounding_triton.read_kernel,
+        write_kernel=attend_triton.write_kernel,
     )
+
+
+def packing(stores: QuantStores, bits: QuantBits, width: int) -> tuple[dict[str, int], tuple[int, int, int]]:
+    """What kernels over packed blocks go by, and words of a block's keys, of a value, and of the
+    first plane of a value."""
+    value_width = stores.value_ring.shape[3]
+    first = -(-value_width * PLANES[bits.value_bits][0] // 32)
+    packed = {
+        "KEY_BITS": bits.key_bits, "VALUE_BITS": bits.value_bits, "LENGTH": stores.block, "GROUP": bits.group,
+        "WIDTH": width, "VALUE_WIDTH": value_width,
+        # Groups of channels and words of values are whole in a tile.
+        "BLOCK_V": max(block_of(value_width), UNIT, bits.group),
+    }  # fmt: skip
+    return packed, (stores.key_codes.shape[3], stores.value_codes.shape[3], first)
 
 
 def row_on_gpu(
@@ -168,17 +202,13 @@ def row_on_gpu(
     query, key, value = rows_together(asked.query), rows_together(asked.key), rows_together(asked.value)
     valid, slopes, sinks = asked.valid, asked.slopes, asked.sinks
     batch, heads, _, width = query.shape
-    key_codes, key_scales, value_codes, value_scales, key_ring, value_ring = stores
-    groups, slots, kept, value_width = *key_codes.shape[1:3], key_ring.shape[2], value_ring.shape[3]
-    block, group = stores.block, bits.group
-    widths = {"WIDTH": width, "VALUE_WIDTH": value_width}
-    # Groups of channels and words of values are whole in a tile.
-    blocks = {"BLOCK_D": block_of(width), "BLOCK_V": max(block_of(value_width), UNIT, group)}
-    packed = {"KEY_BITS": bits.key_bits, "VALUE_BITS": bits.value_bits, "LENGTH": block, "GROUP": group}
-    words = (key_codes.shape[3], value_codes.shape[3], -(-value_width * PLANES[bits.value_bits][0] // 32))
+    groups, slots, kept, value_width = *stores.key_codes.shape[1:3], *stores.value_ring.shape[2:]
+    packed, words = packing(stores, bits, width)
+    block_d = block_of(width)
+    widest = max(block_d, packed["BLOCK_V"])
     launch = launch or launch_for(
-        batch, groups, heads, min(asked.length, slots * block), max(blocks.values()), query.dtype,
-        bits.key_bits, processors or processors_for(query.device),
+        batch, groups, heads, min(asked.length, slots * stores.block), widest, query.dtype, bits.key_bits,
+        processors or processors_for(query.device),
     )  # fmt: skip
     output = query.new_empty((batch, heads, 1, value_width))
     parts, shape = launch.parts, (batch, heads, 1, launch.parts)
@@ -191,7 +221,7 @@ def row_on_gpu(
         counts = valid[:batch].cumsum(-1, dtype=torch.int32)
     shown = query if valid is None else rows_together(valid)
     positions, window, softcap = asked.positions, asked.window, asked.softcap
-    eight = launch.warps > 1 and max(blocks.values()) == 128 and 8 in bits[:2]
+    eight = launch.warps > 1 and widest == 128 and 8 in bits[:2]
     room = {"maxnreg": _REGISTERS} if eight else {}
     with on_device(query):
         blocks_of_heads = -(-(heads // groups) // launch.rows)
@@ -202,28 +232,24 @@ def row_on_gpu(
             heads, heads // groups, slots, kept, parts, window, asked.scale, softcap, **packed,
             TAKES=takes, FINAL=parts == 1, WINDOW=bool(window), VALID=valid is not None,
             SLOPES=slopes is not None, SINKS=sinks is not None, CAPPED=bool(softcap),
-            APPROXIMATE=query.dtype is torch.bfloat16, **widths, **blocks, ROWS=launch.rows,
+            APPROXIMATE=query.dtype is torch.bfloat16, BLOCK_D=block_d, ROWS=launch.rows,
             TEAM=launch.warps, COUNT=launch.columns // UNIT // launch.warps,
-            FAST=has_half_pairs(key_codes), PRECISION=precision(), num_warps=launch.warps,
+            FAST=has_half_pairs(stores.key_codes), PRECISION=precision(), num_warps=launch.warps,
             num_stages=launch.stages, **room,
         )  # fmt: skip
         if parts > 1:
             merge(kernels, output, partial, sums, sinks)
         if takes:
-            pieces = -(-width // _CHANNELS) + block // UNIT
-            limits = (torch.finfo(key_scales.dtype).max, torch.finfo(value_scales.dtype).max)
-            kernels.close_kernel[(batch * groups * pieces,)](
-                *stores, positions, slots, kept, *limits, *words, **packed, **widths,
-                BLOCK_V=blocks["BLOCK_V"], CHANNELS=_CHANNELS, num_warps=4,
+            kernels.close_kernel[(batch * groups * pieces_of(stores, width),)](
+                *stores, positions, slots, kept, *limits_of(stores), *words, **packed, CHANNELS=CHANNELS,
+                num_warps=4,
             )  # fmt: skip
     return output
 
 
-def quant_scratch(asked: Asked, stores: QuantStores, bits: QuantBits) -> int:
+def row_scratch(asked: Asked, stores: QuantStores, bits: QuantBits) -> int:
     """Bytes that a call of one row takes on a GPU beyond its output."""
     query, valid, group = asked.query, asked.valid, bits.group
-    if query.device.type != "cuda" or kernels_take(query, stores, group) is not None:
-        return 0
     batch, heads, value_width = query.shape[0], query.shape[1], stores.value_ring.shape[3]
     widest = max(block_of(query.shape[3]), block_of(value_width), UNIT, group)
     held = min(asked.length, stores.value_codes.shape[2])
