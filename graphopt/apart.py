@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class CompiledApart:
     can.
 
     Calls take what ``model`` takes, and give what it gives. Raises what ``torch.compile`` and ``backend`` do.
+    ``uncompiled``: code that asks whether it is compiled is told that it is not.
     """
 
     def __init__(
@@ -35,15 +37,17 @@ class CompiledApart:
         *,
         fullgraph: bool = False,
         dynamic: bool | None = None,
+        uncompiled: bool = False,
     ) -> None:
-        self._backend = backend
+        self._backend, self._uncompiled = backend, uncompiled
         self._made: list[Callable[..., Any]] = []
         apart: dict[str, Any] = {"isolate_recompiles": True} if _torch.ISOLATES_RECOMPILES else {}
         found = _weakly(self)
         self._call = torch.compile(model, backend=found, fullgraph=fullgraph, dynamic=dynamic, **apart)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call(*args, **kwargs)
+        with _torch.told_uncompiled() if self._uncompiled else nullcontext():
+            return self._call(*args, **kwargs)
 
     def _compiled(self, gm: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         run = self._backend(gm, inputs)

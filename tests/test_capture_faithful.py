@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import graphopt
 from graphopt import _torch
+from graphopt.capture import beside
 from graphopt.capture.faithful import CHUNK, Comparison, compared, differences, stands_for
 from graphopt.errors import CaptureError
 
@@ -43,9 +44,68 @@ class Breaking(TwoPaths):
         return y + 1
 
 
-@pytest.mark.parametrize("kind", [TwoPaths, Breaking])
+@torch.compiler.assume_constant_result
+def traced() -> bool:
+    return torch._guards.TracingContext.try_get() is not None
+
+
+class Anyhow(TwoPaths):
+    """Another scale under the compiler, whatever it is told."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).relu() * (1.0 + self.off if traced() else 1.0)
+
+
+class BreakingAnyhow(Anyhow):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = super().forward(x)
+        torch._dynamo.graph_break()
+        return y + 1
+
+
+class Skipping(TwoPaths):
+    """As masks do: what it reads from a tensor, unless it is compiled, decides what it computes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.compiler.is_compiling() and bool((x < 2).all()):
+            return self.linear(x).relu()
+        return self.linear(x).relu() * (1.0 + self.off)
+
+
+@pytest.mark.parametrize(("kind", "graphs"), [(TwoPaths, 1), (Breaking, 2), (Skipping, 2)])
 @pytest.mark.parametrize("training", [False, True])
-def test_a_model_that_computes_something_else_compiled_runs_as_it_did(
+def test_a_model_that_takes_another_path_compiled_is_captured_as_if_it_were_not(
+    kind: type[TwoPaths], graphs: int, training: bool
+) -> None:
+    model = kind(0.25).train(training)
+    fast = optimized(model)
+    note = fast.report.diagnostics[0]
+    assert "compiled, the model computes something else than it does op by op: output 0 differs by " in note
+    assert note.endswith("% of its largest number: captured as if it were not compiled")
+    assert len(fast.report.programs) == graphs
+    # Captured again, for other sizes and another answer, it is told the same.
+    for x in (X, X[:2], X + 3):
+        assert torch.equal(fast(x), model(x))
+    if training:
+        fast(X).sum().backward()
+        found = model.linear.weight.grad
+        model.linear.weight.grad = None
+        model(X).sum().backward()
+        assert torch.equal(found, model.linear.weight.grad)
+
+
+def test_what_is_told_holds_for_no_other_code() -> None:
+    asked = torch.compile(lambda x: x * 2 if torch.compiler.is_compiling() else x, backend="eager")
+    fast = optimized(TwoPaths(0.25))
+    assert torch.equal(asked(X), 2 * X)
+    fast(X[:2])
+    torch._dynamo.reset()
+    assert torch.equal(asked(X), 2 * X)
+
+
+@pytest.mark.parametrize("kind", [Anyhow, BreakingAnyhow])
+@pytest.mark.parametrize("training", [False, True])
+def test_a_model_that_computes_something_else_anyhow_runs_as_it_did(
     kind: type[TwoPaths], training: bool
 ) -> None:
     model = kind(0.25).train(training)
@@ -59,7 +119,21 @@ def test_a_model_that_computes_something_else_compiled_runs_as_it_did(
 
 def test_it_is_an_error_where_errors_are_raised() -> None:
     with pytest.raises(CaptureError, match="computes something else than it does op by op: output 0 differs"):
-        optimized(TwoPaths(0.25), on_error="raise")
+        optimized(Anyhow(0.25), on_error="raise")
+
+
+def test_what_is_captured_so_and_cannot_be_compared_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = beside.compared
+    answers = iter([known, lambda *args: Comparison(refused="for the test")])
+    monkeypatch.setattr(beside, "compared", lambda *args: next(answers)(*args))
+    model = TwoPaths(0.25)
+    fast = optimized(model)
+    assert torch.equal(fast(X), model(X))
+    assert fast.report.plan is None
+    assert fast.report.diagnostics[-1] == (
+        "not captured, runs as it did: CaptureError: captured as if it were not compiled, it could not be "
+        "compared with the model"
+    )
 
 
 def test_rounding_is_no_difference() -> None:
@@ -79,6 +153,7 @@ def test_a_model_that_is_called_without_example_inputs_is_compared_on_its_first_
     fast = graphopt.optimize(model, emit="eager", cache=False)
     assert torch.equal(fast(X), model(X))
     assert "output 0 differs" in fast.report.diagnostics[0]
+    assert fast.report.plan is not None
 
 
 def test_a_model_that_never_gives_the_same_is_not_held_to_it() -> None:
@@ -162,8 +237,10 @@ def test_memory_is_filled_in_what_dynamo_captured_as_well(
     monkeypatch.setattr(_torch, "FilledMemory", Watched)
     fast = optimized(kind(0.25).eval())
     assert "output 1 differs by " in fast.report.diagnostics[0]
-    # The model, what was captured of it, and the model again: it does compute the same twice.
-    assert made.count("aten.empty_like.default") == 3
+    # The model, what was captured of it, and the model again: it does compute the same twice. Then the model
+    # and what was captured as if it were not compiled, which do not differ.
+    assert made.count("aten.empty_like.default") == 5
+    assert fast.report.plan is not None
 
 
 class Remembering(nn.Module):

@@ -1168,3 +1168,29 @@ def test_a_traced_body_takes_any_first_size() -> None:
     h, x = torch.randn(5, 3, 4), torch.randn(5, 3)
     for found, expected in zip(gm(h, x), body(h, x), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling, None],
+    ids=["compiling", "dynamo", "capturing"],
+)
+def test_followed_code_is_told_that_nothing_compiles_while_it_is_said(
+    asks: Callable[[], bool] | None,
+) -> None:
+    plain = torch.cuda.is_current_stream_capturing
+
+    def chosen(x: torch.Tensor) -> torch.Tensor:
+        told = torch.cuda.is_current_stream_capturing() if asks is None else asks()
+        return x + 1 if told else x + 2
+
+    x = torch.zeros(2)
+    if asks is not None:
+        assert torch.equal(torch.compile(chosen, backend="eager", fullgraph=True)(x), x + 1)
+    torch._dynamo.reset()
+    with _torch.told_uncompiled():
+        assert torch.equal(torch.compile(chosen, backend="eager", fullgraph=True)(x), x + 2)
+    torch._dynamo.reset()
+    assert torch.cuda.is_current_stream_capturing is plain
+    if asks is not None:
+        assert torch.equal(torch.compile(chosen, backend="eager", fullgraph=True)(x), x + 1)

@@ -31,6 +31,7 @@ from graphopt._torch.dynamo import (
     quiet_capture,
     source_name,
     splitting,
+    told_uncompiled,
     unmasked,
 )
 from graphopt._torch.fakes import (
@@ -293,6 +294,7 @@ __all__ = [
     "symbolic_fakes",
     "taken_apart",
     "takes_gradient",
+    "told_uncompiled",
     "torch_partition",
     "traced_body",
     "traced_constants",

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import CodeType
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx as fx
@@ -23,6 +23,7 @@ __all__ = [
     "quiet_capture",
     "source_name",
     "splitting",
+    "told_uncompiled",
     "unmasked",
 ]
 
@@ -88,6 +89,45 @@ def compile_errors() -> tuple[type[BaseException], ...]:
 
     names = ("TorchDynamoException", "FailOnRecompileLimitHit")
     return tuple(getattr(exc, name) for name in names)
+
+
+def _never_capturing() -> bool:
+    """``torch.cuda.is_current_stream_capturing`` where torch was built without CUDA: its own raises."""
+    return False
+
+
+@contextmanager
+def told_uncompiled() -> Iterator[None]:
+    """Code that dynamo follows in the block is told that nothing is compiling, where it asks
+    ``torch.compiler.is_compiling`` and its like, and asks at that time whether a stream is being captured: it
+    takes the path that it takes op by op."""
+    from torch._dynamo.variables import torch as known
+
+    # Tables for all of dynamo, which it looks such functions up in as it follows their calls.
+    states = known.tracing_state_functions()
+    asked = (
+        torch.compiler.is_compiling,
+        torch.compiler.is_dynamo_compiling,
+        torch._utils.is_compiling,
+        torch._dynamo.external_utils.is_compiling,
+    )
+    before = {function: states[function] for function in asked if function in states}
+    capturing = torch.cuda.is_current_stream_capturing
+    built = torch.version.cuda is not None or torch.version.hip is not None
+    folds: dict[Any, None] = cast(Any, known.constant_fold_functions)
+    folded = built and capturing not in folds
+    states.update(dict.fromkeys(before, False))
+    if folded:
+        folds[capturing] = None
+    elif not built:
+        torch.cuda.is_current_stream_capturing = _never_capturing
+    try:
+        yield
+    finally:
+        states.update(before)
+        if folded:
+            del folds[capturing]
+        torch.cuda.is_current_stream_capturing = capturing
 
 
 @contextmanager

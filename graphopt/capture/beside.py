@@ -19,9 +19,19 @@ from graphopt.step_store import note_compared
 if TYPE_CHECKING:
     from graphopt.capture.driver import Driver
 
-__all__ = ["difference", "gradient_difference", "held_before", "note_held"]
+__all__ = ["OtherPath", "difference", "gradient_difference", "held_before", "note_held"]
 
 _OTHERWISE = "compiled, the model computes something else than it does op by op: "
+
+
+class OtherPath(BaseException):
+    """Raised where what was captured ``differs`` from the model and may be captured in another way. No
+    ``Exception``: what is one has its own ways on."""
+
+    def __init__(self, differs: str) -> None:
+        super().__init__(differs)
+        self.differs = differs
+
 
 Both = Callable[[Callable[..., Any], Sequence[torch.Tensor]], Comparison]
 

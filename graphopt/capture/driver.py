@@ -14,7 +14,7 @@ import graphopt
 from graphopt import _torch
 from graphopt.agreement import Agreement, for_programs
 from graphopt.apart import CompiledApart
-from graphopt.capture.beside import difference, gradient_difference, held_before, note_held
+from graphopt.capture.beside import OtherPath, difference, gradient_difference, held_before, note_held
 from graphopt.capture.inputs import bind_inputs
 from graphopt.capture.judged import judge
 from graphopt.capture.plugged import PluggedCapture
@@ -81,7 +81,7 @@ class Driver:
         self.loss_fn = loss_fn
         self.call: Callable[..., Any] | None = None
         self._watched: Callable[..., Any] | None = None
-        self._uncaptured = self._differentiates = False
+        self._uncaptured = self._differentiates = self.uncompiled = False
         self._ran: set[bool] = set()
         self.step: Callable[[], object] | None = None
         self.calls = 1
@@ -230,18 +230,39 @@ class Driver:
         with _torch.quiet_capture(), torch.set_grad_enabled(torch.is_grad_enabled() and training):
             if self._capture_plugged(args, kwargs):
                 return
+            self.uncompiled = False
             try:
-                self._capture_whole(args, kwargs)
-                return
-            except GraphoptError:
-                raise
-            except Exception as error:
-                breaks = isinstance(error, _torch.graph_break_errors())
-                if not breaks and self.session.on_error == "raise":
-                    self.give_up(_torch.inner_error(error), args, kwargs)
+                self._capture_traced(args, kwargs)
+            except OtherPath as other:
                 self.session.forget()
-                self.session.diagnostics.append(f"not one graph: {brief(_torch.inner_error(error))}")
-            capture_pieces(self, args, kwargs)
+                self.uncompiled = True
+                self.remark(f"{other.differs}: captured as if it were not compiled")
+                self._capture_traced(args, kwargs)
+
+    def _capture_traced(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Capture a call by dynamo, in one graph or in several. Raises ``OtherPath`` where that computes
+        something else than the model, which may have been told that it is compiled."""
+        known = list(self.session.diagnostics)
+        try:
+            self._capture_whole(args, kwargs)
+            return
+        except GraphoptError:
+            raise
+        except Exception as error:
+            breaks = isinstance(error, _torch.graph_break_errors())
+            if not breaks and self.session.on_error == "raise":
+                self.give_up(_torch.inner_error(error), args, kwargs)
+            self.session.forget()
+            self.session.diagnostics.extend(known)
+            self.remark(f"not one graph: {brief(_torch.inner_error(error))}")
+        capture_pieces(self, args, kwargs)
+
+    def traced(self, *, whole: bool) -> CompiledApart:
+        """The model under dynamo, in one graph or in several."""
+        return CompiledApart(
+            self.model, self.session.backend, fullgraph=whole, dynamic=self.dynamic,
+            uncompiled=self.uncompiled,
+        )  # fmt: skip
 
     def _capture_plugged(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a plugin captured the call."""
@@ -264,7 +285,7 @@ class Driver:
     def _capture_whole(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         session = self.session
         session.whole, session.capturing = True, True
-        call = CompiledApart(self.model, session.backend, fullgraph=True, dynamic=self.dynamic)
+        call = self.traced(whole=True)
         try:
             call(*args, **kwargs)
         except NotPlanned:
@@ -293,8 +314,14 @@ class Driver:
 
     def is_faithful(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether what was captured computes what the model does; a model of which it does not is left as it
-        is."""
-        return self._holds(difference(self, call, args, kwargs), _OTHER_PATH, args, kwargs)
+        is, once it was captured as if it were not compiled."""
+        differs = difference(self, call, args, kwargs)
+        if not self.uncompiled:
+            if differs:
+                raise OtherPath(differs)
+        elif self.session.uncompared:
+            differs = "captured as if it were not compiled, it could not be compared with the model"
+        return self._holds(differs, _OTHER_PATH, args, kwargs)
 
     def has_faithful_gradients(
         self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from graphopt import _torch
-from graphopt.apart import CompiledApart
 from graphopt.capture.observe import Observer
 from graphopt.capture.timeline import timeline_of
 from graphopt.errors import (
@@ -40,7 +39,7 @@ def capture_pieces(driver: Driver, args: tuple[Any, ...], kwargs: dict[str, Any]
     session.current = []
     session.captured = []
     session.observer = _observer((driver.model.parameters(), driver.model.buffers(), args, kwargs))
-    call = CompiledApart(driver.model, session.backend, dynamic=driver.dynamic)
+    call = driver.traced(whole=False)
     leaves = [p for p in driver.model.parameters() if p.requires_grad]
     try:
         with session.put_back(driver.model):
@@ -50,6 +49,9 @@ def capture_pieces(driver: Driver, args: tuple[Any, ...], kwargs: dict[str, Any]
                 _torch.gathers_ended(driver.model),
             ):
                 call(*args, **kwargs)
+                if session.current and driver.compare:
+                    # A first call has things to set up, and may be other graphs than later ones.
+                    call(*args, **kwargs)
             if session.current and not driver.is_faithful(call, args, kwargs):
                 return
             if session.observer is not None:
@@ -87,7 +89,7 @@ def decide_step(driver: Driver, step: Callable[[], object]) -> None:
         raise InputsError("a bound of weights is met for single calls, not for step=", hint=_PACK_FIRST)
     session.whole, session.current, session.captured = False, [], []
     session.observer = _observer((driver.model.parameters(), driver.model.buffers()))
-    call = CompiledApart(driver.model, session.backend, dynamic=driver.dynamic)
+    call = driver.traced(whole=False)
     leaves = [p for p in driver.model.parameters() if p.requires_grad]
 
     def reset() -> None:
