@@ -69,6 +69,8 @@ class Captured:
     """What its frontier and forms depended on when they were found; ``None`` while they are not."""
     told: ProgramSummary | None = None
     """What the report says of a program that was taken over from another process and not seen here yet."""
+    digest: str = ""
+    """What such a program is compared with those of other ranks by (``graphopt.agreement``)."""
 
     @property
     def summary(self) -> ProgramSummary:

@@ -38,8 +38,7 @@ def one_program(
     from graphopt.warm_start import WarmStart
 
     warm = None
-    # Other ranks compare the programs that they have with those made here.
-    if session.whole and not session.emitter.fuses and _torch.runs_alone():
+    if session.whole and not session.emitter.fuses:
         warm = WarmStart(session, name, gm, inputs, specs, auxiliary)
 
     def plain(*args: Any) -> Any:

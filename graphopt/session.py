@@ -63,6 +63,7 @@ from graphopt.several import compile_together
 from graphopt.step_cost import settle
 
 if TYPE_CHECKING:
+    from graphopt.agreement import Agreement
     from graphopt.warm_start import KeptStep
 
 __all__ = ["Captured", "CapturedAnew", "NotPlanned", "Session"]
@@ -108,7 +109,8 @@ class Session:
     ``comparing``: a captured call computes what dynamo captured, without gradients and in ``around()``, and
     nothing is captured; ``differentiating``: with gradients.
     ``writes_apart``: plain code between programs writes parameters.
-    ``confirm``: asks other ranks about programs that are planned after the first agreement.
+    ``agreement``: with the ranks that share the model; ``confirm``: asks them about programs that are planned
+    after the first one.
     ``steps``: whole steps that were planned, the present one last; ``settled``: no other is captured.
     ``modes`` says which modules of the model are in training mode.
     ``generates``: its programs decode. ``quantization``: how the weights of the model were packed for it, and
@@ -174,6 +176,7 @@ class Session:
     _seen: tuple[tuple[Captured, ...], ObservedPlan] | None = None
     _counted: tuple[tuple[int | None, ...], tuple[FrontierPoint, ...], Cost] | None = None
     watching: Callable[[Callable[..., Any], Sequence[Any], Ran], Any] | None = None
+    agreement: Agreement | None = None
     confirm: Callable[[Session], None] | None = None
     steps: list[PlannedStep] = field(default_factory=list)
     settled: bool = False
