@@ -82,7 +82,8 @@ def one_program(
         if session.capturing and session.whole:
             return session._as_captured(gm, args)
         if session.differentiating:
-            return plain(*args)
+            with session.around():
+                return plain(*args)
         made = ran.step if isinstance(ran.step, Captured) else None
         if made is not None and made.provisional and session.staged:
             if made.ran:
