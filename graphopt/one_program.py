@@ -46,21 +46,15 @@ def one_program(
 
     run = warm.restored() if warm is not None else None
     if run is not None:
-        assert warm is not None and warm.plan is not None
         ran = session._made = Ran(specs, tuple(auxiliary))
         last = session.current[-1]
         if auxiliary:
             run = reattach(run, gm, auxiliary, lambda: session._used(last))
         run = session.guarded(run, plain, name, specs)
-        plan, traced = warm.plan, TracedInputs(gm, inputs, specs)
+        traced = TracedInputs(gm, inputs, specs)
 
         def make() -> Made:
-            # The plan says what is to be found: nothing is searched again.
-            before, session.replay = session.replay, plan
-            try:
-                made, _ = _made(session, name, gm, traced.inputs(), specs, auxiliary)
-            finally:
-                session.replay = before
+            made, _ = _made(session, name, gm, traced.inputs(), specs, auxiliary)
             return [made], made
 
         fold(session, gm, ran, make)

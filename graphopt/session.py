@@ -435,10 +435,16 @@ class Session:
         asked = self.budget.memory is not None or self.every or self.replay is not None
         return asked or self.policy is not None
 
-    def alternatives(self, make: Callable[[], Program], mode: str) -> Iterator[tuple[Offer, Program]]:
-        """What the passes offer instead of the semantic program that ``make`` copies."""
+    def alternatives(
+        self,
+        make: Callable[[], Program],
+        mode: str,
+        look_at: Callable[[Sequence[Offer]], Sequence[Offer]] | None = None,
+    ) -> Iterator[tuple[Offer, Program]]:
+        """What the passes offer instead of the semantic program that ``make`` copies, or what ``look_at``
+        takes of it."""
         ctx = self.context(mode, bounded=self.bounded)
-        return alternatives(make, self.passes, ctx, self.fail)
+        return alternatives(make, self.passes, ctx, self.fail, look_at)
 
     def finish(self) -> None:
         """Plan every program that still runs its provisional schedule, and compile it for good."""
@@ -467,7 +473,7 @@ class Session:
         """Plan the present programs anew under another budget, with all that passes offer instead of them,
         and compile them. Raises ``BudgetError`` where no plan fits and ``CaptureError`` for a step that is
         planned by segments or was taken over: its programs cannot be looked at again."""
-        fixed = [captured.name for captured in self.current if captured.look is None]
+        fixed = [captured.name for captured in self.current if captured.recompile is None]
         if fixed or not self.current:
             what = f"program {fixed[0]!r} is planned by segments" if fixed else "nothing was captured"
             raise CaptureError(

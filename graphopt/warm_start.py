@@ -94,8 +94,6 @@ class WarmStart:
         self.devices = frozenset(x.device for x in inputs if isinstance(x, torch.Tensor))
         self.key = ""
         self.note = ""
-        self.plan: Plan | None = None
-        """That which was taken over."""
         self._before = self._counts()
         if not session.keeps or session.dry_run or session.replay is not None:
             return
@@ -134,7 +132,6 @@ class WarmStart:
             return None
         run, step, plan = found
         self._take_over(step, plan)
-        self.plan = plan
         self.note = "warm start: plan and code are those of an earlier process"
         return run if step.whole else replayed(self.session, run, self.devices, lambda: _roles(step))
 
