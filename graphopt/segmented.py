@@ -319,7 +319,9 @@ class SegmentedStep:
         if kind.frontier is None:
             return
         points = list(kind.frontier.points)
-        for choice in named_choices(self.session, kind):
+        choices = named_choices(self.session, kind)
+        # Most calls of a kind run alike.
+        for choice in {(c.alternative, c.schedule, c.offloaded): c for c in choices}.values():
             form = (kind.forms or {"": kind}).get(choice.alternative)
             # Of another program it is refused when all are known.
             if form is not None and form.joint is not None and form.joint.fingerprint == choice.fingerprint:

@@ -6,7 +6,7 @@ import copy
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +34,6 @@ __all__ = [
     "PASSES",
     "Model",
     "adopted",
-    "alone",
     "around_data_parallel",
     "budgets",
     "data_parallel",
@@ -44,6 +43,7 @@ __all__ = [
     "sharded",
     "started",
     "tensor_parallel",
+    "told",
     "uneven",
 ]
 
@@ -327,10 +327,10 @@ def started(rank: int, folder: Path, emit: str, cold: int | None) -> tuple[list[
     return list(fast.report.diagnostics), plan_digest(plan), worst
 
 
-def alone(rank: int, folder: Path, emit: str) -> list[str]:
-    """The report where a rank that asks no other finds a program with collectives that it kept."""
+def told(rank: int, folder: Path, emit: str, options: Sequence[dict[str, Any]]) -> list[str]:
+    """The report where each rank has a program with collectives that it kept, and ``options`` of its own."""
     with caches(folder / str(rank)):
-        return list(_again(Summed, rank, emit=emit, process_group="off").report.diagnostics)
+        return list(_again(Summed, rank, emit=emit, **options[rank]).report.diagnostics)
 
 
 def kept_apart(rank: int, folder: Path, emit: str) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from graphopt.agreement import Agreement, Offer
-from tests.distributed_cases import alone, kept_apart, kept_by_budget, started
+from tests.distributed_cases import kept_apart, kept_by_budget, started, told
 from tests.ranks import Pair
 from tests.test_distributed_agreement import _ranks, _together
 
@@ -70,16 +70,27 @@ def test_ranks_that_are_not_asked_take_over_no_collectives(
     pair: Pair, filled: tuple[Path, str, list[str]]
 ) -> None:
     folder, emit, _ = filled
-    for notes in pair(alone, folder, emit):
+    for notes in pair(told, folder, emit, [{"process_group": "off"}] * 2):
         assert warm_notes(notes) == [
             f"{ANEW}it holds collectives, and ranks are not asked what they take over; kept for later ones"
         ]
 
 
+def test_a_rank_that_keeps_nothing_has_all_plan_anew(
+    pair: Pair, filled: tuple[Path, str, list[str]]
+) -> None:
+    folder, emit, _ = filled
+    without, beside = pair(told, folder, emit, [{"cache": False}, {}])
+    assert not warm_notes(without)
+    assert warm_notes(beside) == [
+        f"{ANEW}rank 0 takes nothing over: it neither reads nor keeps what was made; kept for later ones"
+    ]
+
+
 @pytest.mark.parametrize("emit", EMIT)
 def test_programs_that_differ_are_refused_whoever_kept_them(pair: Pair, emit: str, tmp_path: Path) -> None:
-    for told in pair(kept_apart, tmp_path, emit):
-        for refused in told:
+    for found in pair(kept_apart, tmp_path, emit):
+        for refused in found:
             assert refused.startswith(
                 "UnevenRanksError: ranks 0 and 1 captured different programs: graph of g0"
             )
