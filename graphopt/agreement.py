@@ -1,6 +1,7 @@
 """Ranks that share a model run the same programs under the same plan, or none of them goes on.
 
     asked     options, inputs, local shapes of weights     others elsewhere: refused before anything runs
+    kept      what an earlier process made of the graph    the same everywhere: taken over; else by none
     outcome   did capture and planning succeed             an error of one rank is one of all
     planned   programs, digest of the plan                 same: go on
               one budget, plans differ                     what the tightest rank chose is tried on all
@@ -32,11 +33,22 @@ from graphopt.program import Program, tensor_leaves
 from graphopt.ranks import Ranks, ranks_text
 
 if TYPE_CHECKING:
+    from graphopt.captured import Captured
     from graphopt.session import Session
 
-__all__ = ["Agreement", "plan_digest", "program_digest"]
+__all__ = ["Agreement", "Offer", "plan_digest", "program_digest"]
 
 _ALONE = 'process_group="off" lets each rank decide alone, where nothing depends on the others'
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A step that an earlier process made and this one could take over: digests of its ``plan`` and of its
+    ``programs``, and whether one of them is ``collective``, holds operators that ranks run together."""
+
+    plan: str
+    programs: tuple[str, ...]
+    collective: bool
 
 
 @dataclass
@@ -49,6 +61,8 @@ class Agreement:
     budget: str
     note: Callable[[str], object]
     _budgets: dict[int, str] = field(default_factory=dict)
+    _answered: bool = False
+    _settled: bool = False
 
     def compare(self, model: torch.nn.Module, inputs: Any) -> None:
         """Raise ``UnevenRanksError`` on every rank where options, inputs or weights differ."""
@@ -94,10 +108,57 @@ class Agreement:
                     hint="what failed there is to be mended: no rank goes on alone",
                 )
 
+    def capture(self, act: Callable[[], None]) -> None:
+        """``together`` for ``act``, which captures and plans; ranks agree meanwhile on what they take over,
+        each telling once what it could."""
+        self._answered = self._settled = False
+
+        def answered() -> None:
+            try:
+                act()
+            except Exception:
+                self._answer()
+                raise
+            self._answer()
+
+        self.together("capture", answered)
+
+    def _answer(self) -> None:
+        # Ranks that captured the whole model wait for it.
+        if not self._answered:
+            self.take_over("it captured no whole model")
+
+    def take_over(self, offer: Offer | str) -> str:
+        """Why this rank may not take over what an earlier process made, which it could (an ``Offer``) or
+        could not (why); ``""`` where it may. During a capture all ranks do, and what they offer is the same,
+        or none does."""
+        if self._settled:
+            # Which rank captures another program when is its own affair, but for collectives.
+            apart = isinstance(offer, Offer) and offer.collective
+            why = "it holds collectives, and ranks ask each other about their first program alone"
+            return offer if isinstance(offer, str) else why if apart else ""
+        if self._answered:
+            return offer if isinstance(offer, str) else "ranks agree on one program of a capture alone"
+        self._answered = True
+        said = offer if isinstance(offer, str) else [offer.plan, list(offer.programs)]
+        told = self.ranks.exchange("what an earlier process kept for it", said)
+        if isinstance(offer, str):
+            return offer
+        for rank, other in told.items():
+            if isinstance(other, str):
+                return f"rank {rank} takes nothing over: {other}"
+        first = self.ranks.members[0]
+        for rank, other in told.items():
+            for what, here, there in zip(("plan", "programs"), told[first], other, strict=True):
+                if here != there:
+                    return f"the {what} that ranks {first} and {rank} kept differ"
+        return ""
+
     def settle(self, session: Session, adopt: Callable[[Plan], None]) -> None:
         """See that the programs of ``session`` are everyone's, and have all run one plan: ``adopt(plan)``
         takes over another rank's."""
         told = self._plans(session)
+        self._settled = True
         digests = {rank: said["plan"] for rank, said in told.items()}
         if len(set(digests.values())) > 1:
             leader = self._settle_on_one(session, told, adopt)
@@ -106,9 +167,7 @@ class Agreement:
             digest = next(iter(digests.values()))
             self.note(f"{ranks_text(self.ranks.members)} run the same programs and plan [{digest}]")
 
-    def _settle_on_one(
-        self, session: Session, told: Mapping[int, Any], adopt: Callable[[Plan], None]
-    ) -> int:
+    def _settle_on_one(self, session: Session, told: Mapping[int, Any], adopt: Callable[[Plan], None]) -> int:
         """The rank whose plan all run by now: the first one that fits everywhere. Ranks that saw a step see
         the memory of other threads in it, and what is exactly in the budget of one may be beyond another's.
         """
@@ -166,7 +225,7 @@ class Agreement:
         plan = session.plan
         said = {
             "programs": [
-                [s.name, s.mode, s.inputs, "" if captured.joint is None else program_digest(captured.joint)]
+                [s.name, s.mode, s.inputs, _digest_of(captured)]
                 for captured in session.current
                 for s in [captured.summary]
             ],
@@ -235,6 +294,10 @@ def program_digest(program: Program) -> str:
     return _hash(lines)
 
 
+def _digest_of(captured: Captured) -> str:
+    return captured.digest if captured.joint is None else program_digest(captured.joint)
+
+
 def for_programs(plan: Plan, session: Session) -> Plan:
     """Another rank's plan of the programs of ``session``, which numbers in them may tell apart."""
     own = {c.name: c.joint.fingerprint for c in session.current if c.joint is not None}
@@ -262,8 +325,7 @@ def _difference(one: list[list[str]], other: list[list[str]]) -> str:
         return f"{len(one)} and {len(other)} of them"
     for left, right in zip(one, other, strict=True):
         for what, a, b in zip(("name", "mode", "inputs", "graph"), left, right, strict=True):
-            # What an earlier process made is known by its plan alone.
-            if a != b and (what != "graph" or (a and b)):
+            if a != b:
                 return f"{what} of {left[0]} is {a} and {b}"
     return ""
 

@@ -27,6 +27,7 @@ __all__ = [
     "Offer",
     "alternatives",
     "applied",
+    "begins",
     "compatible",
     "coordinate_wise",
     "copied",
@@ -91,15 +92,17 @@ def alternatives(
     passes: Sequence[Pass],
     ctx: PassContext,
     failed: Callable[[str, GraphoptError], None],
+    look_at: Callable[[Sequence[Offer]], Sequence[Offer]] | None = None,
 ) -> Iterator[tuple[Offer, Program]]:
-    """What the ``passes`` of the program's level offer, ``OFFERS`` each, and a program with it applied.
+    """What the ``passes`` of the program's level offer, ``OFFERS`` each or those that ``look_at`` takes, and
+    a program with it applied.
 
     ``make`` gives a new copy of the program, its nodes named alike each time. A pass or candidate
     that fails is reported to ``failed`` with a sentence and left out.
     """
     program = make()
     for step in passes:
-        for offer in _worth_a_look(offers(program, step, ctx, failed)):
+        for offer in (look_at or _worth_a_look)(offers(program, step, ctx, failed)):
             changed = make()
             if applied(offer, changed, failed):
                 yield offer, changed
@@ -300,6 +303,11 @@ def united(frontiers: Mapping[str, tuple[Frontier, float]]) -> Frontier:
 def joined(outer: str, inner: str) -> str:
     """The name of an alternative of an alternative."""
     return "+".join(name for name in (outer, inner) if name)
+
+
+def begins(outer: str, name: str) -> bool:
+    """Whether ``name`` is that of the alternative ``outer``, or of an alternative of it."""
+    return name == outer or name.startswith(f"{outer}+")
 
 
 def _undominated(points: Sequence[FrontierPoint]) -> tuple[FrontierPoint, ...]:

@@ -338,7 +338,7 @@ def _uncaptured(
             "policy": choices["policy"] or "none",
             "versions": f"graphopt {graphopt.__version__}, torch {torch.__version__}",
         }
-        driver.agreement = Agreement(ranks, asked, str(session.budget), driver.remark)
+        session.agreement = Agreement(ranks, asked, str(session.budget), driver.remark)
     again = partial(
         _uncaptured,
         device=device,

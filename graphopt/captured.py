@@ -65,10 +65,16 @@ class Captured:
     """Whether passes choose otherwise for it, or for one of its forms, with a budget than without."""
     partly: bool = False
     """Whether there may be more schedules and forms than were looked at: what is faster was enough."""
+    calls: tuple[str, ...] = ()
+    """The names in plans of the calls of a program that is several; its own where it is one."""
+    passed_over: tuple[str, ...] = ()
+    """Forms that passes offer and that were not looked at, as a plan that is replayed names others."""
     seen: Hashable = None
     """What its frontier and forms depended on when they were found; ``None`` while they are not."""
     told: ProgramSummary | None = None
     """What the report says of a program that was taken over from another process and not seen here yet."""
+    digest: str = ""
+    """What such a program is compared with those of other ranks by (``graphopt.agreement``)."""
 
     @property
     def summary(self) -> ProgramSummary:
@@ -109,12 +115,14 @@ class Captured:
         self.joint, self.traced, self.baseline = None, "", None
         self.frontier, self.reference, self.point = None, None, None
         self.settled, self.budget_decides, self.partly, self.seen = False, False, False, None
+        self.passed_over = ()
 
     def become(self, alternative: str) -> None:
         """Take on the programs of a form. Raises ``StalePlanError`` for one that is not offered."""
         if alternative not in self.forms:
             if alternative:
-                offered = ", ".join(name for name in self.forms if name) or "none"
+                known = sorted({*filter(None, self.forms), *self.passed_over})
+                offered = ", ".join(known) or "none"
                 raise StalePlanError(
                     f"the plan runs program {self.name!r} with {alternative!r}, which no pass offers here: "
                     f"there is {offered}",

@@ -17,7 +17,7 @@ from graphopt.collection import uncollected
 from graphopt.cost import CostModel
 from graphopt.disallowed import advice_on_disallowed
 from graphopt.errors import BudgetError
-from graphopt.offered_schedules import baseline_point
+from graphopt.offered_schedules import baseline_point, follows_plan
 from graphopt.planner import seconds_bound
 from graphopt.plans import Choice, Plan, Recomputed, SavedValue
 from graphopt.policy import Selection, decide
@@ -28,7 +28,7 @@ from graphopt.step_cost import baseline_of, cost_of, node_bytes
 if TYPE_CHECKING:
     from graphopt.session import Session
 
-__all__ = ["choose_schedules", "infeasible", "record_plan", "take"]
+__all__ = ["choose_schedules", "infeasible", "record_plan", "replayed_point", "take"]
 
 _RESOLUTION = 0.01
 """Predicted times of fused code that differ by less than this share are taken as equal."""
@@ -48,7 +48,7 @@ def choose_schedules(session: Session, group: Sequence[Captured], *, tentative: 
         session.replay.check({c.name: c.joint.fingerprint for c in group if c.joint is not None})
         for captured in group:
             choice = session.replay.choice(captured.name)
-            captured.point = _replayed(session, captured, choice)
+            captured.point = _followed(session, captured, choice)
         session.reruns = session.replay.reruns
     else:
         resolution = [_RESOLUTION * c.reference_seconds for c in group] if session.emitter.fuses else ()
@@ -98,6 +98,10 @@ def record_plan(session: Session, group: Sequence[Captured]) -> None:
     bound = _unavoidable(session, group)
     if session.observed(group) is None:
         bound += seconds_bound(frontiers, budget, base)
+    if follows_plan(session):
+        assert session.replay is not None
+        # Of forms that were not looked at it is known what they take at the least, all together.
+        bound = min(bound, session.replay.lower_bound)
     searched = sum(record.seconds for record in session.records)
     choices = tuple(_choices(session.cost, group))
     session.planning_seconds += time.perf_counter() - start
@@ -212,7 +216,19 @@ def _choice(cost: CostModel, captured: Captured) -> Choice:
     )
 
 
-def _replayed(session: Session, captured: Captured, choice: Choice) -> FrontierPoint:
+def _followed(session: Session, captured: Captured, choice: Choice) -> FrontierPoint:
+    """What a plan that is replayed chose for ``captured``, as its frontier has it where it is small enough to
+    be looked through: there it is known what the calls around it keep."""
+    point = replayed_point(session, captured, choice)
+    if captured.frontier is None or not follows_plan(session):
+        return point
+    same = choice.schedule, choice.alternative, point.offloaded
+    known = (p for p in captured.frontier.points if (p.schedule, p.alternative, p.offloaded) == same)
+    return next((replace(p, seconds=choice.seconds, label=choice.label) for p in known), point)
+
+
+def replayed_point(session: Session, captured: Captured, choice: Choice) -> FrontierPoint:
+    """What a plan that is replayed chose for ``captured``, in the form that it is of."""
     assert captured.joint is not None
     point = baseline_point(session, captured.joint, choice.schedule)
     return FrontierPoint(

@@ -5,19 +5,29 @@ Each form is traced to its joint program and gets a frontier; ``united``, they a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch.fx as fx
 
 from graphopt import _torch
-from graphopt.alternatives import FORM_EFFORT, Form, Grade, coordinate_wise, copied, joined, offers, united
+from graphopt.alternatives import (
+    FORM_EFFORT,
+    Form,
+    Grade,
+    begins,
+    coordinate_wise,
+    copied,
+    joined,
+    offers,
+    united,
+)
 from graphopt.candidate import Declined
 from graphopt.captured import Captured
 from graphopt.emit.inductor import JointSeen
 from graphopt.errors import GraphoptError
-from graphopt.offered_schedules import named_form, room_of, say_effort, see_inference, see_joint
+from graphopt.offered_schedules import named_forms, room_of, say_effort, see_inference, see_joint
 from graphopt.passes import PassContext
 
 if TYPE_CHECKING:
@@ -63,7 +73,8 @@ def weigh_forms(session: Session, captured: Captured, inputs: Sequence[Any], mod
         return Grade.of(made.frontier, made.reference_seconds - start, room)
 
     if session.replay is not None:
-        _look_at(named_form(session, captured), session, Form("", plain, 0.0), ctx, look)
+        (wanted,) = named_forms(session, captured) or ("",)
+        captured.passed_over += _look_at(wanted, session, Form("", plain, 0.0), ctx, look)
     else:
         own = Grade.of(captured.frontier, 0.0, room)
         left = coordinate_wise(plain, session.passes, ctx, session.fail, look, own)
@@ -76,18 +87,25 @@ def weigh_forms(session: Session, captured: Captured, inputs: Sequence[Any], mod
     session.pick(captured)
 
 
-def _look_at(wanted: str, session: Session, form: Form, ctx: PassContext, look: Any) -> None:
-    """Look at the form whose name is ``wanted`` or begins it: joint-level passes may have added to it."""
+def _look_at(
+    wanted: str, session: Session, form: Form, ctx: PassContext, look: Callable[[Form], object]
+) -> tuple[str, ...]:
+    """Look at the form whose name is ``wanted`` or begins it: joint-level passes may have added to it.
+    Returns the names of others that are offered."""
+    others: list[str] = []
     for step in session.passes:
         for offer in offers(form.program, step, ctx, session.fail):
             longer = joined(form.name, offer.id)
-            if wanted == longer or wanted.startswith(f"{longer}+"):
-                changed = form.with_offer(offer, session.fail)
-                if changed is not None:
-                    form = changed
-                    break
+            if not begins(longer, wanted):
+                others.append(longer)
+                continue
+            changed = form.with_offer(offer, session.fail)
+            if changed is not None:
+                form = changed
+                break
     if form.name:
         look(form)
+    return tuple(others)
 
 
 def see(session: Session, captured: Captured, inputs: Sequence[Any]) -> None:

@@ -25,6 +25,7 @@ from graphopt.collection import uncollected
 from graphopt.emit.fused_point import fused_point
 from graphopt.order import must_happen
 from graphopt.passes import PassContext
+from graphopt.plans import Choice
 from graphopt.program import Program
 from graphopt.replay import make_random_states_explicit
 from graphopt.rewriting import Rewriting, run_joint_passes
@@ -38,7 +39,8 @@ __all__ = [
     "depends",
     "follows_plan",
     "frontier_of",
-    "named_form",
+    "named_choices",
+    "named_forms",
     "room_of",
     "say_effort",
     "see_inference",
@@ -104,8 +106,8 @@ def frontier_of(session: Session, captured: Captured) -> Frontier:
         freed = _passed(session, captured, ctx)
         baseline = _rebased(session, captured, freed)
         done += freed
-    nearby = not ctx.bounded or not ctx.searching or ctx.room_bytes is not None
-    captured.partly = nearby and not session.emitter.by_segments
+    nearby = not ctx.bounded or ctx.room_bytes is not None
+    captured.partly = not ctx.searching or (nearby and not session.emitter.by_segments)
     if not captured.provisional:
         session._note(done)
     captured.reference_seconds, captured.flops = _prices(session, captured.joint, captured.baseline)
@@ -123,14 +125,19 @@ def frontier_of(session: Session, captured: Captured) -> Frontier:
 
 def follows_plan(session: Session) -> bool:
     """Whether a plan that is replayed says which schedules and forms run, and nothing else is asked for."""
-    one = session.whole and not session.emitter.fuses
-    return one and session.replay is not None and not session.every
+    return session.whole and session.replay is not None and not session.every
 
 
-def named_form(session: Session, captured: Captured) -> str:
-    """The form of ``captured`` that the plan which is replayed names, ``""`` for the program itself."""
+def named_choices(session: Session, captured: Captured) -> list[Choice]:
+    """What the plan which is replayed names for the calls of ``captured``."""
     assert session.replay is not None
-    return next((c.alternative for c in session.replay.choices if c.program == captured.name), "")
+    calls = captured.calls or (captured.name,)
+    return [choice for choice in session.replay.choices if choice.program in calls]
+
+
+def named_forms(session: Session, captured: Captured) -> frozenset[str]:
+    """The forms of ``captured`` that the plan which is replayed names, ``""`` for the program itself."""
+    return frozenset(choice.alternative for choice in named_choices(session, captured))
 
 
 def room_of(session: Session, captured: Captured) -> int | None:
@@ -215,9 +222,10 @@ def _with_forms(
     forms, frontiers = {"": replace(captured)}, {"": (own, captured.reference_seconds)}
     others = [step for step in session.passes if step not in source and step.name not in idle]
     seeing = replace(ctx, effort=ctx.effort * FORM_EFFORT)
-    wanted = None if ctx.searching else named_form(session, captured)
+    wanted = None if ctx.searching else named_forms(session, captured)
     for name, program in joint_alternatives(captured.joint, others, ctx, session.fail):
-        if wanted is not None and wanted != joined(captured.form, name):
+        if wanted is not None and joined(captured.form, name) not in wanted:
+            captured.passed_over += (name,)
             continue
         done = run_joint_passes(program, source, seeing, session.host, on_error=session.on_error)
         if not done.frontiers:

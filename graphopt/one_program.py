@@ -38,8 +38,7 @@ def one_program(
     from graphopt.warm_start import WarmStart
 
     warm = None
-    # Other ranks compare the programs that they have with those made here.
-    if session.whole and not session.emitter.fuses and _torch.runs_alone():
+    if session.whole and not session.emitter.fuses:
         warm = WarmStart(session, name, gm, inputs, specs, auxiliary)
 
     def plain(*args: Any) -> Any:
@@ -47,21 +46,15 @@ def one_program(
 
     run = warm.restored() if warm is not None else None
     if run is not None:
-        assert warm is not None and warm.plan is not None
         ran = session._made = Ran(specs, tuple(auxiliary))
         last = session.current[-1]
         if auxiliary:
             run = reattach(run, gm, auxiliary, lambda: session._used(last))
         run = session.guarded(run, plain, name, specs)
-        plan, traced = warm.plan, TracedInputs(gm, inputs, specs)
+        traced = TracedInputs(gm, inputs, specs)
 
         def make() -> Made:
-            # The plan says what is to be found: nothing is searched again.
-            before, session.replay = session.replay, plan
-            try:
-                made, _ = _made(session, name, gm, traced.inputs(), specs, auxiliary)
-            finally:
-                session.replay = before
+            made, _ = _made(session, name, gm, traced.inputs(), specs, auxiliary)
             return [made], made
 
         fold(session, gm, ran, make)
@@ -83,7 +76,8 @@ def one_program(
         if session.capturing and session.whole:
             return session._as_captured(gm, args)
         if session.differentiating:
-            return plain(*args)
+            with session.around():
+                return plain(*args)
         made = ran.step if isinstance(ran.step, Captured) else None
         if made is not None and made.provisional and session.staged:
             if made.ran:

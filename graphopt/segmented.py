@@ -14,7 +14,8 @@ import torch
 import torch.fx as fx
 
 from graphopt import _torch
-from graphopt.alternatives import joined, united
+from graphopt.alternatives import Offer, begins, joined, united
+from graphopt.ambient_state import AmbientState
 from graphopt.candidate import Frontier, FrontierPoint
 from graphopt.capture.blocks import find_blocks
 from graphopt.capture.chain import Segment, Segmented
@@ -24,13 +25,13 @@ from graphopt.capture.semantic import semantic_program
 from graphopt.chain_plan import Link, chain_peak, hull, plan_chain, rerun_calls
 from graphopt.chain_rows import draws_random, pinned, written_inputs
 from graphopt.chain_run import ChainRunner, Layout
-from graphopt.choosing import choose_schedules, infeasible, record_plan, take
+from graphopt.choosing import choose_schedules, infeasible, record_plan, replayed_point, take
 from graphopt.emit.inductor import JointSeen
 from graphopt.emit.lowered import LoweredMemory, saved_count
 from graphopt.errors import CaptureError, HostMemoryError, LoweringError
 from graphopt.host_memory import HostMemory
 from graphopt.lowered_points import corrected, exact_point, with_bytes
-from graphopt.offered_schedules import frontier_of
+from graphopt.offered_schedules import follows_plan, frontier_of, named_choices, named_forms
 from graphopt.order import must_happen
 from graphopt.partition import partition
 from graphopt.program import InputSpec, Program, copied_module, same_names, tensor_leaves
@@ -76,18 +77,29 @@ class SegmentedStep:
         }
         self.chain: Segmented = split(semantic, find_blocks(semantic.graph))
         roles = dict(zip(self.chain.inputs, specs, strict=True))
-        calls = [sum(call.segment == k for call in self.chain.calls) for k in range(len(self.chain.segments))]
+        names = [
+            f"{name}.{index}.{self.chain.segments[call.segment].name}"
+            for index, call in enumerate(self.chain.calls)
+        ]
+        follows = follows_plan(session)
         kinds: list[Captured] = []
         for number, segment in enumerate(self.chain.segments):
             first = next(call for call in self.chain.calls if call.segment == number)
             made = [InputSpec(arg, self._role(number, k)) for k, arg in enumerate(first.args)]
             inputs = [roles.get(spec.node, spec) for spec in made]
             program = semantic_program(f"{name}.{segment.name}", copied_module(segment.gm), inputs)
-            kind = Captured(program.name, program, inputs)
+            called = [
+                called
+                for called, call in zip(names, self.chain.calls, strict=True)
+                if call.segment == number
+            ]
+            kind = Captured(program.name, program, inputs, calls=tuple(called))
             self._see(kind, segment)
             self._add_alternatives(kind, segment)
+            if follows:
+                self._follow(kind)
             self._settle_gradients(kind, number)
-            if kind.frontier is not None and calls[number] > 1:
+            if kind.frontier is not None and len(called) > 1:
                 kind.frontier = replace(kind.frontier, points=_thinned(kind.frontier.points, _POINTS))
             kinds.append(kind)
         self.kinds = kinds
@@ -96,9 +108,19 @@ class SegmentedStep:
                 points = tuple(replace(p, spared=self._spared(number, kind, p)) for p in kind.frontier.points)
                 kind.frontier = replace(kind.frontier, points=points)
         self.captured = [
-            replace(kinds[call.segment], name=f"{name}.{index}.{self.chain.segments[call.segment].name}")
-            for index, call in enumerate(self.chain.calls)
+            replace(kinds[call.segment], name=called, calls=())
+            for called, call in zip(names, self.chain.calls, strict=True)
         ]
+        if follows:
+            context, ambient = _torch.capture_context(), AmbientState.now()
+
+            def look() -> None:
+                # Somebody may look when the call that was captured is long over.
+                with ambient.again(), _torch.within(context):
+                    self._look_at(SegmentedStep(session, name, semantic, specs))
+
+            for captured in self.captured:
+                captured.look = look
         self._made = self._values()
         self._pinned = [pinned(kind) for kind in kinds]
         session.chain = self.links
@@ -271,11 +293,18 @@ class SegmentedStep:
 
         from graphopt.session import Captured
 
+        def named(found: Sequence[Offer]) -> list[Offer]:
+            wanted = named_forms(self.session, kind)
+            taken = [offer for offer in found if any(begins(offer.id, name) for name in wanted)]
+            kind.passed_over += tuple(offer.id for offer in found if offer not in taken)
+            return taken
+
         # The joint program of each form may have alternatives of its own.
         forms = {**(kind.forms or {"": replace(kind)})}
         frontiers = {"": (kind.frontier, kind.reference_seconds)}
-        for candidate, program in self.session.alternatives(make, kind.mode):
-            form = Captured(kind.name, program, kind.specs)
+        look_at = named if follows_plan(self.session) else None
+        for candidate, program in self.session.alternatives(make, kind.mode, look_at):
+            form = Captured(kind.name, program, kind.specs, form=candidate.id, calls=kind.calls)
             self._see(form, segment)
             if form.frontier is not None:
                 own = form.forms or {"": form}
@@ -284,6 +313,33 @@ class SegmentedStep:
         if len(frontiers) > 1:
             kind.forms = forms
             kind.frontier = united(frontiers)
+
+    def _follow(self, kind: Captured) -> None:
+        """Put what a plan that is replayed chose for ``kind`` on its frontier: it was not searched."""
+        if kind.frontier is None:
+            return
+        points = list(kind.frontier.points)
+        choices = named_choices(self.session, kind)
+        # Most calls of a kind run alike.
+        for choice in {(c.alternative, c.schedule, c.offloaded): c for c in choices}.values():
+            form = (kind.forms or {"": kind}).get(choice.alternative)
+            # Of another program it is refused when all are known.
+            if form is not None and form.joint is not None and form.joint.fingerprint == choice.fingerprint:
+                points.append(replayed_point(self.session, form, choice))
+        known = {(point.alternative, point.schedule, point.offloaded): point for point in points}
+        kind.frontier = replace(kind.frontier, points=tuple(known.values()))
+
+    def _look_at(self, every: SegmentedStep) -> None:
+        """Let the frontiers of the calls be those of ``every``, the step with all that it could run, what is
+        compiled by its code: a plan that was replayed named a part."""
+        for number, kind in enumerate(every.kinds):
+            if kind.frontier is not None:
+                known = {(form, s): point for (k, form, s), (_, point) in self._code.items() if k == number}
+                kind.frontier = replace(kind.frontier, points=corrected(kind.frontier.points, known))
+        for call, captured, other in zip(self.chain.calls, self.captured, every.captured, strict=True):
+            other.frontier = captured.frontier = every.kinds[call.segment].frontier
+            # Gradients that calls hand to each other were counted with each kind.
+            captured.settled = other.settled = True
 
     def _settle_gradients(self, kind: Captured, number: int) -> None:
         """What a segment's backward leaves behind: gradients of activations go to the segment

@@ -63,6 +63,7 @@ from graphopt.several import compile_together
 from graphopt.step_cost import settle
 
 if TYPE_CHECKING:
+    from graphopt.agreement import Agreement
     from graphopt.warm_start import KeptStep
 
 __all__ = ["Captured", "CapturedAnew", "NotPlanned", "Session"]
@@ -108,7 +109,8 @@ class Session:
     ``comparing``: a captured call computes what dynamo captured, without gradients and in ``around()``, and
     nothing is captured; ``differentiating``: with gradients.
     ``writes_apart``: plain code between programs writes parameters.
-    ``confirm``: asks other ranks about programs that are planned after the first agreement.
+    ``agreement``: with the ranks that share the model; ``confirm``: asks them about programs that are planned
+    after the first one.
     ``steps``: whole steps that were planned, the present one last; ``settled``: no other is captured.
     ``modes`` says which modules of the model are in training mode.
     ``generates``: its programs decode. ``quantization``: how the weights of the model were packed for it, and
@@ -174,6 +176,7 @@ class Session:
     _seen: tuple[tuple[Captured, ...], ObservedPlan] | None = None
     _counted: tuple[tuple[int | None, ...], tuple[FrontierPoint, ...], Cost] | None = None
     watching: Callable[[Callable[..., Any], Sequence[Any], Ran], Any] | None = None
+    agreement: Agreement | None = None
     confirm: Callable[[Session], None] | None = None
     steps: list[PlannedStep] = field(default_factory=list)
     settled: bool = False
@@ -432,10 +435,16 @@ class Session:
         asked = self.budget.memory is not None or self.every or self.replay is not None
         return asked or self.policy is not None
 
-    def alternatives(self, make: Callable[[], Program], mode: str) -> Iterator[tuple[Offer, Program]]:
-        """What the passes offer instead of the semantic program that ``make`` copies."""
+    def alternatives(
+        self,
+        make: Callable[[], Program],
+        mode: str,
+        look_at: Callable[[Sequence[Offer]], Sequence[Offer]] | None = None,
+    ) -> Iterator[tuple[Offer, Program]]:
+        """What the passes offer instead of the semantic program that ``make`` copies, or what ``look_at``
+        takes of it."""
         ctx = self.context(mode, bounded=self.bounded)
-        return alternatives(make, self.passes, ctx, self.fail)
+        return alternatives(make, self.passes, ctx, self.fail, look_at)
 
     def finish(self) -> None:
         """Plan every program that still runs its provisional schedule, and compile it for good."""
@@ -464,7 +473,7 @@ class Session:
         """Plan the present programs anew under another budget, with all that passes offer instead of them,
         and compile them. Raises ``BudgetError`` where no plan fits and ``CaptureError`` for a step that is
         planned by segments or was taken over: its programs cannot be looked at again."""
-        fixed = [captured.name for captured in self.current if captured.look is None]
+        fixed = [captured.name for captured in self.current if captured.recompile is None]
         if fixed or not self.current:
             what = f"program {fixed[0]!r} is planned by segments" if fixed else "nothing was captured"
             raise CaptureError(

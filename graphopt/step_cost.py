@@ -48,7 +48,8 @@ def step_memory(session: Session, points: Sequence[FrontierPoint | None]) -> Mem
 def every_schedule(session: Session) -> Iterator[None]:
     """In the block the present programs of ``session`` have the schedules and forms of all budgets. What they
     run, and what is said of them, stays: to plan them for one budget the fastest may have been enough."""
-    looks = [captured.look for captured in session.current if captured.partly and captured.look is not None]
+    partly = [captured for captured in session.current if captured.partly]
+    looks = dict.fromkeys(captured.look for captured in partly if captured.look is not None)
     if not looks:
         yield
         return

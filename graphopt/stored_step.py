@@ -38,7 +38,7 @@ __all__ = [
     "stored_code",
 ]
 
-SCHEMA = "graphopt/step@3"
+SCHEMA = "graphopt/step@4"
 
 
 class StepFormatError(ValueError):
@@ -100,10 +100,11 @@ class StoredStep:
     the only code, which takes the graph's inputs and gives its results; there are no calls. ``results``: what
     it returns, as ``results_text`` writes it. ``operators``: operators besides torch's that the code calls.
     ``roles``: why the step cannot be replayed from a CUDA graph, or else, ``""``, which inputs are
-    ``lasting`` and ``rewritten`` and whether it is ``random``. ``programs`` and what follows is for the
-    report: ``left`` is what the code generator left as it was. ``compared``: the hash of the model's code
-    (``graphopt.model_code``) with which outputs and gradients of what was captured were compared and held,
-    ``""`` where they were not."""
+    ``lasting`` and ``rewritten`` and whether it is ``random``. ``digests``: of the programs, by which ranks
+    compare them (``graphopt.agreement``); ``collective``: one of them holds operators that ranks run
+    together. ``programs`` and what follows is for the report: ``left`` is what the code generator left as
+    it was. ``compared``: the hash of the model's code (``graphopt.model_code``) with which outputs and
+    gradients of what was captured were compared and held, ``""`` where they were not."""
 
     key: str
     whole: bool
@@ -117,6 +118,8 @@ class StoredStep:
     lasting: tuple[int, ...]
     rewritten: tuple[int, ...]
     random: bool
+    digests: tuple[str, ...]
+    collective: bool
     programs: tuple[ProgramSummary, ...]
     steps: tuple[PassRecord, ...]
     declined: tuple[Declined, ...]
@@ -199,7 +202,8 @@ def check_calls(
 def _check(step: StoredStep, key: str) -> None:
     check_calls(step.inputs, step.calls, len(step.codes), results_of_text(step.results), step.reruns)
     parts = len(step.codes) == len(step.programs) == 1 and not step.calls
-    if not (parts if step.whole else len(step.programs) == len(step.calls)) or step.key != key:
+    parts = parts if step.whole else len(step.programs) == len(step.calls)
+    if not parts or len(step.digests) != len(step.programs) or step.key != key:
         raise StepFormatError("its parts do not belong together")
 
 

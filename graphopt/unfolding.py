@@ -24,7 +24,9 @@ Made = tuple[Sequence[Captured], "Captured | SegmentedStep"]
 
 def fold(session: Session, gm: fx.GraphModule, ran: Ran, make: Callable[[], Made]) -> None:
     """Let ``make`` make the programs of the present step, which was taken over, of dynamo's graph ``gm`` when
-    they are asked for. What it decides and notes is left: that was taken over too."""
+    they are asked for. What it decides and notes is left: that was taken over too. The plan says what is to
+    be found, and nothing else is looked for."""
+    plan = session.plan
     context, around, told = _torch.capture_context(), AmbientState.now(), session.current
     # Dynamo clears what it noted on the nodes of its graph.
     graphs = [module.graph for module in gm.modules() if isinstance(module, fx.GraphModule)]
@@ -33,13 +35,14 @@ def fold(session: Session, gm: fx.GraphModule, ran: Ran, make: Callable[[], Made
     def unfold() -> None:
         for node, meta in noted_on:
             node.meta = meta
-        known = len(session.captured)
+        known, before = len(session.captured), session.replay
+        session.replay = plan
         with _as_decided(session), _torch.within(context), around.again():
             try:
                 made, step = make()
             finally:
                 del session.captured[known:]
-                session.current = told
+                session.current, session.replay = told, before
         first = next(k for k, captured in enumerate(session.captured) if captured is told[0])
         session.captured[first : first + len(told)] = made
         session.current, ran.step = list(made), step

@@ -22,12 +22,14 @@ import torch
 import torch.fx as fx
 
 from graphopt import _torch
+from graphopt.agreement import Offer, plan_digest, program_digest
 from graphopt.artefact.operators import Operators
 from graphopt.candidate import Declined, NearMiss, Reason
 from graphopt.capture.chain import Call
 from graphopt.capture.structure import attribute
 from graphopt.captured import Captured
 from graphopt.chain_run import ChainRunner, Layout
+from graphopt.collectives import is_collective
 from graphopt.emit.eager import eager_callable
 from graphopt.emit.half_text import half_of_text
 from graphopt.emit.held_products import Slot, holding
@@ -92,8 +94,6 @@ class WarmStart:
         self.devices = frozenset(x.device for x in inputs if isinstance(x, torch.Tensor))
         self.key = ""
         self.note = ""
-        self.plan: Plan | None = None
-        """That which was taken over."""
         self._before = self._counts()
         if not session.keeps or session.dry_run or session.replay is not None:
             return
@@ -116,25 +116,38 @@ class WarmStart:
 
     def restored(self) -> Callable[..., Any] | None:
         """What runs the step, the session being as if it had planned and compiled it; ``None`` where nothing
-        that was kept can be used."""
-        if not self.key:
+        that was kept can be used, or other ranks cannot use the same."""
+        found = self._found()
+        offer = found if isinstance(found, str) else _offer(found)
+        agreement = self.session.agreement
+        if agreement is not None:
+            why = agreement.take_over(offer)
+        elif isinstance(offer, Offer) and offer.collective and not _torch.runs_alone():
+            why = "it holds collectives, and ranks are not asked what they take over"
+        else:
+            why = offer if isinstance(offer, str) else ""
+        if isinstance(found, str) or why:
+            if self.key:
+                self.note = f"warm start: planned and compiled anew, as {why}"
             return None
+        run, step, plan = found
+        self._take_over(step, plan)
+        self.note = "warm start: plan and code are those of an earlier process"
+        return run if step.whole else replayed(self.session, run, self.devices, lambda: _roles(step))
+
+    def _found(self) -> tuple[Callable[..., Any], StoredStep, Plan] | str:
+        """The code of a step that was kept, ready to run, the step and its plan, or why there is none."""
+        if not self.key:
+            return self.note.removeprefix("warm start: ") or "it neither reads nor keeps what was made"
         found = find_step(self.key)
         if isinstance(found, str):
-            self.note = f"warm start: planned and compiled anew, as {found}"
-            return None
+            return found
         step, plan = found
         try:
             run = self._code(step)
         except Exception as error:  # whatever torch's caches raise on files that they cannot use
-            run = brief(error)
-        if isinstance(run, str):
-            self.note = f"warm start: planned and compiled anew, as {run}"
-            return None
-        self._take_over(step, plan)
-        self.plan = plan
-        self.note = "warm start: plan and code are those of an earlier process"
-        return run if step.whole else replayed(self.session, run, self.devices, lambda: _roles(step))
+            return brief(error)
+        return run if isinstance(run, str) else (run, step, plan)
 
     def _code(self, step: StoredStep) -> Callable[..., Any] | str:
         if step.operators:
@@ -145,7 +158,8 @@ class WarmStart:
             if not _provided(operator):
                 return f"the code calls {operator}, which nothing provides"
         codes = []
-        of_text = partial(_of_text, operators=Operators(self.session.host)) if step.whole else None
+        operators = Operators(self.session.host, _COLLECTIVE) if step.whole else None
+        of_text = None if operators is None else partial(_of_text, operators=operators)
         for code in step.codes:
             slots = tuple(map(_slot, code.slots))
             made = _torch.kept_code(code.name, partial(holding, slots=slots) if slots else None, of_text)
@@ -182,8 +196,8 @@ class WarmStart:
         emitter = session.emitter
         emitter.note([*emitter.groups, *step.groups], [*emitter.near_misses, *step.left])
         session.current = [
-            Captured(summary.name, _unseen(summary.name), list(self.specs), summary.mode, told=summary)
-            for summary in step.programs
+            Captured(told.name, _unseen(told.name), list(self.specs), told.mode, told=told, digest=digest)
+            for told, digest in zip(step.programs, step.digests, strict=True)
         ]
         session.captured.extend(session.current)
 
@@ -244,6 +258,7 @@ class WarmStart:
             lasting=(),
             rewritten=(),
             random=False,
+            **_known_to_ranks([captured]),
             programs=(captured.summary,),
             **self._news(),
         )
@@ -272,6 +287,7 @@ class WarmStart:
             lasting=tuple(sorted(known.lasting)),
             rewritten=tuple(sorted(known.written)),
             random=known.random,
+            **_known_to_ranks(step.captured),
             programs=tuple(captured.summary for captured in step.captured),
             **self._news(),
         )
@@ -328,7 +344,10 @@ class _News(NamedTuple):
     left: list[NearMiss]
 
 
-_NATIVE = ("aten", "prims", "prim", "_c10d_functional")
+_COLLECTIVE = ("_c10d_functional",)
+"""Where torch's operators are that ranks run together, in the graphs that are kept."""
+
+_NATIVE = ("aten", "prims", "prim", *_COLLECTIVE)
 
 
 def _short(*parts: object) -> str:
@@ -338,6 +357,22 @@ def _short(*parts: object) -> str:
 def _unseen(name: str) -> Program:
     """Stands for a program that nobody has asked for yet."""
     return Program(name, Level.SEMANTIC, fx.GraphModule({}, fx.Graph()), Signature((), ()))
+
+
+def _known_to_ranks(programs: Sequence[Captured]) -> dict[str, Any]:
+    """What ranks tell each other of the programs of a step, as a stored step has it."""
+    # Calls of one kind are one program.
+    joints = {id(c.joint): c.joint for c in programs if c.joint is not None}
+    digests = {key: program_digest(joint) for key, joint in joints.items()}
+    return {
+        "digests": tuple(digests[id(captured.joint)] for captured in programs),
+        "collective": any(is_collective(n.target) for joint in joints.values() for n in joint.graph.nodes),
+    }
+
+
+def _offer(found: tuple[Callable[..., Any], StoredStep, Plan]) -> Offer:
+    _, step, plan = found
+    return Offer(plan_digest(plan), step.digests, step.collective)
 
 
 def _roles(step: StoredStep) -> Roles | Reason:

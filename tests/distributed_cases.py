@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+import os
 import sys
 import types
-from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as collectives
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -25,6 +28,7 @@ from graphopt.agreement import plan_digest
 from graphopt.collectives import is_collective
 from graphopt.plugins import PolicySpec, hookimpl
 from graphopt.program import Level
+from graphopt.stored_step import read_step, step_text
 
 __all__ = [
     "PASSES",
@@ -34,8 +38,12 @@ __all__ = [
     "budgets",
     "data_parallel",
     "document",
+    "kept_apart",
+    "kept_by_budget",
     "sharded",
+    "started",
     "tensor_parallel",
+    "told",
     "uneven",
 ]
 
@@ -263,6 +271,102 @@ def budgets(rank: int) -> tuple[list[str], str]:
     budget = (2 + rank) * free.baseline.peak_bytes
     fast = graphopt.optimize(model, inputs, budget=budget, process_group=group, **settings())
     return [refused], "\n".join(fast.report.diagnostics)
+
+
+class Summed(Model):
+    """The mean of what all ranks compute, which it asks them for itself."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return collectives.all_reduce(super().forward(x), "sum", dist.group.WORLD) / 2
+
+
+class Wired(Model):
+    """Takes one of two values from the other, on rank 1 the other from the one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        one, other = torch.sigmoid(self.first(x)), torch.tanh(x)
+        return (one - other if dist.get_rank() == 0 else other - one).square().mean()
+
+
+@contextmanager
+def caches(folder: Path) -> Iterator[Path]:
+    """What is kept for later processes is kept in ``folder``; gives where steps are."""
+    before = dict(os.environ)
+    os.environ.pop("GRAPHOPT_CACHE", None)
+    os.environ["GRAPHOPT_CACHE_DIR"] = str(folder / "graphopt")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    try:
+        yield folder / "graphopt" / "steps"
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _again(kind: type[Model], rank: int, **more: Any) -> graphopt.Optimized:
+    """A model optimized as a process that starts does it."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    options = settings(**{"process_group": dist.group.WORLD, "dynamic_shapes": False, **more})
+    return graphopt.optimize(kind().double(), (batch(rank, 0),), **options)
+
+
+def started(rank: int, folder: Path, emit: str, cold: int | None) -> tuple[list[str], str, list[float]]:
+    """A start where each rank has what it kept in its part of ``folder``, ``cold`` nothing: what the report
+    says, the plan, and how far results are from the plain model's. The model is called for inference, and for
+    other inputs, later."""
+    with caches(folder / (str(rank) if rank != cold else f"empty {emit} {rank}")):
+        fast = _again(Summed, rank, emit=emit)
+        torch.manual_seed(0)
+        plain = Summed().double()
+        worst = [trained(plain, fast, [batch(rank, k) for k in range(2)])]
+        for rows in (64, 32):
+            x = batch(rank, 7, rows)
+            with torch.no_grad():
+                worst.append(float((plain(x) - fast(x)).abs()))
+        plan = fast.steps[0].plan
+    return list(fast.report.diagnostics), plan_digest(plan), worst
+
+
+def told(rank: int, folder: Path, emit: str, options: Sequence[dict[str, Any]]) -> list[str]:
+    """The report where each rank has a program with collectives that it kept, and ``options`` of its own."""
+    with caches(folder / str(rank)):
+        return list(_again(Summed, rank, emit=emit, **options[rank]).report.diagnostics)
+
+
+def kept_apart(rank: int, folder: Path, emit: str) -> list[str]:
+    """Models that differ between ranks, each kept by a rank alone: what both are told where they start
+    together, rank 1 without what it kept, and both with it."""
+    found = []
+    with caches(folder / str(rank)):
+        _again(Wired, rank, emit=emit, process_group="off")
+    for part in (str(rank) if rank == 0 else "empty", str(rank)):
+        with caches(folder / part):
+            found.append(_refusal(lambda: _again(Wired, rank, emit=emit)))
+    return found
+
+
+def kept_by_budget(rank: int, folder: Path, emit: str) -> tuple[str, list[str], str, str]:
+    """Plans that ranks kept under budgets of their own: what they are told with those budgets; the report and
+    the plan where rank 1 finds its own for the budget of rank 0; and the plan that it kept for that."""
+    alone: dict[str, Any] = {"emit": emit, "process_group": "off"}
+    with caches(folder / str(rank)) as steps:
+        for budget in ("100%", "85%"):
+            fast = _again(Model, rank, budget=budget, **alone)
+            (file,) = [path for path in steps.iterdir() if path.stem == _key_of(fast)]
+            if budget == "100%":
+                first, kept = file, plan_digest(fast.plan)
+        refused = _refusal(lambda: _again(Model, rank, emit=emit, budget=("100%", "85%")[rank]))
+        if rank == 1:
+            step, plan = read_step(file.read_text(), file.stem)
+            first.write_text(step_text(replace(step, key=first.stem), plan))
+        fast = _again(Model, rank, emit=emit, budget="100%")
+    return refused, list(fast.report.diagnostics), plan_digest(fast.plan), kept
+
+
+def _key_of(fast: graphopt.Optimized) -> str:
+    kept = fast._driver.session.kept
+    assert kept is not None
+    return kept.key
 
 
 class Deciding:

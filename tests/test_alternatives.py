@@ -14,11 +14,15 @@ import graphopt
 from graphopt.alternatives import Form, Grade, alternatives, coordinate_wise, united
 from graphopt.budget import Budget
 from graphopt.candidate import Candidate, CostDelta, Frontier, FrontierPoint
+from graphopt.capture.chain import Segment
+from graphopt.captured import Captured
 from graphopt.edit import Edit
-from graphopt.errors import CaptureError, GraphoptError, StalePlanError
+from graphopt.errors import BudgetError, CaptureError, GraphoptError, StalePlanError
 from graphopt.passes import Pass
+from graphopt.plans import Plan
 from graphopt.program import Level, Program
 from graphopt.schedule import Schedule
+from graphopt.segmented import SegmentedStep
 from graphopt.selection import choose
 from tests.programs import context, proposing, semantic
 
@@ -252,6 +256,61 @@ def test_a_plan_with_an_alternative_is_replayed_and_refused_without_its_pass(
     assert [c.alternative for c in again.plan.choices] == [c.alternative for c in tight.plan.choices]
     with pytest.raises(StalePlanError, match="which no pass offers here: there is none"):
         graphopt.optimize(Wide(), (torch.randn(512, 32),), emit="inductor", on_error="raise", plan=tight.plan)
+
+
+def test_a_compiled_plan_that_is_replayed_searches_nothing_and_traces_its_forms_alone(
+    roomy: graphopt.Optimized, tight: graphopt.Optimized, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    usual = SegmentedStep._see
+
+    def see(step: SegmentedStep, kind: Captured, segment: Segment) -> None:
+        seen.append(f"{kind.name} {kind.form}".strip())
+        usual(step, kind, segment)
+
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the plan says which schedule runs")
+
+    (form,) = {choice.alternative for choice in tight.plan.choices}
+    monkeypatch.setattr(SegmentedStep, "_see", see)
+    for first, forms in ((roomy, ["g0.whole0"]), (tight, ["g0.whole0", f"g0.whole0 {form}"])):
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr("graphopt_passes.insert_checkpoints.search", never)
+            again = optimized(plan=first.plan)
+        assert seen == forms
+        told = replace(first.plan, budget_bytes=None, seconds_to_plan=0.0)
+        assert replace(again.plan, seconds_to_plan=0.0) == told
+        assert again.report.rewrites == first.report.rewrites
+        # Whoever asks for all schedules has them looked for.
+        plan, report = again.plan, str(again.report)
+        shown = [(point.peak_bytes, point.label) for point in again.frontier()]
+        assert shown == [(point.peak_bytes, point.label) for point in first.frontier()]
+        assert len(shown) > 1 and len(seen) == len(forms) + 2
+        assert again.plan is plan and str(again.report) == report
+
+
+@pytest.mark.parametrize("emit", ["eager", "inductor"])
+def test_a_plan_is_refused_where_it_names_what_is_not_there(
+    tight: graphopt.Optimized, eager: graphopt.Optimized, emit: str
+) -> None:
+    def again(plan: Plan, **settings: object) -> graphopt.Optimized:
+        torch._dynamo.reset()
+        return op_by_op(plan=plan, **settings) if emit == "eager" else optimized(plan=plan, **settings)
+
+    plan = eager.plan if emit == "eager" else tight.plan
+    (choice,) = plan.choices
+    with pytest.raises(
+        StalePlanError, match="with 'halve:none', which no pass offers here: there is halve:mean"
+    ):
+        again(replace(plan, choices=(replace(choice, alternative="halve:none"),)))
+    with pytest.raises(
+        StalePlanError, match=f"has fingerprint {choice.fingerprint}, the plan was made for other"
+    ):
+        again(replace(plan, choices=(replace(choice, fingerprint="other"),)))
+    if emit == "inductor":
+        with pytest.raises(BudgetError, match=r"no plan fits 1\.00 KiB: the least that fits is 1\.33 MiB"):
+            again(plan, budget="1KiB")
 
 
 def test_the_report_says_what_was_offered_and_taken(tight: graphopt.Optimized) -> None:

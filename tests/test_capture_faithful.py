@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -189,12 +189,12 @@ class BreakingUnwritten(Unwritten):
         return unwritten, y + 1
 
 
-class OtherEachTime(TorchDispatchMode):
-    """Memory that is made without values holds other numbers each time."""
+class HeldBefore(TorchDispatchMode):
+    """Memory that is made without values holds these numbers, one after another."""
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Iterable[float]) -> None:
         super().__init__()
-        self.numbers = itertools.count(3)
+        self.numbers = iter(numbers)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -216,7 +216,7 @@ def test_what_memory_held_before_is_no_result() -> None:
         unwritten, y = model(x)
         return unwritten, 1.25 * y
 
-    with OtherEachTime():
+    with HeldBefore(itertools.count(3)):
         assert compared(model, model.__call__, (X,), {}, (), filled(model)) == Comparison()
         found = compared(model, other, (X,), {}, (), filled(other))
         assert found == Comparison("output 1 differs by 25.00% of its largest number")

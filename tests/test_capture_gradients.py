@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +13,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import graphopt
+from graphopt import _torch
 from graphopt.capture import faithful_gradients
+from graphopt.capture.faithful import Comparison
 from graphopt.capture.faithful_gradients import PART, gradients_compared, no_room, roots_of
 from graphopt.cost import Cost
 from graphopt.errors import CaptureError
+from tests.test_capture_faithful import HeldBefore, filled
 
 X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
 
@@ -27,6 +31,11 @@ def optimized(model: nn.Module, x: torch.Tensor = X, **options: Any) -> graphopt
 
 def compared(fast: graphopt.Optimized) -> bool:
     return not any("not compared" in note for note in fast.report.diagnostics)
+
+
+def against(model: nn.Module, capture: Callable[..., Any], x: torch.Tensor = X) -> Comparison:
+    """``capture`` against ``model``."""
+    return gradients_compared(model, capture, (x,), {}, (), filled(capture))
 
 
 class Net(nn.Module):
@@ -269,9 +278,9 @@ def test_all_of_a_large_gradient_is_compared() -> None:
             return self.w * x
 
     model, x = Large(), torch.ones(PART + 3)
-    assert gradients_compared(model, model, (x,), {}).difference == ""
+    assert against(model, model, x).difference == ""
     last = torch.ones(PART + 3).index_fill(0, torch.tensor([PART + 2]), 100.0)
-    result = gradients_compared(model, lambda x: model(x * last), (x,), {})
+    result = against(model, lambda x: model(x * last), x)
     assert result.difference.startswith("the gradient of 'w' differs by ")
 
 
@@ -312,8 +321,74 @@ def test_what_counts_as_a_difference(right: Weighing, found: Weighing, differenc
             return right(self.w, x) + rare
 
     model = Weighted()
-    result = gradients_compared(model, lambda x: found(model.w, x), (X,), {})
+    result = against(model, lambda x: found(model.w, x))
     assert (result.difference, result.refused) == (difference, "")
+
+
+class Unwritten(Net):
+    """Its gradients hold what memory held that it does not write to, and what another did in its backward."""
+
+    def middle(self, h: torch.Tensor) -> torch.Tensor:
+        return Scaled.apply(h * torch.empty_like(h))  # type: ignore[no-any-return]
+
+
+class Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return gradients[0] * torch.empty_like(gradients[0])
+
+
+# What the model reads in its forward and backward, then what was captured of it, and so on.
+HELD = [[3.0, 3.0, 5.0, 5.0], [3.0, 3.0, 3.0, 5.0], [1.0, 1.0, math.nan, 1.0]]
+
+
+@pytest.mark.parametrize("held", HELD, ids=["both", "the backward alone", "no number"])
+def test_what_memory_held_before_is_no_gradient(held: list[float]) -> None:
+    model = Unwritten()
+    with HeldBefore(itertools.cycle(held)):
+        assert against(model, lambda x: model(x)) == Comparison()
+
+
+def test_a_gradient_is_compared_whatever_memory_held() -> None:
+    """Were what memory changes from run to run allowed for, half of a gradient might be lost."""
+    model = Unwritten()
+
+    def half(x: torch.Tensor) -> torch.Tensor:
+        y = model(x)
+        return (y + y.detach()) / 2
+
+    with HeldBefore(itertools.count(3)):
+        found = against(model, half)
+    assert found.difference.startswith("the gradient of ")
+    assert found.difference.endswith(" differs by 50% of its norm")
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_memory_is_filled_in_what_is_differentiated_as_well(
+    breaks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled: list[float] = []
+
+    class Watched(_torch.FilledMemory):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = super().__torch_dispatch__(func, types, args, kwargs)
+            if func is torch.ops.aten.empty_like.default:
+                filled.append(float(result.flatten()[0]))
+            return result
+
+    class Both(Lost):
+        def middle(self, h: torch.Tensor) -> torch.Tensor:
+            return super().middle(h * torch.empty_like(h).fill_(2.0))
+
+    monkeypatch.setattr(_torch, "FilledMemory", Watched)
+    fast = optimized(Both(breaks=breaks))
+    assert f"{WRONG}" in fast.report.diagnostics[-1]
+    # The model, what was captured of it, and the model with each parameter off by a digit.
+    assert filled == [1.0] * 3
 
 
 def test_a_backward_that_waits_is_not_disturbed() -> None:

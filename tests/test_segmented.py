@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -98,6 +100,34 @@ def test_a_budget_is_kept_and_changes_no_number(inputs: tuple[torch.Tensor]) -> 
     torch.testing.assert_close(loss, other_loss)
     for found, wanted in zip(grads, others, strict=True):
         torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("held", [False, True], ids=["none held", "gradients held"])
+@pytest.mark.parametrize("within", [None, "60%"])
+def test_a_plan_that_is_replayed_takes_what_it_was_predicted_to(
+    inputs: tuple[torch.Tensor], within: str | None, held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(**options: Any) -> graphopt.Optimized:
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = Stack()
+        for parameter in model.parameters() if held else ():
+            parameter.grad = torch.zeros_like(parameter)
+        return graphopt.optimize(model, inputs, emit="inductor", on_error="raise", **options)
+
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("the plan says which schedule runs")
+
+    first = made(budget=within)
+    plan, expected = replace(first.plan, seconds_to_plan=0.0), gradients(first, inputs)[1]
+    # Calls of one kind run schedules of their own.
+    assert bool(within) == (len({(choice.fingerprint, choice.schedule) for choice in plan.choices}) > 3)
+    monkeypatch.setattr("graphopt_passes.insert_checkpoints.search", never)
+    for budget in (None, plan.budget):
+        again = made(plan=plan, budget=budget)
+        assert replace(again.plan, seconds_to_plan=0.0) == replace(plan, budget_bytes=budget)
+        assert again.measure(repeats=1).peak_bytes == pytest.approx(plan.predicted.peak_bytes, rel=0.02)
+        assert all(map(torch.equal, gradients(again, inputs)[1], expected))
 
 
 def test_gradients_that_are_held_count_throughout(inputs: tuple[torch.Tensor]) -> None:

@@ -177,6 +177,18 @@ def test_programs_and_curves_are_made_when_asked_for(kept: Kept) -> None:
     assert fast.report == before
 
 
+def test_schedules_are_not_searched_to_show_programs(kept: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast = optimized()
+
+    def never(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("the plan says which schedule runs")
+
+    monkeypatch.setattr("graphopt_passes.insert_checkpoints.search", never)
+    assert [fast.dump(stage=stage) for stage in ("semantic", "joint", "final")] == kept.plain_shown[0]
+    with pytest.raises(Exception, match="the plan says which schedule runs"):
+        fast.frontier()
+
+
 def test_a_process_of_its_own_takes_over_as_well(kept: Kept) -> None:
     script = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"

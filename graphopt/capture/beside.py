@@ -44,13 +44,7 @@ def difference(
         return ""
 
     def both(captured: Callable[..., Any], written: Sequence[torch.Tensor]) -> Comparison:
-        def filled(*args: Any, **kwargs: Any) -> Any:
-            driver.session.around = _torch.FilledMemory
-            try:
-                return captured(*args, **kwargs)
-            finally:
-                driver.session.around = nullcontext
-
+        filled = _filled(driver, captured)
         return compared(driver.model, captured, args, kwargs, written, filled)
 
     found = _beside(driver, call, both)
@@ -71,8 +65,9 @@ def gradient_difference(
 
     def both(captured: Callable[..., Any], written: Sequence[torch.Tensor]) -> Comparison:
         session.differentiating = True
+        filled = _filled(driver, captured)
         try:
-            return gradients_compared(driver.model, captured, args, kwargs, written, driver.loss_fn)
+            return gradients_compared(driver.model, captured, args, kwargs, written, filled, driver.loss_fn)
         finally:
             session.differentiating = False
 
@@ -85,6 +80,19 @@ def gradient_difference(
         session.uncompared = True
         driver.remark(f"gradients of what was captured were not compared with the model's: {found.refused}")
     return _OTHERWISE + found.difference if found.difference else ""
+
+
+def _filled(driver: Driver, captured: Callable[..., Any]) -> Callable[..., Any]:
+    """``captured``, memory that its programs read before they write to it being filled."""
+
+    def filled(*args: Any, **kwargs: Any) -> Any:
+        driver.session.around = _torch.FilledMemory
+        try:
+            return captured(*args, **kwargs)
+        finally:
+            driver.session.around = nullcontext
+
+    return filled
 
 
 def held_before(driver: Driver) -> bool:

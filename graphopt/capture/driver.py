@@ -88,11 +88,15 @@ class Driver:
         self.first: FirstStep | None = None
         self.guard: Guard | None = None
         self._first_plan: Plan | None = None
-        self.agreement: Agreement | None = None
         self.plugged: PluggedCapture | None = None
         session.modes = partial(_modes, model)
         self.apart = ""
         """What the predicted peak leaves out, for the report."""
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """With the ranks that share the model, where there are any."""
+        return self.session.agreement
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_exporting():
@@ -164,7 +168,7 @@ class Driver:
             self._decide(args, kwargs)
             return
         self.agreement.compare(self.model, (args, kwargs))
-        self.agreement.together("capture", lambda: self._decide(args, kwargs))
+        self.agreement.capture(lambda: self._decide(args, kwargs))
         self._settle(self.agreement, lambda: self._prepare(args, kwargs))
 
     def _settle(self, agreement: Agreement, again: Callable[[], None]) -> None:
@@ -202,6 +206,7 @@ class Driver:
 
     def _take(self, fitted: Fitted) -> None:
         """Go on with packed weights, which were tried and fit."""
+        fitted.session.agreement = self.session.agreement
         self.model, self.session, self.fit = fitted.model, fitted.session, None
         self.session.modes = partial(_modes, self.model)
 
@@ -352,7 +357,7 @@ class Driver:
             decide_step(self, step)
             return
         self.agreement.compare(self.model, ())
-        self.agreement.together("capture", lambda: decide_step(self, step))
+        self.agreement.capture(lambda: decide_step(self, step))
         self._settle(self.agreement, lambda: decide_step(self, step))
 
     def give_up(self, error: BaseException, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

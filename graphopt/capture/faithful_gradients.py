@@ -7,8 +7,9 @@ random state; all that they change is put back.
 Of a gradient the norm of its difference counts, by its own norm. Single elements cancel, and have no digits
 of their own; over all of a parameter, the same operators in the same order give the same to the last digits.
 Where they do not, rounding may still be why: a model may be so ill-conditioned that its gradients have few
-digits. So the model runs once more with each parameter off by its last digit, and what that changes is
-allowed for, as is what differs from run to run.
+digits. Or both read memory that nothing was written to (``torch.empty``), which held something else each
+time. So both run again with such memory filled, and where they still differ the model runs once more with
+each parameter off by its last digit: what that changes is allowed for, as is what differs from run to run.
 
 Gradients are taken as each is made, and wait on the host for those that they are compared with: on a device
 either run takes no more than a step of the model as it is. Where that does not fit, nothing is compared.
@@ -19,7 +20,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from graphopt import _torch
 from graphopt.budget import format_bytes
 from graphopt.capture.faithful import Comparison, chunks, coarsest_of, tensors_of, tried, unrunnable
 from graphopt.cost import Cost
@@ -107,11 +109,13 @@ def gradients_compared(
     capture: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    written: Sequence[torch.Tensor] = (),
+    written: Sequence[torch.Tensor],
+    filled: Callable[..., Any],
     loss_fn: Callable[[Any], torch.Tensor] | None = None,
 ) -> Comparison:
     """Differentiate ``capture(*args, **kwargs)``, which computes what was captured, and the model's own
-    forward, to trained parameters and inputs; ``written`` are parameters that either may write.
+    forward, to trained parameters and inputs; ``written`` are parameters that either may write. ``filled`` is
+    ``capture`` with memory filled that is read before anything was written to it.
 
     What is differentiated is ``loss_fn`` of the outputs, their loss, or a weighted sum of all of them. Sparse
     gradients and those of tensors that wrap others are left out.
@@ -121,7 +125,15 @@ def gradients_compared(
         return Comparison(refused=reason)
     found = _Gradients()
 
-    def step(call: Callable[..., Any], take: Callable[[str, torch.Tensor], None]) -> None:
+    def plain_filled(*args: Any, **kwargs: Any) -> Any:
+        with _torch.FilledMemory():
+            return model(*args, **kwargs)
+
+    def step(
+        call: Callable[..., Any],
+        take: Callable[[str, torch.Tensor], None],
+        around: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         trained: dict[str, torch.Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
         with tried(model, tensors, written, tuple(trained.values())):
             given, named = copy.deepcopy((args, kwargs))
@@ -133,11 +145,12 @@ def gradients_compared(
             output = call(*given, **named)
             if any(leaf.grad is not None for leaf in trained.values()):
                 raise RuntimeError("the model computes gradients itself")
-            roots, weights = roots_of(output, loss_fn)
-            found.types.update(root.dtype for root in roots)
-            del output
-            if roots:
-                _differentiate(roots, weights, trained, take)
+            with around():
+                roots, weights = roots_of(output, loss_fn)
+                found.types.update(root.dtype for root in roots)
+                del output
+                if roots:
+                    _differentiate(roots, weights, trained, take)
 
     try:
         step(model, found.expect)
@@ -149,8 +162,13 @@ def gradients_compared(
         sure = min(DIGITS * digit, AT_MOST)
         if all(off <= sure for off in ours.values()):
             return Comparison()
+        found = _Gradients()
+        step(plain_filled, found.expect, _torch.FilledMemory)
+        ours = found.compared(lambda take: step(filled, take, _torch.FilledMemory))
+        if all(off <= sure for off in ours.values()):
+            return Comparison()
         with _nudged(model, digit):
-            noise = found.compared(lambda take: step(model, take))
+            noise = found.compared(lambda take: step(plain_filled, take, _torch.FilledMemory))
     except Exception as error:
         return Comparison(refused=brief(error))
     usual = found.overall

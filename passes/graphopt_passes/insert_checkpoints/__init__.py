@@ -114,6 +114,9 @@ class InsertCheckpoints(Pass):
             whole = _point(model, Realiser(model), _tried(plan, everything))
             yield Frontier(self.name, (whole,), peak_floor(model), seconds_bound(model))
             return
+        if not ctx.searching:
+            yield Frontier(self.name, tuple(_fused(plan, ctx, Realiser(model), [everything])[:1]))
+            return
         family = [everything, *seeds(model, prices, 24)]
         # What code generators make of values that are computed again more than once is not modelled.
         repeat = ctx.emit == "eager"
