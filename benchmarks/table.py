@@ -12,7 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from table_cells import good, mib, number, percent, table, verdict
-from table_decode import gpu_decode, gpu_decode_attention, gpu_decode_large, kv_stores, page, share_kv
+from table_decode import (
+    gpu_context,
+    gpu_decode,
+    gpu_decode_attention,
+    gpu_decode_large,
+    kv_stores,
+    page,
+    share_kv,
+)
 from table_framework import matcher, optimize_time, overhead, start_up
 from table_gpu import (
     gpu_attention,
@@ -36,7 +44,7 @@ from table_gpu import (
 from table_op_db import op_db
 from table_quality import quality_packed
 from table_random_graphs import random_graphs
-from table_zoo import zoo
+from table_zoo import gpu_zoo, zoo
 
 from graphopt.atomic import write_atomically
 
@@ -451,6 +459,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu_quantized": gpu_quantized,
     "gpu_decode": gpu_decode,
     "gpu_decode_large": gpu_decode_large,
+    "gpu_context": gpu_context,
     "gpu_decode_attention": gpu_decode_attention,
     "kv_stores": kv_stores,
     "share_kv": share_kv,
@@ -476,6 +485,7 @@ SECTIONS: dict[str, Callable[[dict[str, Any]], str]] = {
     "page": page,
     "zoo": zoo,
     "zoo_torch211": zoo,
+    "gpu_zoo": gpu_zoo,
     "op_db": op_db,
     "random_graphs": random_graphs,
 }

@@ -1,4 +1,5 @@
-"""The sections of docs/benchmarks.md on any model, from ``results/zoo.json`` and ``zoo_torch211.json``."""
+"""The sections of docs/benchmarks.md on any model, from ``results/zoo.json``, ``zoo_torch211.json`` and
+``gpu_zoo.json``."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import zoo_transformers
 from table_cells import table, verdict
 from zoo_verdict import verdict as word_for
 
-__all__ = ["zoo"]
+__all__ = ["gpu_zoo", "zoo"]
 
 WORDS = ("ok", "as it did", "over", "wrong", "failed", "stopped")
 
@@ -42,6 +43,32 @@ def zoo(record: dict[str, Any]) -> str:
         "run so far; `python benchmarks/zoo.py` goes on from there.\n\n"
         + table(("models", "tried", *WORDS), cells)
         + _named(record)
+    )
+
+
+def gpu_zoo(record: dict[str, Any]) -> str:
+    counts, rows = record["summary"]["verdicts"], record["rows"]
+    tried = sum(count for word, count in counts.items() if word not in ("eager fails", "random"))
+    others = len([name for name in rows if name not in zoo_transformers.families() and "/" not in name])
+    lines = [
+        f"- **{word}**: {', '.join(f'`{name}`' for name in names)}"
+        for word, names in record["summary"].items()
+        if word != "verdicts"
+    ]
+    for name in record["summary"].get("wrong", ()):
+        for part in ("inference", "training"):
+            for key, off in rows[name].get(part, {}).get("worst", {}).items():
+                if isinstance(off, str) or off > record["tolerance"]:
+                    peer = rows[name][part].get("peer", {}).get(key)
+                    beside = "" if peer is None else f" (torch.compile: {peer:.3g})"
+                    lines.append(f"- `{name}`, {key} of {part}: off by {off:.3g}{beside}")
+    return (
+        f"## Any model, generated code on a GPU, torch {record['versions']['torch']}\n\n"
+        f"The same with what `optimize` does by default on a GPU, and {others} types of transformers that "
+        "are not in the list; float32, without dropout, 16 processes at a time: outputs of inference, two steps of "
+        f"training. `ok`: nothing is further off than {record['tolerance']:g} of the largest number in its "
+        f"tensor: {counts.get('ok', 0)} of {tried}. `stopped`: not done within 150 s (130 s). "
+        f"{record['note']}\n\n" + "\n".join(lines) + "\n"
     )
 
 
