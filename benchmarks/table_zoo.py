@@ -66,8 +66,8 @@ def gpu_zoo(record: dict[str, Any]) -> str:
         f"## Any model, generated code on a GPU, torch {record['versions']['torch']}\n\n"
         f"The same with what `optimize` does by default on a GPU, and {others} types of transformers that "
         "are not in the list; float32, without dropout, 16 processes at a time: outputs of inference, two "
-        f"steps of training. `ok`: nothing is further off than {record['tolerance']:g} of the largest number in its "
-        f"tensor: {counts.get('ok', 0)} of {tried}. `stopped`: not done within 150 s (130 s). "
+        f"steps of training. `ok`: nothing is further off than {record['tolerance']:g} of the largest number "
+        f"in its tensor: {counts.get('ok', 0)} of {tried}. `stopped`: not done within 150 s (130 s). "
         f"{record['note']}\n\n" + "\n".join(lines) + "\n"
     )
 
