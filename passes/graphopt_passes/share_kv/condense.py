@@ -25,13 +25,12 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from graphopt.capture.aliasing import written_inputs
 from graphopt.capture.ambient import ambient_map, is_state_call
+from graphopt.decoding.dead import remove_dead
 from graphopt.decoding.regions import Region
 from graphopt.decoding.share import between
 from graphopt.edit import Edit
 from graphopt.errors import InputsError
-from graphopt.order import has_effect
 from graphopt_passes.share_kv.narrow import narrow_queries
 from graphopt_passes.share_kv.training import CAUSAL, Trained, place_of
 
@@ -79,45 +78,37 @@ class Condensing:
             for consumer in self.plan
         }
         masks: dict[fx.Node, fx.Node] = {}
-        # Readers of later keys read them too early here, until they are given those of an iteration before.
         for consumer, source in self.plan.items():
             reader, maker = regions[consumer], regions[source]
+            # Those of later sources are given to attentions that take the place of these.
+            new_ones = (maker.key, maker.value) if source < consumer else (reader.query, reader.query)
             for node in between(reader):
-                for old, new in ((reader.key, maker.key), (reader.value, maker.value)):
+                for old, new in zip((reader.key, reader.value), new_ones, strict=True):
                     if old is not new and old in node.all_input_nodes:
                         node.replace_input_with(old, new)
-        _drop_dead(edit.graph)
+        remove_dead(edit.graph)
         left = set(edit.graph.nodes)
         for consumer in self.plan:
             for name, end in (("keys", regions[consumer].key), ("values", regions[consumer].value)):
                 if end in left:
-                    reader_node = next(iter(end.users))
+                    other = next(iter(end.users))
+                    source = self.plan[consumer]
                     raise InputsError(
                         f"{place_of(regions[consumer])}: the {name} of attention {consumer} are read by "
-                        f"{_described(reader_node)} as well: they would stay although it reads those of "
-                        f"attention {self.plan[consumer]}",
-                        hint="call the model with use_cache=False, so that it does not return them",
+                        f"{other.name} as well: they would stay although it reads those of {source}",
+                        hint="let a model that returns them be called with use_cache=False, and attentions "
+                        "that share them share others",
                     )
         for found in products.values():
             for product in found & left:
                 narrow_queries(edit, product)
-        _drop_dead(edit.graph)
+        remove_dead(edit.graph)
         for group in self.groups:
             _Unrolled(edit, self, group, masks).make()
 
     def _products(self, end: fx.Node) -> set[fx.Node]:
         behind = self.trained.behind_projection(end)
         return {node for node in behind if self.trained.is_projection(node)}
-
-
-def _drop_dead(graph: fx.Graph) -> None:
-    for node in reversed(graph.nodes):
-        if not node.users and not has_effect(node):
-            graph.erase_node(node)
-
-
-def _described(node: fx.Node) -> str:
-    return "the program's caller" if node.op == "output" else node.name
 
 
 def repeated(trained: Trained, group: Mapping[int, int]) -> list[fx.Node]:
@@ -128,6 +119,7 @@ def repeated(trained: Trained, group: Mapping[int, int]) -> list[fx.Node]:
     """
     regions = trained.regions
     starts = {regions[consumer].output: regions[consumer] for consumer in group}
+    nodes = list(regions[0].output.graph.nodes)
     behind: set[fx.Node] = set()
     pending = list(starts)
     while pending:
@@ -141,8 +133,7 @@ def repeated(trained: Trained, group: Mapping[int, int]) -> list[fx.Node]:
         node = pending.pop()
         if node not in ahead:
             ahead.add(node)
-            pending.extend([starts[node].query] if node in starts else node.all_input_nodes)
-    nodes = list(regions[0].output.graph.nodes)
+            pending.extend([starts[node].query] if node in starts else trained.made_of(node))
     states = ambient_map(nodes).states
     keys = {node: state.key for node, state in zip(nodes, states, strict=False)}
     found = [node for node in nodes if node in behind and node in ahead]
@@ -154,17 +145,19 @@ def repeated(trained: Trained, group: Mapping[int, int]) -> list[fx.Node]:
                 f"what attention {consumer} gives: nothing is to be repeated",
                 hint=f"leave {consumer} out of the plan",
             )
+    again = set(found)
     for node in found:
         why = ""
-        if written_inputs(node):
-            why = f"{node.name} ({node.target}) writes in place"
+        lasting = [root for root in trained.written_by(node) if root not in again]
+        if lasting:
+            why = f"{node.name} ({node.target}) writes into {lasting[0].name}, which is made once"
         elif is_state_call(node) or keys[node] != keys[found[0]]:
             why = f"autocast or the gradient mode is another at {node.name} than at {found[0].name}"
         if why:
             ends = f"attentions {min(group)} and {max(group.values())}"
             raise InputsError(
                 f"{place_of(node)}: what lies between {ends} is to be computed several times: {why}",
-                hint="functionalize, in the default pipeline, takes writes away that nobody sees",
+                hint="let the model do that once, before or behind these attentions",
             )
     return found
 

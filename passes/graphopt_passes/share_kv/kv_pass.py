@@ -86,7 +86,7 @@ class ShareKv(SitePass):
     summary: ClassVar[str] = "let attentions read the keys and values of others"
     exact: ClassVar[bool] = False
     after: ClassVar[dict[str, str]] = {
-        "functionalize": "what writes in place cannot be computed several times",
+        "normalize": "identity casts and views hide masks from their readers",
         "fuse-attention": "attention that is written out has to be one call first",
         "causal-attention": "masks that only say causal are in the way",
     }

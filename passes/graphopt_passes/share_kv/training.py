@@ -17,7 +17,7 @@ import torch.fx as fx
 
 from graphopt import _torch
 from graphopt.candidate import Reason
-from graphopt.capture.aliasing import Aliases, alias_map
+from graphopt.capture.aliasing import Aliases, alias_map, written_inputs
 from graphopt.decoding.capture import Uncached
 from graphopt.decoding.columns import PRODUCTS
 from graphopt.decoding.layouts import name_of, same_numbers
@@ -65,6 +65,25 @@ class Trained:
     @cached_property
     def positional(self) -> set[fx.Node]:
         return positional_values(self.view, self.tokens)
+
+    @cached_property
+    def writers(self) -> dict[fx.Node, list[fx.Node]]:
+        """What writes into memory, by the nodes that make that."""
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for node in self.view.gm.graph.nodes:
+            for root in self.written_by(node):
+                found.setdefault(root, []).append(node)
+        return found
+
+    def written_by(self, node: fx.Node) -> list[fx.Node]:
+        """What makes the memory that ``node`` writes into."""
+        roots = self.aliases.roots
+        return [root for one in written_inputs(node) for root in roots.get(one, (one,))]
+
+    def made_of(self, node: fx.Node) -> list[fx.Node]:
+        """What ``node`` reads, and what writes into its memory."""
+        roots = self.aliases.roots.get(node, (node,))
+        return [*node.all_input_nodes, *(one for root in roots for one in self.writers.get(root, ()))]
 
     @cached_property
     def reads(self) -> tuple[str | Reason, ...]:
@@ -138,7 +157,7 @@ class Trained:
             seen.add(node)
             yield node
             if not self.is_projection(node):
-                pending.extend(node.all_input_nodes)
+                pending.extend(self.made_of(node))
 
     def is_projection(self, node: fx.Node) -> bool:
         """Whether a node is a product with a weight, or looks one up."""
@@ -157,6 +176,12 @@ def trained(program: Program) -> Trained:
             "shared in training",
             hint="leave out what makes such calls: fuse-attention makes them of capped scores, dropout and "
             "trained biases, window-attention of windows",
+        )
+    if _torch.stays_as_captured(program.gm):
+        raise InputsError(
+            f"program {program.name} states gradients of its own (torch.autograd.Function), calls transforms "
+            "of functions or computes on tensors that wrap others: where it attends is not seen",
+            hint="leave that out of the model",
         )
     tokens = _tokens(program)
     if tokens is None:
