@@ -14,12 +14,15 @@ from torch import nn
 
 import graphopt
 from graphopt import GraphoptError, InputsError, PassError
+from graphopt.capture.aliasing import alias_map
 from graphopt.passes import pass_text
 from graphopt.pipeline import Pipeline
 from graphopt.plugins.host import default_host
 from graphopt.program import Level
+from graphopt_passes.mask_proof import hides_later
 from graphopt_passes.share_kv.presets import condensed_plan
 from tests.decoders import family, tokens
+from tests.semantic import capture
 
 LENGTH = 10
 CONDENSED = "layer-condensed"
@@ -351,32 +354,61 @@ def test_masks_of_the_model_hold(kind: str) -> None:
         same_step(model, fast, given, {1: 2}, 4, 2, shown=shown, places=places)
 
 
-def test_lengths_may_be_symbols() -> None:
-    model, given = Trained("llama", layers=4), example()
-    fast = condensed(model, given, preset=CONDENSED, iterations=3, asked={"dynamic_shapes": True})
+@pytest.mark.parametrize("listed", ["", "default"])
+def test_lengths_may_be_symbols(listed: str) -> None:
+    model, given = Trained("llama", layers=3), example()
+    fast = condensed(model, given, listed=listed, plan={1: 2}, iterations=3, asked={"dynamic_shapes": True})
     for length in (LENGTH, 14):
         same_step(model, fast, example(length), {1: 2}, 3, 2)
     assert len(fast._driver.session.captured) == 1
 
 
+@pytest.mark.parametrize(
+    ("last", "strictly", "turned", "hides"),
+    [(0, False, False, True), (1, False, False, False), (1, True, False, True), (-2, False, True, True),
+     (2, True, True, False)],
+)  # fmt: skip
+def test_masks_whose_size_is_a_symbol_are_proven(
+    last: int, strictly: bool, turned: bool, hides: bool
+) -> None:
+    """Key j is shown to query i where j <= i + last, or j < i + last, and where the input says so."""
+
+    def masked(given: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(given.shape[1])
+        keys, queries = places[None, :], places[:, None] + last
+        if turned:
+            shown = queries > keys if strictly else queries >= keys
+        else:
+            shown = keys < queries if strictly else keys <= queries
+        return shown & given[:, None, :]
+
+    given = torch.ones(3, 7, dtype=torch.bool)
+    torch._dynamo.mark_dynamic(given, 1)
+    (captured,) = capture(masked, given)
+    graph = captured.gm.graph
+    (found,) = next(node for node in graph.nodes if node.op == "output").args[0]
+    assert not isinstance(found.meta["val"].shape[-1], int)
+    assert hides_later(found, alias_map(graph)) is hides
+
+
 def test_it_is_planned_within_a_budget() -> None:
-    model, given = Trained("llama"), example(32)
-    whole = condensed(model, given, preset=CONDENSED, iterations=4, backward_iterations=3)
+    model, given = Trained("llama", layers=3), example(32)
+    options: dict[str, Any] = {"plan": {1: 2}, "iterations": 3, "backward_iterations": 2}
+    pipeline = ["default", graphopt.use("share-kv", **options)]
+    whole = graphopt.plan(model, given, pipeline=pipeline, emit="eager")
     static = sum(p.numel() * p.element_size() for p in model.parameters())
-    budget = int(static * 2 + 0.6 * (whole.plan.predicted.peak_bytes - 2 * static))
-    fast = condensed(
-        model, given, preset=CONDENSED, iterations=4, backward_iterations=3, asked={"budget": budget}
-    )
-    assert fast.plan.predicted.peak_bytes <= budget < whole.plan.predicted.peak_bytes
-    same_step(model, fast, given, {1: 3, 2: 3}, 4, 3)
+    budget = int(static * 2 + 0.6 * (whole.predicted.peak_bytes - 2 * static))
+    fast = condensed(model, given, asked={"budget": budget}, **options)
+    assert fast.plan.predicted.peak_bytes <= budget < whole.predicted.peak_bytes
+    same_step(model, fast, given, {1: 2}, 3, 2)
 
 
 def test_iterations_without_gradients_keep_nothing_for_the_backward() -> None:
-    model, given = Trained("llama"), example(32)
+    model, given = Small().train(), (tokens(4, 64),)
     peaks = []
     for count, passing in ((3, 2), (6, 2), (6, 5)):
-        fast = condensed(model, given, preset=CONDENSED, iterations=count, backward_iterations=passing)
-        peaks.append(fast.plan.predicted.peak_bytes)
+        step = graphopt.use("share-kv", plan={0: 2, 1: 2}, iterations=count, backward_iterations=passing)
+        peaks.append(graphopt.plan(model, given, pipeline=[step], emit="eager").predicted.peak_bytes)
     assert peaks[1] <= 1.02 * peaks[0] < 1.2 * peaks[0] < peaks[2]
 
 
@@ -513,8 +545,8 @@ def test_outside_training_it_is_refused() -> None:
     model, given = Trained("llama", layers=4), example()
     outside = "layers.1.*attention 1 cannot read .* attention 2, which come later: that works in training"
     with pytest.raises(InputsError, match=outside):
-        condensed(copy.deepcopy(model).eval(), given, preset=CONDENSED)
-    fast = condensed(model, given, plan={1: 2}, iterations=2)
+        condensed(copy.deepcopy(model).eval(), given, preset=CONDENSED, listed="")
+    fast = condensed(model, given, plan={1: 2}, iterations=2, listed="causal-attention")
     with torch.no_grad(), pytest.raises(InputsError, match=outside):
         fast(**given)
     fast(**given)[0].backward()

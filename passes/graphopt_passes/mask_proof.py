@@ -157,12 +157,20 @@ def _counted(part: object) -> tuple[int, int] | None:
         number = part.args[1] if len(part.args) > 1 else None
         if part.target is _aten.add.Tensor and isinstance(number, int) and not part.kwargs:
             first += number
-        elif part.target not in _UNMOVED:
+        elif part.target not in _UNMOVED and not _is_beginning(part):
             return None
         part = part.args[0] if part.args else None
     others = [*shape[:-2], *(shape[-2:-1] if axis == -1 else ())]
     alone = all(isinstance(size, int) and size == 1 for size in others)
     return (first, axis) if isinstance(part, fx.Node) and alone else None
+
+
+def _is_beginning(part: fx.Node) -> bool:
+    """Whether a value is a slice that begins where its source does, and leaves nothing out between."""
+    names = ("self", "dim", "start", "end", "step")
+    given: dict[str, Any] = dict(zip(names, part.args, strict=False)) | dict(part.kwargs)
+    start, step = given.get("start"), given.get("step", 1)
+    return part.target is _aten.slice.Tensor and (start is None or start == 0) and step == 1
 
 
 def _both(mask: fx.Node, value: torch.Tensor, aliases: Aliases) -> Band | None:
