@@ -116,6 +116,7 @@ class Trained(nn.Module):
 
     def __init__(self, name: str, layers: int = 5, attention: str | None = None, **changes: Any) -> None:
         super().__init__()
+        pytest.importorskip("transformers")
         given: dict[str, Any] = {"num_hidden_layers": layers}
         if name == "gpt2":
             given = {"n_layer": layers, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}
@@ -554,6 +555,7 @@ def test_outside_training_it_is_refused() -> None:
 
 @pytest.mark.parametrize("options", [{"preset": CONDENSED}, {"plan": {1: 2}}], ids=["preset", "plan"])
 def test_programs_that_generate_are_refused(options: Any) -> None:
+    pytest.importorskip("transformers")
     model = family("llama", num_hidden_layers=4)
     step = graphopt.use("share-kv", **options)
     with pytest.raises(InputsError, match=r"layers.1.*: attention 1 cannot .* works in training alone"):
@@ -617,6 +619,15 @@ def test_what_another_model_rules_out_is_refused() -> None:
     )
     with pytest.raises(Exception, match=r"hands over parts of a model .*: use graphopt.optimize"):
         compiled(*given)
+
+
+def test_it_is_not_measured_against_the_model_as_it_was() -> None:
+    """That is faster, and another one."""
+    model, given = Small().train(), (tokens(),)
+    fast = condensed(model, given, plan={0: 2}, iterations=9, asked={"guard": "measure"})
+    first = fast(*given)
+    assert not torch.equal(first, model(*given)) and torch.equal(first, fast(*given))
+    assert any("not measured against" in note and "share-kv" in note for note in fast.report.diagnostics)
 
 
 def test_what_fails_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
