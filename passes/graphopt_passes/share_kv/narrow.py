@@ -8,8 +8,8 @@ After::
 
     %q = aten.linear(%x, slice(%w, 0, 0, 64), slice(%b, 0, 0, 64))
 
-The weight stays the model's own; the gradient of what is cut off is zero. Columns that do not follow each
-other (heads whose queries, keys and values alternate) stay.
+The weight stays the model's own; the gradient of what is cut off is zero. Columns stay where queries are
+taken after heads were split, or do not follow each other (heads whose queries, keys and values alternate).
 """
 
 from __future__ import annotations
