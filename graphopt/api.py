@@ -89,10 +89,11 @@ def optimize(
     same budget; ``None`` keeps the sizes that changed symbolic from then on, ``True`` keeps all symbolic from
     the start, ``False`` makes a program for each shape (as ``torch.compile``'s ``dynamic``). A plan with
     symbolic sizes is made for those it was captured with: larger ones may take more.
-    ``on_error``: ``"rollback"`` records what failed and goes on, ``"raise"`` raises. ``plan`` replays a
-    stored plan. ``policy`` names who picks a schedule for each program within the budget, by default the
-    planner, which takes the fastest (docs/plugins.md); the names come from plugins.
-    ``cost_model`` names what prices operators and steps, likewise.
+    ``on_error``: ``"rollback"`` records what failed and goes on, ``"raise"`` raises, as is always done where
+    a pass is asked for another model (``Pass.asked``). ``plan`` replays a stored plan.
+    ``policy`` names who picks a schedule for each program within the budget, by default the planner, which
+    takes the fastest (docs/plugins.md); the names come from plugins. ``cost_model`` names what prices
+    operators and steps, likewise.
 
     ``step(module)`` runs one whole step where that is more than one call and its backward: several calls
     before a backward (``loss(module(a), module(b)).backward()``), several backwards (gradient
@@ -250,6 +251,12 @@ def _prepared(
         optimized._driver.remark(f"runs operator by operator: {brief(error)}")
         _prepare(optimized, model, inputs, step)
     if inputs is not None and verify == "numeric":
+        if asked := optimized._driver.session.asked:
+            raise InputsError(
+                f'verify="numeric" compares with the model as it is, and pass {asked!r} makes another of it, '
+                "as it was asked to",
+                hint='verify="structure" checks each rewrite',
+            )
         from graphopt.verify import verify_numerically
 
         verify_numerically(model, optimized, inputs)
@@ -404,6 +411,9 @@ def make_session(
     host = PluginHost(tuple(plugins)) if plugins else default_host()
     chosen = Pipeline.of("default" if pipeline is None else pipeline, host)
     names, steps = _allowed(allow, chosen, host)
+    if any(step.asked for step in steps):
+        # Where it fails, what would run is not the model that was asked for.
+        on_error = "raise"
     spec = _device_spec(host, device)
     runs_on = runs_on or (device if isinstance(device, torch.device) else torch.device("cpu"))
     only = checked_rewrites(rewrites, {step.name for step in steps}, host.replacements())

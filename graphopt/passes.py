@@ -66,6 +66,13 @@ class Pass:
     inexact: ClassVar[str] = "changes results"
     mandatory: ClassVar[bool] = False
 
+    @property
+    def asked(self) -> bool:
+        """Whether, with these options, listing it asks for another model than the one that is given. It runs
+        without ``allow`` then, what it proposes is applied whatever it costs, and what fails is raised: the
+        model as it was would be another one, quietly."""
+        return False
+
     def propose(self, program: Program, ctx: PassContext) -> Iterable[Proposal]:
         """Yield what could be done to ``program``; never change it here."""
         raise NotImplementedError(f"{type(self).__name__} does not define propose()")

@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 
 from graphopt import _torch
 from graphopt.candidate import Candidate, CostDelta, Declined, Frontier, NearMiss
-from graphopt.errors import PassError, brief, nearest
+from graphopt.errors import InputsError, PassError, brief, nearest
 from graphopt.passes import Pass, PassContext
 from graphopt.plugins.loading import GUARDED
 from graphopt.program import Level, Program
@@ -31,11 +31,12 @@ class Proposals:
 
 
 def read_proposals(step: Pass, program: Program, ctx: PassContext) -> Proposals:
-    """Run ``step.propose`` to its end. Raises ``PassError`` where it raises or yields nonsense."""
+    """Run ``step.propose`` to its end. Raises ``PassError`` where it raises or yields nonsense, and
+    ``InputsError`` where it says that its options do not fit the program."""
     try:
         returned = step.propose(program, ctx)
         items = list(returned) if isinstance(returned, Iterable) else None
-    except PassError:
+    except (InputsError, PassError):
         raise
     except GUARDED as error:
         raise PassError(f"{step.name}: propose() raised {brief(error)}") from error

@@ -20,6 +20,7 @@ import click
 from graphopt.atomic import write_atomically
 from graphopt.cli.main import cli
 from graphopt.cli.verbs.passes import described
+from graphopt.decoding.site_pass import SitePass
 from graphopt.plugins import PluginHost, default_host
 
 __all__ = ["main", "markdown", "pages"]
@@ -68,6 +69,7 @@ def _passes(host: PluginHost) -> dict[str, dict[str, Any]]:
             more = {
                 "inexact": "" if cls.exact else cls.inexact,
                 "mandatory": cls.mandatory,
+                "listed": issubclass(cls, SitePass) and not cls.on_demand,
                 "needs": sorted(cls.needs),
                 "keeps": sorted(cls.keeps),
                 "module": import_module(cls.__module__).__doc__ or "",
@@ -149,6 +151,8 @@ def _pass_page(name: str, passes: Mapping[str, Mapping[str, Any]]) -> str:
 def _result(name: str, found: Mapping[str, Any]) -> str:
     if found["result"] == "exact":
         return "exact"
+    if found["listed"]:
+        return f'{_cell(found["inexact"])}: it runs where a pipeline lists it'
     return f'{_cell(found["inexact"])}: it runs with `allow=("{name}",)`'
 
 

@@ -69,7 +69,8 @@ def run_passes(
     """Run the passes of ``program``'s level, in the order given. See ``run_pass``."""
     total = Rewriting()
     for step in passes:
-        if step.level is program.level and not isinstance(step, (Conversion, SitePass)):
+        apart = isinstance(step, (Conversion, SitePass)) and not step.asked
+        if step.level is program.level and not apart:
             total += run_pass(program, step, ctx, host, on_error=on_error, budgeted=budgeted)
     return total
 
@@ -138,7 +139,7 @@ def conversion_records(
     ``generates``: what is kept from token to token has records already."""
     records = []
     for step in passes:
-        if isinstance(step, SitePass) and not generates:
+        if isinstance(step, SitePass) and not generates and not step.asked:
             why = "keys and values are kept only where generate= is given"
             records.append(_record(step, host, "skipped", why))
         if not isinstance(step, Conversion):
@@ -180,7 +181,7 @@ def run_pass(
     (``PassError``, ``VerificationError``) with ``on_error="raise"``. ``budgeted``: bytes count as gains.
     ``closed``: why this program can take no candidate, where that is so; each is declined with it.
     """
-    if not step.exact and step.name not in ctx.allow:
+    if not step.exact and step.name not in ctx.allow and not step.asked:
         why = f"{step.inexact}: runs with allow=({step.name!r},)"
         return Rewriting((_record(step, host, "skipped", why),))
     try:
@@ -283,7 +284,9 @@ def _outcome(
         return idle, f"{share} chosen"
     if not edit.committed:
         return idle, f"{share} chosen, none changed the program"
-    return "applied", f"{share}" + (f", saves {format_seconds(gain)} (predicted)" if gain else "")
+    if gain:
+        share += f", {'saves' if gain > 0 else 'takes'} {format_seconds(abs(gain))} (predicted)"
+    return "applied", share
 
 
 def _record(

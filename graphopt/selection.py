@@ -31,10 +31,10 @@ def choose(
     """What of ``candidates`` is applied, in their order, and why the others are not.
 
     Exact candidates are taken unless they are predicted to cost something, those of a mandatory pass
-    always; what changes the order of rounding has to gain; what is lossy has to gain and its pass, or the
-    one that it is ``allowed_by``, to be named in ``ctx.allow``. Two conflict if one names the other or they
-    share nodes; the one that is worth more stays, the earlier one of equals. Alternatives are left to the
-    planner.
+    always, and so is what was ``asked`` for; what changes the order of rounding has to gain; what is lossy
+    has to gain and its pass, or the one that it is ``allowed_by``, to be named in ``ctx.allow``. Two
+    conflict if one names the other or they share nodes; the one that is worth more stays, the earlier one of
+    equals. Alternatives are left to the planner.
     """
     declined: dict[str, str] = {}
     gains = {c.id: worth(c, ctx, budgeted=budgeted) for c in candidates}
@@ -64,6 +64,8 @@ def choose(
 
 
 def _refusal(step: Pass, candidate: Candidate, gain: float, ctx: PassContext, *, budgeted: bool) -> str:
+    if step.asked:
+        return ""
     allowed_by = candidate.allowed_by or step.name
     if candidate.exactness == "lossy" and allowed_by not in ctx.allow:
         return f"lossy in {candidate.metric}: runs with allow=({allowed_by!r},)"

@@ -374,6 +374,13 @@ class Session:
         """Run the semantic-level passes over a captured program."""
         mode = "train" if is_trained(inputs) else "infer"
         ctx = self.context(mode)
+        if not self.whole and (asked := self.asked):
+            why = next((note for note in self.diagnostics if note.startswith("not one graph")), "")
+            raise CaptureError(
+                f"pass {asked!r} makes another model of a whole program, and programs may be parts of one "
+                f"here: {why or 'a step= was given'}",
+                hint="call the model once in a step, and leave out what breaks its graph",
+            )
         budgeted = self.budget.memory is not None
         if not self.captured:
             self.records.extend(left_out(self.passes, self.host))
@@ -390,6 +397,11 @@ class Session:
             budgeted=budgeted,
         )
         self._note(done)
+
+    @property
+    def asked(self) -> str:
+        """The pass, if any, that makes another model than the one that was given, as it is asked to."""
+        return next((step.name for step in self.passes if step.asked), "")
 
     def context(self, mode: str, *, bounded: bool = True) -> PassContext:
         """What passes are told in ``mode``, ``"train"`` or ``"infer"``."""

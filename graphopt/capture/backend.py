@@ -50,6 +50,11 @@ def graphopt_backend(
                 f"pass {conversion.name!r} changes the model, which torch.compile does not hand over: "
                 "use graphopt.optimize, or graphopt.quantize before"
             )
+        if session.asked:
+            raise InputsError(
+                f"pass {session.asked!r} makes another model of whole programs, and torch.compile hands over "
+                "parts of a model where its graph breaks: use graphopt.optimize"
+            )
         if session.budget.weights is not None:
             raise InputsError("Budget(weights=...) needs graphopt.optimize: it changes the model")
         # Without a budget no graph depends on another: each is planned when it comes.

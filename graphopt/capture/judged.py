@@ -32,7 +32,9 @@ def judge(
     budget = session.plan.budget if session.plan is not None else None
     baseline = driver.plan().baseline.peak_bytes
     reason = obstacle(driver.model, training=training)
-    if driver.step is not None:
+    if session.asked:
+        reason = f"pass {session.asked!r} makes another model of it, as it was asked to"
+    elif driver.step is not None:
         reason = "a step is more than one call"
     elif session.taken_over:
         reason = "it was made by an earlier process"

@@ -15,7 +15,7 @@ from graphopt.errors import InputsError, PipelineError, UnknownNameError
 from graphopt.options import OptionError, typed_value
 from graphopt.pipeline import parse_items
 
-__all__ = ["FORMAT", "NOTHING", "CacheAssignment", "store_named"]
+__all__ = ["FORMAT", "NOTHING", "CacheAssignment", "plan_of", "store_named"]
 
 FORMAT = 3
 """Version of what ``to_json`` writes."""
@@ -125,28 +125,55 @@ def _mapping(value: object, name: str, kind: type) -> list[tuple[int, Any]]:
     return sorted(value.items())
 
 
+def plan_of(value: object) -> dict[int, int]:
+    """Pairs (consumer, source) of a mapping, in order; a source may come later than its consumers, which
+    training programs alone can do.
+
+    Raises ``InputsError`` for what is no mapping of indices, and for a source that makes no keys and values.
+    """
+    sources: dict[int, int] = dict(_mapping(value, "sources", int))
+    for consumer, source in sources.items():
+        _check_round(consumer, source, sources)
+        _check_chain(consumer, source, sources)
+    return sources
+
+
 def _check_order(consumer: int, source: int, sources: Mapping[int, int]) -> None:
     """Raises ``InputsError`` for a source that is not there yet, or reads another's."""
-    path = [consumer, source]
-    while path[-1] in sources and path[-1] not in path[:-1]:
-        path.append(sources[path[-1]])
-    if path[-1] in path[:-1]:
-        raise InputsError(
-            f"attention {consumer} would read keys and values that none makes: {' -> '.join(map(str, path))}",
-            hint="take one attention of the round out of the plan",
-        )
+    _check_round(consumer, source, sources)
     if source > consumer:
         raise InputsError(
             f"attention {consumer} cannot read the keys and values of attention {source}, which come later",
             hint=f"let attention {source} read those of {consumer}"
             + (f", or {consumer} those of {consumer - 1}" if consumer else ""),
         )
+    _check_chain(consumer, source, sources)
+
+
+def _check_round(consumer: int, source: int, sources: Mapping[int, int]) -> None:
+    path = _followed(consumer, sources)
+    if path[-1] in path[:-1]:
+        raise InputsError(
+            f"attention {consumer} would read keys and values that none makes: {' -> '.join(map(str, path))}",
+            hint="take one attention of the round out of the plan",
+        )
+
+
+def _check_chain(consumer: int, source: int, sources: Mapping[int, int]) -> None:
     if source in sources:
         raise InputsError(
             f"attention {consumer} reads the keys and values of attention {source}, which makes none: it "
             f"reads those of attention {sources[source]}",
-            hint=f"name what makes them: {{{consumer}: {path[-1]}}}",
+            hint=f"name what makes them: {{{consumer}: {_followed(consumer, sources)[-1]}}}",
         )
+
+
+def _followed(consumer: int, sources: Mapping[int, int]) -> list[int]:
+    """``consumer``, what it reads, what that reads, up to what makes its own or was met before."""
+    path = [consumer]
+    while path[-1] in sources and path[-1] not in path[:-1]:
+        path.append(sources[path[-1]])
+    return path
 
 
 def _check_join(later: int, first: int, made: CacheAssignment) -> None:

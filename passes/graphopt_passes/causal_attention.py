@@ -33,7 +33,7 @@ from graphopt.program import Level, Program
 from graphopt_passes.constant_values import constant_value
 from graphopt_passes.mask_proof import proven
 
-__all__ = ["CausalAttention"]
+__all__ = ["CausalAttention", "mask_verdict"]
 
 _aten = torch.ops.aten
 _ATTENTION = _aten.scaled_dot_product_attention.default
@@ -56,7 +56,7 @@ class CausalAttention(Pass):
                 continue
             if mask not in verdicts:
                 aliases = aliases or alias_map(program.graph)
-                verdicts[mask] = _verdict(mask, aliases)
+                verdicts[mask] = mask_verdict(mask, aliases)
             verdict = verdicts[mask]
             if isinstance(verdict, Reason):
                 yield NearMiss(self.name, node.name, 1, 2, verdict)
@@ -71,7 +71,7 @@ class CausalAttention(Pass):
             )  # fmt: skip
 
 
-def _verdict(mask: fx.Node, aliases: Aliases) -> str | Reason:
+def mask_verdict(mask: fx.Node, aliases: Aliases) -> str | Reason:
     """``"causal"``, ``"empty"``, or why the mask is neither."""
     value = mask.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.dim() < 2:

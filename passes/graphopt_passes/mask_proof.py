@@ -19,10 +19,11 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from graphopt import _torch
 from graphopt.capture.aliasing import Aliases
 from graphopt_passes.constant_values import constant_value
 
-__all__ = ["Band", "band", "proven"]
+__all__ = ["Band", "band", "hides_later", "proven"]
 
 _aten = torch.ops.aten
 
@@ -32,10 +33,18 @@ _BOTH = frozenset(
 _SAME = frozenset(
     {
         _aten.expand.default, _aten.unsqueeze.default, _aten.view.default, _aten.reshape.default,
-        _aten.to.dtype, _aten.clone.default, _aten.contiguous.default, _aten.alias.default,
-        _aten.detach.default,
+        _aten.to.dtype, _aten.to.dtype_layout, _aten.clone.default, _aten.contiguous.default,
+        _aten.alias.default, _aten.detach.default,
     }
 )  # fmt: skip
+_UNMOVED = frozenset(
+    {
+        _aten.unsqueeze.default, _aten.to.dtype, _aten.to.dtype_layout, _aten.alias.default,
+        _aten.detach.default, _aten.clone.default,
+    }
+)  # fmt: skip
+"""What leaves numbers where they are along the axis that they are counted along."""
+
 _ONES = frozenset({_aten.ones.default, _aten.new_ones.default, _aten.ones_like.default})
 
 Comparison = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -89,6 +98,79 @@ def band(mask: fx.Node, aliases: Aliases) -> Band | None:
     if mask.target in _COMPARISONS or mask.target is _aten.eq.Tensor:
         return _compared(mask, aliases)
     return None
+
+
+def hides_later(mask: fx.Node, aliases: Aliases) -> bool:
+    """Whether a boolean mask surely hides from every query the keys behind its own place, whatever else it
+    hides. Other than a band's, its size may be a symbol, and parts of it may depend on inputs."""
+    found = band(mask, aliases)
+    if found is not None:
+        return found[1] is not None and found[1] <= 0
+    value = mask.meta.get("val")
+    written = aliases.roots.get(mask, frozenset()) & aliases.changed
+    if written or not isinstance(value, torch.Tensor) or not _is_boolean(value):
+        return False
+    if mask.target in _BOTH or mask.target in _SAME:
+        # A band that is spread is another band.
+        return any(
+            isinstance(part, fx.Node)
+            and _is_boolean(part.meta.get("val"))
+            and part.meta["val"].dim() >= 2
+            and all(map(_torch.is_same_size, part.meta["val"].shape[-2:], value.shape[-2:]))
+            and hides_later(part, aliases)
+            for part in mask.args[:2]
+        )
+    if mask.target is _aten.tril.default:
+        diagonal = mask.args[1] if len(mask.args) > 1 else 0
+        return isinstance(diagonal, int) and diagonal <= 0
+    return mask.target in _COMPARISONS and _counts_later_out(mask)
+
+
+def _is_boolean(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype is torch.bool
+
+
+def _counts_later_out(mask: fx.Node) -> bool:
+    left, right = (_counted(part) for part in mask.args[:2])
+    target: Any = mask.target
+    if left is None or right is None:
+        return False
+    if (left[1], right[1]) == (-2, -1):
+        left, right, target = right, left, _TURNED[target]
+    if (left[1], right[1]) != (-1, -2):
+        return False
+    # Key j is shown to query i where j + left <= i + right.
+    last = right[0] - left[0]
+    return (target is _aten.le.Tensor and last <= 0) or (target is _aten.lt.Tensor and last <= 1)
+
+
+def _counted(part: object) -> tuple[int, int] | None:
+    """From which number on an operand counts places one by one, along one of the last two axes, and along
+    which; ``None`` where it does not."""
+    value = part.meta.get("val") if isinstance(part, fx.Node) else None
+    if not isinstance(value, torch.Tensor):
+        return None
+    shape = (1, 1, *value.shape)
+    axis = -2 if isinstance(shape[-1], int) and shape[-1] == 1 else -1
+    first = 0
+    while isinstance(part, fx.Node) and part.target is not _aten.arange.default:
+        number = part.args[1] if len(part.args) > 1 else None
+        if part.target is _aten.add.Tensor and isinstance(number, int) and not part.kwargs:
+            first += number
+        elif part.target not in _UNMOVED and not _is_beginning(part):
+            return None
+        part = part.args[0] if part.args else None
+    others = [*shape[:-2], *(shape[-2:-1] if axis == -1 else ())]
+    alone = all(isinstance(size, int) and size == 1 for size in others)
+    return (first, axis) if isinstance(part, fx.Node) and alone else None
+
+
+def _is_beginning(part: fx.Node) -> bool:
+    """Whether a value is a slice that begins where its source does, and leaves nothing out between."""
+    names = ("self", "dim", "start", "end", "step")
+    given: dict[str, Any] = dict(zip(names, part.args, strict=False)) | dict(part.kwargs)
+    start, step = given.get("start"), given.get("step", 1)
+    return part.target is _aten.slice.Tensor and (start is None or start == 0) and step == 1
 
 
 def _both(mask: fx.Node, value: torch.Tensor, aliases: Aliases) -> Band | None:

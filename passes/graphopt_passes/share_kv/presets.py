@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from graphopt.errors import InputsError, UnknownNameError
+from graphopt.errors import InputsError
 
-__all__ = ["PRESETS", "preset_plan", "preset_streams"]
+__all__ = ["CONDENSED", "PRESETS", "condensed_plan", "preset_plan", "preset_streams"]
+
+CONDENSED = "layer-condensed"
+"""The preset whose sources come later than their consumers."""
 
 Fits = Callable[[int, int], str]
 
@@ -46,6 +49,29 @@ def swiftkv(count: int, fits: Fits, group: int) -> dict[int, int]:
     return cla(count, fits, group)
 
 
+def condensed_plan(count: int, fits: Fits, warmup: int) -> dict[int, int]:
+    """Of ``count`` attentions the first and the last make their own, ``warmup`` in all, one more of the first
+    where that is odd; all between read the last of those that they fit (LCKV, arXiv 2405.10637).
+
+    Raises ``InputsError`` where nothing comes to be shared.
+    """
+    plan: dict[int, int] = {}
+    makers: list[int] = []
+    for index in reversed(range((warmup + 1) // 2, count - warmup // 2)):
+        maker = next((one for one in makers if not fits(index, one)), None)
+        if maker is None:
+            makers.append(index)
+        else:
+            plan[index] = maker
+    if not plan:
+        raise InputsError(
+            f"preset {CONDENSED!r} with warmup={warmup} lets none of {count} attentions share: "
+            + ("none fit so" if count - warmup > 1 else "two at least are to be left between"),
+            hint=f"the nearest valid choice is warmup={max(0, count - 2)}" if 1 < count < warmup + 2 else "",
+        )
+    return dict(sorted(plan.items()))
+
+
 PRESETS = {"cla": cla, "sandwich": sandwich, "swiftkv": swiftkv}
 _GROUPS = {"cla": (2, 2), "sandwich": (2, 1), "swiftkv": (1, 1)}
 """What ``group`` is where it is not given, and at least."""
@@ -66,10 +92,8 @@ def preset_streams(count: int, early: int | None) -> dict[int, int]:
 
 
 def preset_plan(name: str, count: int, fits: Fits, group: int | None, first: int = 0) -> dict[int, int]:
-    """The plan of preset ``name`` for the attentions from ``first`` on of ``count``. Raises
-    ``UnknownNameError``, and ``InputsError`` where nothing comes to be shared."""
-    if name not in PRESETS:
-        raise UnknownNameError("preset of share-kv", name, PRESETS)
+    """The plan of preset ``name`` for the attentions from ``first`` on of ``count``. Raises ``InputsError``
+    where nothing comes to be shared."""
     default, least = _GROUPS[name]
     group = default if group is None else group
     if group < least:
