@@ -1170,6 +1170,17 @@ def test_a_traced_body_takes_any_first_size() -> None:
         assert torch.equal(found, expected)
 
 
+def test_sizes_are_multiples_of_a_symbol_or_not() -> None:
+    (tokens,) = _torch.symbolic_fakes([], [torch.zeros(3, 7)])
+    batch, length = tokens.shape
+    flat = _torch.call_on_fakes(tokens, torch.ops.aten.view.default, (tokens, [-1]), {})
+    padded = _torch.call_on_fakes(tokens, torch.ops.aten.pad.default, (tokens, [1, 0]), {})
+    assert _torch.is_multiple_of(length, length) and not _torch.is_multiple_of(batch, length)
+    assert _torch.is_multiple_of(flat.shape[0], length) and _torch.is_multiple_of(flat.shape[0], batch)
+    assert not _torch.is_multiple_of(padded.shape[1], length)
+    assert not _torch.is_multiple_of(7, length)
+
+
 @pytest.mark.parametrize(
     "asks",
     [torch.compiler.is_compiling, torch.compiler.is_dynamo_compiling, None],

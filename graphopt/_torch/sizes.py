@@ -19,6 +19,7 @@ __all__ = [
     "expression_form",
     "hint",
     "hinted",
+    "is_multiple_of",
     "is_same_size",
     "is_symbol",
     "size_at",
@@ -117,6 +118,14 @@ def is_same_size(one: Any, other: Any) -> bool:
     if isinstance(one, torch.SymInt) and isinstance(other, torch.SymInt):
         return bool(one.node.expr == other.node.expr)
     return type(one) is int and type(other) is int and one == other
+
+
+def is_multiple_of(size: Any, symbol: torch.SymInt) -> bool:
+    """Whether a size is ``symbol`` times what does not depend on it, without guarding on it."""
+    if not isinstance(size, torch.SymInt):
+        return False
+    share = size.node.expr / symbol.node.expr
+    return not share.has(symbol.node.expr)
 
 
 class SizeSymbol(NamedTuple):

@@ -122,6 +122,10 @@ class Uncached:
         """Whether a size depends on that of the sequence."""
         return _torch.depends_on(size, self.length)
 
+    def follows_length(self, size: Any) -> bool:
+        """Whether a size is some times that of the sequence, as that of rows of all sequences together."""
+        return _torch.is_multiple_of(size, self.length)
+
     def has_rows(self, size: Any) -> bool:
         """Whether a size depends on the number of rows of the source."""
         return self.source is not None and _torch.depends_on(size, self.source.rows)

@@ -119,9 +119,11 @@ class _Rows:
 
     def _can_be_narrowed(self, node: fx.Node, last: set[fx.Node]) -> bool:
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and self._dimension(value) is None:
-            # Other rows than the step's, as of what was padded.
-            return False
+        if isinstance(value, torch.Tensor):
+            sizes = [size for size in value.shape if self.uncached.has_length(size)]
+            if len(sizes) > 1 or not all(map(self.uncached.follows_length, sizes)):
+                # Other rows than the step's, as of what was padded, or rows by rows.
+                return False
         sources: Sequence[fx.Node] = node.all_input_nodes
         if node in self.attending:
             sources = [node.args[0]] if isinstance(node.args[0], fx.Node) else []
