@@ -117,7 +117,9 @@ def build(
         )  # fmt: skip
     sharing = assigned.sharing
     if sharing is not None:
-        freed = assigned.cache_bytes_before + kept - decoder.cache_bytes
+        # That attentions beside them keep latents frees bytes without any sharing.
+        latent = stored_bytes(made, batch, capacity) - stored_bytes(sites, batch, capacity)
+        freed = assigned.cache_bytes_before + kept - decoder.cache_bytes - latent
         sharing = replace(sharing, cache_bytes=replace(sharing.cache_bytes, realised=freed))
     record = DecodingRecord(
         capacity, batch, chunk, cache_bytes, bound, checked.off, site_records(sites, batch, capacity),
