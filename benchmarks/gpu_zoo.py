@@ -30,7 +30,6 @@ import re
 import tempfile
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -45,12 +44,12 @@ import zoo_transformers
 from harness import RESULTS, say
 from torch import nn
 from torch.utils import _pytree as pytree
-from zoo import SHARE, Subject, difference, seed, step, subject, worst_of
+from zoo import SHARE, Subject, difference, noted, seed, step, subject, worst_of
 from zoo_verdict import TOLERANCE, wrong
 
 import graphopt
 from graphopt.atomic import write_atomically
-from graphopt.errors import BudgetError, GraphoptError
+from graphopt.errors import BudgetError
 
 PARTS = ("inference", "training", "budget")
 
@@ -170,16 +169,7 @@ def attempt(name: str, out: Path, device: str, budget: bool) -> None:
 
     def note(part: str, make: Callable[[], dict[str, Any]]) -> None:
         torch._dynamo.reset()
-        began = time.time()
-        try:
-            found = make()
-        except Exception as error:
-            trace = traceback.extract_tb(error.__traceback__)
-            own = [f"{Path(f.filename).name}:{f.lineno}" for f in trace]
-            found = {"error": f"{type(error).__name__}: {str(error)[:600]}", "at": own[-8:]}
-            found["refused"] = isinstance(error, GraphoptError)
-        row[part] = {**found, "seconds": round(time.time() - began, 1)}
-        out.write_text(json.dumps(row))
+        noted(row, out, part, make)
 
     def eager() -> dict[str, Any]:
         of = on_device(name, device)

@@ -221,22 +221,26 @@ def _described(fast: graphopt.Optimized) -> dict[str, Any]:
     return {"graphs": len(report.programs), "notes": list(report.diagnostics)}
 
 
+def noted(row: dict[str, Any], out: Path, part: str, make: Callable[[], dict[str, Any]]) -> None:
+    """Put what ``make`` gives into ``row`` as ``part``, or what it raises, and ``row`` into ``out``."""
+    began = time.time()
+    try:
+        found = make()
+    except Exception as error:
+        trace = traceback.extract_tb(error.__traceback__)
+        own = [f"{Path(f.filename).name}:{f.lineno}" for f in trace]
+        found = {"error": f"{type(error).__name__}: {str(error)[:400]}", "at": own[-6:]}
+        found["refused"] = isinstance(error, GraphoptError)
+    row[part] = {**found, "seconds": round(time.time() - began, 1)}
+    out.write_text(json.dumps(row))
+
+
 def attempt(name: str, out: Path) -> None:
     """All that is tried with one model, in a process of its own. What is known is written as it comes."""
     torch.set_num_threads(1)
     row: dict[str, Any] = {}
 
-    def note(part: str, make: Callable[[], dict[str, Any]]) -> None:
-        began = time.time()
-        try:
-            found = make()
-        except Exception as error:
-            trace = traceback.extract_tb(error.__traceback__)
-            own = [f"{Path(f.filename).name}:{f.lineno}" for f in trace]
-            found = {"error": f"{type(error).__name__}: {str(error)[:400]}", "at": own[-6:]}
-            found["refused"] = isinstance(error, GraphoptError)
-        row[part] = {**found, "seconds": round(time.time() - began, 1)}
-        out.write_text(json.dumps(row))
+    note = partial(noted, row, out)
 
     def eager() -> dict[str, Any]:
         of = subject(name)

@@ -171,11 +171,19 @@ def test_recovery_fits_what_makes_keys_and_values() -> None:
     assert made.sharing is not None and made.sharing.divergence == pytest.approx(after, rel=0.01)
 
 
-SLOW = ("phi3", "gpt_neox", "gemma3_text", "deepseek_v2", "bloom", "mixtral")
+SLOW = ("phi3", "gemma3_text", "deepseek_v2", "bloom", "mixtral")
+SPLIT = "heads are split before queries are taken out: theirs are computed with keys and values"
 
 
-# GPT-2 takes the rows of all sequences together for its products.
-@pytest.mark.parametrize("name", ["gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        # It takes the rows of all sequences together for its products.
+        "gpt2",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW),
+        pytest.param("gpt_neox", marks=(pytest.mark.slow, pytest.mark.xfail(reason=SPLIT, strict=True))),
+    ],
+)
 def test_families_decode_out_of_an_early_stream(name: str) -> None:
     pytest.importorskip("transformers")
     fast = decoding(family(name), {"input_ids": tokens()}, preset="swiftkv", early=0)
