@@ -17,7 +17,7 @@ from graphopt.budget import Budget, format_bytes
 from graphopt.capture.driver import Driver
 from graphopt.capture.inputs import bind_inputs
 from graphopt.cost import CostModel
-from graphopt.decoding.assigning import Assigned, assign
+from graphopt.decoding.assigning import Assigned, assign, smaller_stores
 from graphopt.decoding.generator import Generator
 from graphopt.decoding.options import Generate
 from graphopt.device import DeviceSpec
@@ -315,8 +315,11 @@ def _uncaptured(
         Driver(of, trial, dynamic=dynamic_shapes, loss_fn=loss_fn).prepare(args, kwargs)
         return trial
 
+    smaller = None
     if generate is not None and assigned is None:
-        assigned = assign(model, example, generate, fresh(model, budget))
+        given = model
+        assigned = assign(given, example, generate, fresh(given, budget))
+        smaller = smaller_stores(given, example, generate, assigned, lambda of: fresh(given, of), budget)
     elif assigned is not None:
         assigned = replace(assigned, model=model, uncached=None)
     if assigned is not None:
@@ -365,7 +368,7 @@ def _uncaptured(
         driver.apart = f"buckets of DistributedDataParallel are not counted: {format_bytes(buckets)}"
     generator = None
     if generate is not None and assigned is not None:
-        generator = Generator(assigned, example, generate, fresh(model, budget))
+        generator = Generator(assigned, example, generate, fresh(model, budget), smaller)
     return Optimized(model, driver, loss_fn, again, generator)
 
 

@@ -155,6 +155,52 @@ def test_budgets_of_stores_are_kept_where_loss_is_allowed(tmp_path: Path) -> Non
     assert optimized(model, allow=allow).report.decoding.lossy is None
 
 
+def test_stores_are_lossy_where_a_budget_of_all_memory_needs_it(tmp_path: Path) -> None:
+    file = tmp_path / "tokens.safetensors"
+    write_tensors(file, {"input_ids": tokens(2, 100)}, {})
+    model = plain("fused")
+    allow = (f'lossy-cache{{calibration="{file}"}}',)
+    exact = optimized(model).report.decoding.cache_bytes
+    with pytest.raises(BudgetError) as refused:
+        optimized(model, budget=1000, allow=allow)
+    assert "decoding one token takes" in str(refused.value)
+    least = refused.value.least_bytes
+
+    def within(budget: int, **options: Any) -> graphopt.Optimized:
+        fast = optimized(model, budget=budget, **options)
+        predicted = fast.report.predicted
+        assert predicted is not None and predicted.peak_bytes is not None
+        assert predicted.peak_bytes <= budget and predicted.cache_bytes == fast.report.decoding.cache_bytes
+        return fast
+
+    # What fits as it is stays exact.
+    assert within(least, allow=allow).report.decoding.lossy is None
+    budget = least - exact // 3
+    with pytest.raises(BudgetError, match="'lossy-cache' changes results and is not allowed, it would do"):
+        optimized(model, budget=budget)
+    fast = within(budget, allow=allow)
+    record = fast.report.decoding
+    assert record.cache_bytes < exact and record.lossy.divergence > 0
+    assert any("stores are held to" in note for note in fast.report.diagnostics)
+    # More than one token goes at a time.
+    assert record.chunk > 1
+    assert fast.generate(tokens(2, 6), max_new_tokens=4).shape == (2, 10)
+    with pytest.raises(BudgetError, match="are allowed") as last:
+        optimized(model, budget=least - 2 * exact + 40000, allow=allow)
+    assert last.value.least_bytes > last.value.budget_bytes
+
+
+def test_a_bound_of_stores_is_not_changed_by_one_of_all_memory(tmp_path: Path) -> None:
+    file = tmp_path / "tokens.safetensors"
+    write_tensors(file, {"input_ids": tokens(2, 100)}, {})
+    model = plain("fused")
+    with pytest.raises(BudgetError) as refused:
+        optimized(model, budget=1000)
+    budget = Budget(memory=refused.value.least_bytes - 100, cache="1GiB")
+    with pytest.raises(BudgetError, match=r"moving sequences takes .* are allowed"):
+        optimized(model, budget=budget, allow=(f'lossy-cache{{calibration="{file}"}}',))
+
+
 @pytest.mark.parametrize(
     ("tensors", "text"),
     [

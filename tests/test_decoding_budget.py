@@ -23,8 +23,8 @@ STORES = 2 * BATCH * 2 * TOKENS * WIDTH * 4
 """Two layers, keys and values, of float32."""
 
 
-def generating(kind: str = "fused", **options: Any) -> graphopt.Optimized:
-    generate = graphopt.Generate(TOKENS, BATCH)
+def generating(kind: str = "fused", batch: int = BATCH, **options: Any) -> graphopt.Optimized:
+    generate = graphopt.Generate(TOKENS, batch)
     return graphopt.optimize(plain(kind), (tokens(),), generate=generate, emit="eager", **options)
 
 
@@ -92,14 +92,27 @@ def test_prompts_go_in_by_parts_where_they_would_not_fit_whole(free: graphopt.Op
 
 
 def test_what_does_not_fit_a_token_is_refused_with_what_takes_it() -> None:
+    stores = STORES // BATCH
     with pytest.raises(BudgetError) as caught:
-        generating(budget=STORES)
-    assert f"{format_bytes(STORES)} stores of keys and values for max_tokens=256" in caught.value.message
+        generating(budget=stores, batch=1)
+    assert f"{format_bytes(stores)} stores of keys and values for max_tokens=256" in caught.value.message
     assert "are parameters and buffers" in caught.value.message
-    fits = generating(budget=caught.value.least_bytes)
+    fits = generating(budget=caught.value.least_bytes, batch=1)
     assert fits.report.decoding.chunk == 1
     with pytest.raises(BudgetError, match=re.escape("decoding one token takes")):
-        generating(budget=caught.value.least_bytes - 1)
+        generating(budget=caught.value.least_bytes - 1, batch=1)
+
+
+def test_sequences_that_change_places_fit_too() -> None:
+    """As beams do: their stores move through memory of its own, of 64 MiB at most."""
+    with pytest.raises(BudgetError) as caught:
+        generating(budget=STORES)
+    least = caught.value.least_bytes
+    predicted = generating(budget=least).report.predicted
+    assert predicted.peak_bytes == least and predicted.peak_bytes >= predicted.weight_bytes + 2 * STORES
+    with pytest.raises(BudgetError, match=re.escape("moving sequences takes")) as caught:
+        generating(budget=least - 1)
+    assert caught.value.least_bytes == least
 
 
 @pytest.mark.parametrize("length", [1, 64, 255])

@@ -30,9 +30,23 @@ from graphopt.schedule import Schedule
 if TYPE_CHECKING:
     from graphopt.session import Session
 
-__all__ = ["Arithmetic", "Before"]
+__all__ = ["Arithmetic", "Before", "NoRoom"]
 
 Shapes = Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+AT_ONCE = 512
+"""Tokens of a prompt that are to go at once where stores are chosen for the budget: of fewer, prompts would
+take many steps, of more, stores would lose much for little time."""
+
+
+class NoRoom(BudgetError):
+    """Not even one token fits the budget beside the stores. ``room``: bytes of stores that do, beside a step
+    of some tokens."""
+
+    def __init__(self, message: str, *, room: int, least_bytes: int, budget_bytes: int, hint: str) -> None:
+        self.room = room
+        super().__init__(message, least_bytes=least_bytes, budget_bytes=budget_bytes, hint=hint)
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,7 @@ class Arithmetic:
     def fitted(self, budget: int | None) -> tuple[int, Cost]:
         """The most tokens of a prompt at once whose step fits, and what one token takes, at the peak of
         all."""
-        single = self._step(1)
+        single, moved = self._step(1), self._moved(self.cache_bytes)
         chunk = min(self.options.max_tokens, *step_bounds_of(self.sites), self.options.max_tokens)
         if self.stretch is not None:
             chunk = min(STRETCH, self.options.max_tokens)
@@ -125,25 +139,46 @@ class Arithmetic:
                 size //= 2
             chunk, peak = fitting[-1]
             if peak > budget:
-                self._refuse(peak, budget)
+                self._refuse(max(peak, moved), budget)
+        if budget is not None and moved > budget:
+            self._refuse(moved, budget, "moving sequences")
         for before in self.before:
             once = self._once(before, self.base).peak_bytes
             if budget is not None and once > budget:
                 self._refuse(once, budget, before.what)
             peak = max(peak, once)
-        if self.options.max_batch > 1:
-            # Sequences may change places.
-            peak = max(peak, self.base + min(MOVED, self.cache_bytes))
-        return chunk, Cost(
-            max(peak, single.peak_bytes), self.weight_bytes, single.seconds, single.flops, self.cache_bytes
-        )
+        peak = max(peak, single.peak_bytes, moved)
+        return chunk, Cost(peak, self.weight_bytes, single.seconds, single.flops, self.cache_bytes)
+
+    def _moved(self, cache_bytes: int) -> int:
+        """The peak while sequences change places, as those of beams do."""
+        if self.options.max_batch == 1:
+            return 0
+        return self.base - self.cache_bytes + cache_bytes + min(MOVED, cache_bytes)
+
+    def _room(self, budget: int) -> int:
+        """Bytes of stores that fit: beside a step of ``AT_ONCE`` tokens, or of fewer where that would take
+        more than half of the stores."""
+        count = min(self.options.max_tokens, *step_bounds_of(self.sites), AT_ONCE)
+        if self.stretch is not None:
+            count = min(STRETCH, self.options.max_tokens)
+        while True:
+            room = budget - (self._step(count).peak_bytes - self.cache_bytes)
+            if count == 1 or 2 * room >= self.cache_bytes:
+                break
+            count = 1 if self.stretch is not None else count // 2
+        if self._moved(room) > budget:
+            beside = budget - (self.base - self.cache_bytes)
+            room = max(beside - MOVED, beside // 2)
+        return room
 
     def _refuse(self, peak: int, budget: int, what: str = "decoding one token") -> None:
         stores = format_bytes(self.cache_bytes)
-        raise BudgetError(
+        raise NoRoom(
             f"{what} takes {format_bytes(peak)} ({peak} bytes), {format_bytes(budget)} are "
             f"allowed: {format_bytes(self.weight_bytes)} are parameters and buffers, {stores} stores of keys "
             f"and values for max_tokens={self.options.max_tokens} and max_batch={self.options.max_batch}",
+            room=self._room(budget),
             least_bytes=peak,
             budget_bytes=budget,
             hint=f"ask for budget={peak} or more, for fewer tokens or sequences, or pack weights "

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,7 @@ from graphopt.report import PassRecord
 if TYPE_CHECKING:
     from graphopt.session import Session
 
-__all__ = ["Assigned", "assign"]
+__all__ = ["Assigned", "assign", "smaller_stores"]
 
 _TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """By how much of the largest logit the rewritten program may be off the one that everything is still in: only
@@ -125,6 +125,30 @@ def assign(model: torch.nn.Module, inputs: Any, options: Generate, session: Sess
         )
     done = _shared(model, uncached, regions, assignment, answers, options, session, question.fitted)
     return replace(done, allocation=allocation, records=tuple(records), fitted=question.fitted)
+
+
+def smaller_stores(
+    model: torch.nn.Module,
+    inputs: Any,
+    options: Generate,
+    assigned: Assigned,
+    fresh: Callable[[Any], Session],
+    budget: Any,
+) -> Callable[[int], tuple[Assigned, Session]] | None:
+    """What assigns stores of so many bytes at most, where ``budget`` bounds all memory and does not fit those
+    that were ``assigned``, with a session for them of ``fresh``, which takes a budget. ``None`` where no pass
+    may choose others, or one made another model already."""
+    session = fresh(budget)
+    within = session.budget
+    chooses = any(step.on_demand for step in site_passes(session.passes, session.allow))
+    if within.memory is None or within.cache is not None or not chooses or assigned.model is not model:
+        return None
+
+    def smaller(room: int) -> tuple[Assigned, Session]:
+        bounded = replace(within, cache=room)
+        return assign(model, inputs, options, fresh(bounded)), fresh(bounded)
+
+    return smaller
 
 
 def _question(

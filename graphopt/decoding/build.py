@@ -12,7 +12,7 @@ from graphopt import _torch
 from graphopt.budget import format_bytes, parse_bytes
 from graphopt.cost import Cost
 from graphopt.decoding.absorb import absorbed
-from graphopt.decoding.arithmetic import Arithmetic
+from graphopt.decoding.arithmetic import Arithmetic, NoRoom
 from graphopt.decoding.beside import SideBySide
 from graphopt.decoding.capture import Uncached, capture_uncached
 from graphopt.decoding.check_decoder import check_decoder
@@ -98,7 +98,15 @@ def build(
     )  # fmt: skip
     baseline = arithmetic.baseline()
     budget = session.budget.resolve(baseline.peak_bytes)
-    chunk, predicted = arithmetic.fitted(budget)
+    try:
+        chunk, predicted = arithmetic.fitted(budget)
+    except NoRoom as refused:
+        if hint := _saving(session, made, refused.room - kept, options):
+            raise NoRoom(
+                refused.message, room=refused.room, least_bytes=refused.least_bytes,
+                budget_bytes=refused.budget_bytes, hint=refused.hint + hint,
+            ) from None  # fmt: skip
+        raise
     decoder = Decoder(
         uncached, sites, options, step, general.gm, lambda *_: None, chunk, device, beside, once
     )
@@ -151,9 +159,7 @@ def _check_cache(
     if cache_bytes <= bound:
         return bound
     hint = f"allow Budget(cache={cache_bytes}), or ask for fewer tokens or sequences"
-    for name in _saving(session, made, bound - cache_bytes + _stored(sites, options), options):
-        allow = f"{name}{{calibration=FILE}}"
-        hint += f"; pass {name!r} changes results and is not allowed, it would do: allow=({allow!r},)"
+    hint += _saving(session, made, bound - cache_bytes + _stored(sites, options), options)
     records = site_records(sites, options.max_batch, options.max_tokens)
     found = [(record.bytes, record.layer or "the first attention", record.store) for record in records]
     found += [(r.bytes, r.layer or r.name, "state") for r in state_records(uncached, options.max_batch)]
@@ -185,8 +191,8 @@ def _stored(sites: tuple[Site, ...], options: Generate) -> int:
     return stored_bytes(sites, options.max_batch, options.max_tokens)
 
 
-def _saving(session: Session, sites: tuple[Site, ...], bound: int, options: Generate) -> list[str]:
-    """Passes that are not allowed and whose stores could take ``bound`` bytes."""
+def _saving(session: Session, sites: tuple[Site, ...], bound: int, options: Generate) -> str:
+    """More of a hint: passes that are not allowed and whose stores could take ``bound`` bytes."""
     stores = [store for kind in session.host.stores().values() for store in kind.choices()]
     least = 0
     for index, site in enumerate(sites):
@@ -196,7 +202,12 @@ def _saving(session: Session, sites: tuple[Site, ...], bound: int, options: Gene
                 s.stored_bytes(site.spec, options.max_batch, options.max_tokens) for s in (site.store, *taken)
             )
     passes = set(session.passes) - set(site_passes(session.passes, session.allow))
-    return [step.name for step in passes if isinstance(step, SitePass) and least <= bound]
+    names = [step.name for step in passes if isinstance(step, SitePass) and least <= bound]
+    more = ((name, f"{name}{{calibration=FILE}}") for name in names)
+    return "".join(
+        f"; pass {name!r} changes results and is not allowed, it would do: allow=({allow!r},)"
+        for name, allow in more
+    )
 
 
 def _name(session: Session, uncached: Uncached, decoder: Decoder) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 import graphopt
+from graphopt.budget import format_bytes
+from graphopt.decoding.arithmetic import NoRoom
 from graphopt.decoding.build import Built, build
 from graphopt.decoding.generation import generate_with, plain_generate
 from graphopt.decoding.options import Generate
@@ -21,20 +24,31 @@ if TYPE_CHECKING:
 
 __all__ = ["Generator"]
 
+TRIES = 4
+"""How often stores are made that fit what is left for them."""
+
+Smaller = Callable[[int], tuple["Assigned", "Session"]]
+
 
 class Generator:
     """Generates with the model of ``assigned``, in the stores that it says.
 
     A model that cannot be captured for decoding generates as it did, and ``report`` says why; with
     ``on_error="raise"``, for a model without a ``generate`` of its own, and where a budget would not be kept,
-    the reason is raised.
+    the reason is raised. ``smaller``: stores for the same model that take no more than so many bytes, where
+    passes may choose some.
     """
 
-    def __init__(self, assigned: Assigned, inputs: Any, options: Generate, session: Session) -> None:
-        self.model, self.inputs, self.options, self.session = assigned.model, inputs, options, session
-        self.assigned = assigned
-        session.generates = True
-        session.records.extend(assigned.records)
+    def __init__(
+        self,
+        assigned: Assigned,
+        inputs: Any,
+        options: Generate,
+        session: Session,
+        smaller: Smaller | None = None,
+    ) -> None:
+        self.inputs, self.options, self._smaller = inputs, options, smaller
+        self._take(assigned, session)
         self._built: Built | None = None
         self._refused = ""
 
@@ -47,13 +61,35 @@ class Generator:
                 "optimize(generate=...) needs inputs: example tokens, as a tuple or a dict of arguments"
             )
         try:
-            self._built = build(self.model, self.inputs, self.options, self.session, self.assigned)
+            self._built = self._build()
         except (CaptureError, VerificationError) as error:
             self._give_up(error, error.message)
         except GraphoptError:
             raise
         except Exception as error:  # what a capture, or a pass, may run into cannot be listed
             self._give_up(error, brief(error))
+
+    def _take(self, assigned: Assigned, session: Session) -> None:
+        self.model, self.assigned, self.session = assigned.model, assigned, session
+        session.generates = True
+        session.records.extend(assigned.records)
+
+    def _build(self) -> Built:
+        """Raises ``BudgetError`` where nothing fits, in stores that passes may choose either."""
+        for _ in range(TRIES):
+            try:
+                return build(self.model, self.inputs, self.options, self.session, self.assigned)
+            except NoRoom as error:
+                if self._smaller is None or error.room <= 0:
+                    raise
+                # Other stores make another step, which may leave less room.
+                refused = error
+                self._take(*self._smaller(error.room))
+                self.session.diagnostics.append(
+                    f"stores are held to {format_bytes(error.room)}, which passes choose them for: as they "
+                    f"are the least step takes {format_bytes(error.least_bytes)}, more than the budget"
+                )
+        raise refused
 
     def _give_up(self, error: Exception, why: str) -> None:
         """Leave ``generate`` to the model, where that is what was asked for and is possible."""
