@@ -18,7 +18,7 @@ A store that is not exact changes results; the report says so.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -27,7 +27,7 @@ from graphopt.decoding.assignment import CacheAssignment, store_named
 from graphopt.decoding.fitting import fit_stores
 from graphopt.decoding.site_pass import SiteAnswer, SiteQuestion
 from graphopt.decoding.sites import sites_of
-from graphopt.decoding.sources import check_indices
+from graphopt.decoding.sources import check_indices, first_reader
 from graphopt.decoding.stores import CacheStore
 from graphopt.errors import InputsError
 from graphopt.program import Level
@@ -70,6 +70,8 @@ class KeepKv(CalibratedPass):
             left = [i for i in owners if reasons[i] is not None]
             if not layers:
                 raise InputsError(f"store {store} takes none of {len(owners)} attentions: {reasons[left[0]]}")
+            # Rings of a window are smaller apart: of another kind one serves all that read the same.
+            layers = [i for i in layers if not _is_served(i, layers, store, question)]
             if left:
                 refused = f"; attention {left[0]} keeps {question.sites[left[0]].store}: {reasons[left[0]]}"
         kind = "exact" if store.exact else "lossy"
@@ -103,3 +105,13 @@ class KeepKv(CalibratedPass):
         batches = [(part, None) for part in torch.split(rows, 1)]
         found = fit_stores(program, sites, {index: [store] for index in layers}, batches)
         return {index: tensors for (index, _), tensors in found.items()}
+
+
+def _is_served(index: int, layers: Sequence[int], store: CacheStore, question: SiteQuestion) -> bool:
+    """Whether the ``store`` of an earlier one of ``layers`` has what attention ``index`` reads."""
+    first = first_reader(question.regions, index)
+    if first == index or first not in layers:
+        return False
+    here, there = question.sites[index].spec, question.sites[first].spec
+    refused = store.refuses(replace(here, shares=True), question.options.max_tokens)
+    return refused is None and here.mask.window == there.mask.window
