@@ -18,6 +18,7 @@ from graphopt.kept_inputs import TracedInputs
 from graphopt.offered_schedules import depends
 from graphopt.program import InputSpec
 from graphopt.unfolding import Made, fold
+from graphopt.unreached import leaving_unreached
 
 if TYPE_CHECKING:
     from graphopt.session import Session
@@ -140,7 +141,11 @@ def _made(
                 session.gradients_of(specs),
                 keep,
             )
-        return reattach(run, gm, auxiliary, lambda: session._used(captured)) if auxiliary else run
+        if auxiliary:
+            return reattach(run, gm, auxiliary, lambda: session._used(captured))
+        # Of the whole model, what is returned beside the loss is cut off before.
+        several = mode == "train" and not session.whole
+        return leaving_unreached(run, lambda: captured.joint) if several else run
 
     def plain(*args: Any) -> Any:
         return _torch.run_as_captured(gm, args)
