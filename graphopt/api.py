@@ -315,11 +315,8 @@ def _uncaptured(
         Driver(of, trial, dynamic=dynamic_shapes, loss_fn=loss_fn).prepare(args, kwargs)
         return trial
 
-    smaller = None
     if generate is not None and assigned is None:
-        given = model
-        assigned = assign(given, example, generate, fresh(given, budget))
-        smaller = smaller_stores(given, example, generate, assigned, lambda of: fresh(given, of), budget)
+        assigned = assign(model, example, generate, fresh(model, budget))
     elif assigned is not None:
         assigned = replace(assigned, model=model, uncached=None)
     if assigned is not None:
@@ -368,6 +365,7 @@ def _uncaptured(
         driver.apart = f"buckets of DistributedDataParallel are not counted: {format_bytes(buckets)}"
     generator = None
     if generate is not None and assigned is not None:
+        smaller = smaller_stores(assigned, example, generate, partial(fresh, model), budget)
         generator = Generator(assigned, example, generate, fresh(model, budget), smaller)
     return Optimized(model, driver, loss_fn, again, generator)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,6 +186,7 @@ def test_stores_are_lossy_where_a_budget_of_all_memory_needs_it(tmp_path: Path) 
     # More than one token goes at a time.
     assert record.chunk > 1
     assert fast.generate(tokens(2, 6), max_new_tokens=4).shape == (2, 10)
+    assert copy.deepcopy(fast).report.decoding.cache_bytes == record.cache_bytes
     with pytest.raises(BudgetError, match="are allowed") as last:
         optimized(model, budget=least - 2 * exact + 40000, allow=allow)
     assert last.value.least_bytes > last.value.budget_bytes

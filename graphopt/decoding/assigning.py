@@ -128,20 +128,16 @@ def assign(model: torch.nn.Module, inputs: Any, options: Generate, session: Sess
 
 
 def smaller_stores(
-    model: torch.nn.Module,
-    inputs: Any,
-    options: Generate,
-    assigned: Assigned,
-    fresh: Callable[[Any], Session],
-    budget: Any,
+    assigned: Assigned, inputs: Any, options: Generate, fresh: Callable[[Any], Session], budget: Any
 ) -> Callable[[int], tuple[Assigned, Session]] | None:
     """What assigns stores of so many bytes at most, where ``budget`` bounds all memory and does not fit those
     that were ``assigned``, with a session for them of ``fresh``, which takes a budget. ``None`` where no pass
-    may choose others, or one made another model already."""
-    session = fresh(budget)
+    may choose others, or one made another model."""
+    session, model = fresh(budget), assigned.model
     within = session.budget
     chooses = any(step.on_demand for step in site_passes(session.passes, session.allow))
-    if within.memory is None or within.cache is not None or not chooses or assigned.model is not model:
+    other = assigned.assignment.sources or assigned.assignment.streams
+    if within.memory is None or within.cache is not None or not chooses or other:
         return None
 
     def smaller(room: int) -> tuple[Assigned, Session]:
