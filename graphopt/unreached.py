@@ -7,7 +7,7 @@ is made of them alone is zero as well::
     eager:      extra's weight.grad is None        an optimizer leaves the weight as it is
     zeros:      extra's weight.grad is 0           an optimizer decays it, and its averages
 
-So a hook of the backward takes those gradients away again, as op by op nothing would have made them, and
+So hooks of the backward take those gradients away again, as op by op nothing would have made them, and
 with them those that the programs before would make of them. What a gradient is made of is read off the joint
 graph.
 """
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from graphopt import _torch
 from graphopt.program import Program
 
 __all__ = ["leaving_unreached", "made_of"]
@@ -73,7 +74,7 @@ def leaving_unreached(run: Callable[..., Any], joint: Callable[[], Program | Non
             node, order = backward
             if not places:
                 places.update(_places(node, args, made))
-            node.register_hook(partial(_without_unreached, order, places))
+            node.register_prehook(partial(_notice, order, places))
         return outputs
 
     return call
@@ -102,11 +103,16 @@ def _places(node: Any, args: Sequence[Any], made: Mapping[int, int]) -> dict[int
     return places
 
 
-def _without_unreached(
-    order: Sequence[int], places: Mapping[int, int], gradients: tuple[Any, ...], given: tuple[Any, ...]
-) -> tuple[Any, ...] | None:
+def _notice(order: Sequence[int], places: Mapping[int, int], given: tuple[Any, ...]) -> None:
+    """Before a backward: see to it that gradients go that are made of none of those ``given``. A hook for
+    after it has autograd hold what is given meanwhile, so there is one only where something goes."""
     missing = sum(1 << k for k, place in enumerate(order) if given[place] is None)
-    if not missing:
-        return None
     gone = {place for place, bits in places.items() if not bits & ~missing}
-    return tuple(None if place in gone else gradient for place, gradient in enumerate(gradients))
+    if not gone:
+        return
+
+    def without(gradients: tuple[Any, ...], given: tuple[Any, ...]) -> tuple[Any, ...]:
+        handle.remove()
+        return tuple(None if place in gone else gradient for place, gradient in enumerate(gradients))
+
+    handle = _torch.running_node().register_hook(without)
