@@ -60,8 +60,8 @@ def gpu_zoo(record: dict[str, Any]) -> str:
             for key, off in rows[name].get(part, {}).get("worst", {}).items():
                 if isinstance(off, str) or off > record["tolerance"]:
                     peer = rows[name][part].get("peer", {}).get(key)
-                    beside = "" if peer is None else f" (torch.compile: {peer:.3g})"
-                    lines.append(f"- `{name}`, {key} of {part}: off by {off:.3g}{beside}")
+                    beside = "" if peer is None else f" (torch.compile: {_off(peer)})"
+                    lines.append(f"- `{name}`, {key} of {part}: off by {_off(off)}{beside}")
     return (
         f"## Any model, generated code on a GPU, torch {record['versions']['torch']}\n\n"
         f"The same with what `optimize` does by default on a GPU, and {others} types of transformers that "
@@ -70,6 +70,10 @@ def gpu_zoo(record: dict[str, Any]) -> str:
         f"in its tensor: {counts.get('ok', 0)} of {tried}. `stopped`: not done within 150 s (130 s). "
         f"{record['note']}\n\n" + "\n".join(lines) + "\n"
     )
+
+
+def _off(share: float | str) -> str:
+    return share if isinstance(share, str) else f"{share:.3g}"
 
 
 def _aside(record: dict[str, Any]) -> str:

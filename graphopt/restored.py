@@ -34,18 +34,27 @@ def random_state_restored() -> Iterator[None]:
         random.setstate(states[2])
 
 
+_DEEP = 2
+"""How far objects are followed from a module: its configuration, and the parts of that. Farther on lies what
+other threads may be working with (loggers, queues of data)."""
+
+
 def _held_tables(model: torch.nn.Module) -> Iterator[dict[str, Any]]:
-    """Attributes of modules and of the objects that these hold by name, as configurations, and so on."""
-    waiting: list[Any] = list(model.modules())
-    known = {id(module) for module in waiting}
-    while waiting:
-        attributes = vars(waiting.pop())
-        yield attributes
-        for value in attributes.values():
-            held = isinstance(getattr(value, "__dict__", None), dict) and not callable(value)
-            if held and id(value) not in known and not isinstance(value, (torch.Tensor, ModuleType)):
-                known.add(id(value))
-                waiting.append(value)
+    """Attributes of modules, of the objects that these hold by name, as configurations, and of what these
+    hold."""
+    holders: list[Any] = list(model.modules())
+    known = {id(module) for module in holders}
+    for depth in range(_DEEP + 1):
+        found: list[Any] = []
+        for holder in holders:
+            attributes = vars(holder)
+            yield attributes
+            for value in attributes.values() if depth < _DEEP else ():
+                held = isinstance(getattr(value, "__dict__", None), dict) and not callable(value)
+                if held and id(value) not in known and not isinstance(value, (torch.Tensor, ModuleType)):
+                    known.add(id(value))
+                    found.append(value)
+        holders = found
 
 
 @contextmanager

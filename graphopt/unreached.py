@@ -27,9 +27,9 @@ __all__ = ["leaving_unreached", "made_of"]
 
 
 def made_of(joint: Program) -> tuple[dict[int, int], int]:
-    """Which of the outputs' gradients each input's gradient is made of, by the number of the input: a bit for
-    each. And how many there are."""
-    placeholders = [spec for spec in joint.signature.inputs if spec.role != "tangent"]
+    """Which of the outputs' gradients each input's gradient is made of, by the number of the argument: a bit
+    for each. And how many there are. Inputs that are no argument, as states of generators, are left out."""
+    arguments = {node: index for node, role, index in _torch.describe_joint(joint.gm)[0] if role == "input"}
     tangents = [spec.node for spec in joint.signature.by_role("tangent")]
     bits: dict[Any, int] = {}
     number = {name: 1 << k for k, name in enumerate(tangents)}
@@ -40,15 +40,18 @@ def made_of(joint: Program) -> tuple[dict[int, int], int]:
         bits[node] = found
     named = {node.name: node for node in joint.graph.nodes}
     known: dict[str, int] = {}
-    for k, spec in enumerate(placeholders):
-        for name in filter(None, (spec.node, spec.fqn)):
-            known.setdefault(name, k)
+    for spec in joint.signature.inputs:
+        index = arguments.get(spec.node, -1)
+        for name in (spec.node, spec.fqn):
+            if name and index >= 0:
+                known.setdefault(name, index)
     made: dict[int, int] = {}
     for output in joint.signature.outputs:
         if output.role == "gradient" and output.target in known:
             found = bits[named[output.node]]
             if found:
-                made[known[output.target]] = found
+                index = known[output.target]
+                made[index] = made.get(index, 0) | found
     return made, len(tangents)
 
 
@@ -57,7 +60,7 @@ def leaving_unreached(run: Callable[..., Any], joint: Callable[[], Program | Non
     gradient of outputs' gradients that are not there."""
     made: dict[int, int] = {}
     counts: list[int] = []
-    places: dict[int, int] = {}
+    places: dict[type, dict[int, int]] = {}
 
     def call(*args: Any) -> Any:
         outputs = run(*args)
@@ -72,9 +75,10 @@ def leaving_unreached(run: Callable[..., Any], joint: Callable[[], Program | Non
             counts.append(count)
         if made and (backward := _backward_of(outputs, counts[0])) is not None:
             node, order = backward
-            if not places:
-                places.update(_places(node, args, made))
-            node.register_prehook(partial(_notice, order, places))
+            # Of code that is made anew the node is another, and may count otherwise.
+            if type(node) not in places:
+                places[type(node)] = _places(node, args, made)
+            node.register_prehook(partial(_notice, order, places[type(node)]))
         return outputs
 
     return call

@@ -1205,3 +1205,23 @@ def test_followed_code_is_told_that_nothing_compiles_while_it_is_said(
     assert torch.cuda.is_current_stream_capturing is plain
     if asks is not None:
         assert torch.equal(torch.compile(chosen, backend="eager", fullgraph=True)(x), x + 1)
+
+
+def test_what_code_is_told_is_put_back_by_the_last_block_of_all_threads() -> None:
+    def chosen(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if torch.compiler.is_compiling() else x + 2
+
+    def compiled() -> float:
+        torch._dynamo.reset()
+        return float(torch.compile(chosen, backend="eager", fullgraph=True)(torch.zeros(())))
+
+    one, other = _torch.told_uncompiled(), _torch.told_uncompiled()
+    one.__enter__()
+    other.__enter__()
+    one.__exit__(None, None, None)
+    assert compiled() == 2
+    other.__exit__(None, None, None)
+    assert compiled() == 1
+    with pytest.raises(KeyError), _torch.told_uncompiled():
+        raise KeyError
+    assert compiled() == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import graphopt
+from graphopt.program import InputSpec
 from graphopt.unreached import made_of
 
 
@@ -111,3 +113,16 @@ def test_what_gradients_are_made_of_is_read_off_the_graph() -> None:
     assert bits["main.weight"] == bits["main.bias"] and bits["beside.weight"] == bits["beside.bias"]
     assert {bits["main.weight"], bits["beside.weight"]} == {1, 2}
     assert bits["first.weight"] == bits["first.bias"] == 3, "what both are made of"
+
+
+def test_inputs_that_are_no_argument_shift_none() -> None:
+    fast = graphopt.optimize(Towers(), (torch.randn(4, 6),), emit="eager", cache=False)
+    joint = fast._driver.session.current[0].joint
+    assert joint is not None
+    made = made_of(joint)
+    first = next(iter(joint.graph.nodes))
+    with joint.graph.inserting_before(first):
+        joint.graph.placeholder("fwd_rng_state_0")
+    state = InputSpec("fwd_rng_state_0", "input")
+    signature = replace(joint.signature, inputs=(state, *joint.signature.inputs))
+    assert made_of(replace(joint, signature=signature)) == made

@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from types import CodeType
 from typing import Any, cast
 
@@ -96,11 +98,38 @@ def _never_capturing() -> bool:
     return False
 
 
+@dataclass
+class _Told:
+    """How many blocks are ``inside`` of ``told_uncompiled``, of all threads: the last one puts back."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    inside: int = 0
+    put_back: Callable[[], None] = lambda: None
+
+
+_TOLD = _Told()
+
+
 @contextmanager
 def told_uncompiled() -> Iterator[None]:
     """Code that dynamo follows in the block is told that nothing is compiling, where it asks
     ``torch.compiler.is_compiling`` and its like, and asks at that time whether a stream is being captured: it
     takes the path that it takes op by op."""
+    with _TOLD.lock:
+        _TOLD.inside += 1
+        if _TOLD.inside == 1:
+            _TOLD.put_back = _tell_uncompiled()
+    try:
+        yield
+    finally:
+        with _TOLD.lock:
+            _TOLD.inside -= 1
+            if not _TOLD.inside:
+                _TOLD.put_back()
+
+
+def _tell_uncompiled() -> Callable[[], None]:
+    """Change dynamo's tables; a function that changes them back."""
     from torch._dynamo.variables import torch as known
 
     # Tables for all of dynamo, which it looks such functions up in as it follows their calls.
@@ -121,13 +150,14 @@ def told_uncompiled() -> Iterator[None]:
         folds[capturing] = None
     elif not built:
         torch.cuda.is_current_stream_capturing = _never_capturing
-    try:
-        yield
-    finally:
+
+    def put_back() -> None:
         states.update(before)
         if folded:
             del folds[capturing]
         torch.cuda.is_current_stream_capturing = capturing
+
+    return put_back
 
 
 @contextmanager

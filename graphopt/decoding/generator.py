@@ -83,8 +83,11 @@ class Generator:
                 if self._smaller is None or error.room <= 0:
                     raise
                 # Other stores make another step, which may leave less room.
-                refused = error
+                refused, before = error, self.assigned.assignment
                 self._take(*self._smaller(error.room))
+                if self.assigned.assignment == before:
+                    # No pass could choose any.
+                    break
                 self.session.diagnostics.append(
                     f"stores are held to {format_bytes(error.room)}, which passes choose them for: as they "
                     f"are the least step takes {format_bytes(error.least_bytes)}, more than the budget"

@@ -14,6 +14,7 @@ taken after heads were split, or do not follow each other (heads whose queries, 
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -72,7 +73,7 @@ def _picked(product: fx.Node) -> tuple[list[fx.Node], tuple[int, int, fx.Node] |
         part = _part(node, width)
         if name_of(node) in _SPLITS and len(node.users) == 1:
             (node,) = node.users
-            number = node.args[1] if "getitem" in str(node.target) else None
+            number = node.args[1] if node.target is operator.getitem else None
             part = part[number] if isinstance(number, int) and part is not None else None
         if not isinstance(part, torch.Tensor) or not 0 < len(part) < width:
             break
